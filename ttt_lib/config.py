@@ -1,0 +1,323 @@
+"""The experiment as validated data: YAML file <-> pydantic model.
+
+An experiment file is one row of the ablation. Its top-level keys are also the parameters of
+`notebooks/02_adaptation.ipynb`, so `papermill ... -f experiments/NAME.yaml` and `ttt-depth ablation` read the
+same thing. A *profile* is laid over an experiment: it sets keys (`set`) and multiplies rates and counts (`scale`),
+which keeps the relations between the rows while their size changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ttt_lib.errors import UserError
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Severity = Annotated[int, Field(ge=0, le=5)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """Which network, on which device.
+
+    `name`: `tiny` (bundled), a hub name such as `Ruicheng/moge-2-vits-normal`, or the path of a `.pt` file.
+    `num_tokens`: base tokens of a forward pass; None takes the model's own default.
+    `autocast`: `bfloat16` runs the network (not losses and alignment) in mixed precision.
+    """
+
+    name: str = "tiny"
+    num_tokens: Annotated[int, Field(ge=16, le=10000)] | None = None
+    device: str = "auto"
+    autocast: Literal["none", "bfloat16"] = "none"
+
+
+class OptimizerConfig(Section):
+    """AdamW or SGD, with PyTorch's options. `learning_rate: 0` is allowed: it is the control of the evaluation."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: NonNegative = 5e-4
+    weight_decay: NonNegative = 0.01
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    momentum: Probability = 0.0
+    nesterov: bool = False
+
+
+class TeacherConfig(Section):
+    """The slow copy whose prediction is the target.
+
+    After every `refresh_every` optimizer steps the teacher moves, `teacher = ema_decay * teacher + (1 - ema_decay) *
+    student`, and predicts a new target. `refresh_every: 0` keeps the target of the original model.
+    """
+
+    ema_decay: Probability = 0.999
+    refresh_every: Annotated[int, Field(ge=0)] = 3
+
+
+class TrainConfig(Section):
+    """The loop. One pass is one forward and backward over `batch_size` views; `accumulation` passes make one step.
+
+    `method`: `none` predicts only, `tta` averages the predictions over the views, `ttt` trains.
+    `parts`: any of `encoder`, `neck`, `heads`, `norms`, or patterns over parameter names (`encoder.*.bias`).
+    `accumulation_mode`: `sum` adds the gradients of the passes (as published for SGD), `mean` averages them.
+    """
+
+    method: Literal["none", "tta", "ttt"] = "ttt"
+    parts: list[str] = ["encoder", "neck", "heads"]
+    passes: Annotated[int, Field(ge=0)] = 512
+    batch_size: Count = 2
+    accumulation: Count = 32
+    accumulation_mode: Literal["mean", "sum"] = "mean"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    gradient_clip: NonNegative = 0.0
+    predict_with: Literal["student", "teacher"] = "student"
+
+
+class CropConfig(Section):
+    """Random crops. `scale`: side of the crop relative to the image. `recentred` turns the camera, `plain` does not."""
+
+    kind: Literal["recentred", "plain"] = "recentred"
+    probability: Probability = 1.0
+    scale: tuple[Positive, Positive] = (0.6, 1.0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CropConfig:
+        if not self.scale[0] <= self.scale[1] <= 1.0:
+            raise ValueError("scale must be two numbers low <= high, both in (0, 1]")
+        return self
+
+
+class NovelViewConfig(Section):
+    """Views from another camera. A view with less than `minimum_known` known pixels is drawn again, `tries` times."""
+
+    probability: Probability = 0.0
+    severity: Severity = 2
+    minimum_known: Probability = 0.5
+    tries: Count = 5
+    backend: Literal["auto", "pyrender", "torch"] = "auto"
+
+
+class PhotometricConfig(Section):
+    """Colour changes: strength from 0 (none) to 5; `blur` is the chance of a Gaussian blur on top."""
+
+    probability: Probability = 1.0
+    severity: Severity = 3
+    blur: Probability = 0.0
+
+
+class ViewConfig(Section):
+    """What the student sees. `size`: (height, width) of a view; None keeps the image's own."""
+
+    size: tuple[Count, Count] | None = None
+    mirror: Probability = 0.5
+    crop: CropConfig = CropConfig()
+    novel_view: NovelViewConfig = NovelViewConfig()
+    photometric: PhotometricConfig = PhotometricConfig()
+    cutmix: Probability = 0.0
+
+
+LossName = Literal["global", "local_4", "local_16", "local_64", "normal", "edge", "mask", "metric_scale"]
+
+
+class LossConfig(Section):
+    """One term of the loss. Unset parameters take the term's own default (see `losses.py`)."""
+
+    weight: NonNegative = 1.0
+    align_resolution: Annotated[int, Field(ge=2, le=256)] | None = None
+    num_patches: Count | None = None
+    beta: NonNegative | None = None
+    trunc: Positive | None = None
+
+
+class ReleasedConfig(Section):
+    """Behaviour of the authors' public release, each switch on its own; all off unless `as_released` turns them on."""
+
+    mirror_keeps_x: bool = False
+    first_sample_only: bool = False
+    mask_positive_and_negative: bool = False
+    reload_model: bool = False
+    write_files: bool = False
+
+
+class DataConfig(Section):
+    """One set of samples; the keys of MoGe's `configs/eval/*.json` plus `kind` and `name`. See `data.open_dataset`."""
+
+    kind: Literal["moge", "images", "motorcycle", "synthetic", "shifted"] = "moge"
+    name: str | None = None
+    path: str | None = None
+    split: str = ".index.txt"
+    width: Count | None = None
+    height: Count | None = None
+    depth_unit: Positive | None = None
+    drop_max_depth: Positive = 1000.0
+    has_sharp_boundary: bool = False
+    include_segmentation: bool = False
+    max_segments: Count = 100
+    min_seg_area: Count = 1000
+    subset: Count | None = None
+    count: Count | None = None
+    seed: int = 0
+    shifts: list[str] | None = None
+    severities: list[Severity] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Only what was set, as keyword arguments for `data.open_dataset`."""
+        return self.model_dump(exclude_unset=True, exclude={"kind"})
+
+
+DEFAULT_LOSSES = {
+    "global": LossConfig(),
+    "local_4": LossConfig(),
+    "local_16": LossConfig(),
+    "local_64": LossConfig(),
+    "mask": LossConfig(),
+}
+
+
+class ExperimentConfig(Section):
+    """One row of the ablation, complete. Every random draw comes from (`seed`, name of the sample)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    description: str = ""
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    views: ViewConfig = ViewConfig()
+    losses: dict[LossName, LossConfig] = DEFAULT_LOSSES
+    released: ReleasedConfig = ReleasedConfig()
+    data: list[DataConfig] = []
+
+    def as_parameters(self) -> dict[str, Any]:
+        """Plain values for YAML, JSON and papermill."""
+        return json.loads(self.model_dump_json())
+
+
+class ScaleConfig(Section):
+    """Factors of a profile on rates and counts. Counts round to the nearest, never below 1."""
+
+    learning_rate: NonNegative = 1.0
+    passes: Positive = 1.0
+    accumulation: Positive = 1.0
+
+
+class ProfileConfig(Section):
+    """What a profile file holds: `scale` and `set`."""
+
+    name: str
+    description: str = ""
+    scale: ScaleConfig = ScaleConfig()
+    set: dict[str, Any] = {}
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, dictionaries key by key, everything else replaced. Inputs stay as they are."""
+    result = copy.deepcopy(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = copy.deepcopy(value)
+    return result
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file; check the name of the experiment or profile.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold keys and values at its top level, not {type(content).__name__}.")
+    return content
+
+
+def _validate(kind: type[Section], content: dict[str, Any], source: str) -> Any:
+    """Pydantic's list of complaints as one sentence a complaint: file, key, what is allowed."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        parts = []
+        for item in error.errors():
+            key = ".".join(str(place) for place in item["loc"]) or "(top level)"
+            if item["type"] == "extra_forbidden":
+                parts.append(f"{key}: unknown key; allowed here: {', '.join(_keys_beside(kind, item['loc']))}")
+            else:
+                parts.append(f"{key}: {item['msg']} (got {item['input']!r})")
+        raise UserError(f"{source}: " + "; ".join(parts) + ".") from error
+
+
+def _keys_beside(kind: type[Section], place: tuple) -> list[str]:
+    """The keys that are allowed where an unknown one was found."""
+    current: Any = kind
+    for key in place[:-1]:
+        annotation = current.model_fields[key].annotation if key in getattr(current, "model_fields", {}) else current
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), current)
+    return sorted(getattr(current, "model_fields", {}))
+
+
+def load_profile(path: str | Path) -> ProfileConfig:
+    """Read a profile file. Raises `UserError` naming file and key."""
+    path = Path(path)
+    return _validate(ProfileConfig, {"name": path.stem, **_read_yaml(path)}, str(path))
+
+
+def build_experiment(
+    content: dict[str, Any],
+    profile: ProfileConfig | None = None,
+    overrides: dict[str, Any] | None = None,
+    source: str = "experiment",
+) -> ExperimentConfig:
+    """Validate `content`, lay `profile` over it, then `overrides` (which win). Raises `UserError`.
+
+    The experiment is validated before the profile touches it, so an error names the file that holds it.
+    """
+    config = _validate(ExperimentConfig, content, source)
+    if profile is not None:
+        values = merge(config.model_dump(exclude_unset=True), profile.set)
+        config = _validate(ExperimentConfig, values, f"{source} with profile {profile.name}")
+        train, scale = config.train, profile.scale
+        scaled = {
+            "train": {
+                "passes": max(1, round(train.passes * scale.passes)) if train.passes else 0,
+                "accumulation": max(1, round(train.accumulation * scale.accumulation)),
+                "optimizer": {"learning_rate": train.optimizer.learning_rate * scale.learning_rate},
+            }
+        }
+        config = _validate(ExperimentConfig, merge(config.model_dump(exclude_unset=True), scaled), source)
+    if overrides:
+        values = merge(config.model_dump(exclude_unset=True), overrides)
+        config = _validate(ExperimentConfig, values, f"{source} with the given overrides")
+    return config
+
+
+def load_experiment(
+    path: str | Path, profile: str | Path | ProfileConfig | None = None, overrides: dict[str, Any] | None = None
+) -> ExperimentConfig:
+    """Read an experiment file, with a profile (file or object) and overrides laid over it. Raises `UserError`."""
+    path = Path(path)
+    if profile is not None and not isinstance(profile, ProfileConfig):
+        profile = load_profile(profile)
+    content = _read_yaml(path)
+    config = build_experiment(content, profile, overrides, source=str(path))
+    if config.name != path.stem:
+        raise UserError(f"{path}: name is {config.name!r} but the file is called {path.stem!r}; make them equal.")
+    return config
