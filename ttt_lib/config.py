@@ -120,8 +120,13 @@ class PhotometricConfig(Section):
 
 
 class ViewConfig(Section):
-    """What the student sees. `size`: (height, width) of a view; None keeps the image's own."""
+    """What the student sees.
 
+    `longest_side`: images are shrunk to this before views are made (the final prediction is at full size).
+    `size`: (height, width) of a view; None keeps the (shrunk) image's own.
+    """
+
+    longest_side: Count | None = None
     size: tuple[Count, Count] | None = None
     mirror: Probability = 0.5
     crop: CropConfig = CropConfig()
