@@ -1,0 +1,226 @@
+"""Cameras and point maps: mirror, crops, rigid motion, projection, depth edges. Pure functions on tensors.
+
+Camera frame as OpenCV: x right, y down, z forward. Intrinsics are (..., 3, 3), normalised by image width and height,
+so `u = fx * x / z + cx` lies in [0, 1] and pixel i has its centre at (i + 0.5) / width. Small matrices broadcast over
+points: a function of points (..., 3) takes matrices (..., n, n) whose leading dimensions broadcast with theirs (for a
+batch of maps (B,H,W,3), pass `matrix[:, None, None]`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import utils3d
+from torch import Tensor
+
+MIRROR = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0]))
+EDGE_RTOL = 0.04  # relative depth step across a pixel's neighbourhood that counts as an edge, as MoGe's `infer` script
+
+
+def uv_map(
+    height: int, width: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Normalised coordinates of the pixel centres, (H, W, 2) with (u, v) in (0, 1)."""
+    v = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
+    u = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
+    return torch.stack(torch.meshgrid(u, v, indexing="xy"), -1)
+
+
+def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
+    """Depth map to point map: depth (..., H, W) and intrinsics (..., 3, 3) -> (..., H, W, 3), units of the depth."""
+    uv = uv_map(*depth.shape[-2:], device=depth.device, dtype=depth.dtype)
+    rays = torch.cat([uv, torch.ones_like(uv[..., :1])], -1) @ torch.linalg.inv(intrinsics)[..., None, :, :].mT
+    return rays * depth[..., None]
+
+
+def project(points: Tensor, intrinsics: Tensor) -> Tensor:
+    """Points (..., 3) to normalised image coordinates (..., 2). Behind the camera the result has no meaning."""
+    homogeneous = (intrinsics @ points[..., None])[..., 0]
+    return homogeneous[..., :2] / homogeneous[..., 2:]
+
+
+def intrinsics_from_fov(fov_x: float | Tensor, aspect_ratio: float) -> Tensor:
+    """Intrinsics (..., 3, 3) of a centred camera with square pixels; fov_x in degrees, aspect_ratio width / height."""
+    fov_x = torch.as_tensor(fov_x, dtype=torch.float32)
+    focal = 0.5 / torch.tan(torch.deg2rad(fov_x) / 2)
+    intrinsics = torch.zeros(*fov_x.shape, 3, 3, device=fov_x.device)
+    intrinsics[..., 0, 0], intrinsics[..., 1, 1] = focal, focal * aspect_ratio
+    intrinsics[..., 0, 2] = intrinsics[..., 1, 2] = 0.5
+    intrinsics[..., 2, 2] = 1.0
+    return intrinsics
+
+
+def fov_from_intrinsics(intrinsics: Tensor) -> tuple[Tensor, Tensor]:
+    """Horizontal and vertical field of view in degrees, exact also for an off-centre principal point."""
+
+    def angle(focal: Tensor, centre: Tensor) -> Tensor:
+        return torch.rad2deg(torch.atan(centre / focal) + torch.atan((1 - centre) / focal))
+
+    return (
+        angle(intrinsics[..., 0, 0], intrinsics[..., 0, 2]),
+        angle(intrinsics[..., 1, 1], intrinsics[..., 1, 2]),
+    )
+
+
+def mirror_points(points: Tensor) -> Tensor:
+    """The point map (..., H, W, 3) of the mirrored image: columns flipped and x negated."""
+    flipped = points.flip(-2)
+    return torch.cat([-flipped[..., :1], flipped[..., 1:]], -1)
+
+
+def mirror_intrinsics(intrinsics: Tensor) -> Tensor:
+    """Intrinsics of the mirrored image: cx becomes 1 - cx."""
+    mirrored = intrinsics.clone()
+    mirrored[..., 0, 2] = 1 - intrinsics[..., 0, 2]
+    return mirrored
+
+
+def transform_points(points: Tensor, transform: Tensor) -> Tensor:
+    """Rigid motion (or reflection) of points (..., 3) by matrices (..., 4, 4)."""
+    return (transform[..., :3, :3] @ points[..., None])[..., 0] + transform[..., :3, 3]
+
+
+def rotation_between(source: Tensor, target: Tensor) -> Tensor:
+    """The smallest rotation (..., 3, 3) that takes direction `source` (..., 3) to `target` (not for opposite ones)."""
+    a, b = F.normalize(source, dim=-1), F.normalize(target, dim=-1)
+    axis = torch.linalg.cross(a, b)
+    zero = torch.zeros_like(axis[..., 0])
+    x, y, z = axis.unbind(-1)
+    skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+    cosine = (a * b).sum(-1)[..., None, None]
+    return torch.eye(3, device=a.device, dtype=a.dtype) + skew + skew @ skew / (1 + cosine)
+
+
+def recentred_crop(intrinsics: Tensor, centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A crop as a turned camera, so that the principal point of the crop is its centre.
+
+    intrinsics (..., 3, 3); centre (..., 2) of the crop in normalised coordinates; scale (...) of its field of view
+    (ratio of tangents). The camera turns until `centre` is on its axis; the field of view shrinks further where the
+    crop would leave the image. Returns the rotation (..., 3, 3), original camera -> crop camera, and the crop's
+    intrinsics (..., 3, 3), principal point (0.5, 0.5), aspect ratio as the original's.
+    """
+    intrinsics, _ = torch.broadcast_tensors(intrinsics, torch.empty(*scale.shape, 3, 3, device=scale.device))
+    inverse = torch.linalg.inv(intrinsics)
+    one = torch.ones_like(centre[..., :1])
+    ray = (inverse @ torch.cat([centre, one], -1)[..., None])[..., 0]
+    axis = torch.zeros_like(ray)
+    axis[..., 2] = 1.0
+    rotation = rotation_between(ray, axis)
+
+    # The image's frame seen by the turned camera is a quadrilateral; the crop is the largest rectangle of the wanted
+    # shape around the axis inside it: the intersection of its diagonals' directions with the four sides.
+    corners = torch.tensor([[0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 1, 1]], device=centre.device, dtype=centre.dtype)
+    seen = (rotation @ inverse)[..., None, :, :] @ corners[..., None]
+    seen = seen[..., :2, 0] / seen[..., 2:, 0].clamp_min(1e-6)  # (..., 4, 2)
+    following = seen.roll(-1, dims=-2)
+    along = following - seen
+    inner = torch.stack([-along[..., 1], along[..., 0]], -1)  # points inwards for this order of corners
+    distance = -(inner * seen).sum(-1)  # of the axis from each side, times the norm of `inner`
+    half = scale[..., None] * 0.5 / torch.stack([intrinsics[..., 0, 0], intrinsics[..., 1, 1]], -1)
+    reach = (inner.abs() * half[..., None, :]).sum(-1)  # how far the rectangle extends towards each side
+    shrink = (distance / reach.clamp_min(1e-12)).amin(-1).clamp(1e-3, 1.0)
+    half = half * shrink[..., None]
+
+    cropped = torch.zeros_like(intrinsics)
+    cropped[..., 0, 0], cropped[..., 1, 1] = 0.5 / half[..., 0], 0.5 / half[..., 1]
+    cropped[..., 0, 2] = cropped[..., 1, 2] = 0.5
+    cropped[..., 2, 2] = 1.0
+    return rotation, cropped
+
+
+def plain_crop(intrinsics: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
+    """Intrinsics (..., 3, 3) of a crop that is only cut out: its principal point is off its centre.
+
+    centre (..., 2) and scale (...) in units of the image; the window is moved inside the image where it overlaps the
+    border.
+    """
+    intrinsics, _ = torch.broadcast_tensors(intrinsics, torch.empty(*scale.shape, 3, 3, device=scale.device))
+    side = scale[..., None]
+    start = torch.minimum(torch.maximum(centre - side / 2, torch.zeros_like(centre)), 1 - side)
+    window = torch.zeros_like(intrinsics)
+    window[..., 0, 0] = window[..., 1, 1] = 1 / scale
+    window[..., 0, 2], window[..., 1, 2] = -start[..., 0] / scale, -start[..., 1] / scale
+    window[..., 2, 2] = 1.0
+    return window @ intrinsics
+
+
+def depth_edges(depth: Tensor, mask: Tensor | None = None, rtol: float = EDGE_RTOL) -> Tensor:
+    """Pixels at a depth discontinuity, (..., H, W) bool, by the relative test of `utils3d.torch.depth_map_edge`."""
+    return utils3d.pt.depth_map_edge(depth, mask=mask, rtol=rtol)
+
+
+def warp_view(
+    image: Tensor,
+    points: Tensor,
+    mask: Tensor,
+    intrinsics: Tensor,
+    transform: Tensor,
+    new_intrinsics: Tensor,
+    size: tuple[int, int],
+    edge_rtol: float = EDGE_RTOL,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See an image and its point map from a camera at the same place: crop, mirror, rotation, or any product of them.
+
+    image (B,3,H,W); points (B,H,W,3) in the original camera; mask (B,H,W) bool; intrinsics and new_intrinsics
+    (B,3,3); transform (B,4,4), original -> new camera, without translation (a reflection is fine); size (h, w).
+
+    Returns image (B,3,h,w), points (B,h,w,3) in the new camera, mask (B,h,w). The map between the images is a
+    homography. Points are interpolated as p/z and 1/z, which are linear in the pixel wherever the surface is a plane,
+    so planes are carried exactly. A pixel is unknown where it looks outside the original image, where one of its four
+    taps is unknown, or where these straddle a depth edge (nearest to farthest above 1 + `edge_rtol`).
+    """
+    height, width = image.shape[-2:]
+    rays = unproject(torch.ones(*size, device=image.device, dtype=points.dtype), new_intrinsics)
+    back = rays @ transform[:, None, :3, :3]  # rows times R: the inverse rotation
+    uv = project(back, intrinsics[:, None, None])
+    in_front = back[..., 2] > 1e-6
+    grid = torch.where(in_front[..., None], 2 * uv - 1, torch.tensor(9.0, device=uv.device, dtype=uv.dtype))
+
+    # How many source pixels a view pixel spans, for a prefilter against aliasing: the same for the whole view.
+    span = intrinsics[:, 0, 0] * width / (new_intrinsics[:, 0, 0] * size[1])
+    smooth = image
+    if bool((span > 1.5).any()):
+        factor = int(span.max().round())
+        smooth = F.avg_pool2d(image, 2 * (factor // 2) + 1, 1, factor // 2, count_include_pad=False)
+    warped = F.grid_sample(smooth, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+    known = mask & torch.isfinite(points).all(-1) & (points[..., 2] > 0)
+    z = torch.where(known, points[..., 2], torch.ones_like(points[..., 2]))
+    packed = torch.cat([torch.where(known[..., None], points, 0.0) / z[..., None], 1 / z[..., None]], -1)
+    sampled = F.grid_sample(packed.permute(0, 3, 1, 2), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    sampled = sampled.permute(0, 2, 3, 1)
+    found = sampled[..., :3] / sampled[..., 3:].clamp_min(1e-12)
+
+    # The four taps, by index, for the tests; the outermost half pixel has its taps on the border.
+    column = ((grid[..., 0] + 1) * width / 2 - 0.5).clamp(0, width - 1)
+    row = ((grid[..., 1] + 1) * height / 2 - 0.5).clamp(0, height - 1)
+    x0, y0 = column.floor().long(), row.floor().long()
+    x1, y1 = (x0 + 1).clamp_max(width - 1), (y0 + 1).clamp_max(height - 1)
+    batch = torch.arange(len(image), device=image.device)[:, None, None]
+    taps = torch.stack([z[batch, y0, x0], z[batch, y0, x1], z[batch, y1, x0], z[batch, y1, x1]])
+    all_known = known[batch, y0, x0] & known[batch, y0, x1] & known[batch, y1, x0] & known[batch, y1, x1]
+    smooth_there = taps.amax(0) <= taps.amin(0) * (1 + edge_rtol)
+    # Half a pixel inside the frame: beyond the outermost centres there would be extrapolation.
+    inside_x = (grid[..., 0].abs() <= 1 - 1 / width + 1e-5)
+    inside_y = (grid[..., 1].abs() <= 1 - 1 / height + 1e-5)
+    result_mask = in_front & inside_x & inside_y & all_known & smooth_there
+    moved = transform_points(found, transform[:, None, None])
+    return warped, moved, result_mask
+
+
+def look_at_transform(offset: Tensor, target: Tensor, roll: Tensor | float = 0.0) -> Tensor:
+    """Camera at `offset` turned so that `target` lies in the direction in which the original camera saw it.
+
+    offset and target (..., 3) in the original camera's frame; roll (...) radians about the new axis. Returns
+    (..., 4, 4), original camera -> new camera. Raises nothing: a target at the offset gives no turn.
+    """
+    rotation = rotation_between(target - offset, target.expand_as(offset))
+    roll = torch.as_tensor(roll, dtype=offset.dtype, device=offset.device).expand(offset.shape[:-1])
+    cosine, sine, zero, one = roll.cos(), roll.sin(), torch.zeros_like(roll), torch.ones_like(roll)
+    about_axis = torch.stack([cosine, -sine, zero, sine, cosine, zero, zero, zero, one], -1).unflatten(-1, (3, 3))
+    rotation = about_axis @ rotation
+    transform = torch.zeros(*offset.shape[:-1], 4, 4, device=offset.device, dtype=offset.dtype)
+    transform[..., :3, :3] = rotation
+    transform[..., :3, 3] = -(rotation @ offset[..., None])[..., 0]
+    transform[..., 3, 3] = 1.0
+    return transform
