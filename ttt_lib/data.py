@@ -1,0 +1,343 @@
+"""Samples and where they come from: MoGe's evaluation layout, folders of photographs, the bundled motorcycle."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ttt_lib import moge_layout
+from ttt_lib.errors import UserError
+from ttt_lib.moge_layout import SampleError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+@dataclass
+class Sample:
+    """One image and what is known of it.
+
+    image (3,H,W) float32 in [0,1]; depth (H,W) float32, NaN where unknown; points (H,W,3), NaN where unknown; mask
+    (H,W) bool, True where the truth is known; intrinsics (3,3) normalised. Without truth these are None. is_metric:
+    depth and points are in metres. segmentation (H,W) long with labels name -> id, for local metrics.
+    """
+
+    name: str
+    dataset: str
+    image: Tensor
+    depth: Tensor | None = None
+    points: Tensor | None = None
+    mask: Tensor | None = None
+    intrinsics: Tensor | None = None
+    is_metric: bool = False
+    has_sharp_boundary: bool = False
+    segmentation: Tensor | None = None
+    segmentation_labels: dict[str, int] | None = None
+
+
+@dataclass
+class SampleSet:
+    """A named list of samples that are read when they are asked for.
+
+    `readable()` passes over those that cannot be read and notes them in `left_out`, (name, reason). `fingerprint`
+    stands for the content in `data_hash`.
+    """
+
+    name: str
+    names: list[str]
+    load: Callable[[str], Sample]
+    fingerprint: str = ""
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.load(self.names[index])
+
+    def readable(self) -> Iterator[Sample]:
+        """Samples in order; what fails goes to `left_out` with its reason and the others follow."""
+        self.left_out.clear()
+        for name in self.names:
+            try:
+                yield self.load(name)
+            except UserError as error:
+                self.left_out.append((name, str(error)))
+
+    def shard(self, index: int, count: int) -> SampleSet:
+        """Every `count`-th sample from `index`: the shards 0..count-1 are disjoint and together the whole set."""
+        if not 0 <= index < count:
+            raise UserError(f"shard {index} of {count}: the index must be from 0 to {count - 1}.")
+        return SampleSet(self.name, self.names[index::count], self.load, self.fingerprint)
+
+    def data_hash(self) -> str:
+        """Hash of the set's name, the names of its samples and its fingerprint (for files: sizes and times)."""
+        content = "\n".join([self.name, self.fingerprint, *self.names])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def to_sample(name: str, dataset: str, view: dict[str, Any], is_metric: bool, has_sharp_boundary: bool) -> Sample:
+    """A `Sample` from the arrays of `moge_layout.target_view`."""
+    mask = torch.from_numpy(view["mask"])
+    depth, points = torch.from_numpy(view["depth"]), torch.from_numpy(view["points"])
+    segmentation = view["segmentation"]
+    return Sample(
+        name=name,
+        dataset=dataset,
+        image=torch.from_numpy(view["image"].astype(np.float32) / 255).permute(2, 0, 1).contiguous(),
+        depth=torch.where(mask, depth, torch.nan),
+        points=torch.where(mask[..., None], points, torch.nan),
+        mask=mask,
+        intrinsics=torch.from_numpy(view["intrinsics"]).float(),
+        is_metric=is_metric,
+        has_sharp_boundary=has_sharp_boundary,
+        segmentation=torch.from_numpy(segmentation.astype(np.int64)) if segmentation is not None else None,
+        segmentation_labels=view["labels"],
+    )
+
+
+def _file_fingerprint(paths: Iterable[Path]) -> str:
+    parts = []
+    for path in paths:
+        try:
+            stat = path.stat()
+            parts.append(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}")
+        except OSError:
+            parts.append(f"{path.name}:missing")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def open_moge(
+    path: str | Path,
+    name: str | None = None,
+    split: str = moge_layout.INDEX,
+    width: int | None = None,
+    height: int | None = None,
+    depth_unit: float | None = None,
+    drop_max_depth: float = 1000.0,
+    has_sharp_boundary: bool = False,
+    include_segmentation: bool = False,
+    max_segments: int = 100,
+    min_seg_area: int = 1000,
+    subset: int | None = None,
+    count: int | None = None,
+) -> SampleSet:
+    """A set in MoGe's evaluation layout, configured as MoGe's `configs/eval/*.json`.
+
+    width, height of the evaluated view (None: the image's own shape, longer side at most 640). depth_unit: metres a
+    unit; None: not metric, unless a sample's `meta.json` says `"is_metric": true` as this package's writer does.
+    subset: every n-th sample; count: only the first ones. Raises `UserError` if folder or index is missing.
+    """
+    folder = Path(path)
+    names = moge_layout.read_index(folder, split)[::subset][:count]
+    title = name or folder.resolve().name
+
+    def load(sample: str) -> Sample:
+        raw = moge_layout.read_raw(folder / sample, include_segmentation)
+        unit = depth_unit if depth_unit is not None else 1.0 if (raw.meta or {}).get("is_metric") is True else None
+        view = moge_layout.target_view(raw, width, height, unit, drop_max_depth, max_segments, min_seg_area)
+        if not view["mask"].any():
+            raise SampleError(f"{folder / sample / 'depth.png'}: the evaluated part of the image has no depth.")
+        return to_sample(sample, title, view, unit is not None, has_sharp_boundary)
+
+    files = (folder / sample / file for sample in names for file in ("image.jpg", "depth.png", "meta.json"))
+    options = f"{width}x{height} {depth_unit} {drop_max_depth} {has_sharp_boundary} {include_segmentation}"
+    return SampleSet(title, names, load, f"{options} {_file_fingerprint(files)}")
+
+
+def read_photo(path: str | Path) -> Tensor:
+    """Any photograph as (3,H,W) float32 in [0,1].
+
+    Turned as its EXIF orientation says; gray becomes three equal channels; 16-bit keeps its precision; transparency
+    is laid over white; of several frames the first counts. Raises `UserError` naming the file when it cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file.")
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+                array = np.asarray(image, dtype=np.float32)
+                top = 65535.0 if image.mode != "F" else max(float(array.max()), 1e-6)
+                array = np.repeat((array / top).clip(0, 1)[..., None], 3, axis=-1)
+            else:
+                if "A" in image.getbands() or "transparency" in image.info:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path}: is not an image this can read; convert it to JPEG or PNG.") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: the image is damaged or too large ({str(error).splitlines()[0]}).") from error
+    if min(array.shape[:2]) < 16:
+        raise UserError(f"{path}: the image has {array.shape[1]} x {array.shape[0]} pixels; at least 16 x 16 are needed.")
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def open_images(path: str | Path, name: str | None = None, count: int | None = None) -> SampleSet:
+    """A folder of plain images (or one image), without truth. Raises `UserError` if there are none."""
+    folder = Path(path)
+    if folder.is_file():
+        files = {folder.name: folder}
+    elif folder.is_dir():
+        files = {p.name: p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+    else:
+        raise UserError(f"{folder}: there is no such folder or image.")
+    if not files:
+        raise UserError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+    title, names = name or folder.resolve().stem, list(files)[:count]
+    load = lambda sample: Sample(sample, title, read_photo(files[sample]))  # noqa: E731
+    return SampleSet(title, names, load, _file_fingerprint(files.values()))
+
+
+# --------------------------------------------------------------------------------------------------- motorcycle
+
+FOCAL = 994.978  # pixels, of the images scikit-image ships (a quarter of the original's)
+PRINCIPAL_POINT = (311.193, 254.877)  # left camera, pixels with the centre of the first pixel at 0
+OFFSET = 31.086  # the right camera's principal point lies this much further right
+BASELINE = 0.193001  # metres
+
+
+@lru_cache(maxsize=1)
+def _motorcycle_frames() -> dict[str, moge_layout.Raw]:
+    """Both views with their depth in metres.
+
+    Depth = focal * baseline / (disparity + offset). A left pixel (x, y) is the right pixel (x - disparity, y): the
+    reverse of the example in scikit-image's docstring, whose unknown pixels are inf rather than NaN. The right view
+    has no disparity of its own: its depth is the left geometry moved over, nearest surface first, unknown elsewhere.
+    Both principal points follow the convention of this package, pixel centres at i + 0.5.
+    """
+    import skimage.data
+
+    left, right, disparity = skimage.data.stereo_motorcycle()
+    known = np.isfinite(disparity)
+    depth = np.where(known, FOCAL * BASELINE / (np.where(known, disparity, 1) + OFFSET), np.nan).astype(np.float32)
+    height, width = disparity.shape
+
+    rows, columns = np.nonzero(known)
+    shifted = columns - disparity[rows, columns]
+    right_depth = np.full((height, width), np.inf, dtype=np.float32)
+    for column in (np.floor(shifted).astype(int), np.ceil(shifted).astype(int)):  # both neighbours: no comb of holes
+        inside = (column >= 0) & (column < width)
+        np.minimum.at(right_depth, (rows[inside], column[inside]), depth[rows, columns][inside])
+    right_depth[~np.isfinite(right_depth)] = np.nan
+
+    def intrinsics(offset: float) -> np.ndarray:
+        cx, cy = (PRINCIPAL_POINT[0] + offset + 0.5) / width, (PRINCIPAL_POINT[1] + 0.5) / height
+        return np.array([[FOCAL / width, 0, cx], [0, FOCAL / height, cy], [0, 0, 1]], dtype=np.float32)
+
+    return {
+        "motorcycle_left": moge_layout.Raw(left[..., :3].copy(), depth, intrinsics(0.0)),
+        "motorcycle_right": moge_layout.Raw(right[..., :3].copy(), right_depth, intrinsics(OFFSET)),
+    }
+
+
+def open_motorcycle(
+    width: int = 384, height: int = 256, name: str | None = None, count: int | None = None
+) -> SampleSet:
+    """Both views of the Middlebury 2014 motorcycle that scikit-image ships: real photographs, real metric depth.
+
+    Seen as MoGe's evaluation sees a set (centred camera). Source: Scharstein et al., GCPR 2014.
+    """
+    names = ["motorcycle_left", "motorcycle_right"][:count]
+
+    def load(sample: str) -> Sample:
+        view = moge_layout.target_view(_motorcycle_frames()[sample], width, height, 1.0)
+        return to_sample(sample, name or "motorcycle", view, True, False)
+
+    return SampleSet(name or "motorcycle", names, load, f"motorcycle {width}x{height}")
+
+
+# ------------------------------------------------------------------------------------------------ opening, writing
+
+
+def open_dataset(kind: str = "moge", **options: Any) -> SampleSet:
+    """Open a set: `moge`, `images`, `motorcycle`, `synthetic` or `shifted`; options as of the `open_*` functions.
+
+    Raises `UserError` for an unknown kind, an option the kind lacks, or a folder that is not there.
+    """
+    if kind in ("synthetic", "shifted"):
+        from ttt_lib.shifts import open_synthetic
+
+        opener: Callable[..., SampleSet] = lambda **rest: open_synthetic(kind, **rest)  # noqa: E731
+    else:
+        openers = {"moge": open_moge, "images": open_images, "motorcycle": open_motorcycle}
+        if kind not in openers:
+            raise UserError(f"data kind {kind!r}: use one of {', '.join([*openers, 'synthetic', 'shifted'])}.")
+        opener = openers[kind]
+    if kind in ("moge", "images") and "path" not in options:
+        raise UserError(f"data: a set of kind {kind!r} needs a `path`.")
+    if kind == "moge" and options.get("name") in moge_layout.BENCHMARKS:
+        options = {**moge_layout.BENCHMARKS[options["name"]], **options}
+    try:
+        return opener(**options)
+    except TypeError as error:
+        raise UserError(f"data: a set of kind {kind!r} does not take these options ({error}).") from error
+
+
+def write_moge_layout(samples: Iterable[Sample], folder: str | Path) -> list[str]:
+    """Convert samples with truth to MoGe's layout; returns the names written. The index is written last.
+
+    Unknown depth (NaN) and no surface (inf) survive; depth is rounded to MoGe's 16-bit logarithmic steps.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for sample in samples:
+        if sample.depth is None or sample.intrinsics is None:
+            raise UserError(f"sample {sample.name!r}: has no depth or intrinsics, so it cannot be written.")
+        image = (sample.image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
+        place = folder / sample.name
+        if not place.exists():
+            moge_layout.write_frame(
+                place, image, sample.depth.cpu().numpy(), sample.intrinsics.cpu().numpy(), is_metric=sample.is_metric
+            )
+        names.append(sample.name)
+    moge_layout.write_index(folder, names)
+    return names
+
+
+def select_hard(scores: pd.DataFrame, metric: str, below: float, count: int) -> pd.DataFrame:
+    """The samples of lowest score: tidy metric rows in, at most `count` rows (dataset, sample, value) out.
+
+    metric as `points_scale_invariant/delta1`; only values under `below`; ties and order by (value, dataset, sample),
+    so the choice does not depend on the order of the input. Raises `UserError` for a metric that is not there.
+    """
+    name, _, score = metric.partition("/")
+    rows = scores[(scores["metric"] == name) & (scores["score"] == score)]
+    if rows.empty:
+        known = sorted({f"{m}/{s}" for m, s in zip(scores["metric"], scores["score"])})
+        raise UserError(f"--metric {metric!r}: was not measured; there are {', '.join(known)}.")
+    rows = rows[rows["value"] < below].sort_values(["value", "dataset", "sample"])
+    return rows[["dataset", "sample", "value"]].head(count).reset_index(drop=True)
+
+
+def write_subset_index(chosen: pd.DataFrame, folders: dict[str, Path], output: str | Path) -> Path:
+    """A set in MoGe's layout that links to the chosen samples: `output/<dataset>/<sample>` and `.index.txt`.
+
+    folders: dataset -> its folder. Links are relative. Raises `UserError` if `output` holds another index already.
+    """
+    output = Path(output)
+    names = [f"{row.dataset}/{row.sample}" for row in chosen.itertuples()]
+    for row, name in zip(chosen.itertuples(), names):
+        link = output / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        target = os.path.relpath((folders[row.dataset] / row.sample).resolve(), link.parent.resolve())
+        if link.is_symlink() and os.readlink(link) == target:
+            continue
+        if link.exists() or link.is_symlink():
+            raise UserError(f"{link}: is there already and is something else; choose another output folder.")
+        link.symlink_to(target)
+    moge_layout.write_index(output, names)
+    return output / moge_layout.INDEX
