@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ttt_lib.geometry import EDGE_RTOL
+from ttt_lib.geometry import EDGE_RTOL, unproject
 
 CHUNK = 4_000_000  # candidate (triangle, pixel) pairs at a time
 NEAR = 1e-3  # relative to the scene's nearest point
+BEYOND = 50.0  # where unknown pixels (sky) stand for curtains, relative to the scene's farthest point
 
 
 @dataclass
@@ -61,15 +62,24 @@ def _broken_steps(inverse_depth: Tensor, known: Tensor, rtol: float) -> Tensor:
     step = torch.where(pair, step, torch.nan)
     padded = torch.nn.functional.pad(step, (2, 2), value=float("nan"))
     around = torch.stack([padded[..., k : k + step.shape[-1]] for k in range(5)])
-    plane = (around - step).abs().amax(0) <= 0.1 * step.abs()  # NaN, at borders and unknown neighbours, is False
+    plane = (around - step).abs().amax(0) <= 0.3 * step.abs()  # NaN, at borders and unknown neighbours, is False
     return large & ~plane | ~pair
 
 
-def build_mesh(image: Tensor, points: Tensor, mask: Tensor, edge_rtol: float = EDGE_RTOL) -> Mesh:
-    """image (3,H,W), points (H,W,3), mask (H,W) bool -> mesh on the same device."""
+def build_mesh(
+    image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor | None = None, edge_rtol: float = EDGE_RTOL
+) -> Mesh:
+    """image (3,H,W), points (H,W,3), mask (H,W) bool, intrinsics (3,3) -> mesh on the same device.
+
+    With intrinsics, unknown pixels stand far away on their rays, so that curtains hang against the sky too.
+    """
     known = mask & torch.isfinite(points).all(-1) & (points[..., 2] > 0)
-    z = torch.where(known, points[..., 2], 1.0)
-    ray = torch.where(known[..., None], points, 0.0) / z[..., None]
+    depth = points[..., 2][known]
+    nearest, farthest = (float(depth.min()), float(depth.max())) if depth.numel() else (1.0, 1.0)
+    z = torch.where(known, points[..., 2], BEYOND * farthest)
+    ray = torch.where(known[..., None], points / z[..., None], 0.0)
+    if intrinsics is not None:
+        ray = torch.where(known[..., None], ray, unproject(torch.ones_like(z), intrinsics))
     inverse = 1 / z
 
     known_wide = _copy_border(known)
@@ -94,10 +104,9 @@ def build_mesh(image: Tensor, points: Tensor, mask: Tensor, edge_rtol: float = E
         ~(broken_h[1:] | broken_v[:, 1:]).reshape(-1),
     ])  # fmt: skip
     faces = torch.cat([upper, lower])
-    whole = known_wide.reshape(-1)[faces].all(-1)
-    depth = points[..., 2][known]
-    nearest, farthest = (float(depth.min()), float(depth.max())) if depth.numel() else (1.0, 1.0)
-    return Mesh(vertices, colours, faces[whole], solid[whole], nearest, farthest)
+    known_corners = known_wide.reshape(-1)[faces]
+    used = known_corners.all(-1) if intrinsics is None else known_corners.any(-1)
+    return Mesh(vertices, colours, faces[used], solid[used], nearest, farthest)
 
 
 def rasterise(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ttt_lib.errors import UserError
 from ttt_lib.geometry import EDGE_RTOL, MIRROR, mirror_intrinsics, mirror_points, unproject
-from ttt_lib.rasterise import Mesh, build_mesh, rasterise
+from ttt_lib.rasterise import BEYOND, Mesh, build_mesh, rasterise
 
 INSTALL_GL = "install a GL library (Debian: `apt-get install libegl1 libgl1-mesa-dri` or `libosmesa6`), or use backend 'torch'"
 
@@ -131,7 +131,7 @@ class _GLScene:
             for colour, indices in ((colours, front), (hidden, unknown))
             if len(indices)
         ]
-        self.near, self.far = 0.02 * mesh.nearest, 10.0 * mesh.farthest
+        self.near, self.far = 0.02 * mesh.nearest, 2 * BEYOND * mesh.farthest
         self.scene = pyrender.Scene(bg_color=[0.0] * 4, ambient_light=[1.0] * 3)
         if primitives:
             self.scene.add(pyrender.Mesh(primitives))
@@ -197,12 +197,10 @@ class NovelViewRenderer:
         self._scene: _GLScene | None = None
 
     def set_scene(self, image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor | None = None) -> None:
-        """Make and upload the mesh: image (3,H,W), points (H,W,3) in the original camera, mask (H,W) bool.
-
-        `intrinsics` is not needed (the points say where the rays go) and accepted for symmetry.
-        """
+        """Make the mesh of a target (it is uploaded once, at the first view): image (3,H,W), points (H,W,3) in the
+        original camera, mask (H,W) bool, intrinsics (3,3); without these, silhouettes against the sky stay open."""
         self.free()
-        self.mesh = build_mesh(image, points, mask, self.edge_rtol)
+        self.mesh = build_mesh(image, points, mask, intrinsics, self.edge_rtol)
 
     def render(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> RenderedView:
         """The scene from B cameras: transform (B,4,4) rigid, possibly with a mirror; intrinsics (B,3,3); size (h,w).
