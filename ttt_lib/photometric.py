@@ -1,7 +1,8 @@
-"""Colour changes of severity 0 (none) to 5: kornia's operations, each view with its own strengths.
+"""Colour changes of severity 0 (none) to 5: kornia's operations, each image with its own strengths.
 
 All strengths come from the given generator; kornia's random classes are not used, because they draw from the global
-random state.
+random state. An image takes the same `DRAWS` numbers whatever the severity, so with one seed a higher severity means
+more of the same changes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch import Tensor
 class Strength:
     """One row of the severity table.
 
-    brightness, contrast, saturation: factors drawn from 1 +- this; hue: +- this share of the colour circle; gamma:
-    exponent from 1/(1+g) to 1+g; the rest are chances of an operation, with its parameter beside it.
+    brightness, contrast, saturation: factors drawn from 1 +- this; hue: +- this share of the colour circle; gamma: an
+    exponent from 1 / (1 + gamma) to 1 + gamma. The next ones are chances of an operation, with its strength after it:
+    sharpening by a factor up to 1 + sharpen_by; posterize to so many bits; solarize what is brighter than
+    solarize_above. blur_sigma: the largest standard deviation of the Gaussian blur, as a share of the image's width.
     """
 
     brightness: float
@@ -31,23 +34,26 @@ class Strength:
     gray: float
     autocontrast: float
     sharpness: float
+    sharpen_by: float
     posterize: float
     posterize_bits: int
     solarize: float
     solarize_above: float
     equalize: float
     channel_shuffle: float
+    blur_sigma: float
 
 
-#                bright contr  satur  hue   gamma gray  auto  sharp post bits sol  above  equal shuffle
+# Severity 5 reaches the colour distortion of Depth Anything (0.5, 0.5, 0.5, 0.25 and gray 0.2) on every column.
 SEVERITIES = {
-    1: Strength(0.08, 0.08, 0.10, 0.010, 0.10, 0.00, 0.02, 0.05, 0.00, 7, 0.00, 1.00, 0.00, 0.00),
-    2: Strength(0.15, 0.15, 0.20, 0.020, 0.20, 0.03, 0.05, 0.10, 0.00, 6, 0.00, 1.00, 0.00, 0.00),
-    3: Strength(0.25, 0.25, 0.35, 0.040, 0.30, 0.06, 0.10, 0.20, 0.05, 5, 0.02, 0.90, 0.03, 0.00),
-    4: Strength(0.35, 0.35, 0.50, 0.070, 0.45, 0.10, 0.15, 0.25, 0.10, 4, 0.05, 0.80, 0.06, 0.05),
-    5: Strength(0.45, 0.45, 0.70, 0.100, 0.60, 0.20, 0.20, 0.30, 0.15, 3, 0.10, 0.70, 0.10, 0.10),
+    #           bright contr satur hue   gamma gray  autoc sharpen    posterize solarize    equal shuff blur
+    1: Strength(0.08, 0.08, 0.10, 0.010, 0.10, 0.00, 0.02, 0.05, 0.4, 0.00, 7, 0.00, 1.00, 0.00, 0.00, 0.001),
+    2: Strength(0.15, 0.15, 0.20, 0.020, 0.20, 0.03, 0.05, 0.10, 0.6, 0.00, 6, 0.00, 1.00, 0.00, 0.00, 0.002),
+    3: Strength(0.25, 0.25, 0.35, 0.050, 0.30, 0.06, 0.10, 0.20, 1.0, 0.05, 5, 0.02, 0.90, 0.03, 0.00, 0.004),
+    4: Strength(0.35, 0.35, 0.50, 0.120, 0.45, 0.12, 0.15, 0.25, 1.5, 0.10, 4, 0.05, 0.80, 0.06, 0.05, 0.006),
+    5: Strength(0.50, 0.50, 0.70, 0.250, 0.60, 0.20, 0.20, 0.30, 2.0, 0.15, 3, 0.10, 0.70, 0.10, 0.10, 0.010),
 }
-DRAWS = 17  # uniform numbers a view takes from the generator, whatever its severity
+DRAWS = 19  # uniform numbers an image takes
 
 
 def photometric(
@@ -55,48 +61,51 @@ def photometric(
 ) -> Tensor:
     """Change the colours of each image on its own.
 
-    images (B,3,h,w) float in [0,1]; severity 0 to 5 (`SEVERITIES`); `probability` that an image is changed at all;
-    `blur`: chance of a Gaussian blur with a sigma of 0.1 % to 0.4 % of the width a severity. Order: brightness,
-    contrast, saturation, hue, gamma, autocontrast, sharpness, posterize, solarize, equalize, channel shuffle, gray,
-    blur. Returns the same shape and range, on the same device. Severity 0 returns the images as they are. The global
-    random state is neither used nor changed.
+    images (B,3,h,w) float in [0,1]; severity 0 to 5 (`SEVERITIES`); generator on the CPU; `probability` that an image
+    is changed at all; `blur`: chance of a Gaussian blur on top. Returns the same shape, range and device; severity 0
+    returns the images as they are. The global random state is neither used nor changed.
     """
-    batch = images.shape[0]
-    draws = torch.rand(batch, DRAWS, generator=generator)
-    orders = torch.rand(batch, 3, generator=generator).argsort(-1).to(images.device)
+    draws = torch.rand(len(images), DRAWS, generator=generator)
+    return recolour(images, severity, draws, probability, blur)
+
+
+def recolour(images: Tensor, severity: int, draws: Tensor, probability: float = 1.0, blur: float = 0.0) -> Tensor:
+    """`photometric` with the random numbers given: draws (B, DRAWS), uniform in [0, 1).
+
+    Order: brightness, contrast, saturation, hue, gamma, autocontrast, sharpness, posterize, solarize, equalize,
+    channel shuffle, gray, blur.
+    """
     if severity == 0:
         return images
     s = SEVERITIES[severity]
-    signed = (2 * draws - 1).to(images)
     draws = draws.to(images)
+    signed = 2 * draws - 1
     active = draws[:, 0] < probability
 
     def chosen(column: int, chance: float) -> Tensor:
         return (active & (draws[:, column] < chance))[:, None, None, None]
 
-    x = images
-    x = enhance.adjust_brightness(x, 1 + s.brightness * signed[:, 1]) if s.brightness else x
+    x = enhance.adjust_brightness_accumulative(images, 1 + s.brightness * signed[:, 1])
     x = enhance.adjust_contrast_with_mean_subtraction(x, 1 + s.contrast * signed[:, 2])
-    x = enhance.adjust_saturation(x.clamp(0, 1), 1 + s.saturation * signed[:, 3])
+    x = enhance.adjust_saturation(x, 1 + s.saturation * signed[:, 3])
     x = enhance.adjust_hue(x.clamp(0, 1), 2 * torch.pi * s.hue * signed[:, 4])
-    x = enhance.adjust_gamma(x.clamp(1e-5, 1), (1 + s.gamma) ** signed[:, 5])
+    x = enhance.adjust_gamma(x.clamp(0, 1), (1 + s.gamma) ** signed[:, 5])
     x = torch.where(chosen(6, s.autocontrast), enhance.normalize_min_max(x), x).clamp(0, 1)
-    x = torch.where(chosen(7, s.sharpness), enhance.sharpness(x, 1 + draws[:, 8]), x)
+    x = torch.where(chosen(7, s.sharpness), enhance.sharpness(x, 1 + s.sharpen_by * draws[:, 8]), x)
     if s.posterize:
         x = torch.where(chosen(9, s.posterize), enhance.posterize(x, s.posterize_bits), x)
     if s.solarize:
         x = torch.where(chosen(10, s.solarize), enhance.solarize(x, s.solarize_above), x)
     equalized = torch.nonzero(chosen(11, s.equalize)[:, 0, 0, 0])[:, 0]
-    if equalized.numel():
+    if equalized.numel():  # the one operation that is dear enough to be done only where it is wanted
         x = x.index_copy(0, equalized, enhance.equalize(x[equalized].clamp(0, 1)))
-    shuffled = x.gather(1, orders[:, :, None, None].expand_as(x))
-    x = torch.where(chosen(12, s.channel_shuffle), shuffled, x)
-    x = torch.where(chosen(13, s.gray), rgb_to_grayscale(x).expand_as(x), x)
+    order = draws[:, 12:15].argsort(-1)[:, :, None, None].expand_as(x)
+    x = torch.where(chosen(15, s.channel_shuffle), x.gather(1, order), x)
+    x = torch.where(chosen(16, s.gray), rgb_to_grayscale(x).expand_as(x), x)
     if blur > 0:
-        width = images.shape[-1]
-        sigma = (width * severity * (0.001 + 0.003 * draws[:, 14])).clamp_min(0.3)
-        size = int(2 * round(0.012 * severity * width) + 1)
-        blurred = gaussian_blur2d(x, (size, size), torch.stack([sigma, sigma], -1))
-        x = torch.where((draws[:, 15] < blur)[:, None, None, None], blurred, x)
-        active = active | (draws[:, 15] < blur)
+        height, width = images.shape[-2:]
+        sigma = (width * s.blur_sigma * draws[:, 17]).clamp_min(0.1)
+        reach = min(round(3 * width * s.blur_sigma) + 1, height - 1, width - 1)
+        blurred = gaussian_blur2d(x, (2 * reach + 1, 2 * reach + 1), torch.stack([sigma, sigma], -1))
+        x = torch.where(chosen(18, blur), blurred, x)
     return torch.where(active[:, None, None, None], x.clamp(0, 1), images)
