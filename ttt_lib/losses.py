@@ -77,10 +77,15 @@ def compute_loss(
             name = f"local_{level}"
             if name in active:
                 torch.manual_seed(seed)
-                value, _ = moge_losses.affine_invariant_local_loss(
-                    points, target, focal, scale, level=level, **parameters(name, active[name])
-                )
-                values[name] = value.mean()
+                # One view at a time, as in MoGe's own training: the function cannot take several focal lengths.
+                each = [
+                    moge_losses.affine_invariant_local_loss(
+                        points[i : i + 1], target[i : i + 1], focal[i : i + 1], scale[i : i + 1], level=level,
+                        **parameters(name, active[name]),
+                    )[0].mean()
+                    for i in range(len(points))
+                ]  # fmt: skip
+                values[name] = torch.stack(each).mean()
     if "normal" in active:
         values["normal"] = moge_losses.normal_loss(points, target)[0].mean()
     if "edge" in active:

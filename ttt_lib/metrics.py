@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+import utils3d
 from moge.test.metrics import compute_metrics
 from moge.utils.alignment import align_affine_lstsq
 from torch import Tensor
@@ -32,6 +33,16 @@ TABLE1_COLUMNS = [
 MINIMUM_TRUTH = 16  # known pixels; fewer cannot determine the alignments
 
 Scores = dict[str, dict[str, float]]
+
+
+def _sliding_window_2d(x: Tensor, window_size: int, stride: int, dim: tuple[int, int]) -> Tensor:
+    """(..., H, W) -> (..., H', W', k, k). MoGe's boundary score calls this; the packaged utils3d has lost it."""
+    first, second = (d % x.ndim for d in dim)
+    return x.unfold(first, window_size, stride).unfold(second, window_size, stride)
+
+
+if not hasattr(utils3d.pt, "sliding_window_2d"):
+    utils3d.pt.sliding_window_2d = _sliding_window_2d
 
 
 def to_moge(prediction: Prediction, size: tuple[int, int]) -> dict[str, Tensor]:

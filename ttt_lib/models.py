@@ -11,6 +11,7 @@ import importlib.util
 import os
 import pickle
 import sys
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,9 @@ class GeometryModel:
         images (3,H,W) or (B,3,H,W) in [0,1]; the fields of the result have the same leading dimensions. For metric
         models depth is in metres.
         """
-        with self._mixed():
+        with self._mixed(), warnings.catch_warnings():
+            # MoGe asks for a float32 autocast, which a CPU does not have and does not need.
+            warnings.filterwarnings("ignore", message="In CPU autocast")
             output = self.network.infer(images, num_tokens=self.num_tokens, apply_mask=False, use_fp16=False)
         # Clones leave inference mode, so that a target can take part in training.
         output = {key: value.clone() for key, value in output.items()}

@@ -156,7 +156,8 @@ class _GLScene:
             return
         self.renderer._platform.make_current()
         for mesh in list(self.scene.meshes):
-            mesh.delete()
+            for primitive in mesh.primitives:
+                primitive.delete()
         self.renderer._renderer._meshes.clear()
         self.scene.clear()
 
