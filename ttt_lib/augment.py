@@ -3,6 +3,9 @@
 The geometry of a view is one camera: a rigid transform (with a reflection for a mirror) and intrinsics. Crop, mirror
 and novel view are factors of that transform, so they compose by multiplication. Cameras that stay in place are one
 homography warp; cameras that move go through the renderer.
+
+Each view takes one row of random numbers of its own, whatever is switched on: with one seed, the first views of a
+batch do not depend on how many follow, and a higher severity means more of the same change.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from ttt_lib.config import CropConfig, ViewConfig
 from ttt_lib.geometry import (
+    EDGE_RTOL,
     MIRROR,
     look_at_transform,
     mirror_intrinsics,
@@ -23,9 +27,11 @@ from ttt_lib.geometry import (
     recentred_crop,
     transform_points,
     unproject,
+    uv_map,
     warp_view,
 )
-from ttt_lib.photometric import photometric
+from ttt_lib.photometric import DRAWS as COLOUR_DRAWS
+from ttt_lib.photometric import recolour
 from ttt_lib.render import NovelViewRenderer
 
 # Largest translation along x, y and z, as fractions of the scene's median depth, and largest roll in degrees.
@@ -37,7 +43,9 @@ CAMERA_SEVERITIES = {
     4: (0.12, 0.06, 0.12, 3.0),
     5: (0.18, 0.09, 0.18, 5.0),
 }
+CROP_DRAWS, CAMERA_DRAWS, FLAG_DRAWS = 4, 4, 2  # random numbers a view takes; cameras: for each try
 OCCLUSION_TOLERANCE = 0.05  # relative depth by which a carried-back pixel may lie behind what the view shows
+OUTSIDE = 9.0  # a sampling position (the image is -1 to 1) for directions that the image does not hold
 
 
 @dataclass
@@ -46,8 +54,9 @@ class View:
 
     image (B,3,h,w) in [0,1]; points (B,h,w,3) the target in each view's camera, NaN where unknown; mask (B,h,w) True
     where the target is known; negative (B,h,w) True where the target says that nothing is there (sky); intrinsics
-    (B,3,3); transform (B,4,4) original camera -> view camera; kind: e.g. "novel+crop+mirror"; stats: counts of views
-    `drawn`, `novel`, `redrawn` (drawn again because too little was known) and `identity` (given up after all tries).
+    (B,3,3); transform (B,4,4) original camera -> view camera; kind: e.g. "novel+crop+mirror+photometric", or "whole";
+    stats: counts of views `drawn`, `novel`, `redrawn` (drawn again because too little was known) and `identity` (their
+    camera stayed in place after all tries).
     """
 
     image: Tensor
@@ -60,80 +69,111 @@ class View:
     stats: dict[str, int] = field(default_factory=dict)
 
 
-def sample_cameras(
-    median_depth: Tensor | float, severity: int, count: int, generator: torch.Generator
-) -> Tensor:
+def sample_cameras(median_depth: Tensor | float, severity: int, count: int, generator: torch.Generator) -> Tensor:
     """Cameras near the original one that keep looking at the scene: (count, 4, 4), original camera -> new camera.
 
     The new camera stands at an offset drawn uniformly up to `CAMERA_SEVERITIES[severity]` times `median_depth`, turned
     so that the point on the old optical axis at the median depth stays on the axis, and rolled a little.
     """
+    return _cameras(median_depth, severity, torch.rand(count, CAMERA_DRAWS, generator=generator))
+
+
+def _cameras(median_depth: Tensor | float, severity: int, draws: Tensor) -> Tensor:
     *reach, roll = CAMERA_SEVERITIES[severity]
-    draws = 2 * torch.rand(count, 4, generator=generator) - 1
+    signed = 2 * draws - 1
     depth = torch.as_tensor(median_depth, dtype=torch.float32).cpu()
-    offset = draws[:, :3] * torch.tensor(reach) * depth
-    target = torch.stack([torch.zeros(()), torch.zeros(()), depth]).expand(count, 3)
-    return look_at_transform(offset, target, roll=torch.deg2rad(draws[:, 3] * roll))
+    offset = signed[:, :3] * torch.tensor(reach) * depth
+    target = torch.stack([torch.zeros(()), torch.zeros(()), depth]).expand(len(draws), 3)
+    return look_at_transform(offset, target, roll=torch.deg2rad(signed[:, 3] * roll))
 
 
 def sample_crops(
-    intrinsics: Tensor, config: CropConfig, count: int, generator: torch.Generator
+    intrinsics: Tensor, config: CropConfig, count: int, generator: torch.Generator, aspect: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random crops: rotation (count,4,4), intrinsics (count,3,3) and which are crops at all, (count,) bool.
 
-    A crop's side is uniform in `config.scale` (of the image), its place uniform where it fits.
+    A crop's side is uniform in `config.scale` (of the image), its place uniform where it fits. `aspect`: width over
+    height of the crop, relative to the image's; the crop is narrowed about its centre to get there, so that pixels
+    stay square.
     """
-    draws = torch.rand(count, 4, generator=generator)
+    return _crops(intrinsics, config, torch.rand(count, CROP_DRAWS, generator=generator), aspect)
+
+
+def _crops(intrinsics: Tensor, config: CropConfig, draws: Tensor, aspect: float) -> tuple[Tensor, Tensor, Tensor]:
     low, high = config.scale
     scale = low + (high - low) * draws[:, 0]
     centre = 0.5 + (draws[:, 1:3] - 0.5) * (1 - scale[:, None])
     chosen = draws[:, 3] < config.probability
-    rotation = torch.eye(4).repeat(count, 1, 1)
-    original = intrinsics.cpu().expand(count, 3, 3)
+    rotation = torch.eye(4).repeat(len(draws), 1, 1)
+    original = intrinsics.cpu().expand(len(draws), 3, 3)
     if config.kind == "plain":
         cropped = plain_crop(original, centre, scale)
     else:
         turn, cropped = recentred_crop(original, centre, scale)
         rotation[:, :3, :3] = torch.where(chosen[:, None, None], turn, rotation[:, :3, :3])
-    return rotation, torch.where(chosen[:, None, None], cropped, original), chosen
+    cropped = torch.where(chosen[:, None, None], cropped, original)
+    zoom = torch.tensor([max(1.0, 1 / aspect), max(1.0, aspect)])
+    narrow = torch.diag(torch.cat([zoom, torch.ones(1)]))
+    narrow[:2, 2] = (1 - zoom) / 2
+    return rotation, narrow @ cropped, chosen
 
 
 def fill_unknown(image: Tensor, mask: Tensor) -> Tensor:
     """Fill unknown pixels with a smooth blend of the known ones around them (coarser with distance).
 
     image (B,3,h,w), mask (B,h,w) bool. The network should see neither holes of a made-up colour nor hard edges where
-    the scene has none.
+    the scene has none. Gray where nothing at all is known.
     """
-    weight = mask[:, None].float()
+    weight = mask[:, None].to(image)
     levels = [(image * weight, weight)]
-    while min(levels[-1][0].shape[-2:]) > 1:
+    while max(levels[-1][0].shape[-2:]) > 1:
         colour, share = levels[-1]
         levels.append((F.avg_pool2d(colour, 2, ceil_mode=True), F.avg_pool2d(share, 2, ceil_mode=True)))
-    filled = levels[-1][0] / levels[-1][1].clamp_min(1e-6)
-    for colour, share in reversed(levels[:-1]):
+    filled = torch.full_like(levels[-1][0], 0.5)
+    for colour, share in reversed(levels):
         filled = F.interpolate(filled, colour.shape[-2:], mode="bilinear", align_corners=False)
         filled = torch.where(share > 0, colour / share.clamp_min(1e-6), filled)
     return filled.clamp(0, 1)
 
 
-def _nothing_there(sky: Tensor, intrinsics: Tensor, transform: Tensor, new: Tensor, size: tuple[int, int]) -> Tensor:
-    """Which view pixels look at directions that are sky in the image: (H,W) bool -> (B,h,w) bool.
+def _sky_seen(sky: Tensor, intrinsics: Tensor, transform: Tensor, new: Tensor, size: tuple[int, int]) -> tuple:
+    """Which view pixels look into the sky, (B,h,w) bool, and where they do in the original image, (B,h,w,2).
 
-    Sky is infinitely far, so only the rotation counts, also for cameras that move.
+    sky (H,W) bool. It is infinitely far, so only the rotation counts, also for cameras that move. The positions are
+    those of `F.grid_sample`.
     """
     rays = unproject(torch.ones(*size, device=sky.device), new)
-    back = rays @ transform[:, None, :3, :3]  # the inverse rotation
-    uv = project(back, intrinsics[:, None, None])
-    grid = torch.where(back[..., 2:] > 1e-6, 2 * uv - 1, torch.tensor(9.0, device=sky.device))
-    source = sky[None, None].float().expand(len(transform), -1, -1, -1)
-    return F.grid_sample(source, grid, mode="nearest", align_corners=False)[:, 0] > 0.5
+    back = rays @ transform[:, None, :3, :3]  # rows times R: the inverse rotation
+    grid = torch.where(back[..., 2:] > 1e-6, 2 * project(back, intrinsics) - 1, OUTSIDE)
+    source = sky.float().expand(len(transform), 1, -1, -1)
+    return F.grid_sample(source, grid, mode="nearest", align_corners=False)[:, 0] > 0.5, grid
 
 
-def _render_moved(
-    renderer: NovelViewRenderer, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    rendered = renderer.render(transform, intrinsics, size)
-    return fill_unknown(rendered.image, rendered.mask), rendered.points, rendered.mask
+def _render(
+    renderer: NovelViewRenderer, image: Tensor, sky: Tensor, intrinsics: Tensor, transform: Tensor, new: Tensor, size
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Views from cameras that moved: image without holes, points, mask, and where the sky is seen."""
+    rendered = renderer.render(transform, new, size)
+    if not bool(sky.any()):
+        return (
+            fill_unknown(rendered.image, rendered.mask),
+            rendered.points,
+            rendered.mask,
+            torch.zeros_like(rendered.mask),
+        )
+    is_sky, grid = _sky_seen(sky, intrinsics, transform, new, size)
+    is_sky &= ~rendered.mask
+    colours = F.grid_sample(image.expand(len(transform), -1, -1, -1), grid, align_corners=False)
+    seen = torch.where(is_sky[:, None], colours, rendered.image)
+    return fill_unknown(seen, rendered.mask | is_sky), rendered.points, rendered.mask, is_sky
+
+
+def _set_scene(renderer: NovelViewRenderer, image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor) -> None:
+    """Hand a target to the renderer, unless it holds that very one."""
+    held = getattr(renderer, "made_from", None)
+    if held is None or any(a is not b for a, b in zip(held, (renderer.mesh, image, points))):
+        renderer.set_scene(image, points, mask, intrinsics)
+        renderer.made_from = (renderer.mesh, image, points)
 
 
 def make_views(
@@ -154,115 +194,128 @@ def make_views(
     needed when `config.novel_view.probability` is above zero; its scene is set here when the target is a new one.
     `mirror_keeps_x` reproduces the public release: mirrored targets keep the sign of x.
 
-    Novel views with less than `minimum_known` known pixels are drawn again, and stay in place after `tries` attempts.
+    What a novel view shows and nobody has seen is unknown; its colours are blended in from around (`fill_unknown`).
+    The sky counts as infinitely far and keeps its colours. A view of which less than `minimum_known` is surface or sky
+    is drawn again, and its camera stays in place after `tries` attempts. Raises `ValueError` without a renderer.
     """
-    device = image.device
+    device, novel, colour = image.device, config.novel_view, config.photometric
     height, width = image.shape[-2:]
     size = tuple(config.size) if config.size is not None else (height, width)
     mask = torch.ones(height, width, dtype=torch.bool, device=device) if mask is None else mask
     surface = mask & torch.isfinite(points).all(-1) & (points[..., 2] > 0)
-    novel = config.novel_view
 
-    turn, new_intrinsics, cropped = sample_crops(intrinsics, config.crop, count, generator)
-    flags = torch.rand(count, 2, generator=generator)
+    parts = [CROP_DRAWS, FLAG_DRAWS, COLOUR_DRAWS, CAMERA_DRAWS * novel.tries]
+    draws = torch.rand(count, sum(parts), generator=generator)
+    crop_draws, flags, colour_draws, camera_draws = draws.split(parts, 1)
+    fixed, lens, cropped = _crops(intrinsics, config.crop, crop_draws, (size[1] * height) / (size[0] * width))
     mirrored = flags[:, 0] < config.mirror
-    moved = flags[:, 1] < novel.probability
-    reflect = torch.where(mirrored[:, None, None], MIRROR.cpu(), torch.eye(4))
-    new_intrinsics = torch.where(mirrored[:, None, None], mirror_intrinsics(new_intrinsics), new_intrinsics)
-    median = points[..., 2][surface].median() if bool(surface.any()) else torch.ones(())
+    moved = (flags[:, 1] < novel.probability) & (novel.severity > 0)
+    coloured = (colour_draws[:, 0] < colour.probability) & (colour.severity > 0)
+    fixed = torch.where(mirrored[:, None, None], MIRROR @ fixed, fixed).to(device)
+    lens = torch.where(mirrored[:, None, None], mirror_intrinsics(lens), lens).to(device)
+    transform = fixed.clone()
     stats = {"drawn": count, "novel": int(moved.sum()), "redrawn": 0, "identity": 0}
 
-    fixed = reflect @ turn
-    transform = fixed.clone()
     out_image = torch.empty(count, 3, *size, device=device, dtype=image.dtype)
     out_points = torch.empty(count, *size, 3, device=device, dtype=points.dtype)
     out_mask = torch.zeros(count, *size, dtype=torch.bool, device=device)
+    negative = torch.zeros_like(out_mask)
 
     waiting = torch.nonzero(moved)[:, 0]
     if waiting.numel():
         if renderer is None:
             raise ValueError("views from other cameras are asked for, but there is no renderer")
-        if getattr(renderer, "scene_points", None) is not points:
-            renderer.set_scene(image, points, surface, intrinsics)
-            renderer.scene_points = points
-    for attempt in range(novel.tries):
+        _set_scene(renderer, image, points, surface, intrinsics)
+        median = points[..., 2][surface].median() if bool(surface.any()) else torch.ones(())
+    for attempt, draw in enumerate(camera_draws.split(CAMERA_DRAWS, 1)):
         if not waiting.numel():
             break
         stats["redrawn"] += int(waiting.numel()) if attempt else 0
-        # Draw for all views, so that one view's bad luck does not change the cameras of the others.
-        cameras = sample_cameras(median, novel.severity, count, generator)
-        transform[waiting] = fixed[waiting] @ cameras[waiting]
         rows = waiting.to(device)
-        rendered = _render_moved(renderer, transform[waiting].to(device), new_intrinsics[waiting].to(device), size)
-        out_image[rows], out_points[rows], out_mask[rows] = rendered
-        share = rendered[2].flatten(1).float().mean(1).cpu()
-        waiting = waiting[share < novel.minimum_known]
+        transform[rows] = fixed[rows] @ _cameras(median, novel.severity, draw[waiting]).to(device)
+        rendered = _render(renderer, image, ~mask, intrinsics, transform[rows], lens[rows], size)
+        out_image[rows], out_points[rows], out_mask[rows], negative[rows] = rendered
+        waiting = waiting[(out_mask | negative)[rows].flatten(1).float().mean(1).cpu() < novel.minimum_known]
     if waiting.numel():
         stats["identity"] = int(waiting.numel())
-        transform[waiting], moved[waiting] = fixed[waiting], False
+        transform[waiting.to(device)], moved[waiting] = fixed[waiting.to(device)], False
 
-    transform, new_intrinsics = transform.to(device), new_intrinsics.to(device)
     still = torch.nonzero(~moved)[:, 0].to(device)
     if still.numel():
         n = len(still)
-        out_image[still], out_points[still], out_mask[still] = warp_view(
-            image.expand(n, -1, -1, -1),
-            points.expand(n, -1, -1, -1),
-            surface.expand(n, -1, -1),
-            intrinsics.expand(n, 3, 3),
-            transform[still],
-            new_intrinsics[still],
-            size,
-        )
-    negative = _nothing_there(~mask, intrinsics.expand(count, 3, 3), transform, new_intrinsics, size) & ~out_mask
+        maps = image.expand(n, -1, -1, -1), points.expand(n, -1, -1, -1), surface.expand(n, -1, -1)
+        warped = warp_view(*maps, intrinsics.expand(n, 3, 3), fixed[still], lens[still], size)
+        out_image[still], out_points[still], out_mask[still] = warped
+        if not bool(mask.all()):
+            negative[still] = _sky_seen(~mask, intrinsics, fixed[still], lens[still], size)[0] & ~warped[2]
+
     out_points = torch.where(out_mask[..., None], out_points, torch.nan)
     if mirror_keeps_x:
-        sign = torch.where(mirrored, -1.0, 1.0).to(device)
-        out_points = out_points * torch.stack([sign, sign.abs(), sign.abs()], -1)[:, None, None, :]
-    colour = config.photometric
-    out_image = photometric(out_image, colour.severity, generator, colour.probability, colour.blur)
-    names = (("novel", moved), ("crop", cropped), ("mirror", mirrored))
+        wrong = out_points * MIRROR.diagonal()[:3].to(out_points)
+        out_points = torch.where(mirrored.to(device)[:, None, None, None], wrong, out_points)
+    out_image = recolour(out_image, colour.severity, colour_draws, colour.probability, colour.blur)
+    names = (("novel", moved), ("crop", cropped), ("mirror", mirrored), ("photometric", coloured))
     kind = ["+".join(name for name, which in names if bool(which[i])) or "whole" for i in range(count)]
-    return View(out_image, out_points, out_mask, negative, new_intrinsics, transform, kind, stats)
+    return View(out_image, out_points, out_mask, negative, lens, transform, kind, stats)
 
 
 def carry_back(view: View, predicted: Tensor, points: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
     """Bring predictions on the views back to the original camera.
 
     predicted (B,h,w,3): points in each view's camera; points (H,W,3): the geometry that says where each original pixel
-    lies in the view (for cameras that stay in place its depth does not matter). Returns points (B,H,W,3) in the
-    original camera and mask (B,H,W): inside the view and, where the target was rendered, not hidden there.
+    lies in the view, NaN where unknown (cameras that stay in place do not need it); intrinsics (3,3) of the original
+    camera. Returns points (B,H,W,3) in the original camera and mask (B,H,W): True where the pixel lies inside the
+    view, is not hidden there, and is not at a depth edge of the prediction, where interpolation would make up a point.
     """
-    placed = transform_points(points.expand(len(predicted), -1, -1, -1), view.transform[:, None, None])
-    uv = project(placed, view.intrinsics[:, None, None])
-    grid = torch.where(placed[..., 2:] > 1e-6, 2 * uv - 1, torch.tensor(9.0, device=uv.device)).nan_to_num(9.0)
+    batch, height, width = predicted.shape[:3]
+    known = torch.isfinite(points).all(-1) & (points[..., 2] > 0)
+    rays = unproject(torch.ones_like(points[..., 2]), intrinsics)
+    placed = transform_points(torch.where(known[..., None], points, rays), view.transform[:, None, None])
+    grid = torch.where(placed[..., 2:] > 1e-6, 2 * project(placed, view.intrinsics[:, None, None]) - 1, OUTSIDE)
+    # Beyond the outermost pixel centres there would be extrapolation.
+    inside = (grid.abs() <= 1 - 1 / torch.tensor([width, height]).to(grid) + 1e-5).all(-1)
+
     # Points over depth, and one over depth, are linear in the pixel on planes: interpolation is exact there.
-    z = predicted[..., 2:].clamp_min(1e-6)
-    packed = torch.cat([predicted / z, 1 / z], -1).permute(0, 3, 1, 2)
-    sampled = F.grid_sample(packed, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    sampled = sampled.permute(0, 2, 3, 1)
-    found = sampled[..., :3] / sampled[..., 3:]
-    inside = (grid.abs() <= 1).all(-1)
-    target = F.grid_sample(view.points[..., 2][:, None].nan_to_num(0.0), grid, mode="nearest", align_corners=False)[:, 0]
+    usable = torch.isfinite(predicted).all(-1) & (predicted[..., 2] > 0)
+    z = torch.where(usable, predicted[..., 2], 1.0)
+    packed = torch.cat([torch.where(usable[..., None], predicted, 0.0) / z[..., None], 1 / z[..., None]], -1)
+    sampled = F.grid_sample(packed.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=False)
+    found = (sampled[:, :3] / sampled[:, 3:]).permute(0, 2, 3, 1)
+
+    # Nearest and farthest of the four pixels around each position; an unknown one spoils both.
+    nearest = -F.max_pool2d(F.pad(-torch.where(usable, z, 0.0), (0, 1, 0, 1), mode="replicate"), 2, 1)
+    farthest = F.max_pool2d(F.pad(torch.where(usable, z, torch.inf), (0, 1, 0, 1), mode="replicate"), 2, 1)
+    column = ((grid[..., 0] + 1) * width / 2 - 0.5).clamp(0, width - 1).long()
+    row = ((grid[..., 1] + 1) * height / 2 - 0.5).clamp(0, height - 1).long()
+    place = (row * width + column).flatten(1)
+    smooth = (farthest <= nearest * (1 + EDGE_RTOL)).flatten(1).gather(1, place).reshape(batch, *points.shape[:2])
+
+    target = view.points[:, None, :, :, 2].nan_to_num(0.0)
+    surface = F.grid_sample(target, grid, mode="nearest", align_corners=False)[:, 0]
+    shown = known & (placed[..., 2] <= surface * (1 + OCCLUSION_TOLERANCE))
     moved = view.transform[:, :3, 3].abs().amax(-1)[:, None, None] > 0
-    hidden = placed[..., 2] > target * (1 + OCCLUSION_TOLERANCE)
-    return transform_points(found, torch.linalg.inv(view.transform)[:, None, None]), inside & ~(moved & hidden)
+    back = transform_points(found, torch.linalg.inv(view.transform)[:, None, None])
+    return back, inside & smooth & (~moved | shown)
 
 
-def cutmix(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """CutMix (Yun et al. 2019, as Depth Anything uses it): put a rectangle of each image's successor into it.
+def cutmix(view: View, other: View, generator: torch.Generator, probability: float = 1.0) -> tuple[Tensor, Tensor]:
+    """CutMix (Yun et al. 2019), as Depth Anything uses it: a rectangle of each image shows the other view.
 
-    images (B,3,h,w) -> mixed images and the region (B,h,w), True where the successor (i + 1 modulo B) shows. The
-    rectangle's area is uniform in 10 to 60 %. A loss is taken on both regions apart and weighted by area.
+    view and other: the same number B of views of one size (of two images, or of one: `view` with its rows rolled).
+    Returns the mixed images (B,3,h,w) and the region (B,h,w) bool, True where `other` shows. The student sees the
+    mixture; its loss is taken on each region with that view's target, aligned apart, and weighted by area. The
+    rectangle's area is uniform in 10 to 60 % of the image, its shape in 3:4 to 4:3 of the image's. With 1 -
+    `probability` a view stays as it is, and its region is empty.
     """
-    batch, _, height, width = images.shape
-    draws = torch.rand(batch, 4, generator=generator).to(images)
-    side = (0.1 + 0.5 * draws[:, 0]).sqrt()
-    stretch = (0.6 + 0.8 * draws[:, 1]).sqrt()
-    tall, wide = (side * stretch).clamp_max(0.95), (side / stretch).clamp_max(0.95)
+    draws = torch.rand(len(view.image), 5, generator=generator).to(view.image)
+    height, width = view.image.shape[-2:]
+    area, stretch = 0.1 + 0.5 * draws[:, 0], (4 / 3) ** (draws[:, 1] - 0.5)
+    tall, wide = area.sqrt() * stretch, area.sqrt() / stretch
     top, left = draws[:, 2] * (1 - tall), draws[:, 3] * (1 - wide)
-    y = ((torch.arange(height, device=images.device) + 0.5) / height)[None, :, None]
-    x = ((torch.arange(width, device=images.device) + 0.5) / width)[None, None, :]
-    inside_y = (y >= top[:, None, None]) & (y < (top + tall)[:, None, None])
-    region = inside_y & (x >= left[:, None, None]) & (x < (left + wide)[:, None, None])
-    return torch.where(region[:, None], images.roll(-1, 0), images), region
+    u, v = uv_map(height, width, device=draws.device, dtype=draws.dtype).unbind(-1)
+
+    def between(value: Tensor, start: Tensor, extent: Tensor) -> Tensor:
+        return (value >= start[:, None, None]) & (value < (start + extent)[:, None, None])
+
+    region = between(u, left, wide) & between(v, top, tall) & (draws[:, 4] < probability)[:, None, None]
+    return torch.where(region[:, None], other.image, view.image), region
