@@ -63,8 +63,9 @@ def experiment_from_parameters(parameters: dict[str, Any], profile: str | None =
 
 
 def use_threads(threads: int | None) -> None:
-    """Limit PyTorch to `threads` (None or 0: the cores this process may use)."""
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    """Limit PyTorch to `threads`; None or 0 leaves it as the environment (`OMP_NUM_THREADS`) has set it."""
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def open_samples(config: ExperimentConfig, shard: tuple[int, int] = (0, 1)) -> list[SampleSet]:
