@@ -1,0 +1,69 @@
+"""Paired statistics of per-sample differences: what a table of means cannot say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+def is_better_high(score: str) -> bool:
+    """Whether a larger value of this score is better (deltas and F1) or worse (errors)."""
+    return score.startswith("delta") or score.endswith("f1")
+
+
+def bootstrap_interval(values: np.ndarray, samples: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values` (N,); NaN for fewer than two values."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (samples, len(values)))].mean(1)
+    return tuple(float(v) for v in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+
+
+def paired_summary(gain: np.ndarray, tolerance: float = 1e-3, samples: int = 2000, seed: int = 0) -> dict[str, float]:
+    """Summary of per-sample gains (N,), positive where the sample improved.
+
+    count, mean with its bootstrap interval, improved / unchanged / worse at `tolerance`, best gain and worst loss,
+    p-values of the two-sided sign test (zeros dropped) and Wilcoxon signed-rank test; NaN where a test has no data.
+    """
+    gain = np.asarray(gain, dtype=float)
+    low, high = bootstrap_interval(gain, samples, seed=seed)
+    up, down = int((gain > 0).sum()), int((gain < 0).sum())
+    return {
+        "count": len(gain),
+        "mean": float(gain.mean()) if len(gain) else float("nan"),
+        "low": low,
+        "high": high,
+        "improved": int((gain > tolerance).sum()),
+        "unchanged": int((np.abs(gain) <= tolerance).sum()),
+        "worse": int((gain < -tolerance).sum()),
+        "best_gain": float(gain.max()) if len(gain) else float("nan"),
+        "worst_loss": float(gain.min()) if len(gain) else float("nan"),
+        "sign_p": float(stats.binomtest(up, up + down).pvalue) if up + down else float("nan"),
+        "wilcoxon_p": float(stats.wilcoxon(gain).pvalue) if up + down else float("nan"),
+    }
+
+
+def paired_gains(metrics: pd.DataFrame, metric: str, score: str, baseline: str = "original") -> pd.DataFrame:
+    """Per-sample gain of every experiment over `baseline`, both by their final predictions.
+
+    metrics: tidy rows (experiment, dataset, sample, prediction, metric, score, value). Returns experiment, dataset,
+    sample, before, after, gain (positive is better). Samples that one of the two lacks are left out.
+    """
+    rows = metrics[(metrics.metric == metric) & (metrics.score == score) & (metrics.prediction == "final")]
+    before = rows[rows.experiment == baseline].set_index(["dataset", "sample"])["value"].rename("before")
+    joined = rows.rename(columns={"value": "after"}).join(before, on=["dataset", "sample"], how="inner")
+    sign = 1.0 if is_better_high(score) else -1.0
+    joined["gain"] = sign * (joined["after"] - joined["before"])
+    columns = ["experiment", "dataset", "sample", "before", "after", "gain"]
+    return joined[columns].dropna(subset=["gain"]).sort_values(columns[:3]).reset_index(drop=True)
+
+
+def summarise(
+    gains: pd.DataFrame, tolerance: float = 1e-3, samples: int = 2000, by: tuple[str, ...] = ("experiment",)
+) -> pd.DataFrame:
+    """`paired_summary` for each group of `paired_gains` rows, one row a group."""
+    rows = []
+    for key, group in gains.groupby(list(by), sort=False):
+        rows.append({**dict(zip(by, key)), **paired_summary(group["gain"].to_numpy(), tolerance, samples)})
+    return pd.DataFrame(rows)
