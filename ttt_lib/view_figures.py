@@ -1,0 +1,91 @@
+"""Pictures of views: what the student sees, its target, and what the mask calls known."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ttt_lib.augment import View
+from ttt_lib.figures import inverse_depth, to_array
+
+UNKNOWN, SKY = (0.85, 0.1, 0.55), (0.45, 0.7, 0.95)
+
+
+def plot_row(pictures: dict[str, np.ndarray | Tensor], width: float = 2.6, **options) -> Figure:
+    """Pictures side by side under their titles: images (3,H,W), or maps (H,W) with `imshow` options for them."""
+    arrays = {
+        title: to_array(picture) if isinstance(picture, Tensor) and picture.ndim == 3 else np.asarray(picture)
+        for title, picture in pictures.items()
+    }
+    height = max(array.shape[0] / array.shape[1] for array in arrays.values()) * width + 0.3
+    figure, axes = plt.subplots(1, len(arrays), figsize=(width * len(arrays), height), squeeze=False)
+    for axis, (title, array) in zip(axes[0], arrays.items()):
+        axis.imshow(array, **(options if array.ndim == 2 else {}))
+        axis.set_title(title, fontsize=8)
+        axis.axis("off")
+    figure.tight_layout(pad=0.3)
+    plt.close(figure)
+    return figure
+
+
+def paint_mask(image: Tensor, known: Tensor, negative: Tensor | None = None) -> np.ndarray:
+    """The image (3,H,W) with unknown pixels painted magenta and sky (negative) pale blue: (H,W,3)."""
+    array = to_array(image).copy()
+    array[~known.cpu().numpy()] = UNKNOWN
+    if negative is not None:
+        array[(negative & ~known).cpu().numpy()] = SKY
+    return array
+
+
+def plot_views(view: View, titles: list[str] | None = None, width: float = 2.4) -> Figure:
+    """One column a view: image, inverse depth of the target, and known (as it is), sky (blue), unknown (magenta)."""
+    count, (height, wide) = len(view.image), view.image.shape[-2:]
+    figure, axes = plt.subplots(3, count, figsize=(width * count, 3 * width * height / wide + 0.4), squeeze=False)
+    for i in range(count):
+        negative = view.negative[i] if view.negative is not None else None
+        axes[0, i].imshow(to_array(view.image[i]))
+        axes[1, i].imshow(inverse_depth(view.points[i, ..., 2], view.mask[i]), cmap="magma", vmin=0, vmax=1)
+        axes[1, i].set_facecolor("0.5")
+        axes[2, i].imshow(paint_mask(view.image[i], view.mask[i], negative))
+        axes[0, i].set_title(titles[i] if titles else view.kind[i].replace("+photometric", "+colour"), fontsize=8)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis, name in zip(axes[:, 0], ("the student sees", "target, 1 / depth", "known")):
+        axis.set_ylabel(name, fontsize=8)
+    figure.tight_layout(pad=0.3)
+    plt.close(figure)
+    return figure
+
+
+def plot_from_above(clouds: dict[str, Tensor], title: str = "", most: int = 3000) -> Figure:
+    """Point maps (H,W,3) seen from above: x to the right, z away from the camera. Each under its own name."""
+    figure, axis = plt.subplots(figsize=(4.2, 3.4))
+    for (name, points), colour in zip(clouds.items(), ("tab:blue", "tab:red", "tab:green")):
+        cloud = points.reshape(-1, 3)[torch.isfinite(points).all(-1).reshape(-1)]
+        cloud = cloud[:: max(1, len(cloud) // most)].cpu()
+        axis.scatter(cloud[:, 0], cloud[:, 2], s=0.6, label=name, color=colour)
+    axis.set(xlabel="x", ylabel="z", title=title, aspect="equal")
+    axis.title.set_fontsize(9)
+    axis.legend(fontsize=8, markerscale=8, loc="upper right")
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def plot_costs(costs: pd.DataFrame, column: str = "loss") -> Figure:
+    """Mean over views of a score of `exact.compare_targets`, one bar a target; log scale."""
+    mean = costs.groupby("target", sort=False)[column].mean()
+    figure, axis = plt.subplots(figsize=(6, 0.4 * len(mean) + 0.8))
+    wrong = [any(word in name for word in ("kept", "plain", "no mask")) for name in mean.index]
+    axis.barh(mean.index, mean.clip(lower=1e-8), color=["tab:red" if bad else "tab:blue" for bad in wrong])
+    axis.set(xscale="log", xlabel=f"{column} of a perfect student")
+    axis.invert_yaxis()
+    axis.tick_params(labelsize=8)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
