@@ -180,8 +180,8 @@ class DataConfig(Section):
     severities: list[Severity] | None = None
 
     def options(self) -> dict[str, Any]:
-        """Only what was set, as keyword arguments for `data.open_dataset`."""
-        return self.model_dump(exclude_unset=True, exclude={"kind"})
+        """What differs from the defaults, as keyword arguments for `data.open_dataset`."""
+        return self.model_dump(exclude_defaults=True, exclude={"kind"})
 
 
 DEFAULT_LOSSES = {
