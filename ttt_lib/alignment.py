@@ -62,12 +62,13 @@ def _surviving_anchors(source: Tensor, target: Tensor, weight: Tensor) -> Tensor
     ends = torch.tensor([-1e4, -1e2, -1.0, 0.0, 1e4], dtype=torch.float64, device=x.device)
     grid = torch.cat([centre * 2.0**steps, centre * ends]).sort().values
     scale, value, slope = grid, *_objective(grid, x, y, w)
+    rounding = 1e-9 * float((w[:, None] * (y - y.median(0).values).abs()).sum())  # matters where the optimum is zero
     best = torch.inf
     for _ in range(6):
         smallest, place = value[:, usable].min(0)
         best = min(best, float(smallest.min()))
         bound = _lower_bounds(scale, value[:, usable], slope[:, usable])
-        usable = usable[bound <= best * (1 + SLACK)]
+        usable = usable[bound <= best + SLACK * abs(best) + rounding]
         if len(usable) <= ENOUGH:
             break
         at = int(value[:, usable].min(1).values.argmin())

@@ -153,9 +153,10 @@ def _prism(sides: Tensor, origin: Tensor, direction: Tensor) -> tuple[Tensor, Te
     normal, offset = sides[:, :, :2], sides[:, None, :, 2]
     along = direction[..., [0, 2]] @ normal.transpose(1, 2)
     distance = offset - origin[..., [0, 2]] @ normal.transpose(1, 2)
-    t = distance / torch.where(along.abs() < EPSILON, EPSILON, along)
-    t_in = torch.where(along < 0, t, -FAR).amax(-1)
-    t_out = torch.where(along > 0, t, FAR).amin(-1)
+    parallel = along.abs() < 1e-6
+    t = distance / torch.where(parallel, 1.0, along)
+    t_in = torch.where(parallel, torch.where(distance < 0, FAR, -FAR), torch.where(along < 0, t, -FAR)).amax(-1)
+    t_out = torch.where(parallel | (along < 0), FAR, t).amin(-1)
     return t_in, t_out
 
 

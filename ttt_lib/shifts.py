@@ -50,7 +50,7 @@ def motion_blur(image: Tensor, depth: Tensor, severity: int, generator: torch.Ge
     """The camera moved along a line: 1.5 % to 7 % of the image width, in a random direction."""
     length = _pick((0.015, 0.025, 0.037, 0.052, 0.07), severity) * image.shape[-1]
     angle = float(torch.rand((), generator=generator)) * np.pi
-    size = int(length) // 2 * 2 + 1
+    size = max(3, int(length) // 2 * 2 + 1)
     kernel = torch.zeros(size, size)
     for t in np.linspace(-1, 1, 4 * size):
         x, y = (round((size - 1) / 2 * (1 + t * f)) for f in (np.cos(angle), np.sin(angle)))

@@ -1,0 +1,108 @@
+"""Experiments and profiles: every file is valid, mistakes name file, key and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from ttt_lib.config import ExperimentConfig, build_experiment, load_experiment, load_profile, merge
+from ttt_lib.errors import UserError
+
+EXPERIMENTS = sorted((ROOT / "notebooks" / "experiments").glob("*.yaml"))
+PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))
+PUBLISHED = (
+    "original freeze_encoder unfreeze_encoder unfreeze_encoder_normal_loss unfreeze_encoderSGD "
+    "unfreeze_encoderSGD_lower_lr unfreeze_encoderSGD_higher_lr unfreeze_encoder_lower_lr unfreeze_encoder_higher_lr "
+    "unfreeze_encoder_shorter unfreeze_encoder_longer"
+).split()
+
+
+def test_all_published_rows_and_ours_are_there():
+    names = {path.stem for path in EXPERIMENTS}
+    assert set(PUBLISHED) <= names
+    assert {"control_lr0", "tta", "unfreeze_encoder_render", "freeze_encoder_render"} <= names
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_every_experiment_is_valid_under_every_profile(path, profile):
+    config = load_experiment(path, profile)
+    assert config.name == path.stem
+    assert ExperimentConfig.model_validate(config.as_parameters()) == config
+
+
+def test_settings_follow_the_paper():
+    rows = {path.stem: load_experiment(path) for path in EXPERIMENTS}
+    rate = {name: row.train.optimizer.learning_rate for name, row in rows.items()}
+    passes = {name: row.train.passes for name, row in rows.items()}
+    assert rate["unfreeze_encoder"] == 5e-4 and rate["unfreeze_encoder_lower_lr"] == 1e-5
+    assert rate["unfreeze_encoder_higher_lr"] == 1e-3 and rate["control_lr0"] == 0
+    assert (passes["unfreeze_encoder_shorter"], passes["unfreeze_encoder"], passes["unfreeze_encoder_longer"]) == (
+        256, 512, 1024,
+    )  # fmt: skip
+    assert rows["freeze_encoder"].train.parts == ["neck", "heads"]
+    assert rows["unfreeze_encoderSGD"].train.optimizer.name == "sgd"
+    assert rows["unfreeze_encoderSGD"].train.accumulation_mode == "sum"
+    assert all(row.train.batch_size == 2 and row.views.photometric.severity == 3 for row in rows.values())
+    assert all(row.train.accumulation == 32 for row in rows.values() if row.train.method == "ttt")
+
+
+def test_a_profile_keeps_the_relations_between_rows():
+    demo = ROOT / "notebooks" / "profiles" / "demo.yaml"
+    plain = {p.stem: load_experiment(p).train for p in EXPERIMENTS}
+    small = {p.stem: load_experiment(p, demo).train for p in EXPERIMENTS}
+    base = "unfreeze_encoder"
+    for name in ("unfreeze_encoder_shorter", "unfreeze_encoder_longer"):
+        assert small[name].passes / small[base].passes == plain[name].passes / plain[base].passes
+    for name in ("unfreeze_encoder_lower_lr", "unfreeze_encoder_higher_lr"):
+        before = plain[name].optimizer.learning_rate / plain[base].optimizer.learning_rate
+        after = small[name].optimizer.learning_rate / small[base].optimizer.learning_rate
+        assert after == pytest.approx(before)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"train": {"optimizer": {"lr": 3}}}, ["train.optimizer.lr", "unknown key", "learning_rate"]),
+        ({"train": {"passes": "many"}}, ["train.passes", "integer", "many"]),
+        ({"train": {"passes": -1}}, ["train.passes", "greater than or equal to 0"]),
+        ({"views": {"crop": {"scale": [0.9, 0.5]}}}, ["views.crop", "low <= high"]),
+        ({"teacher": {"ema_decay": 1.5}}, ["teacher.ema_decay", "less than or equal to 1"]),
+        ({"losses": {"globl": {}}}, ["losses.globl", "global"]),
+        ({"unknown": 1}, ["unknown", "allowed here", "train"]),
+    ],
+)
+def test_a_mistake_is_named_with_file_key_and_what_is_allowed(tmp_path, content, words):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"name": "mine", **content}))
+    with pytest.raises(UserError) as caught:
+        load_experiment(path)
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+
+
+def test_files_that_are_missing_or_not_yaml(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        load_experiment(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_experiment(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(UserError, match="keys and values"):
+        load_profile(tmp_path / "list.yaml")
+    (tmp_path / "a.yaml").write_text("name: b")
+    with pytest.raises(UserError, match="make them equal"):
+        load_experiment(tmp_path / "a.yaml")
+
+
+def test_merge_replaces_leaves_and_leaves_inputs_alone():
+    base, over = {"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"c": [2]}, "e": 3}
+    assert merge(base, over) == {"a": {"b": 1, "c": [2]}, "d": 2, "e": 3}
+    assert base == {"a": {"b": 1, "c": [1]}, "d": 2}
+
+
+def test_overrides_win_over_the_profile():
+    demo = load_profile(ROOT / "notebooks" / "profiles" / "demo.yaml")
+    config = build_experiment({"name": "x"}, demo, {"train": {"passes": 3}, "data": [{"kind": "synthetic"}]})
+    assert config.train.passes == 3 and [d.kind for d in config.data] == ["synthetic"]

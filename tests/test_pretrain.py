@@ -1,0 +1,109 @@
+"""Training of the base model: reproducible, resumable, and it learns; the bundled checkpoint and its card agree."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from ttt_lib import pretrain
+from ttt_lib.models import ASSETS, load_model
+
+SMALL = dict(batch_size=2, chunk_size=2, window=2, reuse=2.0, warmup=2, learning_rate=1e-3)
+
+
+@pytest.fixture
+def plain_chunks(monkeypatch):
+    """Chunks made in this process, small ones: training without waiting for another process to start."""
+    monkeypatch.setattr(pretrain, "SIZES", ((48, 64), (64, 48)))
+    monkeypatch.setattr(
+        pretrain.ChunkSource, "window",
+        lambda self, first, last: [pretrain.make_chunk(self.seed, i, self.size) for i in range(first, last + 1)],
+    )  # fmt: skip
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_chunks_depend_on_seed_and_number_alone():
+    first, again, other = (pretrain.make_chunk(*a) for a in ((0, 2, 1), (0, 2, 1), (0, 3, 1)))
+    assert np.array_equal(first.image, again.image) and np.array_equal(first.depth, again.depth)
+    assert first.image.shape != other.image.shape or not np.array_equal(first.image, other.image)
+
+
+def test_a_run_is_reproducible_and_resumes_to_the_same_weights(plain_chunks, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "new_model", lambda seed: _fresh(seed))
+    recipe = pretrain.Recipe(steps=6, **SMALL)
+    whole = pretrain.train(recipe, tmp_path / "a")
+    again = pretrain.train(recipe, tmp_path / "b")
+    assert torch.equal(weights(whole), weights(again))
+    pretrain.train(recipe, tmp_path / "c", stop_at=3, save_every=3)
+    resumed = pretrain.train(recipe, tmp_path / "c")
+    assert torch.equal(weights(whole), weights(resumed))
+    with pytest.raises(ValueError, match="another recipe"):
+        pretrain.train(pretrain.Recipe(steps=7, **SMALL), tmp_path / "a")
+
+
+_original_new_model = pretrain.new_model
+
+
+def _fresh(seed: int):
+    return _original_new_model(seed, imagenet=False)
+
+
+@pytest.mark.slow
+def test_a_short_training_lowers_the_loss(plain_chunks, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "new_model", lambda seed: _fresh(seed))
+    recipe = pretrain.Recipe(steps=75, **{**SMALL, "batch_size": 4, "chunk_size": 8, "reuse": 6.0})
+    pretrain.train(recipe, tmp_path)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_loss_knows_perfect_geometry_and_ignores_scale(picture):
+    depth = torch.where(picture.mask, picture.points[..., 2], torch.inf)
+    rays = torch.where(picture.mask[..., None], picture.points[..., :2] / picture.points[..., 2:], 0.0)
+    output = {
+        "points": picture.points.nan_to_num(1.0) * 0.3,
+        "mask": picture.mask.float(),
+        "metric_scale": torch.full((2,), 1 / 0.3),
+    }
+    loss, terms = pretrain.geometry_loss(output, depth, rays)
+    assert loss < 1e-3 and max(terms.values()) < 1e-3
+    wrong = dict(output, points=output["points"] * torch.tensor([1.0, 1.0, 1.5]))
+    assert pretrain.geometry_loss(wrong, depth, rays)[1]["ray"] > 0.05
+    assert pretrain.geometry_loss(dict(output, mask=1 - output["mask"]), depth, rays)[1]["mask"] > 1
+
+
+def test_camera_effects_keep_range_and_repeat(picture):
+    first, second = (pretrain.camera_effects(picture.image, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first, second) and first.min() >= 0 and first.max() <= 1
+    assert (first - picture.image).abs().mean() > 0.01
+
+
+def test_the_bundled_checkpoint_is_trained_small_and_described():
+    path = ASSETS / "tiny.pt"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    card = (ASSETS / "tiny.md").read_text(encoding="utf-8")
+    assert path.stat().st_size <= 25 * 2**20
+    assert re.search(r"SHA-256[^0-9a-f]*([0-9a-f]{64})", card).group(1) == digest
+    for word in ("seed", "steps", "Apache", "device", "limits", "motorcycle"):
+        assert word.lower() in card.lower()
+
+
+def test_the_bundled_model_beats_a_constant_plane_on_the_motorcycle():
+    from ttt_lib.data import open_dataset
+    from ttt_lib.metrics import evaluate
+    from ttt_lib.models import Prediction
+
+    model = load_model("tiny", "cpu", num_tokens=192)
+    for sample in open_dataset(kind="motorcycle").readable():
+        found = evaluate(model.predict(sample.image), sample)["depth_affine_invariant"]["delta1"]
+        plane = Prediction(None, torch.ones_like(sample.depth), None, None, "scale_invariant")
+        guess = evaluate(plane, sample)["depth_scale_invariant"]["delta1"]
+        assert found > guess + 0.1
