@@ -1,4 +1,4 @@
-"""Pictures of views: what the student sees, its target, and what the mask calls known."""
+"""Pictures of views: what the student sees, its target, what the mask calls known, and which views a run trains on."""
 
 from __future__ import annotations
 
@@ -9,10 +9,45 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ttt_lib.adapt import draw_views, make_renderer, sample_generator, working_image
 from ttt_lib.augment import View
+from ttt_lib.config import ExperimentConfig
+from ttt_lib.data import Sample
 from ttt_lib.figures import inverse_depth, to_array
+from ttt_lib.losses import compute_loss
+from ttt_lib.models import GeometryModel
 
 UNKNOWN, SKY = (0.85, 0.1, 0.55), (0.45, 0.7, 0.95)
+
+
+def first_views(network: GeometryModel, sample: Sample, config: ExperimentConfig, passes: int = 3) -> tuple[View, list]:
+    """The views of the first passes that `adapt` makes for this sample, and the loss of each pass before any training.
+
+    They are the same views, pixel by pixel, as long as the target is the original model's prediction, which it is
+    until its first refresh. The loss is computed because it takes numbers from the same generator.
+    """
+    image = working_image(sample.image.to(network.device), config.views.longest_side)
+    target = network.predict(image)
+    generator = sample_generator(config.seed, f"{sample.dataset}/{sample.name}")
+    renderer = make_renderer(config, image.device)
+    views, losses = [], []
+    for _ in range(passes):
+        view = draw_views(image, target, config, generator, renderer)
+        views.append(view)
+        if config.train.method != "tta":
+            with torch.no_grad():
+                output = network.forward(view.image)
+                loss, _ = compute_loss(output, view.points, view.negative, view.intrinsics, config.losses, generator)
+            losses.append(float(loss))
+    return join(views), losses
+
+
+def join(views: list[View]) -> View:
+    """Several batches of views as one, with their counts added."""
+    names = ("image", "points", "mask", "negative", "intrinsics", "transform")
+    joined = {name: torch.cat([getattr(view, name) for view in views]) for name in names}
+    stats = {key: sum(view.stats[key] for view in views) for key in views[0].stats}
+    return View(**joined, kind=[kind for view in views for kind in view.kind], stats=stats)
 
 
 def plot_row(pictures: dict[str, np.ndarray | Tensor], width: float = 2.6, **options) -> Figure:
@@ -64,14 +99,17 @@ def plot_views(view: View, titles: list[str] | None = None, width: float = 2.4) 
 
 def plot_from_above(clouds: dict[str, Tensor], title: str = "", most: int = 3000) -> Figure:
     """Point maps (H,W,3) seen from above: x to the right, z away from the camera. Each under its own name."""
-    figure, axis = plt.subplots(figsize=(4.2, 3.4))
+    figure, axis = plt.subplots(figsize=(4.5, 3.6))
     for (name, points), colour in zip(clouds.items(), ("tab:blue", "tab:red", "tab:green")):
         cloud = points.reshape(-1, 3)[torch.isfinite(points).all(-1).reshape(-1)]
         cloud = cloud[:: max(1, len(cloud) // most)].cpu()
-        axis.scatter(cloud[:, 0], cloud[:, 2], s=0.6, label=name, color=colour)
-    axis.set(xlabel="x", ylabel="z", title=title, aspect="equal")
+        axis.scatter(cloud[:, 0], cloud[:, 2], s=0.6, color=colour)
+        axis.plot([], [], "o", markersize=4, color=colour, label=name)
+    axis.plot(0, 0, "k^", markersize=6, label="camera")
+    axis.set(xlabel="x", ylabel="z", title=title)
+    axis.set_aspect("equal", adjustable="datalim")
     axis.title.set_fontsize(9)
-    axis.legend(fontsize=8, markerscale=8, loc="upper right")
+    axis.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     plt.close(figure)
     return figure

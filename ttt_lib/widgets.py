@@ -78,7 +78,7 @@ class ViewExplorer(ipywidgets.VBox):
         )
         spent = (time.perf_counter() - begun) * 1000 / self.count
         buffer = io.BytesIO()
-        plot_views(view).savefig(buffer, format="jpeg", dpi=90)
+        plot_views(view).savefig(buffer, format="jpeg", dpi=75)
         self.image.value = buffer.getvalue()
         known = ", ".join(f"{share:.0%}" for share in view.mask.flatten(1).float().mean(1).tolist())
         self.status.value = (
