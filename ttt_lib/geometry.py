@@ -33,9 +33,15 @@ def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
     return rays * depth[..., None]
 
 
+def _apply(matrix: Tensor, points: Tensor) -> Tensor:
+    """(..., 3, 3) times (..., 3), broadcast. Three multiply-adds: a small matrix product a point is far slower."""
+    x, y, z = points[..., :1], points[..., 1:2], points[..., 2:]
+    return matrix[..., 0] * x + matrix[..., 1] * y + matrix[..., 2] * z
+
+
 def project(points: Tensor, intrinsics: Tensor) -> Tensor:
     """Points (..., 3) to normalised image coordinates (..., 2). Behind the camera the result has no meaning."""
-    homogeneous = (intrinsics @ points[..., None])[..., 0]
+    homogeneous = _apply(intrinsics, points)
     return homogeneous[..., :2] / homogeneous[..., 2:]
 
 
@@ -77,7 +83,7 @@ def mirror_intrinsics(intrinsics: Tensor) -> Tensor:
 
 def transform_points(points: Tensor, transform: Tensor) -> Tensor:
     """Rigid motion (or reflection) of points (..., 3) by matrices (..., 4, 4)."""
-    return (transform[..., :3, :3] @ points[..., None])[..., 0] + transform[..., :3, 3]
+    return _apply(transform[..., :3, :3], points) + transform[..., :3, 3]
 
 
 def rotation_between(source: Tensor, target: Tensor) -> Tensor:
@@ -149,6 +155,23 @@ def depth_edges(depth: Tensor, mask: Tensor | None = None, rtol: float = EDGE_RT
     return utils3d.pt.depth_map_edge(depth, mask=mask, rtol=rtol)
 
 
+def broken_steps(inverse_depth: Tensor, known: Tensor, rtol: float = EDGE_RTOL) -> Tensor:
+    """Steps between neighbours along the last axis that cross a depth edge: (..., N) -> (..., N-1) bool.
+
+    A step is broken when the depths differ by more than `rtol` (the test of utils3d), unless it continues a plane seen
+    at a grazing angle: inverse depth is linear in the pixel on planes, so the two steps before and after are alike.
+    """
+    a, b = inverse_depth[..., :-1], inverse_depth[..., 1:]
+    step = b - a
+    large = torch.maximum(a, b) > torch.minimum(a, b) * (1 + rtol)
+    pair = known[..., :-1] & known[..., 1:]
+    step = torch.where(pair, step, torch.nan)
+    padded = F.pad(step, (2, 2), value=float("nan"))
+    around = torch.stack([padded[..., k : k + step.shape[-1]] for k in range(5)])
+    plane = (around - step).abs().amax(0) <= 0.3 * step.abs()  # NaN, at borders and unknown neighbours, is False
+    return large & ~plane | ~pair
+
+
 def warp_view(
     image: Tensor,
     points: Tensor,
@@ -167,7 +190,7 @@ def warp_view(
     Returns image (B,3,h,w), points (B,h,w,3) in the new camera, mask (B,h,w). The map between the images is a
     homography. Points are interpolated as p/z and 1/z, which are linear in the pixel wherever the surface is a plane,
     so planes are carried exactly. A pixel is unknown where it looks outside the original image, where one of its four
-    taps is unknown, or where these straddle a depth edge (nearest to farthest above 1 + `edge_rtol`).
+    taps is unknown, or where these straddle a depth edge (`broken_steps` with `edge_rtol`).
     """
     height, width = image.shape[-2:]
     rays = unproject(torch.ones(*size, device=image.device, dtype=points.dtype), new_intrinsics)
@@ -197,13 +220,15 @@ def warp_view(
     x0, y0 = column.floor().long(), row.floor().long()
     x1, y1 = (x0 + 1).clamp_max(width - 1), (y0 + 1).clamp_max(height - 1)
     batch = torch.arange(len(image), device=image.device)[:, None, None]
-    taps = torch.stack([z[batch, y0, x0], z[batch, y0, x1], z[batch, y1, x0], z[batch, y1, x1]])
+    # A step to the next column or row, False beyond the last one, where a tap meets itself.
+    across = F.pad(broken_steps(1 / z, known, edge_rtol), (0, 1))
+    down = F.pad(broken_steps((1 / z).mT, known.mT, edge_rtol), (0, 1)).mT
+    one_surface = ~(across[batch, y0, x0] | across[batch, y1, x0] | down[batch, y0, x0] | down[batch, y0, x1])
     all_known = known[batch, y0, x0] & known[batch, y0, x1] & known[batch, y1, x0] & known[batch, y1, x1]
-    smooth_there = taps.amax(0) <= taps.amin(0) * (1 + edge_rtol)
     # Half a pixel inside the frame: beyond the outermost centres there would be extrapolation.
     inside_x = (grid[..., 0].abs() <= 1 - 1 / width + 1e-5)
     inside_y = (grid[..., 1].abs() <= 1 - 1 / height + 1e-5)
-    result_mask = in_front & inside_x & inside_y & all_known & smooth_there
+    result_mask = in_front & inside_x & inside_y & all_known & one_surface
     moved = transform_points(found, transform[:, None, None])
     return warped, moved, result_mask
 

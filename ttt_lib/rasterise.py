@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ttt_lib.geometry import EDGE_RTOL, unproject
+from ttt_lib.geometry import EDGE_RTOL, broken_steps, unproject
 
 CHUNK = 4_000_000  # candidate (triangle, pixel) pairs at a time
 NEAR = 1e-3  # relative to the scene's nearest point
@@ -49,23 +49,6 @@ def _copy_border(map_: Tensor) -> Tensor:
     return torch.cat([map_[:, :1], map_, map_[:, -1:]], 1)
 
 
-def _broken_steps(inverse_depth: Tensor, known: Tensor, rtol: float) -> Tensor:
-    """Steps between neighbours along the last axis that cross a depth edge: (..., N) -> (..., N-1) bool.
-
-    A step is broken when the depths differ by more than `rtol` (the test of utils3d), unless it continues a plane seen
-    at a grazing angle: inverse depth is linear in the pixel on planes, so the two steps before and after are alike.
-    """
-    a, b = inverse_depth[..., :-1], inverse_depth[..., 1:]
-    step = b - a
-    large = torch.maximum(a, b) > torch.minimum(a, b) * (1 + rtol)
-    pair = known[..., :-1] & known[..., 1:]
-    step = torch.where(pair, step, torch.nan)
-    padded = torch.nn.functional.pad(step, (2, 2), value=float("nan"))
-    around = torch.stack([padded[..., k : k + step.shape[-1]] for k in range(5)])
-    plane = (around - step).abs().amax(0) <= 0.3 * step.abs()  # NaN, at borders and unknown neighbours, is False
-    return large & ~plane | ~pair
-
-
 def build_mesh(
     image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor | None = None, edge_rtol: float = EDGE_RTOL
 ) -> Mesh:
@@ -94,8 +77,8 @@ def build_mesh(
     vertices = (ray_wide / inverse_wide[..., None].clamp_min(1e-12)).reshape(-1, 3)
     colours = _copy_border(image.permute(1, 2, 0)).reshape(-1, 3)
 
-    broken_h = _broken_steps(inverse_wide, known_wide, edge_rtol)
-    broken_v = _broken_steps(inverse_wide.T, known_wide.T, edge_rtol).T
+    broken_h = broken_steps(inverse_wide, known_wide, edge_rtol)
+    broken_v = broken_steps(inverse_wide.T, known_wide.T, edge_rtol).T
     index = torch.arange(height * width, device=points.device).reshape(height, width)
     a, b, c, d = index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]
     upper, lower = torch.stack([a, b, c], -1).reshape(-1, 3), torch.stack([d, c, b], -1).reshape(-1, 3)

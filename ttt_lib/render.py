@@ -60,16 +60,17 @@ def _gl_device() -> int | None:
 
 
 def gl_renderer() -> Any:
-    """The `pyrender.OffscreenRenderer` of this process, made on first use; a forked child makes its own.
+    """The `pyrender.OffscreenRenderer` of this process, made on first use.
 
-    EGL is tried first, then OSMesa, unless `PYOPENGL_PLATFORM` chooses. Raises `UserError` when neither works.
+    EGL is tried first, then OSMesa, unless `PYOPENGL_PLATFORM` chooses. Raises `UserError` when neither works, and in
+    a child forked from a process that had a context: GL drivers do not survive a fork.
     """
     if _context.get("pid") == os.getpid():
         return _context["renderer"]
-    forked = bool(_context)
-    _context.clear()  # a parent's context cannot be used, and must not be freed, in a child
+    if _context:
+        raise UserError("backend 'pyrender': this process was forked from one that draws; start it by spawn, or use 'torch'.")
     wanted = os.environ.get("PYOPENGL_PLATFORM")
-    loaded = "OpenGL" in sys.modules or forked
+    loaded = "OpenGL" in sys.modules
     problems = []
     for platform in [wanted] if wanted else ["egl", "osmesa"]:
         os.environ["PYOPENGL_PLATFORM"] = platform
@@ -215,7 +216,7 @@ class NovelViewRenderer:
         mirrored = torch.linalg.det(transform[:, :3, :3]) < 0
         proper = torch.where(mirrored[:, None, None], MIRROR.to(transform) @ transform, transform)
         lens = torch.where(mirrored[:, None, None], mirror_intrinsics(intrinsics), intrinsics)
-        if self.backend == "torch":
+        if self.backend == "torch" or (self._scene is not None and self._scene.pid != os.getpid()):
             image, depth, mask = rasterise(self.mesh, proper, lens, size)
         else:
             image, depth, mask = self._render_gl(proper, lens, size)
@@ -227,7 +228,7 @@ class NovelViewRenderer:
         return RenderedView(image, points, mask, intrinsics, transform)
 
     def _render_gl(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        if self._scene is None or self._scene.pid != os.getpid():
+        if self._scene is None:
             self._scene = _GLScene(self.mesh)
         drawn = [
             self._scene.draw(t, k, size)
