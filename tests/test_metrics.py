@@ -1,0 +1,124 @@
+"""Scores equal MoGe's own, and the others equal numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from moge.test.metrics import compute_metrics
+
+from ttt_lib.data import Sample
+from ttt_lib.metrics import (
+    TABLE1_COLUMNS,
+    disparity_aligned_metrics,
+    evaluate,
+    mean_relative_improvement,
+    tidy_rows,
+    to_moge,
+    to_truth,
+    zoedepth_metrics,
+)
+from ttt_lib.models import Prediction
+
+
+@pytest.fixture(scope="module")
+def sample(picture) -> Sample:
+    mask = picture.mask[0]
+    segmentation = torch.zeros(mask.shape, dtype=torch.long)
+    segmentation[20:60, 30:90] = 1
+    return Sample(
+        "room", "made", picture.image[0], torch.where(mask, picture.points[0, ..., 2], torch.nan), picture.points[0], mask,
+        picture.intrinsics[0], True, True, segmentation, {"thing": 1},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prediction(sample) -> Prediction:
+    noise = 1 + 0.2 * torch.randn(sample.mask.shape, generator=torch.Generator().manual_seed(0))
+    points = sample.points.nan_to_num(5.0) * noise[..., None] * 1.3
+    return Prediction(points, points[..., 2].clone(), sample.mask, sample.intrinsics * 1.05, "metric")
+
+
+@pytest.mark.parametrize("kind", ["metric", "scale_invariant", "affine_invariant"])
+def test_equal_to_calling_moge_directly(sample, prediction, kind):
+    prediction = Prediction(prediction.points, prediction.depth, prediction.mask, prediction.intrinsics, kind)
+    named = {f"points_{kind}": prediction.points, f"depth_{kind}": prediction.depth, "intrinsics": prediction.intrinsics}
+    expected, _ = compute_metrics(named, to_truth(sample))
+    found = evaluate(prediction, sample)
+    for metric, scores in expected.items():
+        for score, value in scores.items():
+            assert found[metric][score] == pytest.approx(value, rel=1e-6, abs=1e-7), (metric, score)
+    assert {"local_points", "boundary", "fov_x"} <= found.keys()
+    if kind == "metric":
+        assert all(score in found[metric] for metric, score in TABLE1_COLUMNS)
+
+
+def test_disparity_models_are_scored_as_such(sample, prediction):
+    disparity = 3 / prediction.depth + 0.1
+    model = Prediction(None, None, prediction.mask, None, "disparity", disparity=disparity)
+    expected, _ = compute_metrics({"disparity_affine_invariant": disparity}, to_truth(sample))
+    assert evaluate(model, sample)["disparity_affine_invariant"] == expected["disparity_affine_invariant"]
+
+
+def test_the_prediction_is_not_changed(sample, prediction):
+    before = [t.clone() for t in (prediction.points, prediction.depth, prediction.intrinsics)]
+    evaluate(prediction, sample)
+    after = (prediction.points, prediction.depth, prediction.intrinsics)
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_scale_and_shift_invariance(sample, prediction):
+    base = evaluate(prediction, sample)
+    scaled = Prediction(prediction.points * 2.5, prediction.depth * 2.5, prediction.mask, prediction.intrinsics, "metric")
+    found = evaluate(scaled, sample)
+    for metric in ("depth_scale_invariant", "points_scale_invariant", "points_affine_invariant", "zoedepth"):
+        for score, value in found[metric].items():
+            assert value == pytest.approx(base[metric][score], rel=1e-3, abs=2e-3), metric
+    assert found["depth_metric"]["rel"] != pytest.approx(base["depth_metric"]["rel"], rel=0.01)
+
+
+def test_perfect_is_perfect(sample):
+    points = sample.points.nan_to_num(5.0)
+    found = evaluate(Prediction(points, points[..., 2], None, sample.intrinsics, "metric"), sample)
+    for metric, score in TABLE1_COLUMNS:
+        assert found[metric][score] == pytest.approx(1.0 if score == "delta1" else 0.0, abs=1e-4)
+
+
+def test_zoedepths_columns_by_hand():
+    truth, predicted = torch.tensor([1.0, 2.0, 4.0, 10.0]), torch.tensor([1.2, 2.0, 2.0, 16.0])
+    found = zoedepth_metrics(predicted, truth)
+    assert found["delta1"] == 0.5 and found["delta2"] == 0.5 and found["delta3"] == 0.75
+    assert found["abs_rel"] == pytest.approx((0.2 + 0 + 0.5 + 0.6) / 4, rel=1e-6)
+    assert found["rmse"] == pytest.approx(math.sqrt((0.04 + 0 + 4 + 36) / 4), rel=1e-6)
+    logs = [math.log10(1.2), 0, math.log10(2), math.log10(1.6)]
+    assert found["log10"] == pytest.approx(sum(logs) / 4, rel=1e-6)
+    natural = [math.log(1.2), 0, -math.log(2), math.log(1.6)]
+    mean = sum(natural) / 4
+    assert found["rmse_log"] == pytest.approx(math.sqrt(sum(x * x for x in natural) / 4), rel=1e-6)
+    assert found["silog"] == pytest.approx(100 * math.sqrt(sum((x - mean) ** 2 for x in natural) / 4), rel=1e-6)
+
+
+def test_disparity_alignment_undoes_scale_and_shift():
+    truth = torch.linspace(1, 20, 50)
+    found = disparity_aligned_metrics(5 / truth - 3, truth)
+    assert found["abs_rel"] == pytest.approx(0, abs=1e-4) and found["delta1"] == 1
+
+
+def test_mean_relative_improvement_by_hand():
+    baseline = {"a": {"delta1": 0.8, "rel": 0.2}, "b": {"delta1": 0.5, "rel": 0.4}}
+    scores = {"a": {"delta1": 0.88, "rel": 0.1}, "b": {"delta1": 0.5, "rel": 0.5}}
+    # delta1: (+10 % + 0 %) / 2 = 5 %; rel: (+50 % - 25 %) / 2 = 12.5 %
+    assert mean_relative_improvement(scores, baseline) == pytest.approx(8.75)
+
+
+def test_too_little_truth_gives_no_scores(sample, prediction):
+    empty = Sample("x", "y", sample.image, sample.depth, sample.points, torch.zeros_like(sample.mask), sample.intrinsics)
+    assert evaluate(prediction, empty) == {}
+    assert tidy_rows({}).columns.tolist() == ["metric", "score", "value"]
+
+
+def test_predictions_of_another_size_are_fitted(sample, prediction):
+    half = Prediction(prediction.points[::2, ::2], prediction.depth[::2, ::2], None, prediction.intrinsics, "metric")
+    assert to_moge(half, tuple(sample.mask.shape))["points_metric"].shape == sample.points.shape
+    assert len(tidy_rows(evaluate(half, sample))) > 12
