@@ -1,0 +1,115 @@
+"""The command: mistakes are one line and exit code 2, photographs become files, an ablation runs end to end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from moge.utils import io as moge_io
+from PIL import Image
+
+from ttt_lib.cli import choose_experiments, parse_data, parse_set
+from ttt_lib.data import open_dataset, write_moge_layout
+from ttt_lib.errors import UserError
+
+QUICK = ["--set", "model.num_tokens=48", "--set", "train.passes=2", "--set", "train.accumulation=1",
+         "--set", "losses.global.align_resolution=6", "--set", "views.longest_side=96"]  # fmt: skip
+
+
+def ttt(*arguments, timeout=240) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from ttt_lib.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ablation", "--experiments", "nonsense"], "nonsense"),
+        (["ablation", "--data", "/nowhere"], "/nowhere"),
+        (["ablation", "--profile", "fast"], "fast"),
+        (["ablation", "--set", "train.steps=3"], "train.steps"),
+        (["adapt", "x.png", "--model", "/nowhere.pt"], "/nowhere.pt"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, words):
+    done = ttt(*arguments)
+    assert done.returncode == 2 and words in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_parsing(tmp_path):
+    assert parse_set(["train.passes=4", "views.size=[8, 9]"]) == {"train": {"passes": 4}, "views": {"size": [8, 9]}}
+    with pytest.raises(UserError, match="--set train"):
+        parse_set(["train"])
+    assert parse_data(["motorcycle"]) == [{"kind": "motorcycle"}]
+    assert choose_experiments(None)[0].stem == "original" and len(choose_experiments("tta,original")) == 2
+    (tmp_path / "frame").mkdir()
+    (tmp_path / "frame" / "depth.png").touch()
+    with pytest.raises(UserError, match="index.txt is missing"):
+        parse_data([str(tmp_path)])
+
+
+def test_adapt_writes_what_it_promises_and_goes_on_after_a_bad_file(tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (90, 120), dtype=np.uint8)).save(tmp_path / "gray.png")
+    (tmp_path / "broken.jpg").write_text("no image")
+    done = ttt("adapt", tmp_path / "broken.jpg", tmp_path / "gray.png", "-o", tmp_path / "out", *QUICK)
+    assert done.returncode == 1 and "broken.jpg" in done.stderr and "Traceback" not in done.stderr
+    folder = tmp_path / "out" / "gray"
+    depth = np.load(folder / "depth.npy")
+    read = moge_io.read_depth(folder / "depth.png")
+    finite = np.isfinite(depth)
+    assert depth.shape == (90, 120) and np.allclose(read[finite], depth[finite], rtol=1e-3)
+    record = json.loads((folder / "record.json").read_text())
+    assert record["decision"] == "adapted" and record["settings"]["train"]["passes"] == 2 and record["seconds"] > 0
+    assert (folder / "cloud.ply").read_bytes()[:3] == b"ply" and (folder / "before_after.png").stat().st_size > 1000
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    """Two real frames and a broken one in the MoGe layout."""
+    folder = tmp_path_factory.mktemp("frames")
+    names = write_moge_layout(open_dataset(kind="motorcycle", width=128, height=88).readable(), folder)
+    (folder / "broken").mkdir()
+    (folder / ".index.txt").write_text("\n".join([names[0], "broken", names[1]]))
+    return folder
+
+
+@pytest.mark.slow
+def test_an_ablation_on_real_frames_end_to_end(frames, tmp_path):
+    arguments = ["ablation", "--data", frames, "--runs", tmp_path / "runs", "--workers", "1", "--no-views",
+                 "--experiments", "original,control_lr0,unfreeze_encoder", *QUICK]  # fmt: skip
+    done = ttt(*arguments, timeout=500)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "unfreeze_encoder" in done.stdout and "broken" in done.stdout and "\x1b" not in done.stdout
+    metrics = pd.read_csv(tmp_path / "runs" / "summary" / "metrics.csv")
+    assert set(metrics["sample"]) == {"motorcycle_left", "motorcycle_right"}
+    keys = ["dataset", "sample", "prediction", "metric", "score"]
+    rows = {name: g.sort_values(keys)["value"].to_numpy() for name, g in metrics.groupby("experiment")}
+    assert np.array_equal(rows["original"], rows["control_lr0"], equal_nan=True)
+    assert not np.array_equal(rows["original"], rows["unfreeze_encoder"], equal_nan=True)
+    assert {"depth_metric", "points_metric"} <= set(metrics.metric)  # the layout says that it is metric
+    for name in ("table1.csv", "table1.tex", "table1.md", "figure4.png", "report.html", "03_ablation.ipynb"):
+        assert (tmp_path / "runs" / "summary" / name).exists()
+    again = ttt(*arguments, timeout=500)
+    assert again.returncode == 0 and "3 of 3 jobs were done before" in again.stdout
+    # The same numbers from two shards.
+    done = ttt(*arguments[:4], tmp_path / "sharded", *arguments[5:], "--shards", "2", timeout=500)
+    assert done.returncode == 0, done.stderr
+    other = pd.read_csv(tmp_path / "sharded" / "summary" / "metrics.csv")
+    pd.testing.assert_frame_equal(metrics, other)
+
+
+def test_hard_subset(frames, tmp_path):
+    done = ttt("hard-subset", "--data", frames, "-o", tmp_path / "hard", "--metric", "depth_metric/delta1", "--below", "1.1",
+               "--count", "1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "hard" / ".index.txt").read_text().split()) == 1 and "broken" in done.stderr
+    (sample,) = open_dataset(kind="moge", path=tmp_path / "hard").readable()
+    assert torch.isfinite(sample.depth).any()

@@ -1,0 +1,148 @@
+"""Loading, predicting as MoGe does, choosing what trains, undoing it, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from moge.model.v1 import MoGeModel as MoGe1
+from moge.model.v2 import MoGeModel as MoGe2
+from PIL import Image
+
+from ttt_lib.errors import UserError
+from ttt_lib.models import load_model, restore, select_parameters, snapshot, weights_checksum
+
+
+def stack(first: int, out: int | None):
+    return {
+        "dim_in": [first, 2, 2, 2, 2] if out is None else [16, 8, 8, 8, 8], "dim_res_blocks": [16, 8, 8, 8, 8],
+        "dim_out": [None] * 4 + [out], "resamplers": ["bilinear"] * 4, "num_res_blocks": 0, "res_block_hidden_norm": "layer_norm",
+    }  # fmt: skip
+
+
+V2 = {
+    "encoder": {"backbone": "dinov2_vits14", "intermediate_layers": 2, "dim_out": 16},
+    "neck": stack(18, None), "points_head": stack(18, 3), "mask_head": stack(18, 1),
+    "scale_head": {"dims": [384, 8, 1]}, "remap_output": "exp", "num_tokens_range": [48, 100],
+}  # fmt: skip
+V1 = {"encoder": "dinov2_vits14", "intermediate_layers": 1, "dim_proj": 32, "dim_upsample": [32, 32, 32], "dim_times_res_block_hidden": 1,
+      "num_res_blocks": 1, "last_conv_channels": 32, "remap_output": "exp", "num_tokens_range": [48, 100]}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["v2", "v1"])
+def real_moge(request, tmp_path_factory):
+    """MoGe's real classes with a ViT-S encoder and small heads, random weights, saved as their checkpoints are."""
+    torch.manual_seed(0)
+    network, config = (MoGe2(**V2), V2) if request.param == "v2" else (MoGe1(**V1), V1)
+    path = tmp_path_factory.mktemp("moge") / "model.pt"
+    torch.save({"model_config": config, "model": network.state_dict()}, path)
+    return network.eval(), path, request.param
+
+
+def test_moge_1_and_2_load_and_predict_as_moge_does(real_moge, picture):
+    network, path, version = real_moge
+    model = load_model(str(path), "cpu", num_tokens=48)
+    assert model.kind == ("metric" if version == "v2" else "scale_invariant")
+    image = picture.image[0][:, :, :100]  # not the shape of the token grid
+    expected = network.infer(image, num_tokens=48, apply_mask=False, use_fp16=False)
+    found = model.predict(image)
+    for key in ("points", "depth", "intrinsics", "mask"):
+        assert torch.equal(getattr(found, key), expected[key]), key
+    assert not found.points.is_inference()
+    output = model.forward(picture.image)
+    select_parameters(model, ["heads"])
+    output = model.forward(picture.image)
+    output["points"].sum().backward()
+    groups = model.parameter_groups()
+    assert any(p.grad is not None for _, p in groups["heads"]) and all(p.grad is None for _, p in groups["encoder"])
+    assert bool(groups["neck"]) == (version == "v2") and groups["norms"]
+    names = [name for part in ("encoder", "neck", "heads") for name, _ in groups[part]]
+    assert sorted(names) == sorted(name for name, _ in model.network.named_parameters())
+
+
+def test_the_small_model_is_moge_2s_forward(tiny, picture):
+    assert isinstance(tiny.network, MoGe2) and tiny.network.forward.__func__ is MoGe2.forward
+    one, batch = tiny.predict(picture.image[1]), tiny.predict(picture.image)
+    assert batch.points.shape == (2, 96, 128, 3) and batch.mask.dtype == torch.bool
+    assert torch.allclose(batch.depth[1], one.depth, rtol=1e-3)
+    assert torch.equal(one.depth, one.points[..., 2])
+    tiny.network.train()
+    norms = [m for m in tiny.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and not any(m.training for m in norms)
+
+
+def test_select_snapshot_restore(tiny):
+    before = weights_checksum(tiny)
+    chosen = select_parameters(tiny, ["neck", "*.bias"])
+    assert {n for n, p in tiny.network.named_parameters() if p.requires_grad} == {n for n, _ in chosen}
+    saved = snapshot(tiny, chosen)
+    with torch.no_grad():
+        for _, parameter in chosen:
+            parameter.add_(torch.randn_like(parameter))
+        for buffer in tiny.network.buffers():
+            buffer.add_(1)
+    assert weights_checksum(tiny) != before
+    restore(tiny, saved)
+    assert weights_checksum(tiny) == before
+    with pytest.raises(UserError, match="'tail'.*encoder, neck, heads, norms"):
+        select_parameters(tiny, ["tail"])
+
+
+def test_a_local_checkpoint_of_the_small_network(untrained_checkpoint):
+    model = load_model(str(untrained_checkpoint), "cpu")
+    assert model.kind == "metric" and model.name == str(untrained_checkpoint)
+
+
+@pytest.fixture
+def wrong_files(tmp_path, untrained_checkpoint):
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    torch.save({"a": torch.ones(1)}, tmp_path / "dictionary.pt")
+    torch.save({"model_config": {"architecture": "tiny"}, "model": {}}, tmp_path / "config.pt")
+    whole = torch.load(untrained_checkpoint, weights_only=True)
+    whole["model"].pop(next(iter(whole["model"])))
+    torch.save(whole, tmp_path / "lacks.pt")
+    (tmp_path / "truncated.pt").write_bytes(untrained_checkpoint.read_bytes()[:100_000])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("image.png", "not a readable checkpoint"), ("truncated.pt", "truncated"), ("empty.pt", "not a readable"),
+        ("dictionary.pt", "model_config"), ("config.pt", "not a MoGe checkpoint"), ("lacks.pt", "lacks 1 of its weights"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_one_sentence(wrong_files, file, words):
+    with pytest.raises(UserError, match=words) as caught:
+        load_model(str(wrong_files / file), "cpu")
+    assert str(wrong_files / file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unknown_names_and_an_unreachable_hub(monkeypatch):
+    with pytest.raises(UserError, match="neither 'tiny'"):
+        load_model("huge", "cpu")
+    with pytest.raises(UserError, match="neither 'tiny'"):
+        load_model("/nowhere/model.pt", "cpu")
+    with pytest.raises(UserError, match="model.device: 'cuda:99'"):
+        load_model("tiny", "cuda:99")
+    code = (
+        "from ttt_lib.models import load_model\nfrom ttt_lib.errors import UserError\n"
+        "try: load_model('Ruicheng/moge-2-vits-normal', 'cpu')\nexcept UserError as e: print(e)"
+    )
+    environment = {**__import__("os").environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/tmp/no-such-cache"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "cannot be reached" in done.stdout and "pass its path" in done.stdout, done.stderr
+
+
+def test_a_torchvision_that_cannot_be_imported_counts_as_absent(tmp_path):
+    """A package that raises on import, as PyPI's CUDA build does beside a CPU torch, must not break transformers."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    code = "import ttt_lib.models, sys; assert sys.modules['torchvision'] is None\n" \
+           "from transformers import AutoModelForDepthEstimation; print('fine')"  # fmt: skip
+    environment = {**__import__("os").environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    assert "fine" in done.stdout, done.stderr[-2000:]
