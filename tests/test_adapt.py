@@ -129,8 +129,12 @@ def test_only_the_named_parts_train(tiny, image):
 def test_sum_is_accumulation_times_mean(tiny, image):
     """For SGD, summed gradients with rate r move the weights like averaged ones with rate r times the passes."""
     small = {"name": "sgd", "weight_decay": 0.0}
-    summed = adapt(tiny, image, config(train={"accumulation_mode": "sum", "optimizer": {**small, "learning_rate": 1e-4}}))
-    mean = adapt(tiny, image, config(train={"accumulation_mode": "mean", "optimizer": {**small, "learning_rate": 2e-4}}))
+    summed = adapt(
+        tiny, image, config(train={"accumulation_mode": "sum", "optimizer": {**small, "learning_rate": 1e-4}})
+    )
+    mean = adapt(
+        tiny, image, config(train={"accumulation_mode": "mean", "optimizer": {**small, "learning_rate": 2e-4}})
+    )
     assert torch.allclose(summed.final.depth, mean.final.depth, rtol=1e-4)
 
 
@@ -138,7 +142,9 @@ def test_the_teacher_lags_behind_the_student(tiny, image):
     teacher = {"ema_decay": 0.9, "refresh_every": 1}
     student = adapt(tiny, image, config(teacher=teacher))
     slow = adapt(tiny, image, config(teacher=teacher, train={"predict_with": "teacher"}))
-    frozen = adapt(tiny, image, config(teacher={"ema_decay": 1.0, "refresh_every": 1}, train={"predict_with": "teacher"}))
+    frozen = adapt(
+        tiny, image, config(teacher={"ema_decay": 1.0, "refresh_every": 1}, train={"predict_with": "teacher"})
+    )
 
     def moved(result):
         return float((result.final.depth - result.original.depth).abs().mean())

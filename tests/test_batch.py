@@ -29,7 +29,9 @@ header = "experiment,dataset,sample,prediction,metric,score,value"
 Path(output_dir, "metrics.csv").write_text("\\n".join([header, *rows]) + "\\n")
 Path(output_dir, "samples.csv").write_text("experiment,dataset,sample,seconds\\n")
 """
-PARAMETERS = 'name = ""\nmode = ""\nmarker = ""\npause = 0.0\noutput_dir = ""\nshard_index = 0\nshard_count = 1\nthreads = 0'
+PARAMETERS = (
+    'name = ""\nmode = ""\nmarker = ""\npause = 0.0\noutput_dir = ""\nshard_index = 0\nshard_count = 1\nthreads = 0'
+)
 
 
 @pytest.fixture
@@ -87,7 +89,9 @@ def test_a_failing_notebook_is_reported_kept_and_repeated_alone(notebook, tmp_pa
     jobs = [job(notebook, "bad", mode=mode, marker=str(marker)), job(notebook, "good")]
     bad, good = run_jobs(jobs, runs, announce=lambda _: None)
     assert bad.status == "failed" and words in bad.reason and "\n" not in bad.reason and good.status == "done"
-    assert (runs / "failed" / "bad" / "000-of-001" / "work.ipynb").exists() and not (runs / "bad" / "000-of-001").exists()
+    assert (runs / "failed" / "bad" / "000-of-001" / "work.ipynb").exists() and not (
+        runs / "bad" / "000-of-001"
+    ).exists()
     marker.touch()
     assert statuses(run_jobs(jobs, runs, announce=lambda _: None)) == ["done", "skipped"]
 

@@ -86,7 +86,10 @@ BREAK = {
     "another size": (lambda f: moge_io.write_depth(f / "depth.png", np.ones((6, 9), np.float32)), "depth.png"),
     "missing meta": (lambda f: (f / "meta.json").unlink(), "meta.json"),
     "no intrinsics": (lambda f: (f / "meta.json").write_text("{}"), "meta.json"),
-    "nan intrinsics": (lambda f: (f / "meta.json").write_text('{"intrinsics": [[NaN,0,0],[0,1,0],[0,0,1]]}'), "meta.json"),
+    "nan intrinsics": (
+        lambda f: (f / "meta.json").write_text('{"intrinsics": [[NaN,0,0],[0,1,0],[0,0,1]]}'),
+        "meta.json",
+    ),
     "bad json": (lambda f: (f / "meta.json").write_text("{"), "meta.json"),
 }
 
@@ -131,7 +134,9 @@ def test_writing_and_reading_back(tmp_path, picture):
     raw = moge_layout.read_raw(tmp_path / "room")
     assert np.isnan(raw.depth[:4]).all()
     finite = np.isfinite(depth.numpy())
-    assert np.array_equal(np.isfinite(raw.depth), finite) and np.array_equal(np.isinf(raw.depth), np.isinf(depth.numpy()))
+    assert np.array_equal(np.isfinite(raw.depth), finite) and np.array_equal(
+        np.isinf(raw.depth), np.isinf(depth.numpy())
+    )
     assert np.allclose(raw.depth[finite], depth.numpy()[finite], rtol=1e-3)
     again = open_dataset(kind="moge", path=tmp_path)[0]
     assert again.is_metric and again.image.shape == sample.image.shape

@@ -43,7 +43,11 @@ def prediction(sample) -> Prediction:
 @pytest.mark.parametrize("kind", ["metric", "scale_invariant", "affine_invariant"])
 def test_equal_to_calling_moge_directly(sample, prediction, kind):
     prediction = Prediction(prediction.points, prediction.depth, prediction.mask, prediction.intrinsics, kind)
-    named = {f"points_{kind}": prediction.points, f"depth_{kind}": prediction.depth, "intrinsics": prediction.intrinsics}
+    named = {
+        f"points_{kind}": prediction.points,
+        f"depth_{kind}": prediction.depth,
+        "intrinsics": prediction.intrinsics,
+    }
     expected, _ = compute_metrics(named, to_truth(sample))
     found = evaluate(prediction, sample)
     for metric, scores in expected.items():
@@ -70,7 +74,9 @@ def test_the_prediction_is_not_changed(sample, prediction):
 
 def test_scale_and_shift_invariance(sample, prediction):
     base = evaluate(prediction, sample)
-    scaled = Prediction(prediction.points * 2.5, prediction.depth * 2.5, prediction.mask, prediction.intrinsics, "metric")
+    scaled = Prediction(
+        prediction.points * 2.5, prediction.depth * 2.5, prediction.mask, prediction.intrinsics, "metric"
+    )
     found = evaluate(scaled, sample)
     for metric in ("depth_scale_invariant", "points_scale_invariant", "points_affine_invariant", "zoedepth"):
         for score, value in found[metric].items():
@@ -113,7 +119,9 @@ def test_mean_relative_improvement_by_hand():
 
 
 def test_too_little_truth_gives_no_scores(sample, prediction):
-    empty = Sample("x", "y", sample.image, sample.depth, sample.points, torch.zeros_like(sample.mask), sample.intrinsics)
+    empty = Sample(
+        "x", "y", sample.image, sample.depth, sample.points, torch.zeros_like(sample.mask), sample.intrinsics
+    )
     assert evaluate(prediction, empty) == {}
     assert tidy_rows({}).columns.tolist() == ["metric", "score", "value"]
 

@@ -140,7 +140,9 @@ def test_unknown_names_and_an_unreachable_hub(monkeypatch):
 def test_a_torchvision_that_cannot_be_imported_counts_as_absent(tmp_path):
     """A package that raises on import, as PyPI's CUDA build does beside a CPU torch, must not break transformers."""
     (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
     code = "import ttt_lib.models, sys; assert sys.modules['torchvision'] is None\n" \
            "from transformers import AutoModelForDepthEstimation; print('fine')"  # fmt: skip
     environment = {**__import__("os").environ, "PYTHONPATH": str(tmp_path)}

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from ttt_lib.augment import sample_cameras
 from ttt_lib.errors import UserError
 from ttt_lib.geometry import MIRROR, mirror_points, project, transform_points
-from ttt_lib.raycast import draw
 from ttt_lib.rasterise import build_mesh
+from ttt_lib.raycast import draw
 from ttt_lib.render import NovelViewRenderer, gl_renderer
 from ttt_lib.synthetic import KINDS, make_scenes
 from ttt_lib.synthetic import sample_cameras as scene_cameras
@@ -132,7 +132,9 @@ def test_a_cube_before_a_wall_leaves_a_shadow_and_no_rubber_sheet(backend):
     depth = torch.full(size, 4.0)
     depth[20:40, 30:50] = 2.0
     renderer = NovelViewRenderer(backend)
-    renderer.set_scene(torch.rand(3, *size), unproject(depth, intrinsics), torch.ones(size, dtype=torch.bool), intrinsics)
+    renderer.set_scene(
+        torch.rand(3, *size), unproject(depth, intrinsics), torch.ones(size, dtype=torch.bool), intrinsics
+    )
     move = torch.eye(4)
     move[0, 3] = -0.4
     view = renderer.render(move[None], intrinsics[None], size)
@@ -213,7 +215,9 @@ def _memory_growth(count: int, scenes: int, backend: str) -> float:
     def some(times: int) -> None:
         for _ in range(times):
             depth = 2 + torch.rand(60, 60, generator=generator)
-            renderer.set_scene(torch.rand(3, 60, 60), unproject(depth, intrinsics), torch.ones(60, 60, dtype=torch.bool))
+            renderer.set_scene(
+                torch.rand(3, 60, 60), unproject(depth, intrinsics), torch.ones(60, 60, dtype=torch.bool)
+            )
             for move in moves:
                 renderer.render(move[None], intrinsics[None], (60, 60))
 

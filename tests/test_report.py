@@ -29,7 +29,9 @@ def runs_folder(tmp_path_factory):
                 for (metric, score), value in zip(report.TABLE1_COLUMNS, base[i]):
                     gain = (shift if score == "delta1" else -shift) * (1 if i else -1)
                     for prediction, number in (("original", value), ("final", value + gain)):
-                        rows.append({**identity, "prediction": prediction, "metric": metric, "score": score, "value": number})
+                        rows.append(
+                            {**identity, "prediction": prediction, "metric": metric, "score": score, "value": number}
+                        )
                 times.append({**identity, "seconds": 1.0 + i, "decision": "adapted"})
                 steps += [{**identity, "step": k, "passes": 2 * k, "loss": 1 / k} for k in (1, 2)]
                 np.savez(
@@ -126,11 +128,13 @@ def test_the_report_is_computed_from_the_files_beside_it(runs_folder, tmp_path):
         assert table.loc[experiment, f"{metric}_{score}"] == pytest.approx(value)
         assert f"{value:.2f}" in text and f"{value:.2f}" in files["markdown"].read_text(encoding="utf-8")
     paired = pd.read_csv(files["paired"])
-    row = paired[(paired.experiment == "unfreeze_encoder") & (paired.metric == "depth_metric") & (paired.score == "rel")]
+    row = paired[
+        (paired.experiment == "unfreeze_encoder") & (paired.metric == "depth_metric") & (paired.score == "rel")
+    ]
     assert row["mean"].item() == pytest.approx(0.03)
     for name in ("figure4", "loss_curves", "pareto", "gallery", "latex"):
         assert files[name].stat().st_size > 100
-    assert "src=\"http" not in text and "cdn.plot.ly" not in text.split("<script")[0]
+    assert 'src="http' not in text and "cdn.plot.ly" not in text.split("<script")[0]
     assert text.count("data:image/png;base64") >= 4 and "Plotly.newPlot" in text
 
 

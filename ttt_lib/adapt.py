@@ -168,7 +168,9 @@ def _dump(folder: Path, step: int, view: View, output: dict[str, Tensor]) -> Non
         np.save(folder / f"{step}_{i}_points.npy", output["points"][i].detach().float().cpu().numpy())
 
 
-def _select(output: dict[str, Any], view: View, rows: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
+def _select(
+    output: dict[str, Any], view: View, rows: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
     """The rows of the batch that reach the loss: outputs, targets, intrinsics, negatives."""
     chosen = {key: value[rows] for key, value in output.items() if value is not None}
     negative = view.negative[rows] if view.negative is not None else None
@@ -227,7 +229,9 @@ def train_student(
                 continue
 
             trained = [p for p in parameters if p.grad is not None]
-            norm = nn.utils.clip_grad_norm_(trained, train.gradient_clip or float("inf")) if trained else torch.zeros(())
+            norm = (
+                nn.utils.clip_grad_norm_(trained, train.gradient_clip or float("inf")) if trained else torch.zeros(())
+            )
             entry = {key: float(value) / in_step for key, value in sums.items()}
             entry = {"step": len(result.history) + 1, "passes": i + 1, **entry, "gradient_norm": float(norm)}
             if not np.isfinite(entry.get("loss", 0.0)) or not np.isfinite(entry["gradient_norm"]):

@@ -96,7 +96,12 @@ def _align_anchored(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Ten
     best = torch.nonzero(loss == loss.min())[-1, 0]  # the last of equals, as moge's scatter_min takes it
     anchor, second = anchors[best], index[best]
     first = anchor * points + second % points
-    x1, y1, x2, y2 = source.flatten()[first], target.flatten()[first], source.flatten()[second], target.flatten()[second]
+    x1, y1, x2, y2 = (
+        source.flatten()[first],
+        target.flatten()[first],
+        source.flatten()[second],
+        target.flatten()[second],
+    )
     fallback = 1.0 if points > 1 else 1e-7  # of the two functions that this must agree with
     scale = (y2 - y1) / torch.where(x2 != x1, x2 - x1, fallback)
     return scale, target[anchor] - scale * source[anchor]

@@ -312,9 +312,13 @@ def _open_client(workers: int, scheduler: str | None, cluster_file: str | None, 
                 raise UserError('--cluster: needs dask-jobqueue; `pip install -e ".[cluster]"`.') from error
             try:
                 settings = yaml.safe_load(Path(cluster_file).read_text(encoding="utf-8"))
-                cluster = getattr(dask_jobqueue, settings.pop("class", "SLURMCluster"))(**settings.pop("options", settings))
+                cluster = getattr(dask_jobqueue, settings.pop("class", "SLURMCluster"))(
+                    **settings.pop("options", settings)
+                )
             except (OSError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
-                raise UserError(f"--cluster {cluster_file}: {_one_line(error)}; it holds `class` and `options`.") from error
+                raise UserError(
+                    f"--cluster {cluster_file}: {_one_line(error)}; it holds `class` and `options`."
+                ) from error
             cluster.scale(jobs=workers)
             client = Client(cluster)
         else:
@@ -378,7 +382,8 @@ def run_jobs(
         left = (time.time() - begun) / ended * (total - ended)
         announce(
             f"[{len(outcomes)}/{len(jobs)}] {outcome.status:7s} {job.experiment} {job.shard}: {job.samples} samples, "
-            f"{outcome.seconds:.0f} s; about {left / 60:.1f} min left" + (f"\n  {outcome.reason}" if outcome.reason else "")
+            f"{outcome.seconds:.0f} s; about {left / 60:.1f} min left"
+            + (f"\n  {outcome.reason}" if outcome.reason else "")
         )
 
     if waiting and workers <= 1 and not scheduler and not cluster_file:

@@ -12,7 +12,9 @@ import typer
 
 from ttt_lib.errors import UserError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
+)
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 BUILT_IN = ("motorcycle", "synthetic", "shifted")
 
@@ -132,7 +134,12 @@ def make_jobs(
 
 @app.command()
 def ablation(
-    data: Annotated[list[str] | None, typer.Option(help="MoGe-layout folder, JSON of sets, image folder, or motorcycle | synthetic | shifted; may repeat. Default: the profile's.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="MoGe-layout folder, JSON of sets, image folder, or motorcycle | synthetic | shifted; may repeat. Default: the profile's."
+        ),
+    ] = None,
     profile: Annotated[str, typer.Option(help="demo, paper, as_released, or a YAML file.")] = "demo",
     experiments: Annotated[str | None, typer.Option(help="Names, separated by commas. Default: all.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs"),
@@ -161,7 +168,10 @@ def ablation(
     for outcome in failed:
         print(f"failed: {outcome.experiment} {outcome.shard}: {outcome.reason}", file=sys.stderr)
     if failed:
-        print(f"{len(failed)} of {len(outcomes)} jobs failed; the same command does only what is missing.", file=sys.stderr)
+        print(
+            f"{len(failed)} of {len(outcomes)} jobs failed; the same command does only what is missing.",
+            file=sys.stderr,
+        )
         raise typer.Exit(1)
 
 

@@ -181,7 +181,9 @@ def read_photo(path: str | Path) -> Tensor:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: the image is damaged or too large ({str(error).splitlines()[0]}).") from error
     if min(array.shape[:2]) < 16:
-        raise UserError(f"{path}: the image has {array.shape[1]} x {array.shape[0]} pixels; at least 16 x 16 are needed.")
+        raise UserError(
+            f"{path}: the image has {array.shape[1]} x {array.shape[0]} pixels; at least 16 x 16 are needed."
+        )
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 

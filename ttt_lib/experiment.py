@@ -47,7 +47,9 @@ def resolve_profile(profile: str | None) -> Path | None:
     path = NOTEBOOKS / "profiles" / f"{profile}.yaml"
     if not path.exists():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise UserError(f"profile {profile!r}: there is no such profile; there are {known}, or give the path of a file.")
+        raise UserError(
+            f"profile {profile!r}: there is no such profile; there are {known}, or give the path of a file."
+        )
     return path
 
 
@@ -172,7 +174,9 @@ def run_experiment(
                 if result.adapted is not None and result.adapted is not result.final:
                     add("metrics", _rows(config.name, sample, "adapted", result.adapted))
         except torch.OutOfMemoryError:
-            left_out.append((sample.dataset, sample.name, "out of memory: lower views.longest_side or train.batch_size"))
+            left_out.append(
+                (sample.dataset, sample.name, "out of memory: lower views.longest_side or train.batch_size")
+            )
             continue
         finally:
             bar.update()

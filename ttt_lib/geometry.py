@@ -210,7 +210,9 @@ def warp_view(
     known = mask & torch.isfinite(points).all(-1) & (points[..., 2] > 0)
     z = torch.where(known, points[..., 2], torch.ones_like(points[..., 2]))
     packed = torch.cat([torch.where(known[..., None], points, 0.0) / z[..., None], 1 / z[..., None]], -1)
-    sampled = F.grid_sample(packed.permute(0, 3, 1, 2), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    sampled = F.grid_sample(
+        packed.permute(0, 3, 1, 2), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
     sampled = sampled.permute(0, 2, 3, 1)
     found = sampled[..., :3] / sampled[..., 3:].clamp_min(1e-12)
 
@@ -226,8 +228,8 @@ def warp_view(
     one_surface = ~(across[batch, y0, x0] | across[batch, y1, x0] | down[batch, y0, x0] | down[batch, y0, x1])
     all_known = known[batch, y0, x0] & known[batch, y0, x1] & known[batch, y1, x0] & known[batch, y1, x1]
     # Half a pixel inside the frame: beyond the outermost centres there would be extrapolation.
-    inside_x = (grid[..., 0].abs() <= 1 - 1 / width + 1e-5)
-    inside_y = (grid[..., 1].abs() <= 1 - 1 / height + 1e-5)
+    inside_x = grid[..., 0].abs() <= 1 - 1 / width + 1e-5
+    inside_y = grid[..., 1].abs() <= 1 - 1 / height + 1e-5
     result_mask = in_front & inside_x & inside_y & all_known & one_surface
     moved = transform_points(found, transform[:, None, None])
     return warped, moved, result_mask

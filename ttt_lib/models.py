@@ -236,7 +236,9 @@ def _download(name: str) -> Path:
     try:
         return Path(hf_hub_download(repo_id=name, repo_type="model", filename="model.pt", etag_timeout=10))
     except RepositoryNotFoundError as error:
-        raise UserError(f"model {name!r}: the hub has no such repository; known names: {', '.join(HUB_NAMES)}.") from error
+        raise UserError(
+            f"model {name!r}: the hub has no such repository; known names: {', '.join(HUB_NAMES)}."
+        ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(f"model {name!r}: the hub cannot be reached and no copy is cached; {elsewhere}.") from error
     except Exception as error:  # the hub client's other failures all mean: not to be had from here

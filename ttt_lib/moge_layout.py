@@ -68,7 +68,9 @@ def read_raw(folder: Path, include_segmentation: bool = False) -> Raw:
         try:
             return read(path)
         except Exception as error:
-            raise SampleError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0:1]}).") from error
+            raise SampleError(
+                f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0:1]})."
+            ) from error
 
     def read_depth(path: Path) -> np.ndarray:
         with Image.open(path) as image:
@@ -85,7 +87,9 @@ def read_raw(folder: Path, include_segmentation: bool = False) -> Raw:
         raise SampleError(f"{folder / 'meta.json'}: has no 3x3 `intrinsics`.") from error
     usable = intrinsics.shape == (3, 3) and np.isfinite(intrinsics).all()
     if not usable or intrinsics[0, 0] <= 0 or intrinsics[1, 1] <= 0:
-        raise SampleError(f"{folder / 'meta.json'}: `intrinsics` must be a finite 3x3 matrix with positive focal lengths.")
+        raise SampleError(
+            f"{folder / 'meta.json'}: `intrinsics` must be a finite 3x3 matrix with positive focal lengths."
+        )
     if image.shape[:2] != depth.shape[:2] or depth.ndim != 2:
         raise SampleError(f"{folder / 'depth.png'}: its size {depth.shape} is not that of the image {image.shape[:2]}.")
     if not np.isfinite(depth).any():
@@ -232,7 +236,9 @@ def read_eval_config(path: Path) -> list[dict[str, Any]]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        entries = [{"kind": "moge", **BENCHMARKS.get(name, {}), **values, "name": name} for name, values in content.items()]
+        entries = [
+            {"kind": "moge", **BENCHMARKS.get(name, {}), **values, "name": name} for name, values in content.items()
+        ]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: is not a JSON file of sets, name by name ({error}).") from error
     for entry in entries:

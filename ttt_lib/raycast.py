@@ -119,7 +119,9 @@ def _passes_near(solids: Solids, origin: Tensor, direction: Tensor) -> Tensor:
     centre = solids.centre
     ahead = direction / direction.norm(dim=-1, keepdim=True)
     along = centre @ ahead.transpose(1, 2) - (origin * ahead).sum(-1)[:, None]
-    apart = (centre.square().sum(-1)[..., None] - 2 * centre @ origin.transpose(1, 2)) + origin.square().sum(-1)[:, None]
+    apart = (centre.square().sum(-1)[..., None] - 2 * centre @ origin.transpose(1, 2)) + origin.square().sum(-1)[
+        :, None
+    ]
     radius = solids.half.norm(dim=-1)[..., None] * 1.01 + 0.02
     return (apart - along.square() <= radius.square() + 1e-5 * apart) & (along > -radius)
 
@@ -290,7 +292,9 @@ def _shade(scenes: Scenes, origin: Tensor, position: Tensor, index: Tensor, pixe
     uv = torch.where(dominant[..., None] == 1, local[..., [0, 2]], uv)
     tile = solids.tile[batch, safe]
     footprint = pixel / tile / facing[..., 0].abs().clamp_min(0.15)
-    albedo = _look_up(scenes.atlas, solids.texture[batch, safe], uv / tile[..., None] + 0.37 * safe[..., None], footprint)
+    albedo = _look_up(
+        scenes.atlas, solids.texture[batch, safe], uv / tile[..., None] + 0.37 * safe[..., None], footprint
+    )
     albedo = albedo * solids.tint[batch, safe]
 
     sun_direction = light.sun_direction[:, None].expand_as(normal)
@@ -316,9 +320,7 @@ def srgb(linear: Tensor) -> Tensor:
     return linear.clamp(0, 1).clamp_min(1e-8).pow(1 / 2.2)
 
 
-def draw(
-    scenes: Scenes, transform: Tensor, intrinsics: Tensor, size: tuple[int, int], shadows: bool = True
-) -> Picture:
+def draw(scenes: Scenes, transform: Tensor, intrinsics: Tensor, size: tuple[int, int], shadows: bool = True) -> Picture:
     """Draw each scene from its camera.
 
     transform (B,4,4) world to camera, intrinsics (B,3,3) normalised, size (H, W). Exact up to rounding: points are

@@ -20,7 +20,9 @@ from ttt_lib.errors import UserError
 from ttt_lib.geometry import EDGE_RTOL, MIRROR, mirror_intrinsics, mirror_points, unproject
 from ttt_lib.rasterise import BEYOND, Mesh, build_mesh, rasterise
 
-INSTALL_GL = "install a GL library (Debian: `apt-get install libegl1 libgl1-mesa-dri` or `libosmesa6`), or use backend 'torch'"
+INSTALL_GL = (
+    "install a GL library (Debian: `apt-get install libegl1 libgl1-mesa-dri` or `libosmesa6`), or use backend 'torch'"
+)
 
 
 @dataclass
@@ -68,7 +70,9 @@ def gl_renderer() -> Any:
     if _context.get("pid") == os.getpid():
         return _context["renderer"]
     if _context:
-        raise UserError("backend 'pyrender': this process was forked from one that draws; start it by spawn, or use 'torch'.")
+        raise UserError(
+            "backend 'pyrender': this process was forked from one that draws; start it by spawn, or use 'torch'."
+        )
     wanted = os.environ.get("PYOPENGL_PLATFORM")
     loaded = "OpenGL" in sys.modules
     problems = []
@@ -128,7 +132,9 @@ class _GLScene:
         unknown = np.concatenate([faces[solid], faces[~solid], faces[~solid][:, ::-1]])
         material = pyrender.MetallicRoughnessMaterial(alphaMode="OPAQUE", baseColorFactor=[1.0] * 4, doubleSided=False)
         primitives = [
-            pyrender.Primitive(positions=vertices, color_0=colour, indices=np.ascontiguousarray(indices), material=material)
+            pyrender.Primitive(
+                positions=vertices, color_0=colour, indices=np.ascontiguousarray(indices), material=material
+            )
             for colour, indices in ((colours, front), (hidden, unknown))
             if len(indices)
         ]

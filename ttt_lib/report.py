@@ -23,7 +23,9 @@ from ttt_lib.metrics import TABLE1_COLUMNS
 from ttt_lib.statistics import is_better_high, paired_gains, summarise
 
 PUBLISHED = Path(__file__).parent / "assets" / "published_table1.csv"
-PUBLISHED_SOURCE = "Herald of Khmelnytskyi National University, 2025, issue 6 part 2 (MoGe-2 ViT-S, 50 samples, RTX 3080)"
+PUBLISHED_SOURCE = (
+    "Herald of Khmelnytskyi National University, 2025, issue 6 part 2 (MoGe-2 ViT-S, 50 samples, RTX 3080)"
+)
 COLUMN_NAMES = [f"{metric}_{score}" for metric, score in TABLE1_COLUMNS]
 ORDER = (
     "original", "control_lr0", "tta", "freeze_encoder", "unfreeze_encoder", "unfreeze_encoder_normal_loss",
@@ -156,7 +158,9 @@ def to_text(table: pd.DataFrame, decimals: int = 3) -> str:
         *(f"{m.split('_', 1)[0][0]}.{alignments[m.split('_', 1)[1]]}.{'rel' if s == 'rel' else 'd1'}" for m, s in TABLE1_COLUMNS),
         "seconds",
     ]  # fmt: skip
-    legend = "d: depth, p: points; met: metric, sc: scale-invariant, aff: affine-invariant; rel: lower, d1: higher is better"
+    legend = (
+        "d: depth, p: points; met: metric, sc: scale-invariant, aff: affine-invariant; rel: lower, d1: higher is better"
+    )
     return f"{short.round(decimals).to_string(na_rep='-')}\n({legend})"
 
 
@@ -180,10 +184,14 @@ def control_is_exact(runs: Runs) -> bool | None:
     """Whether `control_lr0` gives exactly the numbers of `original`; None if one of them was not run."""
     final = runs.metrics[runs.metrics.prediction == "final"]
     keys = ["dataset", "sample", "metric", "score"]
-    both = [final[final.experiment == name].set_index(keys)["value"].sort_index() for name in ("original", "control_lr0")]
+    both = [
+        final[final.experiment == name].set_index(keys)["value"].sort_index() for name in ("original", "control_lr0")
+    ]
     if not len(both[0]) or not len(both[1]):
         return None
-    return both[0].index.equals(both[1].index) and np.array_equal(both[0].to_numpy(), both[1].to_numpy(), equal_nan=True)
+    return both[0].index.equals(both[1].index) and np.array_equal(
+        both[0].to_numpy(), both[1].to_numpy(), equal_nan=True
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- figures
@@ -265,7 +273,9 @@ def gallery_samples(gains: pd.DataFrame, experiment: str, count: int = 2) -> pd.
 def prediction_file(runs: Runs, experiment: str, dataset: str, sample: str) -> Path | None:
     """Where the small copies of a sample's prediction lie."""
     name = f"{dataset}__{sample}".replace("/", "_") + ".npz"
-    return next((p for s in runs.shards if s.parent.name == experiment and (p := s / "predictions" / name).exists()), None)
+    return next(
+        (p for s in runs.shards if s.parent.name == experiment and (p := s / "predictions" / name).exists()), None
+    )
 
 
 def gallery(runs: Runs, chosen: pd.DataFrame) -> Figure:
@@ -278,7 +288,10 @@ def gallery(runs: Runs, chosen: pd.DataFrame) -> Figure:
         path = prediction_file(runs, row.experiment, row.dataset, row.sample)
         if path is None:
             continue
-        data = {key: value.astype(np.float32) if value.dtype == np.float16 else value for key, value in np.load(path).items()}
+        data = {
+            key: value.astype(np.float32) if value.dtype == np.float16 else value
+            for key, value in np.load(path).items()
+        }
         pictures = [data["image"], inverse_depth(data["depth_original"]), inverse_depth(data["depth_final"])]
         if "depth_truth" in data:
             pictures += [relative_error(data[key], data["depth_truth"]) for key in ("depth_original", "depth_final")]
@@ -337,7 +350,9 @@ def write_report(
         ]
         or [pd.DataFrame()]
     )
-    by_dataset = summarise(gains, tolerance, bootstrap_samples, ("experiment", "dataset")) if len(gains) else pd.DataFrame()
+    by_dataset = (
+        summarise(gains, tolerance, bootstrap_samples, ("experiment", "dataset")) if len(gains) else pd.DataFrame()
+    )
     tables = {
         "table1": table.reset_index(), "paired": summary, "paired_by_dataset": by_dataset, "gains": gains,
         "metrics": runs.metrics, "samples": runs.samples, "left_out": runs.left_out,
@@ -372,7 +387,9 @@ def write_report(
     published = published_table()
     body = [
         section("Table 1", _html(_cells(table, 2, "<b>{}</b>"), escape=False)),
-        section("Published Table 1", f"<p>{PUBLISHED_SOURCE}</p>", _html(_cells(published, 2, "<b>{}</b>"), escape=False)),
+        section(
+            "Published Table 1", f"<p>{PUBLISHED_SOURCE}</p>", _html(_cells(published, 2, "<b>{}</b>"), escape=False)
+        ),
         section("Paired differences to original (positive is better)", _html(summary.round(4))),
         section(f"By data set: {metric} {score}", _html(by_dataset.round(4))),
         section("Evaluation, not training", f"<p>control_lr0 {verdict}.</p>", _html(confound(published).round(3))),
@@ -384,7 +401,8 @@ def write_report(
     style = "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse;font-size:12px}td,th{padding:2px 6px;border:1px solid #ccc}img{max-width:100%}"
     files["html"] = output / "report.html"
     files["html"].write_text(
-        f"<!doctype html><meta charset='utf-8'><title>Ablation</title><style>{style}</style><h1>Ablation</h1>" + "".join(body),
+        f"<!doctype html><meta charset='utf-8'><title>Ablation</title><style>{style}</style><h1>Ablation</h1>"
+        + "".join(body),
         encoding="utf-8",
     )
     return files

@@ -6,12 +6,15 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+
 def is_better_high(score: str) -> bool:
     """Whether a larger value of this score is better (deltas and F1) or worse (errors)."""
     return score.startswith("delta") or score.endswith("f1")
 
 
-def bootstrap_interval(values: np.ndarray, samples: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    values: np.ndarray, samples: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values` (N,); NaN for fewer than two values."""
     if len(values) < 2:
         return float("nan"), float("nan")

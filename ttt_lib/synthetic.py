@@ -157,7 +157,9 @@ def _table(layout: Layout, x: float, z: float, width: float, depth: float, heigh
         for sz in (-1, 1):
             foot = turn @ np.array([sx * (width / 2 - leg), 0, sz * (depth / 2 - leg)])
             kind = BOX if width > 1 else CYLINDER
-            layout.add(kind, x + foot[0], (height - thick) / 2, z + foot[2], (leg, height / 2 - thick, leg), turn, texture)
+            layout.add(
+                kind, x + foot[0], (height - thick) / 2, z + foot[2], (leg, height / 2 - thick, leg), turn, texture
+            )
 
 
 def _things_on(layout: Layout, x: float, z: float, reach: float, height: float, count: int, size: tuple) -> None:
@@ -184,7 +186,9 @@ def _chair(layout: Layout, x: float, z: float, yaw: float) -> None:
 def _room(layout: Layout) -> None:
     rng = layout.rng
     wide, deep, high = rng.uniform(2.6, 8.0), rng.uniform(3.0, 9.0), rng.uniform(2.3, 3.4)
-    layout.camera = np.array([rng.uniform(-0.35, 0.35) * wide, -rng.uniform(0.9, 1.75), -rng.uniform(0.15, 0.45) * deep])
+    layout.camera = np.array(
+        [rng.uniform(-0.35, 0.35) * wide, -rng.uniform(0.9, 1.75), -rng.uniform(0.15, 0.45) * deep]
+    )
     half_w, half_d = wide / 2, deep / 2
     # Four walls, floor and ceiling as slabs of their own, so that each has its own texture.
     for sign in (-1, 1):
@@ -238,7 +242,9 @@ def _car(layout: Layout, x: float, z: float, yaw: float) -> None:
     axle = turn @ np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1.0]])
     for sz in (-0.3, 0.3):  # one cylinder a pair of wheels, its axis across the car
         at = turn @ np.array([0, 0, sz * length])
-        layout.add(CYLINDER, x + at[0], 0.32, z + at[2], (0.32, width / 2 + 0.01, 0.32), axle, texture, 1.0, (0.05,) * 3)
+        layout.add(
+            CYLINDER, x + at[0], 0.32, z + at[2], (0.32, width / 2 + 0.01, 0.32), axle, texture, 1.0, (0.05,) * 3
+        )
 
 
 def _tree(layout: Layout, x: float, z: float) -> None:
@@ -278,7 +284,13 @@ def _street(layout: Layout) -> None:
             tall = rng.uniform(0.8, 2.2)
             layout.add(BOX, sign * (road + walk + 1), tall / 2, 30, (rng.uniform(0.05, 0.6), tall / 2, 60), tile=1.5)
         for _ in range(rng.integers(0, 4)):
-            layout.add(CYLINDER, sign * (road + 0.5), 3, rng.uniform(4, 45), (rng.uniform(0.05, 0.14), rng.uniform(1.5, 4), 0.1))
+            layout.add(
+                CYLINDER,
+                sign * (road + 0.5),
+                3,
+                rng.uniform(4, 45),
+                (rng.uniform(0.05, 0.14), rng.uniform(1.5, 4), 0.1),
+            )
         for _ in range(rng.integers(0, 4)):
             _tree(layout, sign * (road + walk * rng.uniform(0.2, 1.5)), rng.uniform(5, 50))
         for _ in range(rng.integers(0, 3)):
@@ -288,7 +300,9 @@ def _street(layout: Layout) -> None:
     for _ in range(rng.integers(0, 3)):
         _car(layout, rng.uniform(-0.6, 0.6) * road, rng.uniform(7, 50), rng.uniform(-0.1, 0.1))
     if rng.random() < 0.5:  # something closes the street
-        layout.add(BOX, rng.uniform(-10, 10), 6, rng.uniform(50, 120), (rng.uniform(8, 30), rng.uniform(4, 14), 5), tile=4)
+        layout.add(
+            BOX, rng.uniform(-10, 10), 6, rng.uniform(50, 120), (rng.uniform(8, 30), rng.uniform(4, 14), 5), tile=4
+        )
 
 
 def _ground(layout: Layout) -> None:
@@ -298,7 +312,9 @@ def _ground(layout: Layout) -> None:
     layout.add(BOX, 0, -1.0, 0, (200, 1.0, 200), slope, None, rng.uniform(0.8, 5), keep=True)
     for _ in range(rng.integers(1, 4)):
         size = rng.uniform(10, 40)
-        layout.add(ELLIPSOID, rng.uniform(-80, 80), 0, rng.uniform(60, 150), (size * 2, size * rng.uniform(0.2, 0.6), size))
+        layout.add(
+            ELLIPSOID, rng.uniform(-80, 80), 0, rng.uniform(60, 150), (size * 2, size * rng.uniform(0.2, 0.6), size)
+        )
     spread = rng.uniform(0.15, 0.7)
     for _ in range(rng.integers(4, 16)):
         z = rng.uniform(1.5, 6) if rng.random() < 0.4 else rng.uniform(4, 30)
@@ -331,7 +347,9 @@ def _tabletop(layout: Layout) -> None:
         layout.add(BOX, rng.choice([-1, 1]) * rng.uniform(1.2, 2.5), 0.5, 1, (0.1, 3, 4), None, layout.wall_texture())
     _things_on(layout, 0, 0.2, 0.45, 0, int(rng.integers(4, 14)), (0.05, 0.3))
     for _ in range(rng.integers(0, 3)):  # thin upright things
-        layout.add(CYLINDER, rng.uniform(-0.4, 0.4), 0.15, rng.uniform(-0.2, 0.6), (rng.uniform(0.004, 0.012), 0.15, 0.008))
+        layout.add(
+            CYLINDER, rng.uniform(-0.4, 0.4), 0.15, rng.uniform(-0.2, 0.6), (rng.uniform(0.004, 0.012), 0.15, 0.008)
+        )
 
 
 _LAYOUTS = {"room": _room, "street": _street, "ground": _ground, "table": _tabletop}
@@ -410,7 +428,9 @@ def sample_cameras(kinds: list[str], places: Tensor, seed: int, aspect_ratio: fl
         rng = np.random.default_rng([seed, 3, i])
         fov = math.radians(rng.uniform(30, 100) if rng.random() < 0.3 else rng.normal(62, 10))
         fov = min(max(fov, math.radians(30)), math.radians(100))
-        pitch_down = {"room": (-0.12, 0.45), "street": (-0.1, 0.15), "ground": (-0.08, 0.35), "table": (0.25, 0.8)}[kind]
+        pitch_down = {"room": (-0.12, 0.45), "street": (-0.1, 0.15), "ground": (-0.08, 0.35), "table": (0.25, 0.8)}[
+            kind
+        ]
         pitch = rng.uniform(*pitch_down)
         yaw = rng.uniform(-0.25, 0.25) if kind in ("street", "table") else rng.uniform(-0.7, 0.7)
         roll = rng.normal(0, 0.035)

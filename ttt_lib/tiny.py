@@ -153,7 +153,10 @@ class TinyMoGe(MoGeModel):
 def default_config() -> dict[str, Any]:
     """The configuration of the bundled checkpoint: widths chosen by measurement on a 2-core CPU."""
     widths = [192, 96, 48, 16, 8]
-    common = {"resamplers": ["pixel_shuffle", "bilinear", "bilinear", "bilinear"], "res_block_hidden_norm": "layer_norm"}
+    common = {
+        "resamplers": ["pixel_shuffle", "bilinear", "bilinear", "bilinear"],
+        "res_block_hidden_norm": "layer_norm",
+    }
 
     def stack(dim_in: list[int], widths: list[int], blocks: list[int], outputs: int | None) -> dict[str, Any]:
         dim_out = [None, None, None, None, outputs]

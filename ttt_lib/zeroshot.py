@@ -25,7 +25,10 @@ def zero_shot_sets(count: int = 40) -> list[tuple[str, SampleSet]]:
     """Held-out scenes (clean), the same under shifts by severity, and the motorcycle."""
     shifted = open_dataset(kind="shifted", count=count)
     by_severity = [
-        (f"shifted, severity {k}", SampleSet("shifted", [n for n in shifted.names if n.endswith(f"_{k}")], shifted.load))
+        (
+            f"shifted, severity {k}",
+            SampleSet("shifted", [n for n in shifted.names if n.endswith(f"_{k}")], shifted.load),
+        )
         for k in range(1, 6)
     ]
     return [
