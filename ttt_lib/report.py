@@ -398,7 +398,10 @@ def write_report(
     for i, (title, cloud) in enumerate(clouds):
         body.append(section(title, plotly.io.to_html(cloud, include_plotlyjs=i == 0, full_html=False)))
     body.append(section("Left out", _html(runs.left_out)))
-    style = "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse;font-size:12px}td,th{padding:2px 6px;border:1px solid #ccc}img{max-width:100%}"
+    style = (
+        "body{font-family:sans-serif;margin:2em} table{border-collapse:collapse;font-size:12px} "
+        "td,th{padding:2px 6px;border:1px solid #ccc} img{max-width:100%}"
+    )
     files["html"] = output / "report.html"
     files["html"].write_text(
         f"<!doctype html><meta charset='utf-8'><title>Ablation</title><style>{style}</style><h1>Ablation</h1>"
