@@ -328,8 +328,16 @@ def averaged(model: TinyMoGe, average: dict[str, Tensor]) -> TinyMoGe:
 
 
 def save_checkpoint(model: TinyMoGe, path: Path) -> None:
-    """Write `{model_config, model}` as MoGe's checkpoints are; loads with `weights_only=True`."""
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    """Write `{model_config, model}` as MoGe's checkpoints are; loads with `weights_only=True`.
+
+    Parameters are stored in half precision (the file is bundled, and halves), buffers as they are; loading makes them
+    float32 again.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    weights = {
+        name: (value.half() if name in parameters else value).detach().cpu().contiguous()
+        for name, value in model.state_dict().items()
+    }
     _save(Path(path), {"model_config": default_config(), "model": weights})
 
 
