@@ -48,7 +48,7 @@ def job(notebook, name="a", shard=(0, 1), settings="1", **parameters) -> Job:
 
 
 def table(runs: Path) -> pd.DataFrame:
-    parts = [pd.read_csv(path) for path in runs.glob("*/*-of-*/metrics.csv") if path.parts[-3] != "failed"]
+    parts = [pd.read_csv(path) for path in runs.glob("*/*-of-*/metrics.csv") if not path.parts[-3].startswith(".")]
     return pd.concat(parts).sort_values(["experiment", "sample"]).reset_index(drop=True)
 
 
@@ -144,7 +144,7 @@ def test_killed_at_several_moments_and_resumed_gives_the_same_tables(notebook, t
         time.sleep(moment)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        for folder in runs.glob("*/*-of-*"):  # whatever is there is whole
+        for folder in runs.glob("[ab]/*-of-*"):  # whatever is there is whole
             assert (folder / "manifest.json").exists() and (folder / "metrics.csv").exists()
     process = start(notebook, tmp_path, runs)
     assert process.wait(180) == 0, process.stdout.read()

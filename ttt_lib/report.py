@@ -58,7 +58,8 @@ def read_runs(folder: str | Path) -> Runs:
     Raises `UserError` if the folder is missing or holds no finished shard.
     """
     folder = Path(folder)
-    shards = sorted(path.parent for path in folder.glob("*/*-of-*/manifest.json") if path.parts[-3] not in ("failed",))
+    found = folder.glob("*/*-of-*/manifest.json")
+    shards = sorted(path.parent for path in found if not path.parts[-3].startswith("."))  # .work holds unfinished ones
     if not shards:
         raise UserError(f"{folder}: holds no finished run; run `ttt-depth ablation` first or name another folder.")
 
