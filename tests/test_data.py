@@ -79,6 +79,7 @@ def test_options_shards_and_hash(folder):
 BREAK = {
     "missing image": (lambda f: (f / "image.jpg").unlink(), "image.jpg"),
     "truncated image": (lambda f: (f / "image.jpg").write_bytes((f / "image.jpg").read_bytes()[:50]), "image.jpg"),
+    "half an image": (lambda f: (f / "image.jpg").write_bytes((f / "image.jpg").read_bytes()[:-2000]), "image.jpg"),
     "missing depth": (lambda f: (f / "depth.png").unlink(), "depth.png"),
     "garbage depth": (lambda f: (f / "depth.png").write_bytes(b"not a png"), "depth.png"),
     "plain png as depth": (lambda f: Image.new("L", (90, 60)).save(f / "depth.png"), "depth.png"),

@@ -20,6 +20,7 @@ from ttt_lib import moge_layout
 from ttt_lib.errors import UserError
 from ttt_lib.moge_layout import SampleError
 
+FRAME_FILES = ("image.jpg", "depth.png", "meta.json", "segmentation.png")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -145,13 +146,18 @@ def open_moge(
     def load(sample: str) -> Sample:
         raw = moge_layout.read_raw(folder / sample, include_segmentation)
         unit = depth_unit if depth_unit is not None else 1.0 if (raw.meta or {}).get("is_metric") is True else None
-        view = moge_layout.target_view(raw, width, height, unit, drop_max_depth, max_segments, min_seg_area)
+        try:
+            view = moge_layout.target_view(raw, width, height, unit, drop_max_depth, max_segments, min_seg_area)
+        except Exception as error:  # e.g. intrinsics so far off that nothing of the image is left
+            raise SampleError(
+                f"{folder / sample}: no view can be made of it ({type(error).__name__}: {error})."
+            ) from error
         if not view["mask"].any():
             raise SampleError(f"{folder / sample / 'depth.png'}: the evaluated part of the image has no depth.")
         return to_sample(sample, title, view, unit is not None, has_sharp_boundary)
 
-    files = (folder / sample / file for sample in names for file in ("image.jpg", "depth.png", "meta.json"))
-    options = f"{width}x{height} {depth_unit} {drop_max_depth} {has_sharp_boundary} {include_segmentation}"
+    files = (folder / sample / file for sample in names for file in FRAME_FILES)
+    options = f"{width}x{height} {depth_unit} {drop_max_depth} {has_sharp_boundary} {include_segmentation} {max_segments} {min_seg_area}"
     return SampleSet(title, names, load, f"{options} {_file_fingerprint(files)}")
 
 
@@ -300,11 +306,13 @@ def write_moge_layout(samples: Iterable[Sample], folder: str | Path) -> list[str
         if sample.depth is None or sample.intrinsics is None:
             raise UserError(f"sample {sample.name!r}: has no depth or intrinsics, so it cannot be written.")
         image = (sample.image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
-        place = folder / sample.name
-        if not place.exists():
-            moge_layout.write_frame(
-                place, image, sample.depth.cpu().numpy(), sample.intrinsics.cpu().numpy(), is_metric=sample.is_metric
-            )
+        moge_layout.write_frame(
+            folder / sample.name,
+            image,
+            sample.depth.cpu().numpy(),
+            sample.intrinsics.cpu().numpy(),
+            is_metric=sample.is_metric,
+        )
         names.append(sample.name)
     moge_layout.write_index(folder, names)
     return names

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,12 @@ def read_raw(folder: Path, include_segmentation: bool = False) -> Raw:
                 raise ValueError("no near and far in the file: not MoGe's depth encoding")
         return moge_io.read_depth(path)
 
-    image = attempt("image.jpg", moge_io.read_image)
+    def read_image(path: Path) -> np.ndarray:
+        with Image.open(path) as image:
+            image.load()  # OpenCV fills what a truncated file lacks with gray; PIL refuses
+        return moge_io.read_image(path)
+
+    image = attempt("image.jpg", read_image)
     depth = attempt("depth.png", read_depth)
     meta = attempt("meta.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
     try:
@@ -210,7 +216,7 @@ def read_index(folder: Path, split: str = INDEX) -> list[str]:
 def write_frame(folder: Path, image: np.ndarray, depth: np.ndarray, intrinsics: np.ndarray, **meta: Any) -> None:
     """Write one frame: image uint8 (H,W,3), depth (H,W) with NaN and inf, normalised intrinsics (3,3).
 
-    The folder appears at once with all its files, or not at all.
+    The folder appears at once with all its files, or not at all; one that is there is replaced.
     """
     temporary = folder.with_name(folder.name + ".partial")
     temporary.mkdir(parents=True, exist_ok=True)
@@ -218,6 +224,7 @@ def write_frame(folder: Path, image: np.ndarray, depth: np.ndarray, intrinsics: 
     moge_io.write_depth(temporary / "depth.png", depth)
     content = {"intrinsics": np.asarray(intrinsics, dtype=float).tolist(), **meta}
     (temporary / "meta.json").write_text(json.dumps(content), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
 
