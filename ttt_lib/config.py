@@ -132,7 +132,6 @@ class ViewConfig(Section):
     crop: CropConfig = CropConfig()
     novel_view: NovelViewConfig = NovelViewConfig()
     photometric: PhotometricConfig = PhotometricConfig()
-    cutmix: Probability = 0.0
 
 
 LossName = Literal["global", "local_4", "local_16", "local_64", "normal", "edge", "mask", "metric_scale"]
