@@ -201,6 +201,7 @@ class NovelViewRenderer:
             gl_renderer()
         elif backend != "torch":
             raise UserError(f"novel_view.backend {backend!r}: use 'auto', 'pyrender' or 'torch'.")
+        self.pid = os.getpid()
         self.mesh: Mesh | None = None
         self._scene: _GLScene | None = None
 
@@ -222,7 +223,7 @@ class NovelViewRenderer:
         mirrored = torch.linalg.det(transform[:, :3, :3]) < 0
         proper = torch.where(mirrored[:, None, None], MIRROR.to(transform) @ transform, transform)
         lens = torch.where(mirrored[:, None, None], mirror_intrinsics(intrinsics), intrinsics)
-        if self.backend == "torch" or (self._scene is not None and self._scene.pid != os.getpid()):
+        if self.backend == "torch" or self.pid != os.getpid():  # a forked child cannot use its parent's context
             image, depth, mask = rasterise(self.mesh, proper, lens, size)
         else:
             image, depth, mask = self._render_gl(proper, lens, size)
