@@ -8,7 +8,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import importlib.util
-import os
 import pickle
 import sys
 import warnings
@@ -78,7 +77,7 @@ class GeometryModel:
     """A MoGe network with the interface the loop needs.
 
     network: the `nn.Module`, in evaluation mode; name: as it was loaded; kind: what `predict` gives; num_tokens: base
-    tokens a forward pass (None: the network's own default, the middle of its range upwards).
+    tokens a forward pass (None: the most of the network's range).
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class GeometryModel:
         """Camera-space prediction without gradients, as `network.infer(..., apply_mask=False, use_fp16=False)`.
 
         images (3,H,W) or (B,3,H,W) in [0,1]; the fields of the result have the same leading dimensions. For metric
-        models depth is in metres.
+        models depth is in metres. The network runs in float32 here: MoGe's `infer` switches an outer autocast off.
         """
         with self._mixed(), warnings.catch_warnings():
             # MoGe asks for a float32 autocast, which a CPU does not have and does not need.
@@ -178,7 +177,7 @@ def select_parameters(model: GeometryModel, parts: list[str]) -> list[tuple[str,
 
 @dataclass
 class Snapshot:
-    """Copies of the tensors that training may change, and which parameters wanted gradients before."""
+    """Copies of the tensors that training may change, by name."""
 
     tensors: dict[str, Tensor]
 
@@ -228,8 +227,6 @@ def _download(name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "10")
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "30")
     elsewhere = (
         f"download `model.pt` of https://huggingface.co/{name} on a machine with access and pass its path as the model"
     )
