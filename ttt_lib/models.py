@@ -1,6 +1,7 @@
 """One small interface over geometry models: load, predict, run with gradients, choose what trains, undo.
 
-MoGe-1 and MoGe-2 come through `moge`; the bundled small model is MoGe-2 with another encoder (`tiny.py`).
+MoGe-1 and MoGe-2 come through `moge`; the bundled small model is MoGe-2 with another encoder (`tiny.py`); Depth
+Anything, ZoeDepth and DPT/MiDaS come through transformers (`transformers_models.py`).
 """
 
 from __future__ import annotations
@@ -8,11 +9,9 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import importlib.util
-import pickle
 import sys
 import warnings
-import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_lib.errors import UserError
+from ttt_lib.hub import NotInRepository, download, hub_answers
 
 ASSETS = Path(__file__).parent / "assets"
 PARTS = ("encoder", "neck", "heads", "norms")
@@ -30,6 +30,14 @@ HUB_NAMES = (
     "Ruicheng/moge-2-vitb-normal",
     "Ruicheng/moge-2-vits-normal",
 )
+# Hub names that start so are loaded through transformers, every other one through moge.
+TRANSFORMERS_PREFIXES = ("LiheYoung/", "depth-anything/", "Intel/zoedepth", "Intel/dpt")
+NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,  # batch and instance normalisation of every dimension
+    nn.RMSNorm,
+)
 Kind = Literal["metric", "scale_invariant", "affine_invariant", "disparity"]
 
 
@@ -38,7 +46,8 @@ def hide_broken_torchvision() -> None:
 
     PyPI's torchvision is built for CUDA; beside a CPU build of torch its import fails. MoGe never imports it, but
     transformers does when it finds it. `None` in `sys.modules` makes every later import fail as for a missing
-    package, and `find_spec` raise, which transformers reads as "not installed".
+    package, and `find_spec` find nothing, which transformers reads as "not installed"; what a transformers imported
+    earlier remembers of it is forgotten.
     """
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return
@@ -48,6 +57,12 @@ def hide_broken_torchvision() -> None:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         sys.modules["torchvision"] = None  # type: ignore[assignment]
+        remembered = sys.modules.get("transformers.utils.import_utils")
+        for name in ("is_torchvision_available", "is_torchvision_v2_available"):
+            getattr(getattr(remembered, name, None), "cache_clear", lambda: None)()
+        for name in ("_torchvision_available", "_torchvision_v2_available"):  # transformers 4
+            if hasattr(remembered, name):
+                setattr(remembered, name, False)
 
 
 hide_broken_torchvision()
@@ -60,7 +75,8 @@ class Prediction:
     points (H,W,3) in the camera's frame and depth (H,W), not masked: also where `mask` (H,W) bool says that there is
     no surface; intrinsics (3,3) normalised; normal (H,W,3) or None; disparity (H,W) for models that predict it up to
     scale and shift, else None. kind: `metric` (metres), `scale_invariant`, `affine_invariant` or `disparity`. note:
-    assumptions made, e.g. an assumed field of view.
+    assumptions made, in words; extra: what only some models say: `assumed_fov` (degrees, horizontal) where the model
+    predicts no camera, `domain` (of ZoeDepth NK: the head that was chosen, one a picture for a batch).
     """
 
     points: Tensor | None
@@ -71,21 +87,25 @@ class Prediction:
     normal: Tensor | None = None
     disparity: Tensor | None = None
     note: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class GeometryModel:
-    """A MoGe network with the interface the loop needs.
+    """A MoGe network with the interface the loop needs; other families derive from it.
 
-    network: the `nn.Module`, in evaluation mode; name: as it was loaded; kind: what `predict` gives; num_tokens: base
-    tokens a forward pass (None: the most of the network's range).
+    network: the `nn.Module`, in evaluation mode; name: as it was loaded; kind: what `predict` gives; output: what
+    `forward` gives, `points`, `depth` or `disparity`; num_tokens: base tokens a forward pass (None: the most of the
+    network's range, MoGe's default); autocast: `none`, or `bfloat16` for mixed precision of the network in `forward`.
     """
+
+    output: Literal["points", "depth", "disparity"] = "points"
 
     def __init__(
         self, network: nn.Module, name: str, kind: Kind, num_tokens: int | None = None, autocast: str = "none"
     ) -> None:
         self.network, self.name, self.kind, self.autocast = network.eval(), name, kind, autocast
-        low, high = network.num_tokens_range
-        self.num_tokens = num_tokens or int(high)
+        token_range = getattr(network, "num_tokens_range", None)
+        self.num_tokens = num_tokens or (int(token_range[1]) if token_range else None)
 
     @property
     def device(self) -> torch.device:
@@ -95,23 +115,25 @@ class GeometryModel:
     def _mixed(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast == "bfloat16")
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, intrinsics: Tensor | None = None) -> dict[str, Tensor]:
         """Raw outputs with gradients, float32.
 
         images (B,3,H,W) in [0,1] -> `points` (B,H,W,3) up to scale and z-shift, and where the network has them `mask`
-        (B,H,W) in [0,1], `normal` (B,H,W,3), `metric_scale` (B,).
+        (B,H,W) in [0,1], `normal` (B,H,W,3), `metric_scale` (B,). intrinsics (B,3,3) of the images: for models that
+        predict no camera; MoGe has no use for them.
         """
         with self._mixed():
             output = self.network(images, num_tokens=self.num_tokens)
         return {key: value.float() for key, value in output.items() if isinstance(value, Tensor)}
 
-    def predict(self, images: Tensor) -> Prediction:
+    def predict(self, images: Tensor, intrinsics: Tensor | None = None) -> Prediction:
         """Camera-space prediction without gradients, as `network.infer(..., apply_mask=False, use_fp16=False)`.
 
         images (3,H,W) or (B,3,H,W) in [0,1]; the fields of the result have the same leading dimensions. For metric
-        models depth is in metres. The network runs in float32 here: MoGe's `infer` switches an outer autocast off.
+        models depth is in metres. The network runs in float32 here, whatever `autocast` is: targets and results are
+        not rounded. intrinsics (3,3) or (B,3,3): for models that predict no camera; MoGe has no use for them.
         """
-        with self._mixed(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # MoGe asks for a float32 autocast, which a CPU does not have and does not need.
             warnings.filterwarnings("ignore", message="In CPU autocast")
             output = self.network.infer(images, num_tokens=self.num_tokens, apply_mask=False, use_fp16=False)
@@ -130,21 +152,19 @@ class GeometryModel:
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Named parameters of each part. `norms` (affine parameters of all normalisations) overlaps the others.
 
-        MoGe-1 has no neck: that part is empty there.
+        Every parameter is in exactly one of encoder, neck and heads. MoGe-1 has no neck: that part is empty there.
         """
-        norm_types = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.InstanceNorm2d)
         norms = {
             f"{path}.{name}" if path else name
             for path, module in self.network.named_modules()
-            if isinstance(module, norm_types)
+            if isinstance(module, NORMS)
             for name, _ in module.named_parameters(recurse=False)
         }
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
         for name, parameter in self.network.named_parameters():
             top = name.split(".")[0]
-            groups["encoder" if top in ("encoder", "backbone") else "neck" if top == "neck" else "heads"].append(
-                (name, parameter)
-            )
+            part = "encoder" if top in ("encoder", "backbone", "dpt") else "neck" if top == "neck" else "heads"
+            groups[part].append((name, parameter))
             if name in norms:
                 groups["norms"].append((name, parameter))
         return groups
@@ -162,9 +182,10 @@ def select_parameters(model: GeometryModel, parts: list[str]) -> list[tuple[str,
     for part in parts:
         matched = [name for name, _ in groups[part]] if part in groups else fnmatch.filter(every, part)
         if not matched:
+            lacks = f"{model.name} has no {part}" if part in groups else f"{part!r} names no parameter of {model.name}"
             raise UserError(
-                f"train.parts: {part!r} names no parameter of {model.name}; use "
-                f"{', '.join(p for p in PARTS if groups[p])}, or a pattern over names such as {every[0]!r}."
+                f"train.parts: {lacks}; use {', '.join(p for p in PARTS if groups[p])}, or a pattern over names such "
+                f"as {every[0]!r} (they begin with {', '.join(sorted({name.split('.')[0] for name in every}))})."
             )
         wanted.update(matched)
     selected = []
@@ -203,7 +224,9 @@ def restore(model: GeometryModel, before: Snapshot) -> None:
 def weights_checksum(model: GeometryModel) -> str:
     """SHA-256 over names and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.network.state_dict().items()):
+    # Buffers are named on top, since those that are not stored in checkpoints are missing from the state.
+    tensors = {**model.network.state_dict(), **dict(model.network.named_buffers())}
+    for name, value in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -224,29 +247,28 @@ def _choose_device(device: str) -> torch.device:
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
-
-    elsewhere = (
-        f"download `model.pt` of https://huggingface.co/{name} on a machine with access and pass its path as the model"
-    )
+    """MoGe's checkpoint from the hub. Raises `UserError`."""
+    page = f"https://huggingface.co/{name}"
+    advice = f"download `model.pt` of {page} on a machine with access and pass its path as the model"
     try:
-        return Path(hf_hub_download(repo_id=name, repo_type="model", filename="model.pt", etag_timeout=10))
-    except RepositoryNotFoundError as error:
+        return download(name, "model.pt", hub_answers(), advice)
+    except NotInRepository as error:
         raise UserError(
-            f"model {name!r}: the hub has no such repository; known names: {', '.join(HUB_NAMES)}."
+            f"model {name!r}: the repository holds no `model.pt`, so it is no MoGe model; known are {', '.join(HUB_NAMES)}"
+            f" and names that begin with {', '.join(TRANSFORMERS_PREFIXES)}."
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise UserError(f"model {name!r}: the hub cannot be reached and no copy is cached; {elsewhere}.") from error
-    except Exception as error:  # the hub client's other failures all mean: not to be had from here
-        raise UserError(f"model {name!r}: the download failed ({type(error).__name__}); {elsewhere}.") from error
 
 
 def _read_checkpoint(path: Path, name: str) -> dict[str, Any]:
-    advice = "a model is the `model.pt` of a MoGe repository, or a file written by this package"
+    advice = (
+        "a model is the `model.pt` of a MoGe repository, a file written by this package, or the folder of a "
+        "transformers model"
+    )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"model {name!r}: {path} cannot be read ({error.strerror or error}).") from error
+    except Exception as error:  # damaged bytes end in nearly any exception inside the unpickler
         raise UserError(
             f"model {name!r}: {path} is not a readable checkpoint (truncated, or another kind of file); {advice}."
         ) from error
@@ -257,6 +279,9 @@ def _read_checkpoint(path: Path, name: str) -> dict[str, Any]:
 
 def _build(checkpoint: dict[str, Any], path: Path, name: str) -> tuple[nn.Module, Kind]:
     config, weights = checkpoint["model_config"], checkpoint["model"]
+    wrong = f"model {name!r}: {path} is not a MoGe checkpoint"
+    if not isinstance(config, dict) or not isinstance(weights, dict):
+        raise UserError(f"{wrong}: its `model_config` and `model` are not dictionaries.")
     try:
         if config.get("architecture") == "tiny":
             from ttt_lib.tiny import TinyMoGe as Network
@@ -266,37 +291,58 @@ def _build(checkpoint: dict[str, Any], path: Path, name: str) -> tuple[nn.Module
             from moge.model.v1 import MoGeModel as Network
         network = Network(**config)
         missing = network.load_state_dict(weights, strict=False).missing_keys
-    except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"model {name!r}: {path} is not a MoGe checkpoint ({str(error).splitlines()[0]}).") from error
+    except Exception as error:  # whatever a network's constructor makes of a wrong configuration
+        # PyTorch's report of wrong shapes says what is wrong from its second line on.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"{wrong} ({lines[min(1, len(lines) - 1)].rstrip('.')}).") from error
     if missing:
         raise UserError(f"model {name!r}: {path} lacks {len(missing)} of its weights, first {missing[0]!r}.")
+    if not hasattr(network, "points_head") and not hasattr(network, "head"):
+        raise UserError(f"{wrong} of points: it has no points head.")
     return network, "metric" if hasattr(network, "scale_head") else "scale_invariant"
 
 
 def load_model(
-    name: str = "tiny", device: str = "auto", num_tokens: int | None = None, autocast: str = "none"
+    name: str = "tiny",
+    device: str = "auto",
+    num_tokens: int | None = None,
+    autocast: str = "none",
+    fov_x: float | None = None,
 ) -> GeometryModel:
-    """Load a geometry model.
+    """Load a geometry model, frozen and in evaluation mode.
 
-    name: `tiny` (bundled, offline), a MoGe hub name (`HUB_NAMES`), or the path of a local checkpoint file. device:
-    `auto`, `cpu`, `cuda`, `cuda:1`. num_tokens: base tokens (None: the most of the network's range). autocast:
-    `bfloat16` for mixed precision in the network.
+    name: `tiny` (bundled, offline); a MoGe hub name (`HUB_NAMES`) or the path of a MoGe checkpoint; the hub name of a
+    Depth Anything, ZoeDepth or DPT/MiDaS model (`TRANSFORMERS_PREFIXES`) or its local folder. device: `auto`, `cpu`,
+    `cuda`, `cuda:1`. num_tokens: base tokens of a picture (None: MoGe the most of its range, transformers models the
+    size that their own rules give). autocast: `none`, or `bfloat16` for mixed precision of training passes. fov_x:
+    horizontal field of view in degrees, for models that predict no camera (None: 60 is assumed, and said).
 
     Raises `UserError`, one sentence, for a hub that cannot be reached, an unknown name, a wrong or truncated file.
     """
-    target = _choose_device(device)
+    if autocast not in ("none", "bfloat16"):
+        raise UserError(f"model.autocast: {autocast!r} is not known; use none or bfloat16.")
+    target, path = _choose_device(device), Path(name).expanduser()
+    hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix not in (".pt", ".pth")
     if name == "tiny":
         path = ASSETS / "tiny.pt"
         if not path.exists():
             raise UserError(f"model 'tiny': {path} is missing; install the package again.")
-    elif Path(name).is_file():
-        path = Path(name)
-    elif name.count("/") == 1 and not Path(name).suffix and not name.startswith((".", "/", "~")):
+    elif (path / "config.json").is_file() or (not path.exists() and name.startswith(TRANSFORMERS_PREFIXES)):
+        from ttt_lib.transformers_models import load_transformers_model
+
+        return load_transformers_model(name, target, num_tokens, autocast, fov_x)
+    elif path.is_dir():
+        path = path / "model.pt"
+        if not path.is_file():
+            raise UserError(f"model {name!r}: the folder holds neither config.json (transformers) nor model.pt (MoGe).")
+    elif not path.is_file():
+        if not hub_name:
+            raise UserError(
+                f"model {name!r}: neither 'tiny', nor a file that exists, nor a hub name such as {HUB_NAMES[-1]!r}."
+            )
         path = _download(name)
-    else:
-        raise UserError(
-            f"model {name!r}: neither 'tiny', nor a file that exists, nor a hub name such as {HUB_NAMES[-1]!r}."
-        )
+    if fov_x is not None:
+        raise UserError(f"model {name!r}: it predicts the camera itself; leave the field of view out.")
     network, kind = _build(_read_checkpoint(path, name), path, name)
     network = network.to(target)
     for parameter in network.parameters():
