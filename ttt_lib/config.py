@@ -36,13 +36,17 @@ class ModelConfig(Section):
 
     `name`: `tiny` (bundled), a hub name such as `Ruicheng/moge-2-vits-normal`, or the path of a `.pt` file.
     `num_tokens`: base tokens of a forward pass; None takes the model's own default.
-    `autocast`: `bfloat16` runs the network (not losses and alignment) in mixed precision.
+    `autocast`: `bfloat16` runs the network's training passes (not losses, alignment and predictions) in mixed precision.
+    `fov_x`: horizontal field of view in degrees, for models that predict no camera (None: 60 is assumed, and said).
+    `checkpointing`: keep fewer activations and compute them again in the backward pass: less memory, more time.
     """
 
     name: str = "tiny"
     num_tokens: Annotated[int, Field(ge=16, le=10000)] | None = None
     device: str = "auto"
     autocast: Literal["none", "bfloat16"] = "none"
+    fov_x: Annotated[float, Field(gt=0.0, lt=180.0)] | None = None
+    checkpointing: bool = False
 
 
 class OptimizerConfig(Section):
@@ -74,6 +78,14 @@ class TrainConfig(Section):
     `method`: `none` predicts only, `tta` averages the predictions over the views, `ttt` trains.
     `parts`: any of `encoder`, `neck`, `heads`, `norms`, or patterns over parameter names (`encoder.*.bias`).
     `accumulation_mode`: `sum` adds the gradients of the passes (as published for SGD), `mean` averages them.
+    `micro_batch`: views in the network at a time, same result (None: all, halved whenever memory runs out).
+    `bidirectional`: weight of the reverse supervision, the clean prediction after the views' (Robust-Depth).
+    `lora_rank`: train low-rank updates of the chosen matrices instead of these; 0: the parameters themselves.
+    `l2_sp`: weight of the squared distance to the original weights. `restore_probability`: chance of each number to
+    return to its original after a step (CoTTA). `sharpness_radius`: gradients at a worst point so far away (SAM, SAR).
+    `reset`: where training starts: each image from the original weights, or where the last one ended (`never`; a number
+    N: original again at every N-th image), for sequences from one camera. Anything but `per_image` ties the result to
+    the order of the samples within a shard.
     """
 
     method: Literal["none", "tta", "ttt"] = "ttt"
@@ -85,6 +97,13 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     gradient_clip: NonNegative = 0.0
     predict_with: Literal["student", "teacher"] = "student"
+    micro_batch: Count | None = None
+    bidirectional: NonNegative = 0.0
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    l2_sp: NonNegative = 0.0
+    restore_probability: Probability = 0.0
+    sharpness_radius: NonNegative = 0.0
+    reset: Literal["per_image", "never"] | Count = "per_image"
 
 
 class CropConfig(Section):
@@ -124,17 +143,56 @@ class ViewConfig(Section):
 
     `longest_side`: images are shrunk to this before views are made (the final prediction is at full size).
     `size`: (height, width) of a view; None keeps the (shrunk) image's own.
+    `cutmix`: chance that a rectangle of a view shows another view of the batch (which must hold two at least).
     """
 
     longest_side: Count | None = None
     size: tuple[Count, Count] | None = None
     mirror: Probability = 0.5
+    cutmix: Probability = 0.0
     crop: CropConfig = CropConfig()
     novel_view: NovelViewConfig = NovelViewConfig()
     photometric: PhotometricConfig = PhotometricConfig()
 
 
-LossName = Literal["global", "local_4", "local_16", "local_64", "normal", "edge", "mask", "metric_scale"]
+class EnsembleConfig(Section):
+    """Further predictions of the same image whose mean (of log depth, after the median ratio) is more reliable.
+
+    `members`, beside the plain one: `mirror`, `finer` and `coarser` (4/3 and 3/4 of the tokens), `autocontrast`.
+    `target`: the teacher's target is the mean. `final`: the adapted prediction is the mean.
+    """
+
+    members: list[Literal["mirror", "finer", "coarser", "autocontrast"]] = []
+    target: bool = True
+    final: bool = True
+
+
+class GateConfig(Section):
+    """What becomes of the adapted prediction, decided without truth. See `gate.py`.
+
+    `mode`: `off` keeps it; `measure` too, but stores the signals; `decide` accepts, blends or rejects by the thresholds
+    of `calibration` (a JSON file; None: the bundled one). `views`: held-back views, never trained on. `severity`: of
+    their colours and cameras. `signals`: those that are computed. `interpolate`: also look for the best weights on the
+    line from the original to the adapted ones. `check_every`: optimizer steps between looks at the held-back views
+    during training (0: none); `patience`: looks without improvement after which training stops; the best are kept.
+    """
+
+    mode: Literal["off", "measure", "decide"] = "off"
+    calibration: str | None = None
+    views: Annotated[int, Field(ge=1, le=64)] = 4
+    severity: Severity = 2
+    signals: list[Literal["consistency", "votes", "reprojection", "edges", "drift", "loss", "camera"]] = [
+        "consistency", "votes", "reprojection", "edges", "drift", "loss", "camera",
+    ]  # fmt: skip
+    interpolate: bool = False
+    check_every: Annotated[int, Field(ge=0)] = 0
+    patience: Count = 2
+
+
+LossName = Literal[
+    "global", "local_4", "local_16", "local_64", "normal", "edge", "mask", "metric_scale",
+    "ssi", "gradient", "silog", "feature", "metric_reference",
+]  # fmt: skip
 
 
 class LossConfig(Section):
@@ -155,6 +213,7 @@ class ReleasedConfig(Section):
     mask_positive_and_negative: bool = False
     reload_model: bool = False
     write_files: bool = False
+    full_cost_alignment: bool = False
 
 
 class DataConfig(Section):
@@ -193,7 +252,11 @@ DEFAULT_LOSSES = {
 
 
 class ExperimentConfig(Section):
-    """One row of the ablation, complete. Every random draw comes from (`seed`, name of the sample)."""
+    """One row of the ablation, complete. Every random draw comes from (`seed`, name of the sample).
+
+    `references`: pixels of each sample whose true distance is given to the method (`references.py`); they do not count
+    in the scores.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     description: str = ""
@@ -204,6 +267,9 @@ class ExperimentConfig(Section):
     views: ViewConfig = ViewConfig()
     losses: dict[LossName, LossConfig] = DEFAULT_LOSSES
     released: ReleasedConfig = ReleasedConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
+    gate: GateConfig = GateConfig()
+    references: Annotated[int, Field(ge=0)] = 0
     data: list[DataConfig] = []
 
     def as_parameters(self) -> dict[str, Any]:

@@ -14,12 +14,13 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ttt_lib.adapt import AdaptResult, adapt
+from ttt_lib.adapt import AdaptResult, adapt, sample_generator
 from ttt_lib.config import ExperimentConfig, build_experiment, load_profile
 from ttt_lib.data import Sample, SampleSet, open_dataset
 from ttt_lib.errors import UserError
 from ttt_lib.metrics import evaluate, tidy_rows
 from ttt_lib.models import GeometryModel, Prediction, load_model
+from ttt_lib.references import sample_references
 
 GALLERY_SIDE = 256  # pixels of the longer side of what is kept for figures
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -86,7 +87,10 @@ def iterate(sets: list[SampleSet]) -> Iterator[Sample]:
 def open_model(config: ExperimentConfig) -> GeometryModel:
     """The experiment's model, fresh from disk or hub."""
     settings = config.model
-    return load_model(settings.name, settings.device, num_tokens=settings.num_tokens, autocast=settings.autocast)
+    model = load_model(settings.name, settings.device, settings.num_tokens, settings.autocast, settings.fov_x)
+    if settings.checkpointing:
+        model.save_memory()
+    return model
 
 
 def _small(map_: torch.Tensor | None) -> np.ndarray | None:
@@ -158,6 +162,7 @@ def run_experiment(
         _append(rows, paths[table])
 
     left_out: list[tuple[str, str, str]] = []
+    weights = None  # of the last image, where `train.reset` goes on from them
     total = sum(len(s) for s in sets)
     bar = tqdm(total=min(total, limit or total), desc=config.name, disable=not progress, mininterval=2.0)
     for done, sample in enumerate(iterate(sets)):
@@ -167,7 +172,15 @@ def run_experiment(
         try:
             if config.released.reload_model:
                 model = open_model(config)
-            result = adapt(model, sample.image, config, name=f"{sample.dataset}/{sample.name}")
+            name = f"{sample.dataset}/{sample.name}"
+            references = None
+            if config.references:
+                unseen = sample_generator(config.seed, f"{name}/references")
+                references, sample = sample_references(sample, config.references, unseen)
+            if config.train.reset == "per_image" or (config.train.reset != "never" and done % config.train.reset == 0):
+                weights = None
+            result = adapt(model, sample.image, config, name=name, references=references, start=weights)
+            weights = result.weights if config.train.reset != "per_image" else None
             if sample.depth is not None or sample.points is not None:
                 add("metrics", _rows(config.name, sample, "original", result.original))
                 add("metrics", _rows(config.name, sample, "final", result.final))
@@ -175,7 +188,7 @@ def run_experiment(
                     add("metrics", _rows(config.name, sample, "adapted", result.adapted))
         except torch.OutOfMemoryError:
             left_out.append(
-                (sample.dataset, sample.name, "out of memory: lower views.longest_side or train.batch_size")
+                (sample.dataset, sample.name, "out of memory: lower views.longest_side, or set model.checkpointing")
             )
             continue
         finally:
@@ -185,7 +198,9 @@ def run_experiment(
             **identity, "seconds": result.seconds, "peak_memory_mb": result.peak_memory_mb,
             "decision": result.decision, "reason": result.reason, "passes_done": result.passes_done,
             "loss_first": losses[0] if losses else np.nan, "loss_last": losses[-1] if losses else np.nan,
+            "micro_batch": result.micro_batch,
             **{f"views_{key}": value for key, value in result.view_stats.items()},
+            **{f"signal_{key}": value for key, value in result.signals.items()},
         }]))  # fmt: skip
         if result.history:
             add("history", pd.DataFrame([{**identity, **entry} for entry in result.history]))

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from moge.utils.geometry_torch import recover_focal_shift
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ttt_lib.errors import UserError
 from ttt_lib.hub import NotInRepository, download, hub_answers
@@ -148,6 +150,38 @@ class GeometryModel:
             kind=self.kind,
             normal=output.get("normal"),
         )
+
+    def metric_depth(self, output: dict[str, Tensor], images: Tensor) -> Tensor:
+        """Depth in metres with gradients, (B,H,W), from what `forward` gave for `images` (B,3,H,W).
+
+        MoGe's z-shift is recovered as `infer` does it, and taken as given. Raises `UserError` for models without metric
+        scale.
+        """
+        if output.get("metric_scale") is None:
+            raise UserError(f"{self.name} predicts no metric depth, which the loss metric_reference needs.")
+        points, mask = output["points"], output.get("mask")
+        _, shift = recover_focal_shift(points.detach(), None if mask is None else mask > 0.5)
+        return (points[..., 2] + shift[:, None, None]) * output["metric_scale"].reshape(-1, 1, 1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the encoder hands on for images (B,3,H,W), with gradients: one vector a patch, (B,N,C) float32."""
+        height, width = images.shape[-2:]
+        rows = max(1, round((self.num_tokens * height / width) ** 0.5))
+        columns = max(1, round((self.num_tokens * width / height) ** 0.5))
+        with self._mixed():
+            if hasattr(self.network, "encoder") and not isinstance(self.network.encoder, str):
+                found = self.network.encoder(images, rows, columns)
+            else:  # MoGe-1 keeps its encoder in `backbone`
+                sized = F.interpolate(images, (rows * 14, columns * 14), mode="bilinear", antialias=True)
+                sized = (sized - self.network.image_mean) / self.network.image_std
+                return self.network.backbone.get_intermediate_layers(sized, n=1)[0].float()
+        return found.flatten(2).mT.float()
+
+    def save_memory(self) -> None:
+        """Keep fewer activations for the backward pass and compute them again (gradient checkpointing)."""
+        if not hasattr(self.network, "neck"):
+            return  # MoGe-1 always does so
+        self.network.enable_gradient_checkpointing()
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Named parameters of each part. `norms` (affine parameters of all normalisations) overlaps the others.
@@ -345,6 +379,8 @@ def load_model(
         raise UserError(f"model {name!r}: it predicts the camera itself; leave the field of view out.")
     network, kind = _build(_read_checkpoint(path, name), path, name)
     network = network.to(target)
+    if target.type == "cpu":  # halves the time of the convolutions there
+        network = network.to(memory_format=torch.channels_last)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     return GeometryModel(network, name, kind, num_tokens, autocast)

@@ -25,7 +25,7 @@ from ttt_lib.raycast import make_atlas
 from ttt_lib.synthetic import KINDS, make_pictures, make_textures
 from ttt_lib.tiny import TinyMoGe, default_config
 
-SIZES = ((192, 256), (192, 256), (256, 192), (160, 320), (224, 224))  # height, width; all about 192 tokens
+SIZES = ((192, 256), (192, 256), (256, 192), (160, 320), (128, 384), (224, 224))  # height, width; about 192 tokens
 SHARES = {"room": 0.4, "street": 0.25, "ground": 0.2, "table": 0.15}
 FAR_LIMIT = 200.0  # metres; what is farther trains the mask but not the depth
 ATLAS_EVERY = 8  # chunks that share one set of textures
@@ -47,6 +47,7 @@ class Recipe:
     reuse: float = 3.0  # times that a picture is drawn, on average
     average_decay: float = 0.998  # of the weights that are saved
     autocast: bool = True  # bfloat16 in the network, float32 in the loss
+    start: str = ""  # a checkpoint of `save_checkpoint` to go on from, as a second stage; "": ImageNet's encoder
 
 
 @dataclass
@@ -247,7 +248,10 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     target = torch.device(device)
-    model = new_model(recipe.seed).to(target, memory_format=torch.channels_last).train()
+    model = new_model(recipe.seed, imagenet=not recipe.start)
+    if recipe.start:
+        model.load_state_dict(torch.load(recipe.start, weights_only=True)["model"])
+    model = model.to(target, memory_format=torch.channels_last).train()
     encoder = list(model.encoder.backbone.parameters())
     known = {id(p) for p in encoder}
     rest = [p for p in model.parameters() if id(p) not in known]

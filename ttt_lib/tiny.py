@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from moge.model.modules import MLP, ConvStack
+from moge.model.utils import wrap_module_with_gradient_checkpointing
 from moge.model.v2 import MoGeModel
 from torch import Tensor, nn
 
@@ -111,6 +112,11 @@ class LiteEncoder(nn.Module):
             if isinstance(module, nn.BatchNorm2d):
                 module.training = False
         return self
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the blocks' inputs for the backward pass."""
+        for block in self.backbone._blocks:
+            wrap_module_with_gradient_checkpointing(block)
 
     def forward(self, image: Tensor, token_rows: int, token_cols: int, return_class_token: bool = False) -> Any:
         """image (B,3,H,W) in [0,1] -> features (B,dim_out,rows,cols) and, if asked, the pooled vector (B,320)."""

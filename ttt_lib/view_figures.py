@@ -9,13 +9,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ttt_lib.adapt import draw_views, make_renderer, sample_generator, working_image
+from ttt_lib.adapt import sample_generator, working_image
 from ttt_lib.augment import View
 from ttt_lib.config import ExperimentConfig
 from ttt_lib.data import Sample
+from ttt_lib.ensemble import predict_ensemble
 from ttt_lib.figures import inverse_depth, to_array
-from ttt_lib.losses import compute_loss
 from ttt_lib.models import GeometryModel
+from ttt_lib.student import draw_views, make_renderer, view_loss
 
 UNKNOWN, SKY = (0.85, 0.1, 0.55), (0.45, 0.7, 0.95)
 
@@ -27,7 +28,7 @@ def first_views(network: GeometryModel, sample: Sample, config: ExperimentConfig
     until its first refresh. The loss is computed because it takes numbers from the same generator.
     """
     image = working_image(sample.image.to(network.device), config.views.longest_side)
-    target = network.predict(image)
+    target = predict_ensemble(network, image, config.ensemble.members if config.ensemble.target else [])
     generator = sample_generator(config.seed, f"{sample.dataset}/{sample.name}")
     renderer = make_renderer(config, image.device)
     views, losses = [], []
@@ -35,10 +36,7 @@ def first_views(network: GeometryModel, sample: Sample, config: ExperimentConfig
         view = draw_views(image, target, config, generator, renderer)
         views.append(view)
         if config.train.method != "tta":
-            with torch.no_grad():
-                output = network.forward(view.image)
-                loss, _ = compute_loss(output, view.points, view.negative, view.intrinsics, config.losses, generator)
-            losses.append(float(loss))
+            losses.append(view_loss(network, view, config, generator))
     return join(views), losses
 
 

@@ -1,0 +1,195 @@
+"""The loop's options: parts of a batch, restraint, other supervision; each does what it says and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ttt_lib import student as student_module
+from ttt_lib.adapt import adapt, sample_generator
+from ttt_lib.config import build_experiment
+from ttt_lib.errors import UserError
+from ttt_lib.models import restore, select_parameters, snapshot, weights_checksum
+from ttt_lib.restraint import LowRank, sharpest_point
+from ttt_lib.student import Student, Training, draw_views, pass_gradients
+
+BASE = {
+    "name": "test",
+    "model": {"name": "tiny", "num_tokens": 48},
+    "train": {"passes": 4, "batch_size": 2, "accumulation": 2, "optimizer": {"learning_rate": 1e-4}},
+    "views": {"longest_side": 96},
+    "losses": {"global": {"align_resolution": 6}, "mask": {"weight": 0.1}},
+}
+
+
+def config(**overrides):
+    return build_experiment(BASE, overrides=overrides)
+
+
+@pytest.fixture(scope="module")
+def image(picture):
+    return picture.image[0]
+
+
+@pytest.fixture
+def student(tiny):
+    named = select_parameters(tiny, ["heads"])
+    before = snapshot(tiny, named)
+    yield Student(tiny, named)
+    restore(tiny, before)
+
+
+def gradients(student, image, settings, micro_batch):
+    target = student.model.predict(image)
+    generator = sample_generator(0, "a")
+    view = draw_views(image, target, settings, generator, None)
+    training = Training(micro_batch=micro_batch)
+    return (*pass_gradients(student, view, settings, generator, training), training, generator)
+
+
+LOCAL = {"local_4": {"align_resolution": 4, "num_patches": 4}}
+
+
+@pytest.mark.parametrize("cutmix", [0.0, 1.0])
+def test_parts_of_the_batch_give_the_whole_gradient(student, image, cutmix):
+    settings = config(train={"batch_size": 3}, losses=LOCAL, views={"cutmix": cutmix})
+    whole, terms, _, end = gradients(student, image, settings, 3)
+    parts, part_terms, _, part_end = gradients(student, image, settings, 1)
+    assert torch.equal(end.get_state(), part_end.get_state())
+    for a, b in zip(whole, parts):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max()) + 1e-8)
+    assert terms.keys() == part_terms.keys()
+    for key in terms:
+        assert torch.allclose(terms[key], part_terms[key], rtol=1e-4)
+
+
+def test_out_of_memory_halves_the_part_and_changes_nothing(student, image, monkeypatch):
+    settings = config(train={"batch_size": 4}, losses=LOCAL)
+    whole, terms, _, end = gradients(student, image, settings, 4)
+    real = student.model.forward
+
+    def small_memory(images, intrinsics=None):
+        if len(images) > 1:
+            raise student_module.OUT_OF_MEMORY[0]("CUDA out of memory")
+        return real(images, intrinsics)
+
+    monkeypatch.setattr(student.model, "forward", small_memory)
+    parts, part_terms, training, part_end = gradients(student, image, settings, 4)
+    assert training.micro_batch == 1
+    assert torch.equal(end.get_state(), part_end.get_state())
+    assert torch.allclose(terms["loss"], part_terms["loss"], rtol=1e-4)
+    for a, b in zip(whole, parts):
+        if a is not None:
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max()) + 1e-8)
+    monkeypatch.setattr(student.model, "forward", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        gradients(student, image, settings, 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train": {"lora_rank": 2}},
+        {"train": {"lora_rank": 2, "l2_sp": 0.1, "restore_probability": 0.1, "predict_with": "teacher"}},
+        {"train": {"l2_sp": 0.1}},
+        {"train": {"restore_probability": 0.1}},
+        {"train": {"sharpness_radius": 0.05}},
+        {"train": {"bidirectional": 0.5}},
+        {"views": {"cutmix": 0.5}},
+        {"losses": {"feature": {"weight": 1.0}}},
+        {"losses": {"ssi": {"weight": 1.0}, "gradient": {"weight": 0.5}}},
+        {"ensemble": {"members": ["mirror", "finer", "coarser", "autocontrast"]}},
+        {"train": {"micro_batch": 1}},
+        {"model": {"checkpointing": True}},
+    ],
+    ids=lambda options: str(options)[1:60],
+)
+def test_every_option_trains_and_leaves_the_weights(tiny, image, options):
+    before = weights_checksum(tiny)
+    names = [name for name, _ in tiny.network.named_parameters()]
+    plain = adapt(tiny, image, config(), name="a")
+    settings = config(**options)
+    result = adapt(tiny, image, settings, name="a")
+    again = adapt(tiny, image, settings, name="a")
+    assert weights_checksum(tiny) == before
+    assert [name for name, _ in tiny.network.named_parameters()] == names
+    assert result.decision == "adapted" and len(result.history) == 2
+    assert torch.equal(result.final.depth, again.final.depth)
+    assert torch.isfinite(result.final.depth).all()
+    assert not torch.equal(result.final.depth, result.original.depth)
+    if "feature" in str(options):  # within its tolerance after so little training
+        assert result.history[0]["feature"] == 0.0
+    elif options not in ({"train": {"micro_batch": 1}}, {"model": {"checkpointing": True}}):
+        assert not torch.equal(result.final.depth, plain.final.depth)
+
+
+def test_low_rank_updates_start_at_the_weights_and_have_their_rank(tiny):
+    named = select_parameters(tiny, ["neck"])
+    before = snapshot(tiny, named)
+    try:
+        low_rank = LowRank(named, 3)
+        originals = dict(named)
+        for name, merged in low_rank.merged().items():
+            assert torch.equal(merged, originals[name])
+        with torch.no_grad():
+            for up, _ in low_rank.factors.values():
+                up.normal_()
+        name, merged = next(iter(low_rank.merged().items()))
+        change = (merged - originals[name]).detach().reshape(len(merged), -1)
+        assert torch.linalg.matrix_rank(change) == 3
+        image = torch.rand(1, 3, 64, 64)
+        plain = tiny.forward(image)["points"]
+        with low_rank.attached(tiny.network):
+            inside = tiny.forward(image)["points"]
+            inside.sum().backward()
+        assert not torch.equal(plain, inside)
+        assert torch.equal(plain, tiny.forward(image)["points"])
+        assert all(factor.grad is not None for factor in low_rank.leaves())
+        with pytest.raises(UserError, match="rank"):
+            LowRank([(name, p) for name, p in named if p.ndim == 1], 2)
+    finally:
+        restore(tiny, before)
+
+
+def test_checkpointing_gives_the_same_gradients(student, image):
+    from ttt_lib.models import load_model
+
+    other = load_model("tiny", "cpu", num_tokens=student.model.num_tokens)
+    other.save_memory()
+    twin = Student(other, select_parameters(other, ["heads"]))
+    for a, b in zip(gradients(student, image, config(), 2)[0], gradients(twin, image, config(), 2)[0]):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-7 + 1e-5 * float(a.abs().max()))
+
+
+def test_sharpest_point_is_radius_away_along_the_gradient_and_undone():
+    leaf = torch.tensor([1.0, 2.0], requires_grad=True)
+    with sharpest_point([leaf], [torch.tensor([3.0, 4.0])], 0.5):
+        assert torch.allclose(leaf, torch.tensor([1.3, 2.4]))
+    assert torch.equal(leaf.detach(), torch.tensor([1.0, 2.0]))
+
+
+def test_the_distance_term_pulls_back(tiny, image):
+    fast = {"optimizer": {"learning_rate": 1e-3}, "passes": 6, "accumulation": 1}
+    free = adapt(tiny, image, config(train=fast), name="a")
+    held = adapt(tiny, image, config(train={**fast, "l2_sp": 100.0}), name="a")
+
+    def distance(result):
+        own = [p for _, p in tiny.network.named_parameters()]
+        return sum(float((a - b).square().sum()) for a, b in zip(result.weights, own))
+
+    assert distance(held) < 0.9 * distance(free)
+
+
+def test_a_sequence_goes_on_from_the_last_image(tiny, image):
+    settings = config()
+    first = adapt(tiny, image, settings, name="a")
+    fresh = adapt(tiny, image, settings, name="b")
+    warm = adapt(tiny, image, settings, name="b", start=first.weights)
+    assert torch.equal(fresh.original.depth, warm.original.depth)
+    assert not torch.equal(fresh.final.depth, warm.final.depth)
+    still = config(train={"optimizer": {"learning_rate": 0.0}})
+    assert torch.equal(adapt(tiny, image, still, start=first.weights).final.depth, first.final.depth)

@@ -1,0 +1,129 @@
+"""The cheap alignments and patch sampling of training against MoGe's own."""
+
+import pytest
+import torch
+from moge.train import losses as moge_losses
+from moge.utils import alignment as moge_alignment
+
+from ttt_lib import training_alignment
+from ttt_lib.training_alignment import anchor_weights, cheap_alignment
+
+ONLY_Z, ALL = torch.tensor([0.0, 0.0, 1.0]), torch.ones(3)
+
+
+def _problems(points: int, noise: float, outliers: float, shifts: torch.Tensor, seed: int, count: int = 24):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    target = torch.rand(count, points, 3, generator=generator) * torch.tensor([2.0, 2.0, 0.5])
+    target = target + torch.tensor([-1.0, -1.0, 1.0])
+    source = 1.7 * target + 0.3 * normal(count, 1, 3) * shifts + noise * normal(count, points, 3)
+    wild = torch.rand(count, points, 1, generator=generator) < outliers
+    source = torch.where(wild, source + 3 * normal(count, points, 3), source)
+    weight = (torch.rand(count, points, generator=generator) < 0.8) * (
+        1 + torch.rand(count, points, generator=generator)
+    )
+    return source, target, weight
+
+
+def _objective(source, target, weight, scale, shift, trunc):
+    error = (scale[:, None, None] * source + shift[:, None] - target).abs() * weight[..., None]
+    return error.clamp_max(trunc or torch.inf).sum((1, 2))
+
+
+@pytest.mark.parametrize(("noise", "outliers"), [(0.01, 0.0), (0.05, 0.1), (0.2, 0.3), (1.0, 0.0)])
+@pytest.mark.parametrize("trunc", [1.0, None])
+@pytest.mark.parametrize(("name", "shifts"), [("z", ONLY_Z), ("xyz", ALL)])
+def test_objective_is_that_of_moge(name, shifts, trunc, noise, outliers):
+    problem = _problems(64, noise, outliers, shifts, seed=3)
+    function = f"align_points_scale_{name}_shift"
+    theirs = _objective(*problem, *getattr(moge_alignment, function)(*problem, trunc=trunc), trunc)
+    ours = _objective(*problem, *getattr(training_alignment, function)(*problem, trunc=trunc), trunc)
+    excess = ours / theirs - 1
+    assert excess.min() > -1e-4
+    assert excess.mean() < 3e-3
+    assert excess.max() < 0.08
+    assert (excess.abs() < 1e-4).float().mean() >= (0.95 if name == "z" else 0.75)
+
+
+@pytest.mark.parametrize("points", [1, 2, 16])
+def test_few_points_are_solved_as_moge_does(points):
+    problem = _problems(points, 0.05, 0.1, ALL, seed=1)
+    problem = (problem[0], problem[1], problem[2] + 0.5)
+    theirs = moge_alignment.align_points_scale_xyz_shift(*problem, trunc=1.0)
+    ours = training_alignment.align_points_scale_xyz_shift(*problem, trunc=1.0)
+    assert torch.allclose(_objective(*problem, *ours, 1.0), _objective(*problem, *theirs, 1.0), rtol=1e-5, atol=1e-6)
+
+
+def test_exact_alignment_is_recovered_and_has_mogees_gradient():
+    source, target, weight = _problems(100, 0.0, 0.0, ONLY_Z, seed=2, count=3)
+    source.requires_grad_()
+    scale, shift = training_alignment.align_points_scale_z_shift(source, target, weight, trunc=1.0)
+    assert torch.allclose(scale * 1.7, torch.ones(3), atol=1e-4)
+    assert torch.allclose(scale[:, None, None] * source + shift[:, None], target, atol=1e-4)
+    assert torch.equal(shift[:, :2], torch.zeros(3, 2))
+    (scale.sum() + shift.sum()).backward()
+    assert float(source.grad.abs().sum()) > 0
+
+
+def test_nothing_with_weight_gives_zero():
+    scale, shift = training_alignment.align_points_scale_xyz_shift(
+        torch.rand(2, 40, 3), torch.rand(2, 40, 3), torch.zeros(2, 40)
+    )
+    assert torch.equal(scale, torch.zeros(2))
+    assert torch.equal(shift, torch.zeros(2, 3))
+
+
+def test_problems_do_not_depend_on_their_batch():
+    problem = _problems(64, 0.1, 0.1, ALL, seed=5)
+    scale, shift = training_alignment.align_points_scale_xyz_shift(*problem, trunc=1.0)
+    for i in (0, 7):
+        alone = training_alignment.align_points_scale_xyz_shift(*(x[i] for x in problem), trunc=1.0)
+        assert torch.allclose(alone[0], scale[i], rtol=1e-6)
+        assert torch.allclose(alone[1], shift[i], atol=1e-6)
+
+
+def test_sampling_weights_are_moges_at_the_pixels_drawn():
+    torch.manual_seed(0)
+    v, u = torch.meshgrid(torch.linspace(-1, 1, 24), torch.linspace(-1, 1, 32), indexing="ij")
+    depth = torch.where(u < 0.3, 2.0, 6.0)
+    points = torch.stack([u * depth, v * depth, depth], -1)[None]
+    mask = torch.ones(1, 24, 32, dtype=torch.bool)
+    mask[:, :3] = False
+    radius = 0.05 * points[..., 2]
+    theirs = torch.stack([
+        moge_losses.compute_anchor_sampling_weight(points, mask, 4, radius, num_test=64) for _ in range(20)
+    ]).mean(0)  # fmt: skip
+    every = torch.stack([anchor_weights(points, mask, 4, radius, 64, 24 * 32) for _ in range(20)]).mean(0)
+    assert torch.allclose(every.sum((1, 2)), torch.ones(1), atol=1e-4)
+    assert float(every[~mask].sum()) == 0
+    assert float((every - theirs).abs().sum()) < 0.08  # of a total of 1; their own runs differ by as much
+    few = anchor_weights(points, mask, 4, radius, 64, 50)
+    assert int((few > 0).sum()) == 50
+
+
+def test_loss_of_moge_with_cheap_alignment_is_near_its_own():
+    torch.manual_seed(0)
+    v, u = torch.meshgrid(torch.linspace(-1, 1, 48), torch.linspace(-1, 1, 64), indexing="ij")
+    depth = 2 + u + 0.3 * torch.sin(7 * v)
+    target = torch.stack([u * depth, v * depth, depth], -1)[None]
+    student = (target * (1 + 0.05 * torch.sin(9 * u + 4 * v))[None, ..., None]).requires_grad_()
+    focal, settings = torch.tensor([1.0]), {"level": 4, "align_resolution": 16, "num_patches": 64}
+
+    def local(cheap: bool) -> torch.Tensor:
+        if not cheap:
+            return moge_losses.affine_invariant_local_loss(student, target, focal, torch.ones(1), **settings)[0].mean()
+        with cheap_alignment(64):
+            return moge_losses.affine_invariant_local_loss(student, target, focal, torch.ones(1), **settings)[0].mean()
+
+    theirs = torch.stack([local(False) for _ in range(4)]).mean()
+    ours = torch.stack([local(True) for _ in range(4)]).mean()
+    assert abs(float(ours / theirs) - 1) < 0.1
+    own = moge_losses.affine_invariant_global_loss(student, target, align_resolution=16)[0]
+    with cheap_alignment():
+        cheap = moge_losses.affine_invariant_global_loss(student, target, align_resolution=16)[0]
+        assert moge_losses.align_points_scale_z_shift is training_alignment.align_points_scale_z_shift
+    assert moge_losses.align_points_scale_z_shift is moge_alignment.align_points_scale_z_shift
+    assert torch.allclose(own, cheap, rtol=1e-4)

@@ -1,0 +1,168 @@
+"""MoGe's truncated alignments and patch sampling at a small part of their cost: what makes a step cheap.
+
+`moge.utils.alignment` solves for the best scale with *every* point as anchor, O(N^2 log N). Nearly every anchor gives
+nearly the same scale, though, and at one scale the objective of all anchors is a sum over pairs without any sorting.
+So a few anchors are solved exactly (by MoGe's own `align`), all anchors are compared at the best scale found, and the
+best of those are solved exactly, twice. What comes out is the optimum of one anchor in MoGe's set; how rarely it is
+not the very best one is measured in `tests/test_training_alignment.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from moge.train import losses as moge_losses
+from moge.utils.alignment import align
+from torch import Tensor
+
+FIRST, NEXT, ROUNDS = 6, 4, 2  # anchors solved at the start, in each round after it, and rounds
+FEW = 32  # points; up to here every anchor is solved, which costs no more
+PAIRS = 2**24  # elements (problem, anchor, point, coordinate) compared at a time
+CANDIDATES = (8, 2, 4096)  # pixels drawn uniformly for a patch, of which importance sampling chooses: 8, or fewer
+# (not below 2) where that would be more than 4096 in all
+
+
+def _solve(source: Tensor, target: Tensor, weight: Tensor, anchors: Tensor, shifts: Tensor, trunc: float | None):
+    """Best scale with each anchor: (P,N,3), (P,N,3), (P,N), (P,M) -> scale, loss, index of the second point (P,M)."""
+    picked = anchors[..., None].expand(-1, -1, 3)
+    x = source[:, None] - (source.gather(1, picked) * shifts)[:, :, None]
+    y = target[:, None] - (target.gather(1, picked) * shifts)[:, :, None]
+    w = weight[:, None, :, None].expand_as(x)
+    scale, loss, index = align(x.flatten(2), y.flatten(2), w.flatten(2), trunc)
+    # An anchor without weight is no anchor.
+    return scale, loss.masked_fill(weight.gather(1, anchors) <= 0, torch.inf), index
+
+
+def _compare(source: Tensor, target: Tensor, weight: Tensor, scale: Tensor, shifts: Tensor, trunc: float | None):
+    """Objective of every anchor at one scale a problem: (P,N,3), (P,N,3), (P,N), (P,) -> (P,N)."""
+    residual = scale[:, None, None] * source - target
+    total = torch.zeros_like(weight)
+    for axis in range(3):
+        r = residual[..., axis]
+        moved = r[:, :, None] if shifts[axis] else torch.zeros_like(r[:, :, None])
+        error = (r[:, None, :] - moved).abs_().mul_(weight[:, None, :])
+        total += (error if trunc is None else error.clamp_max_(trunc)).sum(-1)
+    return total.masked_fill(weight <= 0, torch.inf)
+
+
+def _spread(weight: Tensor, count: int) -> Tensor:
+    """`count` anchors evenly over the points that have weight, (P,N) -> (P,count)."""
+    order = (weight > 0).long().cumsum(-1)  # 1, 2, ... over the points with weight
+    ranks = (torch.arange(count, device=weight.device) + 0.5) / count * order[:, -1:] + 1
+    return torch.searchsorted(order, ranks.floor().long().clamp_max(order[:, -1:])).clamp_max(weight.shape[1] - 1)
+
+
+def _best_pair(source: Tensor, target: Tensor, weight: Tensor, shifts: Tensor, trunc: float | None):
+    """Anchor (P,) and second point, an index into N * 3, (P,), of the best alignment found."""
+    points = source.shape[1]
+    every = torch.arange(points, device=weight.device).expand(len(weight), -1)
+    anchors = every if points <= FEW else _spread(weight, FIRST)
+    scale, loss, index = _solve(source, target, weight, anchors, shifts, trunc)
+
+    def best_of(anchors: Tensor, scale: Tensor, loss: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        place = loss.argmin(1, keepdim=True)
+        return tuple(value.gather(1, place)[:, 0] for value in (anchors, scale, loss, index))
+
+    held = best_of(anchors, scale, loss, index)
+    for _ in range(ROUNDS if points > FEW else 0):
+        anchors = _compare(source, target, weight, held[1], shifts, trunc).topk(NEXT, largest=False)[1]
+        found = best_of(anchors, *_solve(source, target, weight, anchors, shifts, trunc))
+        better = found[2] < held[2]
+        held = tuple(torch.where(better, new, old) for new, old in zip(found, held))
+    return held[0], held[3]
+
+
+def _align(source: Tensor, target: Tensor, weight: Tensor, trunc: float | None, shifts: Tensor):
+    batch_shape, points = source.shape[:-2], source.shape[-2]
+    source, target = source.reshape(-1, points, 3), target.reshape(-1, points, 3)
+    weight = weight.reshape(-1, points)
+    with torch.no_grad():
+        size = max(1, PAIRS // (points * points + FIRST * points * 3))
+        pairs = [
+            _best_pair(s, t, w, shifts, trunc)
+            for s, t, w in zip(source.split(size), target.split(size), weight.split(size))
+        ]
+        anchor, second = (torch.cat(part) for part in zip(*pairs))
+    # Written out again by indexing, with the gradient that MoGe's functions have.
+    first = anchor[:, None, None].expand(-1, 1, 3)
+    source_1, target_1 = (map_.gather(1, first)[:, 0] * shifts for map_ in (source, target))
+    axis = (second % 3)[:, None]
+    rise = target.flatten(1).gather(1, second[:, None])[:, 0] - target_1.gather(1, axis)[:, 0]
+    run = source.flatten(1).gather(1, second[:, None])[:, 0] - source_1.gather(1, axis)[:, 0]
+    scale = rise / torch.where(run != 0, run, 1.0)
+    usable = (weight > 0).any(-1)
+    scale = torch.where(usable, scale, 0.0)
+    shift = torch.where(usable[:, None], target_1 - scale[:, None] * source_1, 0.0)
+    return scale.reshape(batch_shape), shift.reshape(*batch_shape, 3)
+
+
+def align_points_scale_z_shift(
+    points_src: Tensor, points_tgt: Tensor, weight: Tensor, trunc: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `moge.utils.alignment.align_points_scale_z_shift`: (...,N,3) x 2, (...,N) -> scale (...), shift (...,3)."""
+    return _align(points_src, points_tgt, weight, trunc, torch.tensor([0.0, 0.0, 1.0], device=points_src.device))
+
+
+def align_points_scale_xyz_shift(
+    points_src: Tensor, points_tgt: Tensor, weight: Tensor, trunc: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `moge.utils.alignment.align_points_scale_xyz_shift`: (...,N,3) x 2, (...,N) -> scale (...), shift (...,3).
+
+    0 for both where nothing has weight.
+    """
+    return _align(points_src, points_tgt, weight, trunc, torch.ones(3, device=points_src.device))
+
+
+def anchor_weights(
+    points: Tensor, mask: Tensor, radius_2d: int, radius_3d: Tensor, num_test: int, count: int
+) -> Tensor:
+    """Sampling weights of patch centres as `moge.train.losses.compute_anchor_sampling_weight` gives them, for `count`
+    known pixels drawn uniformly, and 0 elsewhere: sampling importance resampling.
+
+    points (B,H,W,3), mask (B,H,W), radius_3d (B,H,W) -> (B,H,W), each picture's sum is 1. A pixel counts with one over
+    the number of the `num_test` pixels drawn around it that lie within radius_3d in space.
+    """
+    batch, height, width = mask.shape
+    result = torch.zeros_like(points[..., 0]).flatten(1)
+    known = mask.flatten(1).float()
+    count = min(count, height * width)
+    chosen = torch.multinomial(known + 1e-12, count)  # without replacement; unknown ones only when known ones run out
+    row, column = chosen // width, chosen % width
+    shape = (batch, count, num_test)
+    i = row[..., None] + torch.randint(-radius_2d, radius_2d + 1, shape, device=points.device)
+    j = column[..., None] + torch.randint(-radius_2d, radius_2d + 1, shape, device=points.device)
+    inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
+    near = i.clamp(0, height - 1) * width + j.clamp(0, width - 1)
+    flat = points.flatten(1, 2)
+    picture = torch.arange(batch, device=points.device)[:, None, None]
+    distance = (flat[picture, near] - flat[picture[..., 0], chosen][:, :, None]).norm(dim=-1)
+    counted = inside & mask.flatten(1)[picture, near] & (distance <= radius_3d.flatten(1).gather(1, chosen)[..., None])
+    weight = known.gather(1, chosen) / counted.float().sum(-1).clamp_min(1)
+    result.scatter_(1, chosen, weight)
+    return (result / (result.sum(1, keepdim=True) + 1e-7)).reshape(mask.shape)
+
+
+@contextmanager
+def cheap_alignment(num_patches: int = 0) -> Iterator[None]:
+    """Inside, the loss functions of `moge.train.losses` use this module; `num_patches`: of the local loss."""
+
+    def weights(points: Tensor, mask: Tensor, radius_2d: int, radius_3d: Tensor, num_test: int = 64) -> Tensor:
+        most, least, enough = CANDIDATES
+        count = max(least * num_patches, min(most * num_patches, enough))
+        return anchor_weights(points, mask, radius_2d, radius_3d, num_test, count)
+
+    replaced = {
+        "align_points_scale_z_shift": align_points_scale_z_shift,
+        "align_points_scale_xyz_shift": align_points_scale_xyz_shift,
+        "compute_anchor_sampling_weight": weights,
+    }
+    own = {name: getattr(moge_losses, name) for name in replaced}
+    try:
+        for name, function in replaced.items():
+            setattr(moge_losses, name, function)
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(moge_losses, name, function)
