@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 
-from ttt_lib import adapt as adapt_module
 from ttt_lib import student as student_module
 from ttt_lib.adapt import adapt, sample_generator, working_image
 from ttt_lib.config import build_experiment

@@ -124,7 +124,7 @@ def adapt(
         before = snapshot(model, named)
         try:
             _adapt_weights(model, image, config, named, name, generator, result, references, start, progress, on_step)
-        except NonFiniteLoss as error:
+        except (NonFiniteLoss, FloatingPointError) as error:
             result.adapted, result.reason = None, f"original kept: {error}"
         finally:
             restore(model, before)

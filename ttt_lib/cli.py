@@ -67,10 +67,11 @@ def parse_set(entries: list[str]) -> dict[str, Any]:
 
 
 def choose_experiments(names: str | None) -> list[Path]:
-    """Files of the named experiments, or of all, `original` first."""
+    """Files of the named experiments (also of those in `more/`), or of all rows of the table, `original` first."""
     folder = notebooks_folder() / "experiments"
     files = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if names:
+        files |= {path.stem: path for path in sorted((folder / "more").glob("*.yaml"))}
         wanted = [name.strip() for name in names.split(",") if name.strip()]
         unknown = [name for name in wanted if name not in files and not Path(name).is_file()]
         if unknown:
@@ -200,7 +201,11 @@ def adapt(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the results.")] = Path("outputs"),
     experiment: Annotated[str, typer.Option(help="Name or file of the experiment.")] = "unfreeze_encoder_lower_lr",
     profile: Annotated[str, typer.Option(help="demo, paper, as_released, or a YAML file.")] = "demo",
-    model: Annotated[str | None, typer.Option(help="tiny, a MoGe hub name, or a checkpoint file.")] = None,
+    model: Annotated[str | None, typer.Option(help="See `ttt-depth models`.")] = None,
+    metric_points: Annotated[
+        Path | None,
+        typer.Option(help="Known distances: CSV with u,v,metres (pixels), or a sparse 16-bit depth PNG; one image."),
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,
 ) -> None:
     """Adapt to photographs: depth (PNG, NPY), point cloud (PLY), a before/after figure and a JSON record for each."""
@@ -211,12 +216,14 @@ def adapt(
     overrides = parse_set(set_ or [])
     if model:
         overrides.setdefault("model", {})["name"] = model
+    if metric_points is not None and len(images) != 1:
+        raise UserError(f"--metric-points {metric_points}: belongs to one image, but {len(images)} are given.")
     config = load_experiment(choose_experiments(experiment)[0], resolve_profile(profile), overrides)
     loaded = open_model(config)
     failed = 0
     for image in images:
         try:
-            folder = adapt_photo(image, output, loaded, config)
+            folder = adapt_photo(image, output, loaded, config, metric_points)
             record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
             print(f"{image}: {record['decision']} in {record['seconds']:.1f} s -> {folder}", flush=True)
         except UserError as error:
@@ -263,11 +270,12 @@ def hard_subset(
 @app.command()
 def models() -> None:
     """List what --model takes."""
-    from ttt_lib.models import HUB_NAMES
+    from ttt_lib.models import HUB_NAMES, TRANSFORMERS_PREFIXES
 
     print("tiny  (bundled, works offline)")
     print("\n".join(HUB_NAMES))
-    print("PATH  (a MoGe-1 or MoGe-2 checkpoint file)")
+    print("\n".join(f"{prefix}...  (transformers)" for prefix in TRANSFORMERS_PREFIXES))
+    print("PATH  (a MoGe-1 or MoGe-2 checkpoint file, or the folder of a transformers model)")
 
 
 def main() -> None:

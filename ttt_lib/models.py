@@ -133,12 +133,18 @@ class GeometryModel:
 
         images (3,H,W) or (B,3,H,W) in [0,1]; the fields of the result have the same leading dimensions. For metric
         models depth is in metres. The network runs in float32 here, whatever `autocast` is: targets and results are
-        not rounded. intrinsics (3,3) or (B,3,3): for models that predict no camera; MoGe has no use for them.
+        not rounded. intrinsics (3,3) or (B,3,3): for models that predict no camera; MoGe has no use for them. Raises
+        `FloatingPointError` when the network's output is not finite.
         """
         with warnings.catch_warnings():
             # MoGe asks for a float32 autocast, which a CPU does not have and does not need.
             warnings.filterwarnings("ignore", message="In CPU autocast")
-            output = self.network.infer(images, num_tokens=self.num_tokens, apply_mask=False, use_fp16=False)
+            try:
+                output = self.network.infer(images, num_tokens=self.num_tokens, apply_mask=False, use_fp16=False)
+            except ValueError as error:  # of scipy, which fits the camera
+                if "not finite" not in str(error):
+                    raise
+                raise FloatingPointError("the network's prediction is not finite") from error
         # Clones leave inference mode, so that a target can take part in training.
         output = {key: value.clone() for key, value in output.items()}
         mask = output.get("mask")

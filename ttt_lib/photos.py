@@ -20,6 +20,7 @@ from ttt_lib.data import read_photo
 from ttt_lib.figures import plot_before_after
 from ttt_lib.geometry import EDGE_RTOL, depth_edges
 from ttt_lib.models import GeometryModel, Prediction, weights_checksum
+from ttt_lib.references import read_references
 
 LONGEST_CLOUD = 1024  # pixels of the longer side from which the point cloud is made
 
@@ -38,16 +39,20 @@ def write_cloud(path: Path, image: torch.Tensor, prediction: Prediction) -> None
     moge_io.save_ply(path, vertices * np.array([1, -1, -1], np.float32), faces, (colours * 255).astype(np.uint8))
 
 
-def adapt_photo(path: Path, output: Path, model: GeometryModel, config: ExperimentConfig) -> Path:
+def adapt_photo(
+    path: Path, output: Path, model: GeometryModel, config: ExperimentConfig, metric_points: Path | None = None
+) -> Path:
     """Adapt `model` to one photograph; writes `output/<stem>/` in one step and returns it.
 
     depth.png (16-bit, MoGe's logarithmic encoding; inf where there is no surface), depth.npy (H,W) float32, and the
     same before adaptation in depth_original.npy, cloud.ply, before_after.png, record.json (settings, device, times,
-    decision). Depth is in metres for metric models. An existing folder of this name is replaced. Raises `UserError`
-    when the photograph cannot be read.
+    decision). Depth is in metres for metric models, and for all with `metric_points`, a file of known distances
+    (`references.read_references`). An existing folder of this name is replaced. Raises `UserError` when the photograph
+    or the file cannot be read.
     """
     image = read_photo(path)
-    result = adapt(model, image, config, name=Path(path).name)
+    references = read_references(metric_points, tuple(image.shape[-2:])) if metric_points else None
+    result = adapt(model, image, config, name=Path(path).name, references=references)
     folder = Path(output) / Path(path).stem
     work = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(work, ignore_errors=True)
@@ -62,12 +67,14 @@ def adapt_photo(path: Path, output: Path, model: GeometryModel, config: Experime
     shown = F.interpolate(image[None], scale_factor=shrink, mode="area")[0] if shrink < 1 else image
     plot_before_after(shown, result).savefig(work / "before_after.png", dpi=110)
     record = {
-        "image": str(path), "width": image.shape[-1], "height": image.shape[-2], "unit": "metre" if model.kind == "metric" else "arbitrary",
+        "image": str(path), "width": image.shape[-1], "height": image.shape[-2],
+        "unit": "metre" if result.final.kind == "metric" else "arbitrary",
         "decision": result.decision, "reason": result.reason, "seconds": result.seconds,
         "peak_memory_mb": result.peak_memory_mb, "passes_done": result.passes_done, "views": result.view_stats,
         "intrinsics": result.final.intrinsics.tolist(), "device": str(model.device), "model": model.name,
         "weights": weights_checksum(model), "settings": config.as_parameters(), "history": result.history,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "signals": result.signals, "assumptions": result.original.note,
+        "metric_points": str(metric_points) if metric_points else None, "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }  # fmt: skip
     (work / "record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,213 @@
+"""The gate: signals that no collapse can win, decisions that do what they say, stopping that keeps the best."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ttt_lib.adapt import adapt, sample_generator
+from ttt_lib.config import build_experiment
+from ttt_lib.errors import UserError
+from ttt_lib.gate import (
+    Calibration,
+    Watcher,
+    best_on_the_line,
+    blend_predictions,
+    consistency,
+    disagreement_map,
+    edge_agreement,
+    held_back_views,
+    log_error,
+    read_calibration,
+    vote,
+)
+from ttt_lib.models import restore, select_parameters, snapshot, weights_checksum
+from ttt_lib.student import Student
+
+BASE = {
+    "name": "test",
+    "model": {"name": "tiny", "num_tokens": 48},
+    "train": {"passes": 2, "batch_size": 2, "accumulation": 1, "optimizer": {"learning_rate": 1e-4}},
+    "views": {"longest_side": 96},
+    "losses": {"global": {"align_resolution": 6}, "mask": {"weight": 0.1}},
+    "gate": {"mode": "measure", "views": 2},
+}
+
+
+def config(**overrides):
+    return build_experiment(BASE, overrides=overrides)
+
+
+@pytest.fixture(scope="module")
+def image(picture):
+    return picture.image[0]
+
+
+@pytest.fixture
+def held(tiny, image):
+    return held_back_views(tiny, image, tiny.predict(image), config(), sample_generator(0, "held"))
+
+
+def always(value: float) -> Calibration:
+    return Calibration(["votes_gain"], [0.0], [1.0], [0.0], value, accept=0.5, blend=-0.5)
+
+
+def test_log_error_does_not_see_scale_and_skips_the_unknown():
+    depth = torch.rand(2, 8, 8) + 1
+    known = torch.ones(2, 8, 8, dtype=torch.bool)
+    assert torch.allclose(log_error(3 * depth, depth, known), torch.zeros(2), atol=1e-6)
+    spoilt = depth.clone()
+    spoilt[0, :4] = torch.nan
+    assert torch.allclose(log_error(spoilt, depth, known), torch.zeros(2), atol=1e-6)
+    assert log_error(depth, depth, ~known).isnan().all()
+    double = depth.clone()
+    double[0, 0] *= math.e  # an eighth of the pixels is one logarithm off
+    assert float(log_error(double, depth, known)[0]) == pytest.approx(1 / 8, abs=1e-5)
+
+
+def test_a_collapsed_prediction_does_not_win(held):
+    flat = torch.ones_like(held.depth)
+    clean = replace(held.original, depth=torch.ones_like(held.original.depth))
+    values = consistency(held, flat, held.seen, clean)
+    assert values["aa"] < 1e-6 < values["oo"]  # it agrees with itself
+    assert values["ao"] > 2 * values["oo"] and values["oa"] > 2 * values["oo"]
+    assert values["score"] > values["oo"]
+    same = consistency(held, held.depth, held.seen, held.original)
+    assert same["aa"] == same["ao"] == same["oa"] == same["oo"] == pytest.approx(same["score"])
+
+
+def test_votes_find_the_odd_one_out():
+    ramp = torch.linspace(1, 5, 48).reshape(1, 48).expand(36, 48)
+    mask = torch.ones(36, 48, dtype=torch.bool)
+    shares = vote([ramp, 2 * ramp, ramp**2, ramp.flip(-1)], mask, torch.Generator().manual_seed(0))
+    assert shares[0] == pytest.approx(1.0, abs=0.02) and shares[1] == pytest.approx(1.0, abs=0.02)
+    assert shares[3] < 0.1
+    spread = disagreement_map([ramp, 2 * ramp, 3 * ramp], mask)
+    assert float(spread.max()) < 1e-5
+    assert float(disagreement_map([ramp, ramp.flip(-1)], mask)[:, 0].mean()) == pytest.approx(math.log(5) / 2, rel=0.1)
+    assert all(math.isnan(share) for share in vote([ramp, ramp], ~mask, torch.Generator()))
+
+
+def test_edges_that_coincide_agree_more():
+    image = torch.zeros(3, 40, 40)
+    image[:, :, 20:] = 1.0
+    mask = torch.ones(40, 40, dtype=torch.bool)
+    here, there = torch.ones(40, 40), torch.ones(40, 40)
+    here[:, 20:], there[20:] = 3.0, 3.0
+    assert edge_agreement(here, image, mask) > 0.9 > 0.3 > edge_agreement(there, image, mask)
+    assert math.isnan(edge_agreement(torch.ones(40, 40), image, mask))
+
+
+def test_all_signals_are_measured_and_stored(tiny, image):
+    before = weights_checksum(tiny)
+    result = adapt(tiny, image, config())
+    assert weights_checksum(tiny) == before and result.decision == "adapted"
+    names = {
+        "consistency_self_gain", "consistency_cross_gain", "votes_gain", "reprojection_gain", "edges_gain",
+        "drift_weights", "drift_prediction", "drift_features", "loss_drop", "camera_fov_change",
+    }  # fmt: skip
+    assert names <= result.signals.keys()
+    assert all(np.isfinite(result.signals[name]) for name in names)
+    assert result.signals["drift_weights"] > 0
+    plain = adapt(tiny, image, config(gate={"mode": "off"}))
+    assert torch.equal(plain.final.depth, result.final.depth)  # measuring changes nothing
+    assert not plain.signals
+    few = adapt(tiny, image, config(gate={"signals": ["edges"]}))
+    assert {name.split("_")[0] for name in few.signals} == {"edges"}
+    still = adapt(tiny, image, config(train={"optimizer": {"learning_rate": 0.0}}))
+    for name in ("consistency_self_gain", "votes_gain", "reprojection_gain", "edges_gain", "drift_weights"):
+        assert still.signals[name] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("estimate", "decision"), [(1.0, "accept"), (0.0, "blend"), (-1.0, "reject")])
+def test_decisions_do_what_they_say(tiny, image, tmp_path, estimate, decision):
+    always(estimate).write(tmp_path / "gate.json")
+    gate = {"mode": "decide", "calibration": str(tmp_path / "gate.json"), "signals": ["votes"]}
+    result = adapt(tiny, image, config(gate=gate))
+    assert result.decision == decision
+    assert result.signals["estimate"] == pytest.approx(estimate)
+    if decision == "accept":
+        assert torch.equal(result.final.depth, result.adapted.depth)
+    elif decision == "reject":
+        assert torch.equal(result.final.depth, result.original.depth)
+    else:
+        change = (result.final.depth / result.original.depth).log().abs().mean()
+        full = log_error(result.adapted.depth[None], result.original.depth[None], result.original.mask[None])
+        assert 0 < float(change) <= float(full) + 1e-6
+        assert torch.allclose(result.final.points[..., 2], result.final.depth)
+
+
+def test_blend_takes_the_adapted_where_experts_agree(tiny, image):
+    original = tiny.predict(image)
+    pattern = torch.ones_like(original.depth)
+    pattern[: len(pattern) // 4] = 1.2
+    adapted = replace(original, depth=2 * original.depth * pattern)
+    spread = torch.zeros_like(original.depth)
+    agreed = blend_predictions(original, adapted, spread)
+    assert torch.allclose(agreed.depth, original.depth * pattern, rtol=1e-4)  # scale stays the original's
+    argued = blend_predictions(original, adapted, spread + 100.0)
+    assert torch.allclose(argued.depth, original.depth, rtol=1e-4)
+
+
+def test_an_implausible_camera_is_rejected():
+    assert always(1.0).decide({"camera_implausible": 0.0}) == "accept"
+    assert always(1.0).decide({"camera_implausible": 1.0}) == "reject"
+
+
+def test_missing_signals_count_as_their_mean_and_wild_ones_are_clipped():
+    calibration = Calibration(["a", "b"], [1.0, 2.0], [1.0, 2.0], [0.1, 0.2], 0.5, 1.0, 0.0)
+    assert calibration.estimate({}) == pytest.approx(0.5)
+    assert calibration.estimate({"a": 2.0, "b": math.nan}) == pytest.approx(0.6)
+    assert calibration.estimate({"a": 1e9, "b": 2.0}) == pytest.approx(0.5 + 0.3)
+
+
+def test_a_wrong_calibration_file_is_one_sentence(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    for name in ("x.json", "none.json"):
+        with pytest.raises(UserError, match=r"gate\.calibration"):
+            read_calibration(tmp_path / name)
+
+
+@pytest.fixture
+def student(tiny):
+    named = select_parameters(tiny, ["heads"])
+    before = snapshot(tiny, named)
+    yield Student(tiny, named)
+    restore(tiny, before)
+
+
+def spoil(student, amount=0.3):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.parameters:
+            parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
+
+
+def test_the_watcher_keeps_the_best_and_stops(student, held):
+    watcher = Watcher(student, held, config(gate={"check_every": 1, "patience": 2}).gate)
+    original = [value.clone() for value in student.values()]
+    spoil(student)
+    assert not watcher(1)
+    assert watcher(2)
+    assert watcher.best_step == 0 and len(watcher.scores) == 3
+    assert all(torch.equal(a, b) for a, b in zip(watcher.weights, original))
+
+
+def test_spoilt_weights_lose_on_the_line(student, held):
+    original = [value.clone() for value in student.values()]
+    spoil(student)
+    values, share = best_on_the_line(student, held, [value.clone() for value in student.values()])
+    assert share == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(values, original))
+
+
+def test_divergence_is_undone_by_watching(tiny, image):
+    wild = {"train": {"passes": 6, "optimizer": {"name": "sgd", "learning_rate": 30.0}}}
+    result = adapt(tiny, image, config(**wild, gate={"check_every": 1, "patience": 1}))
+    if result.adapted is not None:  # else the loss was not finite, and the original is kept anyway
+        assert result.passes_done < 6 and "held-back" in result.reason
+    assert torch.equal(result.final.depth, result.original.depth)
