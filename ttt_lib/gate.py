@@ -108,8 +108,11 @@ def consistency(
 
 
 def consistency_now(model: GeometryModel, held: HeldBack) -> dict[str, float]:
-    """`consistency` with the model's present weights as the adapted ones."""
-    return consistency(held, *_on_views(model, held.view, held.original), model.predict(held.image))
+    """`consistency` with the model's present weights as the adapted ones; an infinite score if they give no numbers."""
+    try:
+        return consistency(held, *_on_views(model, held.view, held.original), model.predict(held.image))
+    except FloatingPointError:
+        return {"score": math.inf}
 
 
 # ------------------------------------------------------------------------------------------------- other signals
