@@ -153,3 +153,39 @@ def test_rotation_between(seed):
     a, b = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)) + torch.tensor([0, 0, 3.0])
     rotation = g.rotation_between(a, b)
     assert torch.allclose(rotation @ a / a.norm(), b / b.norm(), atol=1e-5)
+
+
+def test_a_step_is_broken_at_a_cliff_and_not_on_a_slanted_plane():
+    """By hand: depths 2 2 2 | 3 3 3, a plane whose steps exceed the tolerance, and a gap in what is known."""
+    cliff = 1 / torch.tensor([2.0, 2, 2, 3, 3, 3])
+    everywhere = torch.ones(6, dtype=torch.bool)
+    assert g.broken_steps(cliff, everywhere).tolist() == [False, False, True, False, False]
+    # Inverse depth falls evenly: a plane, each step 6 to 10 % in depth. The two steps at each end have no two
+    # neighbours on both sides to tell them from a cliff, and are cut.
+    plane = torch.linspace(1.0, 0.5, 8)
+    assert g.broken_steps(plane, torch.ones(8, dtype=torch.bool)).tolist() == [True] * 2 + [False] * 3 + [True] * 2
+    # A small step is none, however uneven; a tolerance that the cliff does not reach lets it pass.
+    assert not g.broken_steps(1 / torch.tensor([2.0, 2, 2, 2.07, 2, 2]), everywhere).any()
+    assert not g.broken_steps(cliff, everywhere, rtol=0.6).any()
+    # Steps to and from an unknown pixel are broken, and along columns the same as along rows.
+    gap = everywhere.clone()
+    gap[1] = False
+    assert g.broken_steps(torch.ones(6), gap).tolist() == [True, True, False, False, False]
+    both = torch.stack([cliff, torch.ones(6)]), torch.stack([everywhere, gap])
+    assert g.broken_steps(*both)[0].tolist() == g.broken_steps(cliff, everywhere).tolist()
+
+
+def test_a_view_does_not_depend_on_the_others_of_its_batch():
+    """One that shrinks the image is smoothed, one beside it that does not is left alone."""
+    torch.manual_seed(0)
+    image, wide, near = torch.rand(3, 24, 32), lens(0.9, 1.2), lens(2.7, 3.6)
+    points = plane(near, (24, 32))
+    maps = [part.expand(2, *part.shape) for part in (image, points, torch.ones(24, 32, dtype=torch.bool), near)]
+    new = torch.stack([near, wide])
+    together = g.warp_view(*maps, torch.eye(4).expand(2, 4, 4), new, (24, 32))
+    for i in range(2):
+        alone = g.warp_view(*(m[i : i + 1] for m in maps), torch.eye(4)[None], new[i : i + 1], (24, 32))
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together))
+    assert (together[0][0] - image).abs().max() < 1e-4  # the one that stays as it is, is not blurred
+    inner = together[0][1][:, together[2][1]]
+    assert inner.std() < 0.6 * image.std()

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import resource
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from ttt_lib import render as render_module
 from ttt_lib.augment import sample_cameras
 from ttt_lib.errors import UserError
-from ttt_lib.geometry import MIRROR, mirror_points, project, transform_points
+from ttt_lib.geometry import (
+    MIRROR,
+    mirror_intrinsics,
+    mirror_points,
+    project,
+    transform_points,
+    unproject,
+    uv_map,
+)
 from ttt_lib.rasterise import build_mesh
-from ttt_lib.raycast import draw
-from ttt_lib.render import NovelViewRenderer, gl_renderer
+from ttt_lib.raycast import Picture, draw
+from ttt_lib.render import NovelViewRenderer, egl_device, gl_renderer
 from ttt_lib.synthetic import KINDS, make_scenes
 from ttt_lib.synthetic import sample_cameras as scene_cameras
 
 SIZE = (240, 320)
-SEVERITY = 2
 
 
 def gl_works() -> bool:
@@ -37,74 +47,122 @@ GL = gl_works()
 BACKENDS = ["torch", "pyrender"] if GL else ["torch"]
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def scene(request):
-    """A scene, the picture of its camera, and two cameras beside it, one of them mirrored."""
-    kind = [request.param]
-    scenes, places = make_scenes(kind, 7)
-    transform, intrinsics = scene_cameras(kind, places, 7, SIZE[1] / SIZE[0])
+# Every kind at every severity, each with another seed; at severity 3 with principal points off the centre.
+CASES = [(kind, seed, severity) for seed, severity in ((7, 1), (8, 3), (9, 5)) for kind in KINDS]
+
+
+@dataclass
+class Case:
+    """A picture of a scene, two cameras beside it (the second mirrored), and what they see of it, exactly."""
+
+    picture: Picture
+    moves: torch.Tensor
+    lens: torch.Tensor
+    truths: torch.Tensor
+
+
+@functools.cache
+def make_case(kind, seed, severity) -> Case:
+    scenes, places = make_scenes([kind], seed)
+    transform, intrinsics = scene_cameras([kind], places, seed, SIZE[1] / SIZE[0])
+    lens = intrinsics.repeat(2, 1, 1)
+    if severity == 3:
+        intrinsics[:, 0, 2], intrinsics[:, 1, 2] = 0.43, 0.55
+        lens[:, 0, 2], lens[:, 1, 2] = 0.58, 0.46
     picture = draw(scenes, transform, intrinsics, SIZE, shadows=False)
     median = picture.points[0, ..., 2].nanmedian()
-    moves = sample_cameras(median, SEVERITY, 2, torch.Generator().manual_seed(3))
+    moves = sample_cameras(median, severity, 2, torch.Generator().manual_seed(seed))
+    truths = [
+        draw(scenes, (moves[0] @ transform[0])[None], lens[:1], SIZE, shadows=False).points[0],
+        mirror_points(
+            draw(scenes, (moves[1] @ transform[0])[None], mirror_intrinsics(lens[1:]), SIZE, shadows=False).points[0]
+        ),
+    ]
     moves[1] = MIRROR @ moves[1]
-    truths = []
-    for i, move in enumerate(moves):
-        proper = MIRROR @ move if i == 1 else move
-        truth = draw(scenes, (proper @ transform[0])[None], intrinsics, SIZE, shadows=False)
-        truths.append(mirror_points(truth.points[0]) if i == 1 else truth.points[0])
-    return picture, moves, torch.stack(truths)
+    return Case(picture, moves, lens, torch.stack(truths))
 
 
-def render(picture, moves, backend):
+@pytest.fixture(params=CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
+def case(request) -> Case:
+    return make_case(*request.param)
+
+
+@functools.cache
+def render_case(parameters, backend):
+    return render(make_case(*parameters), backend)
+
+
+def render(case, backend, moves=None):
+    picture, moves = case.picture, case.moves if moves is None else moves
     renderer = NovelViewRenderer(backend)
     renderer.set_scene(picture.image[0], picture.points[0], picture.mask[0], picture.intrinsics[0])
-    return renderer.render(moves, picture.intrinsics.expand(len(moves), 3, 3), SIZE)
+    return renderer.render(moves, case.lens[: len(moves)], SIZE)
 
 
-def visibility(picture, moves, truth):
+def visibility(case):
     """Which pixels of the second cameras show what the first one saw, and which show what it certainly did not see.
 
     A point was seen if the first camera's depth there is its own to 1 %. It was certainly not seen if it lies behind
     all of the nine pixels around its place, or outside the frame by more than a pixel.
     """
-    height, width = SIZE
-    back = transform_points(truth.nan_to_num(1e4), torch.linalg.inv(moves)[:, None, None])
+    (height, width), picture, truth = SIZE, case.picture, case.truths
+    back = transform_points(truth.nan_to_num(1e4), torch.linalg.inv(case.moves)[:, None, None])
     uv = project(back, picture.intrinsics[:, None, None])
     grid = 2 * uv - 1
     there = torch.isfinite(truth).all(-1) & (back[..., 2] > 0)
-    depth = picture.points[..., 2].nan_to_num(1e4)[:, None].expand(len(moves), -1, -1, -1)
+    depth = picture.points[..., 2].nan_to_num(1e4)[:, None].expand(len(truth), -1, -1, -1)
     own = F.grid_sample(depth, grid, mode="nearest", align_corners=False)[:, 0]
     farthest = F.grid_sample(F.max_pool2d(depth, 3, 1, 1), grid, mode="nearest", align_corners=False)[:, 0]
     inside = (grid.abs() < 1).all(-1)
     margin = torch.tensor([1 + 2 / width, 1 + 2 / height])
     seen = there & inside & ((back[..., 2] / own - 1).abs() < 0.01)
     hidden = there & ((inside & (back[..., 2] > farthest * 1.01)) | (grid.abs() > margin).any(-1))
+    hidden = ~(F.max_pool2d((~hidden).float()[:, None], 3, 1, 1)[:, 0] > 0)  # edges dilated by one pixel
     return seen, hidden
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_against_exact_truth_from_the_second_camera(scene, backend):
-    picture, moves, truth = scene
-    view = render(picture, moves, backend)
-    seen, hidden = visibility(picture, moves, truth)
+def test_against_exact_truth_from_the_second_camera(case, backend, request):
+    picture, truth = case.picture, case.truths
+    view = render_case(request.node.callspec.params["case"], backend)
     there = view.mask & torch.isfinite(truth).all(-1)
     error = (view.points[..., 2] / truth[..., 2] - 1).abs()
     assert (error[there] < 0.01).float().mean() > 0.95
-    assert (view.mask & seen).sum() / seen.sum() > 0.97
-    hidden = ~(F.max_pool2d((~hidden).float()[:, None], 3, 1, 1)[:, 0] > 0)  # edges dilated by one pixel
-    assert (view.mask & hidden).sum() <= 0.005 * max(int(hidden.sum()), 2000)
     assert torch.isnan(view.points[~view.mask]).all() and torch.isfinite(view.points[view.mask]).all()
+    # The points lie on the rays of the view's pixels.
+    placed = project(view.points, case.lens[:, None, None])[view.mask]
+    assert (placed - uv_map(*SIZE).expand(2, -1, -1, -1)[view.mask]).abs().max() < 1e-4
     # The colours are those of the points: what the first picture shows where each point comes from.
-    back = transform_points(view.points.nan_to_num(1.0), torch.linalg.inv(moves)[:, None, None])
+    back = transform_points(view.points.nan_to_num(1.0), torch.linalg.inv(case.moves)[:, None, None])
     grid = 2 * project(back, picture.intrinsics[:, None, None]) - 1
-    own = F.grid_sample(picture.image.expand(len(moves), -1, -1, -1), grid, align_corners=False, padding_mode="border")
+    own = F.grid_sample(picture.image.expand(2, -1, -1, -1), grid, align_corners=False, padding_mode="border")
     assert ((own - view.image).abs().amax(1)[view.mask] < 0.03).float().mean() > 0.97
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_was_seen_is_known_and_almost_nothing_disoccluded_is(backend):
+    """97 % of what both cameras see, at each severity, and at most 0.5 % of what the first one did not see, in all.
+
+    A single scene may keep less at severity 5: a camera that walks into the space behind a pole, which nobody saw,
+    sees what lies around it through curtains only.
+    """
+    wrong = hidden_count = 0
+    for severity in {case[2] for case in CASES}:
+        known = seen_count = 0
+        for parameters in (case for case in CASES if case[2] == severity):
+            mask = render_case(parameters, backend).mask
+            seen, hidden = visibility(make_case(*parameters))
+            assert (mask & seen).sum() >= (0.97 if severity < 5 else 0.9) * seen.sum(), parameters
+            known, seen_count = known + int((mask & seen).sum()), seen_count + int(seen.sum())
+            wrong, hidden_count = wrong + int((mask & hidden).sum()), hidden_count + int(hidden.sum())
+        assert known >= 0.97 * seen_count, f"severity {severity}: {known} of {seen_count}"
+    assert hidden_count > 100_000, "these scenes hide too little to tell"
+    assert wrong <= 0.005 * hidden_count, f"{wrong} of {hidden_count}"
+
+
 @pytest.mark.skipif(not GL, reason="compares pyrender with torch; without any GL library there is nothing to compare")
-def test_both_backends_agree(scene):
-    picture, moves, _ = scene
-    first, second = (render(picture, moves, backend) for backend in ("torch", "pyrender"))
+def test_both_backends_agree(case, request):
+    first, second = (render_case(request.node.callspec.params["case"], backend) for backend in ("torch", "pyrender"))
     union = (first.mask | second.mask).sum()
     assert (first.mask & second.mask).sum() / union >= 0.98
     both = first.mask & second.mask
@@ -114,9 +172,10 @@ def test_both_backends_agree(scene):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_original_camera_sees_the_original(scene, backend):
-    picture, _, _ = scene
-    view = render(picture, torch.eye(4)[None], backend)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_original_camera_sees_the_original(kind, backend):
+    case = make_case(kind, 7, 1)
+    picture, view = case.picture, render(case, backend, torch.eye(4)[None])
     known = view.mask[0] & picture.mask[0]
     # Streets lose most: far ground, seen at a grazing angle, steps by more than an edge's worth a pixel.
     assert known.sum() / picture.mask[0].sum() > 0.93
@@ -125,18 +184,22 @@ def test_the_original_camera_sees_the_original(scene, backend):
     assert ((view.image[0] - picture.image[0]).abs().amax(0)[known] < 0.02).float().mean() > 0.99
 
 
+def two_walls(near, size=(60, 80)):
+    """A square at depth `near` before a wall at depth 4: image, points, mask, intrinsics."""
+    intrinsics = torch.tensor([[1.0, 0, 0.5], [0, 4 / 3, 0.5], [0, 0, 1]])
+    depth = torch.full(size, 4.0)
+    depth[20:40, 30:50] = near
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    return image, unproject(depth, intrinsics), torch.ones(size, dtype=torch.bool), intrinsics
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_cube_before_a_wall_leaves_a_shadow_and_no_rubber_sheet(backend):
     """A square at depth 2 before a wall at depth 4; the camera moves right by 0.4."""
-    size, intrinsics = (60, 80), torch.tensor([[1.0, 0, 0.5], [0, 4 / 3, 0.5], [0, 0, 1]])
-    from ttt_lib.geometry import unproject
-
-    depth = torch.full(size, 4.0)
-    depth[20:40, 30:50] = 2.0
+    size, scene = (60, 80), two_walls(2.0)
+    intrinsics = scene[-1]
     renderer = NovelViewRenderer(backend)
-    renderer.set_scene(
-        torch.rand(3, *size), unproject(depth, intrinsics), torch.ones(size, dtype=torch.bool), intrinsics
-    )
+    renderer.set_scene(*scene)
     move = torch.eye(4)
     move[0, 3] = -0.4
     view = renderer.render(move[None], intrinsics[None], size)
@@ -151,10 +214,129 @@ def test_a_cube_before_a_wall_leaves_a_shadow_and_no_rubber_sheet(backend):
     assert not renderer.render(behind[None], intrinsics[None], size).mask.any()
 
 
-def test_one_thing_twice_is_the_same(scene):
-    picture, moves, _ = scene
-    first, second = (render(picture, moves, "torch") for _ in range(2))
-    assert torch.equal(first.image, second.image) and torch.equal(first.mask, second.mask)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_camera_that_moves_past_things_sees_their_curtains(backend):
+    """The camera goes forward past the square (0.5): the square's curtains reach the wall and cross its near plane."""
+    scene, size, move = two_walls(0.5), (60, 80), torch.eye(4)
+    renderer = NovelViewRenderer(backend)
+    renderer.set_scene(*scene)
+    move[2, 3] = -0.6  # right behind the square, in space that was hidden: all around are curtains
+    assert not renderer.render(move[None], scene[-1][None], size).mask.any()
+    # Beside it: the right curtain hides what is left of the wall's outline, which is at column
+    # 39.5 + (50.5 / 80 - 0.5 - 0.3 / 4) * 80 * 4 / 3.4.
+    move[0, 3] = -0.3
+    mask = renderer.render(move[None], scene[-1][None], size).mask[0, 30]
+    assert not mask[:44].any() and mask[46:68].all()
+
+
+@pytest.mark.skipif(not GL, reason="compares pyrender with torch; without any GL library there is nothing to compare")
+@pytest.mark.parametrize("x", [0.0, 0.02, -0.3, 0.3])
+@pytest.mark.parametrize("z", [-0.3, -0.495, -0.505, -0.6, -2.0])
+def test_both_backends_cut_at_the_same_near_plane(x, z):
+    scene, move = two_walls(0.5), torch.eye(4)
+    move[0, 3], move[2, 3] = x, z
+    views = []
+    for backend in ("torch", "pyrender"):
+        renderer = NovelViewRenderer(backend)
+        renderer.set_scene(*scene)
+        views.append(renderer.render(move[None], scene[-1][None], (60, 80)))
+    first, second = views
+    assert (first.mask ^ second.mask).sum() <= 4  # pixels, of 4800
+    both = first.mask & second.mask
+    assert ((first.points - second.points)[both].abs() < 4e-3).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_thing_twice_is_the_same_and_a_view_does_not_depend_on_its_batch(backend):
+    case = make_case("room", 9, 5)
+    first, second, alone = render(case, backend), render(case, backend), render(case, backend, case.moves[:1])
+    for name in ("image", "points", "mask"):
+        one, two, single = (getattr(view, name).nan_to_num(-1) for view in (first, second, alone))
+        assert torch.equal(one, two) and torch.equal(one[:1], single)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_nothing_is_known_nothing_is_drawn(backend):
+    image, points, mask, intrinsics = two_walls(2.0)
+    renderer = NovelViewRenderer(backend)
+    renderer.set_scene(image, points, mask & False, intrinsics)
+    view = renderer.render(torch.eye(4).repeat(2, 1, 1), intrinsics.repeat(2, 1, 1), (60, 80))
+    assert not view.mask.any() and not view.image.any() and torch.isnan(view.points).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_renderers_take_turns(backend):
+    """They share a context; the one that is freed takes nothing of the other's along."""
+    near, far = (NovelViewRenderer(backend) for _ in range(2))
+    for renderer, depth in ((near, 1.0), (far, 3.0)):
+        renderer.set_scene(*two_walls(depth))
+    lens = two_walls(1.0)[-1][None]
+    for _ in range(2):
+        for renderer, depth in ((near, 1.0), (far, 3.0)):
+            view = renderer.render(torch.eye(4)[None], lens, (60, 80))
+            assert abs(float(view.points[0, 30, 40, 2]) - depth) < 1e-3
+    near.free()
+    again = far.render(torch.eye(4)[None], lens, (60, 80))
+    assert torch.equal(again.image, view.image)
+
+
+def test_the_egl_device_is_that_of_the_cuda_device():
+    assert egl_device(1, [0, 1]) == 1
+    assert egl_device(1, [1, 0]) == 0  # EGL's order is not CUDA's
+    assert egl_device(0, [None, 0, 1]) == 1 and egl_device(1, [None, 0, 1]) == 2  # a software device comes first
+    assert egl_device(1, [None, None]) == 1  # no driver tells: the same order
+    assert egl_device(3, [0, None]) == 0 and egl_device(3, [None]) == 0 and egl_device(0, []) == 0
+
+
+def test_each_device_gets_its_context_once(monkeypatch):
+    made = []
+
+    def make(device):
+        made.append(device)
+        return f"renderer {device}"
+
+    monkeypatch.setattr(render_module, "_make_context", make)
+    monkeypatch.setattr(render_module, "_context", {})
+    monkeypatch.setattr(render_module, "_cuda_ordinals", lambda: [None, 1, 0])
+    monkeypatch.delenv("EGL_DEVICE_ID", raising=False)
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "egl")
+    assert [gl_renderer(d) for d in ("cuda:1", "cuda:0", "cpu", "cuda:1")] == [f"renderer {d}" for d in (1, 2, 2, 1)]
+    assert made == [1, 2]
+    monkeypatch.setenv("EGL_DEVICE_ID", "5")  # chosen by hand
+    assert gl_renderer("cuda:1") == "renderer 5"
+    render_module._context.clear()
+    made.clear()
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "osmesa")  # draws on the CPU: one context for all
+    assert [gl_renderer(d) for d in ("cuda:1", "cpu")] == ["renderer 0"] * 2 and made == [0]
+    render_module._context.clear()
+
+
+@pytest.mark.skipif(not GL, reason="there is no GL library")
+def test_devices_without_an_egl_device_of_their_own_share_one():
+    assert NovelViewRenderer("pyrender", "cuda:6").backend == "pyrender"
+    assert gl_renderer("cuda:6") is gl_renderer() or len(render_module._cuda_ordinals()) > 6
+
+
+@pytest.mark.parametrize("works", ["egl", "osmesa", ""])
+def test_osmesa_is_what_is_left_when_egl_fails(monkeypatch, works):
+    def make(device):
+        if os.environ["PYOPENGL_PLATFORM"] != works:
+            raise OSError(f"no {os.environ['PYOPENGL_PLATFORM']} here")
+        return works
+
+    monkeypatch.setattr(render_module, "_make_context", make)
+    monkeypatch.setattr(render_module, "_context", {})
+    monkeypatch.setattr(render_module, "_cuda_ordinals", lambda: [])
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "restored afterwards")
+    monkeypatch.delenv("PYOPENGL_PLATFORM")
+    if works:
+        assert gl_renderer() == works and render_module._context["platform"] == works
+        assert works in NovelViewRenderer("auto").reason
+    else:
+        with pytest.raises(UserError, match="no egl here.*no osmesa here.*libosmesa"):
+            gl_renderer()
+        assert NovelViewRenderer("auto").backend == "torch" and "PYOPENGL_PLATFORM" not in os.environ
+    render_module._context.clear()
 
 
 def test_auto_says_what_it_chose_and_mistakes_are_named():
@@ -180,9 +362,11 @@ def test_without_gl_auto_falls_back_and_pyrender_says_what_to_install():
     assert done.returncode == 0 and "named" in done.stdout, done.stderr
 
 
-def _in_child(queue):
+def _in_child(queue, inherited):
     torch.set_num_threads(1)
-    queue.put(_draw_something("auto"))
+    inherited.set_scene(*two_walls(2.0))
+    view = inherited.render(torch.eye(4)[None], two_walls(2.0)[-1][None], (60, 80))
+    queue.put((_draw_something("auto"), inherited.backend, inherited.reason, int(view.mask.sum())))
 
 
 def _draw_something(backend) -> int:
@@ -194,23 +378,30 @@ def _draw_something(backend) -> int:
 
 
 def test_a_forked_child_draws_without_its_parents_context():
-    """GL does not survive a fork: the child's `auto` is the torch backend, and the picture is the same."""
+    """GL does not survive a fork: the child draws with the torch backend, says so, and the picture is the same."""
     expected = _draw_something("auto")
+    renderer = NovelViewRenderer("auto")
+    renderer.set_scene(*two_walls(2.0))
+    twin = NovelViewRenderer("torch")
+    twin.set_scene(*two_walls(2.0))
+    known = int(twin.render(torch.eye(4)[None], two_walls(2.0)[-1][None], (60, 80)).mask.sum())
+    before = renderer.backend, renderer.reason
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=_in_child, args=(queue,))
+    child = context.Process(target=_in_child, args=(queue, renderer))
     child.start()
-    assert queue.get(timeout=60) == expected
+    drawn, backend, reason, inherited = queue.get(timeout=60)
     child.join(60)
-    assert child.exitcode == 0 and _draw_something("auto") == expected
+    assert child.exitcode == 0 and drawn == expected and inherited == known
+    assert backend == "torch" and reason.startswith("torch: ") and ("forked" in reason) == GL
+    assert (renderer.backend, renderer.reason) == before
+    assert _draw_something("auto") == expected
 
 
 def _memory_growth(count: int, scenes: int, backend: str) -> float:
     """Growth of the resident memory in MiB over `count` views of `scenes` scenes, after a warm-up."""
     generator = torch.Generator().manual_seed(0)
     intrinsics = torch.tensor([[1.0, 0, 0.5], [0, 1.0, 0.5], [0, 0, 1]])
-    from ttt_lib.geometry import unproject
-
     renderer = NovelViewRenderer(backend)
     moves = sample_cameras(2.0, 2, count // scenes, generator)
 
@@ -230,21 +421,39 @@ def _memory_growth(count: int, scenes: int, backend: str) -> float:
     return pages() - before
 
 
+def _gl_objects() -> int:
+    """Buffers, vertex arrays, renderbuffers, framebuffers and programs alive in the context, by their small names."""
+    from OpenGL import GL
+
+    gl_renderer()._platform.make_current()
+    kinds = GL.glIsBuffer, GL.glIsVertexArray, GL.glIsRenderbuffer, GL.glIsFramebuffer, GL.glIsProgram
+    return sum(bool(alive(name)) for alive in kinds for name in range(1, 3000))
+
+
+def _check_leaks(views, scenes, backend, megabytes):
+    _draw_something(backend)
+    before = _gl_objects() if backend == "pyrender" else 0
+    grown = _memory_growth(views, scenes, backend)
+    if backend == "pyrender":
+        # A last mesh may be left: two primitives of a vertex array and three buffers each.
+        assert _gl_objects() <= before + 8 and len(gl_renderer()._renderer._meshes) <= 1
+    assert grown < megabytes
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_hundred_views_do_not_leak(backend):
-    assert _memory_growth(200, 20, backend) < 30
+    _check_leaks(200, 20, backend, 30)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_thousand_views_do_not_leak(backend):
-    assert _memory_growth(2000, 200, backend) < 60
-    if backend == "pyrender":
-        assert len(gl_renderer()._renderer._meshes) <= 1
+    _check_leaks(2000, 200, backend, 60)
 
 
-def test_curtains_stand_only_at_edges(scene):
-    picture, _, _ = scene
+@pytest.mark.parametrize("kind", KINDS)
+def test_curtains_stand_only_at_edges(kind):
+    picture = make_case(kind, 7, 1).picture
     mesh = build_mesh(picture.image[0], picture.points[0], picture.mask[0], picture.intrinsics[0])
     assert mesh.solid.float().mean() > 0.9
     corners = mesh.vertices[mesh.faces[mesh.solid]][..., 2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,36 +15,45 @@ from ttt_lib import report
 from ttt_lib.errors import UserError
 from ttt_lib.statistics import bootstrap_interval, paired_gains, paired_summary, summarise
 
+BASE = np.random.default_rng(0).random((8, 12))
+
+
+def write_shard(
+    folder, experiment, shard=(0, 1), samples=range(5), shift=0.0, columns=report.TABLE1_COLUMNS, history=True,
+    identity=None, finished=1.0,
+):  # fmt: skip
+    """A finished shard with known numbers: every score of every sample but the first improves by `shift`."""
+    place = folder / experiment / f"{shard[0]:03d}-of-{shard[1]:03d}"
+    (place / "predictions").mkdir(parents=True)
+    rows, times, steps = [], [], []
+    for i in list(samples)[shard[0] :: shard[1]]:
+        names = {"experiment": experiment, "dataset": "ab"[i % 2], "sample": f"s{i}"}
+        for (metric, score), value in zip(report.TABLE1_COLUMNS, BASE[i]):
+            gain = (shift if score == "delta1" else -shift) * (1 if i else -1)
+            for prediction, number in (("original", value), ("final", value + gain)):
+                if (metric, score) in columns:
+                    rows.append({**names, "prediction": prediction, "metric": metric, "score": score, "value": number})
+        times.append({**names, "seconds": 1.0 + i, "decision": "adapted"})
+        steps += [{**names, "step": k, "passes": 2 * k, "loss": 1 / k} for k in (1, 2)]
+        np.savez(
+            place / "predictions" / f"{names['dataset']}__s{i}.npz", image=np.zeros((6, 8, 3), np.uint8),
+            depth_original=np.ones((6, 8), np.float16), depth_final=np.full((6, 8), 2, np.float16),
+            depth_truth=np.full((6, 8), 3, np.float16), intrinsics=np.eye(3, dtype=np.float32),
+        )  # fmt: skip
+    for name, content in (("metrics", rows), ("samples", times), ("history", steps if history else [])):
+        if content:  # as run_experiment: a table without rows is not written
+            pd.DataFrame(content).to_csv(place / f"{name}.csv", index=False)
+    (place / "manifest.json").write_text(json.dumps({"identity": identity or {}, "finished": finished}))
+    return place
+
 
 @pytest.fixture(scope="module")
 def runs_folder(tmp_path_factory):
     """Three experiments on five samples in two shards, with known numbers."""
-    folder, rng = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
-    base = {i: rng.random(12) for i in range(5)}
+    folder = tmp_path_factory.mktemp("runs")
     for experiment, shift in (("original", 0.0), ("control_lr0", 0.0), ("unfreeze_encoder", 0.05)):
-        for shard in range(2):
-            place = folder / experiment / f"{shard:03d}-of-002"
-            (place / "predictions").mkdir(parents=True)
-            rows, times, steps = [], [], []
-            for i in range(shard, 5, 2):
-                identity = {"experiment": experiment, "dataset": "ab"[i % 2], "sample": f"s{i}"}
-                for (metric, score), value in zip(report.TABLE1_COLUMNS, base[i]):
-                    gain = (shift if score == "delta1" else -shift) * (1 if i else -1)
-                    for prediction, number in (("original", value), ("final", value + gain)):
-                        rows.append(
-                            {**identity, "prediction": prediction, "metric": metric, "score": score, "value": number}
-                        )
-                times.append({**identity, "seconds": 1.0 + i, "decision": "adapted"})
-                steps += [{**identity, "step": k, "passes": 2 * k, "loss": 1 / k} for k in (1, 2)]
-                np.savez(
-                    place / "predictions" / f"{identity['dataset']}__s{i}.npz", image=np.zeros((6, 8, 3), np.uint8),
-                    depth_original=np.ones((6, 8), np.float16), depth_final=np.full((6, 8), 2, np.float16),
-                    depth_truth=np.full((6, 8), 3, np.float16), intrinsics=np.eye(3, dtype=np.float32),
-                )  # fmt: skip
-            pd.DataFrame(rows).to_csv(place / "metrics.csv", index=False)
-            pd.DataFrame(times).to_csv(place / "samples.csv", index=False)
-            pd.DataFrame(steps).to_csv(place / "history.csv", index=False)
-            (place / "manifest.json").write_text(json.dumps({"identity": {}}))
+        for i in range(2):
+            write_shard(folder, experiment, (i, 2), shift=shift)
     return folder
 
 
@@ -64,7 +75,10 @@ def test_the_published_table_gives_the_papers_bold_cells():
         "points_affine_invariant_delta1": ["unfreeze_encoder"],
     }
     assert {column: best.index[best[column]].tolist() for column in expected} == expected
+    ours = report.COLUMN_NAMES
+    assert set(ours) == set(expected) and not best["seconds"].any() and int(best.to_numpy().sum()) == 16
     text = report.to_markdown(report.published_table())
+    assert text.count("**") == 2 * 16
     assert "**0.67**" not in text and text.count("**0.70**") == 2 and "**0.49**" in text
     assert r"\textbf{0.48}" in report.to_latex(report.published_table())
 
@@ -143,6 +157,179 @@ def test_the_published_confound_shows():
     change = view["unfreeze_encoderSGD_lower_lr - original"]
     assert abs(change["depth_metric_delta1"]) <= 0.011 and abs(change["points_metric_delta1"]) <= 0.011
     assert change["depth_affine_invariant_delta1"] == pytest.approx(0.22)
+
+
+def test_the_printed_text_decides_what_is_best():
+    """Ties and winners by what is printed: 1.115 prints as 1.11, although rounding a frame gives 1.12."""
+    table = pd.DataFrame(1.0, index=["a", "b", "c"], columns=[*report.COLUMN_NAMES, "seconds"])
+    table["depth_metric_rel"] = [1.115, 1.11, 1.12]
+    table["depth_metric_delta1"] = [1.115, 1.11, np.nan]
+    best = report.best_cells(table)
+    assert best["depth_metric_rel"].tolist() == [True, True, False]
+    assert best["depth_metric_delta1"].tolist() == [True, True, False]
+    for name, line in zip(table.index, report.to_markdown(table).splitlines()[2:]):
+        texts = [cell.strip() for cell in line.split("|")[2:4]]
+        assert texts[0] == ("1.12" if name == "c" else "**1.11**") and texts[1] == ("" if name == "c" else "**1.11**")
+
+
+RELATIVE = [(m, s) for m, s in report.TABLE1_COLUMNS if "metric" not in m.split("_", 1)[1].split("_")]
+PARTIAL = {  # what lies in the folder, and what must be said about it
+    "some shards": (
+        lambda f: [write_shard(f, "original"), write_shard(f, "control_lr0"), write_shard(f, "tta", (1, 3), shift=0.1)],
+        ["tta: 1 of 3 shards", "tta: 2 of 5 samples"],
+    ),
+    "an experiment without a shard": (
+        lambda f: [write_shard(f, "original"), (f / "tta").mkdir(), (f / "failed" / "sgd" / "000-of-001").mkdir(parents=True)],
+        ["tta: no finished shard", "sgd: no finished shard; what failed is in", "control_lr0: not run"],
+    ),
+    "no original": (lambda f: [write_shard(f, "tta", shift=0.1)], ["original: not run"]),
+    "only original and control": (lambda f: [write_shard(f, "original"), write_shard(f, "control_lr0")], []),
+    "nothing improved": (
+        lambda f: [write_shard(f, "original", history=False), write_shard(f, "tta", shift=-0.1, samples=range(1, 5), history=False)],
+        ["no experiment trained", "tta: 4 of 5 samples"],
+    ),
+    "one sample": (lambda f: [write_shard(f, n, samples=[0]) for n in ("original", "tta")], []),
+    "other samples": (
+        lambda f: [write_shard(f, "original", samples=[0, 1]), write_shard(f, "tta", samples=[2])],
+        ["original: 2 of 3", "tta: 1 of 3"],
+    ),
+    "no metric truth": (
+        lambda f: [write_shard(f, n, columns=RELATIVE) for n in ("original", "tta")],
+        ["no scores for depth_metric, points_metric"],
+    ),
+    "no truth": (lambda f: [write_shard(f, n, columns=[]) for n in ("original", "tta")], ["no sample has a truth"]),
+    "no sample": (lambda f: [write_shard(f, n, samples=[]) for n in ("original", "tta")], ["no sample has a truth"]),
+    "other data": (
+        lambda f: [write_shard(f, "original", identity={"data": "1"}), write_shard(f, "tta", identity={"data": "2"})],
+        ["tta: ran with other data than original"],
+    ),
+}  # fmt: skip
+
+
+def run_notebook(runs, output):
+    """The code cells of 03_ablation, in this process."""
+    cells = json.loads((Path(__file__).parent.parent / "notebooks" / "03_ablation.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    space = {}
+    exec(sources[0], space)
+    space |= {"runs_dir": str(runs), "output_dir": str(output), "bootstrap_samples": 20}
+    for source in sources[1:]:
+        exec(source, space)
+    return space
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("case", PARTIAL)
+def test_what_can_be_computed_of_a_partial_run_is_shown_and_the_rest_is_said(case, tmp_path, capsys):
+    make, words = PARTIAL[case]
+    make(tmp_path / "runs")
+    runs = report.read_runs(tmp_path / "runs")
+    for line in words:
+        assert sum(line in note for note in runs.notes) == 1, (line, runs.notes)
+    space = run_notebook(tmp_path / "runs", tmp_path / "out")  # its last cell writes the report
+    printed, files = capsys.readouterr().out, space["files"]
+    assert all(note in printed for note in runs.notes)
+    text = files["html"].read_text(encoding="utf-8")
+    assert all(html.escape(note) in text for note in runs.notes)
+    table = pd.read_csv(files["table1"])
+    assert table["experiment"].tolist() == sorted({p.parent.name for p in runs.shards}, key=report.ORDER.index) or (
+        case == "no sample" and not len(table)
+    )
+    assert report.to_text(report.table1(runs)) and report.to_latex(report.table1(runs))
+    final = runs.metrics[(runs.metrics.prediction == "final") & (runs.metrics.score == "delta1")]
+    for (experiment, metric), rows in final.groupby(["experiment", "metric"]):
+        shown = table.set_index("experiment").loc[experiment, f"{metric}_delta1"]
+        assert shown == pytest.approx(rows["value"].mean())
+
+
+def test_a_report_leaves_no_figure_of_an_earlier_one(runs_folder, tmp_path):
+    report.write_report(report.read_runs(runs_folder), tmp_path / "out", bootstrap_samples=20)
+    assert (tmp_path / "out" / "figure4.png").exists()
+    write_shard(tmp_path / "runs", "original", history=False)
+    files = report.write_report(report.read_runs(tmp_path / "runs"), tmp_path / "out", bootstrap_samples=20)
+    assert "figure4" not in files and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_control_that_has_only_some_shards_is_compared_on_those(tmp_path):
+    write_shard(tmp_path, "original", (0, 2))
+    write_shard(tmp_path, "original", (1, 2))
+    place = write_shard(tmp_path, "control_lr0", (1, 2))
+    assert report.control_is_exact(report.read_runs(tmp_path)) is True
+    rows = pd.read_csv(place / "metrics.csv")
+    rows.loc[rows.prediction == "final", "value"] += 1e-9
+    rows.to_csv(place / "metrics.csv", index=False)
+    assert report.control_is_exact(report.read_runs(tmp_path)) is False
+
+
+def means(runs):
+    return report.table1(runs).loc["original", "depth_metric_rel"]
+
+
+def test_shards_of_two_counts_are_never_mixed(tmp_path):
+    """Complete wins over incomplete, newer over older; nothing is counted twice, and what is unused is named."""
+    for i in range(2):
+        write_shard(tmp_path, "original", (i, 2), finished=1.0)
+    for i in (0, 2, 3):
+        write_shard(tmp_path, "original", (i, 4), finished=9.0)
+    runs = report.read_runs(tmp_path)
+    assert [p.name for p in runs.shards] == ["000-of-002", "001-of-002"] and len(runs.samples) == 5
+    assert means(runs) == pytest.approx(BASE[:5, 0].mean())
+    (note,) = [n for n in runs.notes if "not used" in n]
+    assert "000-of-004, 002-of-004, 003-of-004" in note and "2 different runs" in note
+    write_shard(tmp_path, "original", (1, 4), finished=9.0)
+    assert len(report.read_runs(tmp_path).shards) == 4
+    for i in range(2):
+        (tmp_path / "original" / f"00{i}-of-002" / "manifest.json").unlink()
+    assert not [n for n in report.read_runs(tmp_path).notes if "not used" in n]
+
+
+def test_shards_of_other_settings_are_never_mixed(tmp_path):
+    """Two runs with other settings on one folder at a time leave one shard each: one of them is used, and it is said."""
+    write_shard(tmp_path, "original", (0, 2), identity={"settings": "new"}, finished=2.0)
+    write_shard(tmp_path, "original", (1, 2), identity={"settings": "old"}, finished=1.0)
+    runs = report.read_runs(tmp_path)
+    assert [p.name for p in runs.shards] == ["000-of-002"] and len(runs.samples) == 3
+    assert any("not used: 001-of-002" in n for n in runs.notes) and any("1 of 2 shards" in n for n in runs.notes)
+
+
+def test_a_score_that_is_there_twice_counts_once(tmp_path):
+    write_shard(tmp_path, "original", (0, 2), samples=[0, 1])
+    write_shard(tmp_path, "original", (1, 2), samples=[1, 0])
+    runs = report.read_runs(tmp_path)
+    assert len(runs.samples) == 1 and means(runs) == pytest.approx(BASE[0, 0])
+    assert any("24 scores are there twice" in n for n in runs.notes)
+
+
+def test_names_of_samples_stay_text(tmp_path):
+    for experiment in ("original", "tta"):
+        place = write_shard(tmp_path, experiment, samples=[0, 1])
+        for name in ("metrics", "samples", "history"):
+            rows = pd.read_csv(place / f"{name}.csv")
+            rows["sample"] = rows["sample"].map({"s0": "0007", "s1": "NA"})
+            rows["dataset"] = "12"
+            rows.to_csv(place / f"{name}.csv", index=False)
+        (place / "predictions" / "a__s0.npz").rename(place / "predictions" / "12__0007.npz")
+    runs = report.read_runs(tmp_path)
+    assert set(runs.samples["sample"]) == {"0007", "NA"} and len(paired_gains(runs.metrics, "depth_metric", "rel")) == 4
+    assert report.prediction_file(runs, "tta", "12", "0007")
+
+
+def test_a_damaged_result_file_is_one_sentence(tmp_path):
+    place = write_shard(tmp_path, "original")
+    (place / "metrics.csv").write_text('a,b\n1,2,3\n"')
+    with pytest.raises(UserError, match="metrics.csv: cannot be read"):
+        report.read_runs(tmp_path)
+    (place / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="no finished run"):
+        report.read_runs(tmp_path)
+
+
+def test_names_in_latex_and_html_are_escaped(tmp_path):
+    write_shard(tmp_path / "runs", "a&b<c>_50%")
+    runs = report.read_runs(tmp_path / "runs")
+    assert r"a\&b<c>\_50\% &" in report.to_latex(report.table1(runs))
+    text = report.write_report(runs, tmp_path / "out", bootstrap_samples=20)["html"].read_text(encoding="utf-8")
+    assert "a&amp;b&lt;c&gt;_50%" in text and "b<c>" not in text
 
 
 def test_no_runs_is_one_sentence(tmp_path):

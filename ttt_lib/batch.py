@@ -7,35 +7,52 @@ settings is moved aside, never mixed and never deleted.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
+import errno
+import fcntl
 import json
 import os
-import platform
 import shutil
-import socket
-import subprocess
-import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ttt_lib.cluster import open_client
 from ttt_lib.errors import UserError
+from ttt_lib.kernel import ENVIRONMENT, own_kernel, thread_limits
+from ttt_lib.kernel import execute as _execute
+from ttt_lib.progress import Progress
+from ttt_lib.provenance import environment, file_hash, fingerprint, git_revision
 
-PACKAGES = ("torch", "dlr-moge", "kornia", "numpy", "pyrender-maintained", "papermill", "ttt-depth")
+__all__ = [
+    "Job",
+    "Outcome",
+    "as_dict",
+    "environment",
+    "file_hash",
+    "fingerprint",
+    "git_revision",
+    "job_lock",
+    "own_kernel",
+    "run_job",
+    "run_jobs",
+]
+
 MANIFEST = "manifest.json"
+# Sums over another number of threads differ in the last bits and training amplifies that, so the count is part of what
+# a result depends on and must not follow from the number of workers. One is the only count that fits any number.
+THREADS = 1
 
 
 @dataclass(frozen=True)
 class Job:
     """One experiment on one shard. parameters: as papermill takes them (plain values). identity: what the result
-    depends on (hashes of settings, model, data); equal identities mean equal results."""
+    depends on (hashes of settings, model, data); equal identities mean equal results. samples: how many, for the
+    progress. threads: of the kernel; `run_jobs` sets it, and makes it part of the identity."""
 
     experiment: str
     shard_index: int
@@ -44,12 +61,17 @@ class Job:
     identity: dict[str, str]
     notebooks: tuple[str, ...]
     samples: int = 0
-    threads: int = 0
+    threads: int = THREADS
 
     @property
     def shard(self) -> str:
         """Folder name of the shard."""
         return f"{self.shard_index:03d}-of-{self.shard_count:03d}"
+
+    @property
+    def name(self) -> str:
+        """What its lock and its work folders are called."""
+        return f"{self.experiment}.{self.shard}"
 
 
 @dataclass(frozen=True)
@@ -61,50 +83,6 @@ class Outcome:
     status: str
     reason: str = ""
     seconds: float = 0.0
-
-
-def fingerprint(content: Any) -> str:
-    """Short hash of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def file_hash(path: Path) -> str:
-    """Short hash of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def git_revision() -> str:
-    """Revision of the checkout this package runs from, or `unknown`."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and device for the manifest."""
-    import torch
-
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "packages": versions,
-        "python": platform.python_version(),
-        "git_revision": git_revision(),
-        "device": device,
-        "cores": len(os.sched_getaffinity(0)),
-        "host": socket.gethostname(),
-    }
 
 
 # ------------------------------------------------------------------------------------------------- places on disk
@@ -128,10 +106,16 @@ def set_aside(folder: Path, runs: Path) -> None:
     """Move results of other settings out of the way: `runs/superseded/<experiment>/<shard>.<n>`."""
     for n in range(10_000):
         target = runs / "superseded" / folder.parent.name / f"{folder.name}.{n}"
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(folder, target)
-            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if not target.exists():
+                os.rename(folder, target)
+                return
+        except FileNotFoundError:
+            return  # another run has moved it
+        except OSError as error:  # another run has taken this number
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def clear_outdated(jobs: Iterable[Job], runs: Path) -> None:
@@ -144,97 +128,59 @@ def clear_outdated(jobs: Iterable[Job], runs: Path) -> None:
                 set_aside(folder, runs)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 @contextmanager
 def job_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock file of a job; yields False if a living process has it. The lock of a dead one is taken over."""
+    """Hold the lock of a job; yields False if another process has it. `UserError` where there are no locks.
+
+    The kernel frees an flock when its holder ends, however it ends, so there is no stale lock to take over. The file
+    stays: if it were removed, one process could hold the old file and another a new one of the same name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-    for _ in range(2):
+    with open(path, "a") as file:
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(mine)
-            break
-        except FileExistsError:
-            try:
-                owner = json.loads(path.read_text())
-                dead = owner["host"] == socket.gethostname() and not _alive(int(owner["pid"]))
-            except (OSError, ValueError, KeyError):
-                dead = True  # a lock without a name was left by a crash in the middle of writing it
-            if not dead:
-                yield False
-                return
-            path.unlink(missing_ok=True)
-    try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise UserError(f"{path.parent}: this file system has no locks ({error.strerror}).") from error
         yield True
-    finally:
-        path.unlink(missing_ok=True)
+
+
+def _lock_of(runs: Path, name: str) -> Path:
+    return runs / ".locks" / name
+
+
+def _sync(folder: Path) -> None:
+    """Force a folder's files to the disk, so that a power loss after the move cannot leave empty ones."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _keep(work: Path, kept: Path) -> str:
+    """Move what a failed job left to `kept`; says where it is."""
+    try:
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(work, kept)
+        return f" (what it left is in {kept})"
+    except OSError:  # the disk is full, or there is nothing
+        return ""
+
+
+def _clean_work(runs: Path) -> None:
+    """Remove what killed runs left: work folders whose lock nobody holds."""
+    for folder in (runs / ".work").glob("*"):
+        with job_lock(_lock_of(runs, folder.name.rpartition(".")[0])) as abandoned:
+            if abandoned:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------- one job
-
-
-def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
-    """papermill, with the kernel of this interpreter whatever kernels the user has installed."""
-    import logging
-
-    import nbformat
-    import papermill
-
-    logging.getLogger("papermill").setLevel(logging.WARNING)
-    tagged = nbformat.read(notebook, as_version=4)
-    cell = next((c for c in tagged.cells if "parameters" in c.metadata.get("tags", [])), None)
-    known = {name: value for name, value in parameters.items() if cell is None or f"\n{name} =" in f"\n{cell.source}"}
-    papermill.execute_notebook(
-        str(notebook), str(output), parameters=known, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent),
-        log_output=False, start_timeout=300,
-    )  # fmt: skip
-
-
-@contextmanager
-def own_kernel() -> Iterator[None]:
-    """Make `python3` mean this interpreter: a kernel spec of our own comes first in the search path."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        spec = Path(folder) / "kernels" / "python3"
-        spec.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=ERROR"]
-        (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
-        before = os.environ.get("JUPYTER_PATH")
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, before]))
-        try:
-            yield
-        finally:
-            if before is None:
-                os.environ.pop("JUPYTER_PATH", None)
-            else:
-                os.environ["JUPYTER_PATH"] = before
-
-
-@contextmanager
-def _thread_limits(threads: int) -> Iterator[None]:
-    """Environment for the kernel: its thread count, and no spinning while it waits."""
-    values = {"OMP_WAIT_POLICY": "PASSIVE"}
-    if threads:
-        values |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
 
 
 def run_job(job: Job, runs: str | Path) -> Outcome:
@@ -243,50 +189,52 @@ def run_job(job: Job, runs: str | Path) -> Outcome:
     What a failed job had produced is kept in `runs/failed/<experiment>/<shard>`, its notebook with the error in it.
     """
     runs, begun = Path(runs), time.time()
-    final = runs / job.experiment / job.shard
-    work = runs / ".work" / f"{job.experiment}.{job.shard}.{socket.gethostname()}.{os.getpid()}"
+    final, kept = (folder / job.experiment / job.shard for folder in (runs, runs / "failed"))
+    work = runs / ".work" / f"{job.name}.{uuid.uuid4().hex}"  # nobody else's, not even an orphaned kernel's
 
     def ended(status: str, reason: str = "") -> Outcome:
         return Outcome(job.experiment, job.shard, status, reason, time.time() - begun)
 
     try:
-        with job_lock(runs / ".locks" / f"{job.experiment}.{job.shard}") as mine:
+        with job_lock(_lock_of(runs, job.name)) as mine:
             if not mine:
                 return ended("failed", "another run is working on it; run the same command again when that has ended")
             if is_done(job, runs):
                 return ended("skipped")
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-            parameters = {
-                **job.parameters, "output_dir": str(work.resolve()), "shard_index": job.shard_index,
-                "shard_count": job.shard_count, "threads": job.threads,
-            }  # fmt: skip
             try:
-                with own_kernel(), _thread_limits(job.threads):
-                    for notebook in job.notebooks:
-                        _execute(Path(notebook), work / Path(notebook).name, parameters)
-                manifest = {
-                    "experiment": job.experiment, "shard": job.shard, "identity": job.identity,
-                    "settings": job.parameters, **environment(),
-                    "started": begun, "finished": time.time(), "seconds": time.time() - begun,
-                }  # fmt: skip
-                (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+                _fill(job, work, begun)
                 if final.exists():
                     set_aside(final, runs)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 os.rename(work, final)
+                shutil.rmtree(kept, ignore_errors=True)  # of an earlier try
                 return ended("done")
             except BaseException as error:
-                kept = runs / "failed" / job.experiment / job.shard
-                shutil.rmtree(kept, ignore_errors=True)
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                if work.exists():
-                    os.rename(work, kept)
+                left = _keep(work, kept)
                 if not isinstance(error, Exception):
                     raise
-                return ended("failed", f"{_one_line(error)} (what it left is in {kept})")
-    except Exception as error:  # a full disk, a folder without write permission
-        return ended("failed", f"{type(error).__name__}: {_one_line(error)}")
+                return ended("failed", _one_line(error) + left)
+    except Exception as error:  # a folder without write permission, a file system without locks
+        return ended("failed", _one_line(error))
+
+
+def _fill(job: Job, work: Path, begun: float) -> None:
+    """Execute the job's notebooks into `work` and write the manifest; all of it is on the disk when this returns."""
+    work.mkdir(parents=True)
+    parameters = {
+        **job.parameters, "output_dir": str(work.resolve()), "shard_index": job.shard_index,
+        "shard_count": job.shard_count, "threads": job.threads,
+    }  # fmt: skip
+    with ENVIRONMENT, own_kernel(), thread_limits(job.threads):
+        for notebook in job.notebooks:
+            _execute(Path(notebook), work / Path(notebook).name, parameters)
+    manifest = {
+        "experiment": job.experiment, "shard": job.shard, "identity": job.identity, "settings": job.parameters,
+        "threads": job.threads, **environment(), "started": begun, "finished": time.time(),
+        "seconds": time.time() - begun,
+    }  # fmt: skip
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync(work)
 
 
 def _one_line(error: BaseException) -> str:
@@ -298,60 +246,6 @@ def _one_line(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------------- many jobs
 
 
-@contextmanager
-def _open_client(workers: int, scheduler: str | None, cluster_file: str | None, announce: Callable[[str], None]) -> Any:
-    from distributed import Client, LocalCluster
-
-    try:
-        if scheduler:
-            client, cluster = Client(scheduler, timeout="20s"), None
-        elif cluster_file:
-            try:
-                import dask_jobqueue
-            except ImportError as error:
-                raise UserError('--cluster: needs dask-jobqueue; `pip install -e ".[cluster]"`.') from error
-            try:
-                settings = yaml.safe_load(Path(cluster_file).read_text(encoding="utf-8"))
-                cluster = getattr(dask_jobqueue, settings.pop("class", "SLURMCluster"))(
-                    **settings.pop("options", settings)
-                )
-            except (OSError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
-                raise UserError(
-                    f"--cluster {cluster_file}: {_one_line(error)}; it holds `class` and `options`."
-                ) from error
-            cluster.scale(jobs=workers)
-            client = Client(cluster)
-        else:
-            cluster = LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50,
-                memory_limit=0,
-            )  # fmt: skip
-            client = Client(cluster)
-    except OSError as error:
-        raise UserError(f"--scheduler {scheduler}: no scheduler answers there ({_one_line(error)}).") from error
-    try:
-        announce(f"dashboard: {client.dashboard_link}")
-        if cluster is not None and scheduler is None and cluster_file is None:
-            _pin_gpus(client, workers)
-        yield client
-    finally:
-        client.close()
-        if cluster is not None:
-            cluster.close()
-
-
-def _set_device(index: int) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
-
-
-def _pin_gpus(client: Any, workers: int) -> None:
-    """One GPU a worker, where there are GPUs; more workers than GPUs share them in turn."""
-    listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    count = len([line for line in (listed or "").splitlines() if line.startswith("GPU")])
-    for i, address in enumerate(client.scheduler_info(n_workers=-1)["workers"] if count else []):
-        client.run(_set_device, i % count, workers=[address])
-
-
 def run_jobs(
     jobs: list[Job],
     runs: str | Path,
@@ -359,57 +253,63 @@ def run_jobs(
     scheduler: str | None = None,
     cluster_file: str | None = None,
     announce: Callable[[str], None] = print,
+    threads: int = THREADS,
+    every: float = 30.0,
 ) -> list[Outcome]:
     """Run all jobs and report each; a failing one does not stop the others.
 
     workers: 1 works in this process; more start a `LocalCluster`; with `scheduler` (an address) or `cluster_file` (a
     dask-jobqueue description) the jobs go there, and all see `runs` under the same path. announce: gets one line an
-    event, without control characters. Returns an outcome a job, in the order of `jobs`.
+    event, without control characters. threads: of every job, whatever the number of workers. every: seconds between
+    looks at the samples done. Returns an outcome a job, in the order of `jobs`. Raises `UserError` if two jobs are the
+    same or the folder cannot be written.
     """
+    jobs = [replace(job, threads=threads, identity={**job.identity, "threads": str(threads)}) for job in jobs]
+    names = [(job.experiment, job.shard) for job in jobs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)[0]
+        raise UserError(f"experiment {twice}: is there twice; give each a name of its own.")
     runs = Path(runs).resolve()
-    runs.mkdir(parents=True, exist_ok=True)
-    clear_outdated(jobs, runs)
-    waiting = [job for job in jobs if not is_done(job, runs)]
-    outcomes = {(j.experiment, j.shard): Outcome(j.experiment, j.shard, "skipped") for j in jobs if j not in waiting}
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        _clean_work(runs)
+        clear_outdated(jobs, runs)
+    except OSError as error:
+        raise UserError(f"--runs {runs}: cannot be written ({error.strerror}).") from error
+    outcomes = {name: Outcome(*name, "skipped") for name, job in zip(names, jobs) if is_done(job, runs)}
+    waiting = [job for name, job in zip(names, jobs) if name not in outcomes]
     if outcomes:
         announce(f"{len(outcomes)} of {len(jobs)} jobs were done before and are skipped")
-    begun, total, ended = time.time(), max(sum(max(job.samples, 1) for job in waiting), 1), 0
-
-    def note(job: Job, outcome: Outcome) -> None:
-        nonlocal ended
-        outcomes[(job.experiment, job.shard)] = outcome
-        ended += max(job.samples, 1)
-        left = (time.time() - begun) / ended * (total - ended)
-        announce(
-            f"[{len(outcomes)}/{len(jobs)}] {outcome.status:7s} {job.experiment} {job.shard}: {job.samples} samples, "
-            f"{outcome.seconds:.0f} s; about {left / 60:.1f} min left"
-            + (f"\n  {outcome.reason}" if outcome.reason else "")
-        )
-
-    if waiting and workers <= 1 and not scheduler and not cluster_file:
-        for job in waiting:
-            note(job, run_job(job, runs))
-    elif waiting:
-        with _open_client(max(workers, 1), scheduler, cluster_file, announce) as client:
-            from distributed import as_completed
-
-            futures = {client.submit(run_job, job, str(runs), pure=False, retries=1): job for job in waiting}
-            for future in as_completed(list(futures)):
-                job = futures[future]
-                error = future.exception()
-                lost = f"the worker died: {_one_line(error)}" if error is not None else ""
-                note(job, Outcome(job.experiment, job.shard, "failed", lost) if lost else future.result())
-                future.release()
+    if waiting:
+        samples = {job.name: job.samples for job in waiting}
+        with Progress(samples, len(jobs), runs / ".work", announce, every) as progress:
+            for job, outcome in _finish(waiting, runs, workers, scheduler, cluster_file, announce):
+                outcomes[(job.experiment, job.shard)] = outcome
+                line = f"{outcome.status:7s} {job.experiment} {job.shard}: {outcome.seconds:.0f} s; "
+                progress.job_ended(job.name, line, f"\n  {outcome.reason}" if outcome.reason else "")
     _clean_work(runs)
-    return [outcomes[(job.experiment, job.shard)] for job in jobs]
+    return [outcomes[name] for name in names]
 
 
-def _clean_work(runs: Path) -> None:
-    """Remove work folders whose process on this host is gone (a killed run's leftovers)."""
-    for folder in (runs / ".work").glob("*"):
-        *_, host, pid = folder.name.rsplit(".", 2)
-        if host == socket.gethostname() and pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
+def _finish(
+    jobs: list[Job], runs: Path, workers: int, scheduler: str | None, cluster_file: str | None,
+    announce: Callable[[str], None],
+) -> Iterator[tuple[Job, Outcome]]:  # fmt: skip
+    """Do the jobs here or on a cluster; each with its outcome as it ends."""
+    if workers <= 1 and not scheduler and not cluster_file:
+        yield from ((job, run_job(job, runs)) for job in jobs)
+        return
+    with open_client(max(workers, 1), scheduler, cluster_file, announce) as client:
+        from distributed import as_completed
+
+        futures = {client.submit(run_job, job, str(runs), pure=False, retries=1): job for job in jobs}
+        for future in as_completed(list(futures)):
+            job, error = futures.pop(future), future.exception()
+            if error is None:
+                yield job, future.result()
+            else:
+                yield job, Outcome(job.experiment, job.shard, "failed", f"the worker died: {_one_line(error)}")
+            future.release()
 
 
 def as_dict(outcomes: list[Outcome]) -> list[dict[str, Any]]:

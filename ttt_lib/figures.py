@@ -1,4 +1,4 @@
-"""Pictures of single results: before and after, loss curves, point clouds. Tables and studies are in `report.py`."""
+"""Pictures of single results: before and after, loss curves, point clouds. A study's are in `study_figures.py`."""
 
 from __future__ import annotations
 

@@ -199,12 +199,13 @@ def warp_view(
     in_front = back[..., 2] > 1e-6
     grid = torch.where(in_front[..., None], 2 * uv - 1, torch.tensor(9.0, device=uv.device, dtype=uv.dtype))
 
-    # How many source pixels a view pixel spans, for a prefilter against aliasing: the same for the whole view.
+    # How many source pixels a view pixel spans, for a prefilter against aliasing: one for the whole view.
     span = intrinsics[:, 0, 0] * width / (new_intrinsics[:, 0, 0] * size[1])
+    reach = torch.where(span > 1.5, span.round() / 2, 0).long()
     smooth = image
-    if bool((span > 1.5).any()):
-        factor = int(span.max().round())
-        smooth = F.avg_pool2d(image, 2 * (factor // 2) + 1, 1, factor // 2, count_include_pad=False)
+    for k in set(reach.tolist()) - {0}:
+        filtered = F.avg_pool2d(image, 2 * k + 1, 1, k, count_include_pad=False)
+        smooth = torch.where((reach == k)[:, None, None, None], filtered, smooth)
     warped = F.grid_sample(smooth, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
     known = mask & torch.isfinite(points).all(-1) & (points[..., 2] > 0)

@@ -7,6 +7,7 @@ torch that needs no GL and stays on the tensors' device.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import sys
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ttt_lib.errors import UserError
-from ttt_lib.geometry import EDGE_RTOL, MIRROR, mirror_intrinsics, mirror_points, unproject
-from ttt_lib.rasterise import BEYOND, Mesh, build_mesh, rasterise
+from ttt_lib.geometry import EDGE_RTOL, MIRROR, mirror_intrinsics, mirror_points, uv_map
+from ttt_lib.rasterise import BEYOND, NEAR, Mesh, build_mesh, rasterise
 
 INSTALL_GL = (
     "install a GL library (Debian: `apt-get install libegl1 libgl1-mesa-dri` or `libosmesa6`), or use backend 'torch'"
@@ -37,80 +38,159 @@ class RenderedView:
     transform: Tensor
 
 
-# --------------------------------------------------------------------------------------- the process's GL context
+# ---------------------------------------------------------------------------------------- the process's GL contexts
 
-_context: dict[str, Any] = {}  # pid, platform, renderer; at most one a process
+EGL_CUDA_DEVICE = 0x323A  # attribute of EGL_NV_device_cuda: the CUDA device of an EGL device, numbered as in CUDA
+_context: dict[str, Any] = {}  # pid, platform, renderers: one for each EGL device that draws
+
+# Unlit colours; alpha says whether the front of the surface is seen, so that no reversed copy of the mesh is drawn.
+SHADERS = {
+    "vertex": """#version 330 core
+        layout(location = 0) in vec3 position;
+        layout(location = 1) in vec4 colour;
+        uniform mat4 V;
+        uniform mat4 P;
+        out vec4 shade;
+        void main() { gl_Position = P * (V * vec4(position, 1.0)); shade = colour; }""",
+    "fragment": """#version 330 core
+        in vec4 shade;
+        out vec4 frag_color;
+        void main() { frag_color = gl_FrontFacing ? shade : vec4(0.0); }""",
+}
 
 
-def _single_sample(renderer_module: Any) -> None:
-    """pyrender asks for four samples a pixel, which mixes colours and depths at silhouettes; a mask wants one."""
-    original = renderer_module.glRenderbufferStorageMultisample
+def _view_renderer(width: int, height: int) -> Any:
+    """pyrender's renderer with the shaders above, one sample a pixel (four mix colours and depths at silhouettes), and
+    the depth buffer as it is, (h,w) in [0,1], so that one read of each buffer does."""
+    import pyrender.renderer as base
+    from OpenGL import GL
+    from pyrender.shader_program import ShaderProgram, ShaderProgramCache
+
+    class Program(ShaderProgram):
+        def _load(self, shader_filename: str) -> str:
+            return SHADERS[shader_filename]
+
+    class Programs(ShaderProgramCache):
+        def get_program(self, *_: Any, **__: Any) -> ShaderProgram:
+            return self._program_cache.setdefault("view", Program("vertex", "fragment"))
+
+    class ViewRenderer(base.Renderer):
+        def _read_main_framebuffer(self, scene: Any, flags: int) -> tuple[np.ndarray, np.ndarray]:
+            width, height = self._main_fb_dims
+            GL.glBindFramebuffer(GL.GL_READ_FRAMEBUFFER, self._main_fb_ms)
+            colour = GL.glReadPixels(0, 0, width, height, GL.GL_RGBA, GL.GL_UNSIGNED_BYTE)
+            depth = GL.glReadPixels(0, 0, width, height, GL.GL_DEPTH_COMPONENT, GL.GL_FLOAT)
+            colour = np.frombuffer(colour, np.uint8).reshape(height, width, 4)
+            return colour[::-1], np.frombuffer(depth, np.float32).reshape(height, width)[::-1]
+
+    original = base.glRenderbufferStorageMultisample
     if not getattr(original, "single_sample", False):
 
         def storage(target: int, samples: int, form: int, width: int, height: int) -> None:
             original(target, 0, form, width, height)
 
         storage.single_sample = True
-        renderer_module.glRenderbufferStorageMultisample = storage
+        base.glRenderbufferStorageMultisample = storage
+    renderer = ViewRenderer(width, height)
+    renderer._program_cache = Programs()
+    return renderer
 
 
-def _gl_device() -> int | None:
-    """EGL device to draw on: `EGL_DEVICE_ID` if set, else that of the current CUDA device, else the first."""
-    if "EGL_DEVICE_ID" in os.environ:
-        return None
-    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+def egl_device(wanted: int, ordinals: list[int | None]) -> int:
+    """Which EGL device draws for CUDA device `wanted`, given the CUDA device of each EGL device (None: not one).
 
-
-def gl_renderer() -> Any:
-    """The `pyrender.OffscreenRenderer` of this process, made on first use.
-
-    EGL is tried first, then OSMesa, unless `PYOPENGL_PLATFORM` chooses. Raises `UserError` when neither works, and in
-    a child forked from a process that had a context: GL drivers do not survive a fork.
+    EGL has its own order, and software devices too. Where no driver tells, the orders are taken to be the same; a
+    device that EGL does not offer is replaced by the first.
     """
-    if _context.get("pid") == os.getpid():
-        return _context["renderer"]
-    if _context:
+    if wanted in ordinals:
+        return ordinals.index(wanted)
+    told = any(ordinal is not None for ordinal in ordinals)
+    return wanted if wanted < len(ordinals) and not told else 0
+
+
+def _cuda_ordinals() -> list[int | None]:
+    """The CUDA device of each EGL device, None for others. Imports pyrender's EGL platform."""
+    from OpenGL.EGL import eglGetProcAddress
+    from pyrender.platforms import egl
+
+    address = ctypes.cast(eglGetProcAddress("eglQueryDeviceAttribEXT"), ctypes.c_void_p).value
+    if not address or egl._eglQueryDevicesEXT is None:
+        return []
+    pointer = ctypes.POINTER(ctypes.c_ssize_t)
+    query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, pointer)(address)
+    ordinals = []
+    for device in egl.query_devices():
+        value = ctypes.c_ssize_t(-1)
+        told = query(ctypes.cast(device._display, ctypes.c_void_p), EGL_CUDA_DEVICE, ctypes.byref(value))
+        ordinals.append(value.value if told else None)
+    return ordinals
+
+
+def _gl_device(platform: str, wanted: int) -> int:
+    """The EGL device to draw on: `EGL_DEVICE_ID`, or else that of the CUDA device `wanted`. OSMesa has one, 0."""
+    if platform != "egl":
+        return 0
+    chosen = os.environ.get("EGL_DEVICE_ID")
+    return egl_device(wanted, _cuda_ordinals()) if chosen is None else int(chosen)
+
+
+def _make_context(device: int) -> Any:
+    """An `OffscreenRenderer` on the platform that `PYOPENGL_PLATFORM` names; with EGL, on that EGL device."""
+    import pyrender
+
+    before = os.environ.get("EGL_DEVICE_ID")
+    os.environ["EGL_DEVICE_ID"] = str(device)
+    try:
+        renderer = pyrender.OffscreenRenderer(64, 64)
+    finally:
+        os.environ.pop("EGL_DEVICE_ID") if before is None else os.environ.update(EGL_DEVICE_ID=before)
+    renderer._renderer = _view_renderer(64, 64)
+    return renderer
+
+
+def gl_renderer(device: torch.device | str = "cpu") -> Any:
+    """The `pyrender.OffscreenRenderer` of this process for a device, made on first use.
+
+    A CUDA device draws on its own EGL device, the CPU on that of the first CUDA device or whatever EGL has. EGL is
+    tried first, then OSMesa, unless `PYOPENGL_PLATFORM` chooses. Raises `UserError` when neither works, and in a child
+    forked from a process that had a context: GL drivers do not survive a fork.
+    """
+    device, wanted = torch.device(device), 0
+    if device.type == "cuda":
+        wanted = torch.cuda.current_device() if device.index is None else device.index
+    if _context and _context["pid"] != os.getpid():
         raise UserError(
             "backend 'pyrender': this process was forked from one that draws; start it by spawn, or use 'torch'."
         )
-    wanted = os.environ.get("PYOPENGL_PLATFORM")
+    asked = _context.get("platform", os.environ.get("PYOPENGL_PLATFORM"))
+    held = _context.get("renderers", {})  # by EGL device: two contexts on one would share, and free, its display
     loaded = "OpenGL" in sys.modules
     problems = []
-    for platform in [wanted] if wanted else ["egl", "osmesa"]:
+    for platform in [asked] if asked else ["egl", "osmesa"]:
         os.environ["PYOPENGL_PLATFORM"] = platform
-        device = _gl_device() if platform == "egl" else None
-        if device is not None:
-            os.environ["EGL_DEVICE_ID"] = str(device)
         try:
-            import pyrender
-            import pyrender.renderer
-
-            _single_sample(pyrender.renderer)
-            try:
-                renderer = pyrender.OffscreenRenderer(64, 64)
-            except ValueError:  # fewer EGL devices than CUDA devices: the first one draws too
-                os.environ["EGL_DEVICE_ID"] = "0"
-                renderer = pyrender.OffscreenRenderer(64, 64)
-            _context.update(pid=os.getpid(), platform=platform, renderer=renderer)
-            return renderer
+            index = _gl_device(platform, wanted)
+            if index not in held:
+                held[index] = _make_context(index)
+            _context.update(pid=os.getpid(), platform=platform, renderers=held)
+            return held[index]
         except Exception as error:
             problems.append(f"{platform}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             if not loaded:
                 for name in [n for n in sys.modules if n.split(".")[0] in ("OpenGL", "pyrender")]:
                     del sys.modules[name]  # PyOpenGL binds to a platform at import
         finally:
-            if device is not None:
-                os.environ.pop("EGL_DEVICE_ID", None)
-            if wanted is None and not _context:
+            if asked is None and not _context:
                 os.environ.pop("PYOPENGL_PLATFORM", None)
     raise UserError(f"backend 'pyrender': no GL context could be made ({'; '.join(problems)}); {INSTALL_GL}.")
 
 
 @atexit.register
 def free_gl() -> None:
-    """Free this process's GL context, if it has one."""
+    """Free this process's GL contexts, if it has any."""
     if _context.get("pid") == os.getpid():
-        _context.pop("renderer").delete()
+        for renderer in _context.pop("renderers").values():
+            renderer.delete()
         _context.clear()
 
 
@@ -120,25 +200,26 @@ def free_gl() -> None:
 class _GLScene:
     """One mesh on the GPU and a camera that moves."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, device: torch.device) -> None:
         import pyrender
 
-        self.renderer, self.pid = gl_renderer(), os.getpid()
+        self.renderer, self.pid = gl_renderer(device), os.getpid()
         vertices = mesh.vertices.cpu().numpy() * np.array([1, -1, -1], dtype=np.float32)  # OpenGL: y up, z backwards
         colours = np.concatenate([mesh.colours.cpu().numpy(), np.ones((len(vertices), 1), np.float32)], 1)
-        hidden = np.zeros_like(colours)  # alpha 0: drawn, hides what is behind, and is unknown
-        faces, solid = mesh.faces.cpu().numpy(), mesh.solid.cpu().numpy()
-        front = faces[solid][:, ::-1]  # counter-clockwise from the front
-        unknown = np.concatenate([faces[solid], faces[~solid], faces[~solid][:, ::-1]])
-        material = pyrender.MetallicRoughnessMaterial(alphaMode="OPAQUE", baseColorFactor=[1.0] * 4, doubleSided=False)
+        faces, solid = mesh.faces.cpu().numpy()[:, ::-1], mesh.solid.cpu().numpy()  # counter-clockwise from the front
+        front = faces[solid]
+        # Both triangles of a pixel together: a vertex that was just used need not be transformed again.
+        front = front[np.argsort(front.min(1), kind="stable")]
+        used, curtains = np.unique(faces[~solid], return_inverse=True)
+        hidden = np.zeros((len(used), 4), np.float32)  # alpha 0: drawn, hides what is behind, and is unknown
+        parts = (vertices, colours, front), (vertices[used], hidden, curtains.reshape(-1, 3))
+        material = pyrender.MetallicRoughnessMaterial(alphaMode="OPAQUE", baseColorFactor=[1.0] * 4, doubleSided=True)
         primitives = [
-            pyrender.Primitive(
-                positions=vertices, color_0=colour, indices=np.ascontiguousarray(indices), material=material
-            )
-            for colour, indices in ((colours, front), (hidden, unknown))
-            if len(indices)
+            pyrender.Primitive(positions=place, color_0=colour, indices=np.ascontiguousarray(faces), material=material)
+            for place, colour, faces in parts
+            if len(faces)
         ]
-        self.near, self.far = 0.02 * mesh.nearest, 2 * BEYOND * mesh.farthest
+        self.near, self.far = NEAR * mesh.nearest, 2 * BEYOND * mesh.farthest
         self.scene = pyrender.Scene(bg_color=[0.0] * 4, ambient_light=[1.0] * 3)
         if primitives:
             self.scene.add(pyrender.Mesh(primitives))
@@ -146,7 +227,7 @@ class _GLScene:
         self.node = self.scene.add(self.camera)
 
     def draw(self, transform: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int]) -> tuple:
-        """Colour uint8 (h,w,4) and depth (h,w) from one camera, OpenCV transform (4,4)."""
+        """Colour uint8 (h,w,4) and depth buffer (h,w) from one camera, OpenCV transform (4,4)."""
         import pyrender
 
         height, width = size
@@ -157,6 +238,11 @@ class _GLScene:
         self.renderer.viewport_width, self.renderer.viewport_height = width, height
         return self.renderer.render(self.scene, flags=pyrender.RenderFlags.FLAT | pyrender.RenderFlags.RGBA)
 
+    def depth(self, buffer: Tensor) -> Tensor:
+        """Depth buffer, float32 in [0,1] -> depth, 0 where nothing is drawn."""
+        left = 1 - buffer  # exact, and no cancellation below: far things keep their digits
+        return torch.where(left > 0, self.near / (left + buffer * (self.near / self.far)), 0.0)
+
     def free(self) -> None:
         """Delete the mesh's buffers, unless this is a forked child, where they are the parent's."""
         if self.pid != os.getpid() or _context.get("pid") != self.pid:
@@ -165,19 +251,32 @@ class _GLScene:
         for mesh in list(self.scene.meshes):
             for primitive in mesh.primitives:
                 primitive.delete()
-        self.renderer._renderer._meshes.clear()
+            self.renderer._renderer._meshes.discard(mesh)  # other scenes' meshes stay
         self.scene.clear()
 
 
 # ---------------------------------------------------------------------------------------------------- the renderer
 
 
+def _place(depth: Tensor, intrinsics: Tensor) -> Tensor:
+    """Depth (B,h,w) to points (B,h,w,3) in cameras (B,3,3) without skew, which `unproject` would allow for."""
+    u, v = uv_map(*depth.shape[-2:], device=depth.device, dtype=depth.dtype).unbind(-1)
+    focal, centre = intrinsics.diagonal(dim1=1, dim2=2)[:, :2, None], intrinsics[:, :2, 2, None]
+    x = (u[0] - centre[:, 0]) / focal[:, 0]  # (B, w)
+    y = (v[:, 0] - centre[:, 1]) / focal[:, 1]  # (B, h)
+    points = torch.empty(*depth.shape, 3, device=depth.device, dtype=depth.dtype)
+    points[..., 0], points[..., 1], points[..., 2] = depth * x[:, None], depth * y[..., None], depth
+    return points
+
+
 class NovelViewRenderer:
     """Draws the scene of one target from other cameras.
 
     backend: `pyrender`, `torch`, or `auto`: torch on a CUDA device (the views stay there) and where no GL context can
-    be made, else pyrender. `reason` says in one line what was chosen and why. edge_rtol: relative depth step that cuts
-    the mesh. Raises `UserError` when `pyrender` is asked for and no GL is to be had.
+    be made, else pyrender. `backend` is the one that draws, and `reason` says in one line why: in a child forked from
+    a process that draws through GL, torch, whatever was chosen before the fork. device: pyrender draws on that GPU.
+    edge_rtol: relative depth step that cuts the mesh. Raises `UserError` when `pyrender` is asked for and no GL is to
+    be had.
     """
 
     def __init__(
@@ -187,23 +286,35 @@ class NovelViewRenderer:
         edge_rtol: float = EDGE_RTOL,
     ) -> None:
         self.device, self.edge_rtol = torch.device(device or "cpu"), edge_rtol
-        self.backend, self.reason = backend, f"{backend}: as asked for"
+        self._chosen, self._why = backend, f"{backend}: as asked for"
         if backend == "auto":
             if self.device.type == "cuda":
-                self.backend, self.reason = "torch", "torch: the tensors are on a GPU and the views stay there"
+                self._chosen, self._why = "torch", "torch: the tensors are on a GPU and the views stay there"
             else:
                 try:
-                    gl_renderer()
-                    self.backend, self.reason = "pyrender", f"pyrender: drawing through {_context['platform']}"
+                    gl_renderer(self.device)
+                    self._chosen, self._why = "pyrender", f"pyrender: drawing through {_context['platform']}"
                 except UserError as error:
-                    self.backend, self.reason = "torch", f"torch: {error}"
+                    self._chosen, self._why = "torch", f"torch: {error}"
         elif backend == "pyrender":
-            gl_renderer()
+            gl_renderer(self.device)
         elif backend != "torch":
             raise UserError(f"novel_view.backend {backend!r}: use 'auto', 'pyrender' or 'torch'.")
         self.pid = os.getpid()
         self.mesh: Mesh | None = None
         self._scene: _GLScene | None = None
+
+    @property
+    def _forked(self) -> bool:
+        return self._chosen == "pyrender" and self.pid != os.getpid()
+
+    @property
+    def backend(self) -> str:
+        return "torch" if self._forked else self._chosen
+
+    @property
+    def reason(self) -> str:
+        return "torch: this process was forked from one that draws through GL" if self._forked else self._why
 
     def set_scene(self, image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor | None = None) -> None:
         """Make the mesh of a target (it is uploaded once, at the first view): image (3,H,W), points (H,W,3) in the
@@ -223,11 +334,11 @@ class NovelViewRenderer:
         mirrored = torch.linalg.det(transform[:, :3, :3]) < 0
         proper = torch.where(mirrored[:, None, None], MIRROR.to(transform) @ transform, transform)
         lens = torch.where(mirrored[:, None, None], mirror_intrinsics(intrinsics), intrinsics)
-        if self.backend == "torch" or self.pid != os.getpid():  # a forked child cannot use its parent's context
+        if self.backend == "torch":
             image, depth, mask = rasterise(self.mesh, proper, lens, size)
         else:
             image, depth, mask = self._render_gl(proper, lens, size)
-        points = torch.where(mask[..., None], unproject(depth, lens), torch.nan)
+        points = _place(torch.where(mask, depth, torch.nan), lens)
         if bool(mirrored.any()):
             image[mirrored] = image[mirrored].flip(-1)
             mask[mirrored] = mask[mirrored].flip(-1)
@@ -236,15 +347,15 @@ class NovelViewRenderer:
 
     def _render_gl(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         if self._scene is None:
-            self._scene = _GLScene(self.mesh)
+            self._scene = _GLScene(self.mesh, self.device)
         drawn = [
             self._scene.draw(t, k, size)
             for t, k in zip(transform.double().cpu().numpy(), intrinsics.double().cpu().numpy())
         ]
         colour = torch.from_numpy(np.stack([c for c, _ in drawn])).to(transform.device)
-        depth = torch.from_numpy(np.stack([d for _, d in drawn])).to(transform)
+        depth = self._scene.depth(torch.from_numpy(np.stack([d for _, d in drawn])).to(transform))
         mask = (colour[..., 3] > 127) & (depth > 0)
-        return colour[..., :3].permute(0, 3, 1, 2).float().div(255).contiguous(), depth, mask
+        return colour.permute(0, 3, 1, 2)[:, :3].contiguous().to(transform).div_(255), depth, mask
 
     def free(self) -> None:
         """Forget the scene and free its buffers."""

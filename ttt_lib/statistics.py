@@ -54,8 +54,8 @@ def paired_gains(metrics: pd.DataFrame, metric: str, score: str, baseline: str =
     sample, before, after, gain (positive is better). Samples that one of the two lacks are left out.
     """
     rows = metrics[(metrics.metric == metric) & (metrics.score == score) & (metrics.prediction == "final")]
-    before = rows[rows.experiment == baseline].set_index(["dataset", "sample"])["value"].rename("before")
-    joined = rows.rename(columns={"value": "after"}).join(before, on=["dataset", "sample"], how="inner")
+    before = rows.loc[rows.experiment == baseline, ["dataset", "sample", "value"]].rename(columns={"value": "before"})
+    joined = rows.rename(columns={"value": "after"}).merge(before, on=["dataset", "sample"])
     sign = 1.0 if is_better_high(score) else -1.0
     joined["gain"] = sign * (joined["after"] - joined["before"])
     columns = ["experiment", "dataset", "sample", "before", "after", "gain"]
@@ -65,8 +65,8 @@ def paired_gains(metrics: pd.DataFrame, metric: str, score: str, baseline: str =
 def summarise(
     gains: pd.DataFrame, tolerance: float = 1e-3, samples: int = 2000, by: tuple[str, ...] = ("experiment",)
 ) -> pd.DataFrame:
-    """`paired_summary` for each group of `paired_gains` rows, one row a group."""
+    """`paired_summary` for each group of `paired_gains` rows, one row a group; no rows, but all columns, for none."""
     rows = []
     for key, group in gains.groupby(list(by), sort=False):
         rows.append({**dict(zip(by, key)), **paired_summary(group["gain"].to_numpy(), tolerance, samples)})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*by, *paired_summary(np.zeros(0), samples=1)])

@@ -2,9 +2,10 @@
 
 `moge.utils.alignment` solves for the best scale with *every* point as anchor, O(N^2 log N). Nearly every anchor gives
 nearly the same scale, though, and at one scale the objective of all anchors is a sum over pairs without any sorting.
-So a few anchors are solved exactly (by MoGe's own `align`), all anchors are compared at the best scale found, and the
-best of those are solved exactly, twice. What comes out is the optimum of one anchor in MoGe's set; how rarely it is
-not the very best one is measured in `tests/test_training_alignment.py`.
+So a few anchors are solved without truncation (one sort), all anchors are compared at the best scale found, with
+truncation, and the best of those are solved exactly, by MoGe's own truncated `align`, twice. What comes out is the
+optimum of one anchor in MoGe's set; how rarely it is not the very best one is measured in
+`tests/test_training_alignment.py`.
 """
 
 from __future__ import annotations
@@ -17,20 +18,27 @@ from moge.train import losses as moge_losses
 from moge.utils.alignment import align
 from torch import Tensor
 
-FIRST, NEXT, ROUNDS = 6, 4, 2  # anchors solved at the start, in each round after it, and rounds
+FIRST, NEXT = 6, (3, 3)  # anchors solved without truncation at the start, and exactly in each round after it
 FEW = 32  # points; up to here every anchor is solved, which costs no more
 PAIRS = 2**24  # elements (problem, anchor, point, coordinate) compared at a time
-CANDIDATES = (8, 2, 4096)  # pixels drawn uniformly for a patch, of which importance sampling chooses: 8, or fewer
-# (not below 2) where that would be more than 4096 in all
+CANDIDATES = (8, 1, 4096)  # pixels drawn uniformly for a patch, of which importance sampling chooses: 8, or fewer
+# (not below 1) where that would be more than 4096 in all
 
 
-def _solve(source: Tensor, target: Tensor, weight: Tensor, anchors: Tensor, shifts: Tensor, trunc: float | None):
-    """Best scale with each anchor: (P,N,3), (P,N,3), (P,N), (P,M) -> scale, loss, index of the second point (P,M)."""
+def _solve(
+    source: Tensor, target: Tensor, weight: Tensor, anchors: Tensor, shifts: Tensor, trunc: float | None, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best scale with each anchor: (P,N,3), (P,N,3), (P,N), (P,M) -> scale, loss, index of the second point (P,M).
+
+    Without `exact` the scale is the best one without truncation; the loss is always the truncated one.
+    """
     picked = anchors[..., None].expand(-1, -1, 3)
-    x = source[:, None] - (source.gather(1, picked) * shifts)[:, :, None]
-    y = target[:, None] - (target.gather(1, picked) * shifts)[:, :, None]
-    w = weight[:, None, :, None].expand_as(x)
-    scale, loss, index = align(x.flatten(2), y.flatten(2), w.flatten(2), trunc)
+    x = (source[:, None] - (source.gather(1, picked) * shifts)[:, :, None]).flatten(2)
+    y = (target[:, None] - (target.gather(1, picked) * shifts)[:, :, None]).flatten(2)
+    w = weight[:, None, :, None].expand(-1, anchors.shape[1], -1, 3).flatten(2)
+    scale, loss, index = align(x, y, w, trunc if exact else None)
+    if trunc is not None and not exact:
+        loss = (scale[..., None] * x).sub_(y).abs_().mul_(w).clamp_max_(trunc).sum(-1)
     # An anchor without weight is no anchor.
     return scale, loss.masked_fill(weight.gather(1, anchors) <= 0, torch.inf), index
 
@@ -57,18 +65,21 @@ def _spread(weight: Tensor, count: int) -> Tensor:
 def _best_pair(source: Tensor, target: Tensor, weight: Tensor, shifts: Tensor, trunc: float | None):
     """Anchor (P,) and second point, an index into N * 3, (P,), of the best alignment found."""
     points = source.shape[1]
-    every = torch.arange(points, device=weight.device).expand(len(weight), -1)
-    anchors = every if points <= FEW else _spread(weight, FIRST)
-    scale, loss, index = _solve(source, target, weight, anchors, shifts, trunc)
 
     def best_of(anchors: Tensor, scale: Tensor, loss: Tensor, index: Tensor) -> tuple[Tensor, ...]:
         place = loss.argmin(1, keepdim=True)
         return tuple(value.gather(1, place)[:, 0] for value in (anchors, scale, loss, index))
 
-    held = best_of(anchors, scale, loss, index)
-    for _ in range(ROUNDS if points > FEW else 0):
-        anchors = _compare(source, target, weight, held[1], shifts, trunc).topk(NEXT, largest=False)[1]
-        found = best_of(anchors, *_solve(source, target, weight, anchors, shifts, trunc))
+    problem = (source, target, weight)
+    if points <= FEW:
+        every = torch.arange(points, device=weight.device).expand(len(weight), -1)
+        held = best_of(every, *_solve(*problem, every, shifts, trunc, exact=True))
+        return held[0], held[3]
+    anchors = _spread(weight, FIRST)
+    held = best_of(anchors, *_solve(*problem, anchors, shifts, trunc, exact=False))
+    for count in NEXT:
+        anchors = _compare(*problem, held[1], shifts, trunc).topk(count, largest=False)[1]
+        found = best_of(anchors, *_solve(*problem, anchors, shifts, trunc, exact=True))
         better = found[2] < held[2]
         held = tuple(torch.where(better, new, old) for new, old in zip(found, held))
     return held[0], held[3]
