@@ -163,6 +163,8 @@ class GeometryModel:
         MoGe's z-shift is recovered as `infer` does it, and taken as given. Raises `UserError` for models without metric
         scale.
         """
+        if "depth" in output:
+            return output["depth"]
         if output.get("metric_scale") is None:
             raise UserError(f"{self.name} predicts no metric depth, which the loss metric_reference needs.")
         points, mask = output["points"], output.get("mask")
@@ -184,10 +186,14 @@ class GeometryModel:
         return found.flatten(2).mT.float()
 
     def save_memory(self) -> None:
-        """Keep fewer activations for the backward pass and compute them again (gradient checkpointing)."""
-        if not hasattr(self.network, "neck"):
-            return  # MoGe-1 always does so
-        self.network.enable_gradient_checkpointing()
+        """Keep fewer activations for the backward pass and compute them again (gradient checkpointing).
+
+        Raises `UserError` for models of transformers, whose checkpointing works in training mode only.
+        """
+        if hasattr(self.network, "gradient_checkpointing_enable"):
+            raise UserError(f"model.checkpointing: not for {self.name}; lower train.micro_batch instead.")
+        if hasattr(self.network, "enable_gradient_checkpointing") and hasattr(self.network, "neck"):
+            self.network.enable_gradient_checkpointing()  # MoGe-1 always does so in its head
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Named parameters of each part. `norms` (affine parameters of all normalisations) overlaps the others.
