@@ -37,12 +37,11 @@ from ttt_lib.student import NonFiniteLoss, Student, Training, average_views, tra
 class AdaptResult:
     """What one image gave.
 
-    original: before; adapted: after the last step (None if training stopped); final: the one to use. decision:
-    `original`, `adapted`, `averaged`, and with a gate `accept`, `blend` or `reject`; reason: a sentence when the
-    decision is not the expected one. history: one dictionary an optimizer step: step, passes, loss, each term,
-    gradient_norm, known (share of known target pixels), seconds. signals: of the gate. seconds: wall time of everything
-    here; peak_memory_mb: of the device (CUDA) or of the process (CPU). weights: the adapted values of the trained
-    parameters, for the next image of a sequence (`train.reset`).
+        original: before; adapted: after the last step (None if training stopped); final: the one to use. decision:
+    XX: step, passes, loss, each term,
+        gradient_norm, known (share of known target pixels), seconds. signals: of the gate. seconds: wall time of everything
+        here; peak_memory_mb: of the device (CUDA) or of the process (CPU). weights: the adapted values of the trained
+        parameters, for the next image of a sequence (`train.reset`).
     """
 
     original: Prediction
@@ -57,6 +56,7 @@ class AdaptResult:
     view_stats: dict[str, int] = field(default_factory=dict)
     signals: dict[str, float] = field(default_factory=dict)
     micro_batch: int = 0
+    blended: Prediction | None = None
     weights: list[Tensor] | None = None
 
 
@@ -192,6 +192,8 @@ def _pass_gate(student: Student, values: list[Tensor], held, config: ExperimentC
         adapted = predict_ensemble(student.model, held.image, config.ensemble.members if config.ensemble.final else [])
     signals, experts = measure(student, values, held, adapted, result.history, gate, unseen)
     result.signals |= signals
+    spread = disagreement_map(experts, held.original.mask)
+    result.blended = blend_predictions(result.original, result.adapted, spread)
     if gate.mode != "decide":
         return
     calibration = read_calibration(gate.calibration)
@@ -200,5 +202,4 @@ def _pass_gate(student: Student, values: list[Tensor], held, config: ExperimentC
     if result.decision == "reject":
         result.final = result.original
     elif result.decision == "blend":
-        spread = disagreement_map(experts, held.original.mask)
-        result.final = blend_predictions(result.original, result.adapted, spread)
+        result.final = result.blended

@@ -16,7 +16,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -287,7 +287,8 @@ def run_jobs(
                 outcomes[(job.experiment, job.shard)] = outcome
                 line = f"{outcome.status:7s} {job.experiment} {job.shard}: {outcome.seconds:.0f} s; "
                 progress.job_ended(job.name, line, f"\n  {outcome.reason}" if outcome.reason else "")
-    _clean_work(runs)
+    with suppress(OSError):  # of a disk that is full by now; the next run cleans up
+        _clean_work(runs)
     return [outcomes[name] for name in names]
 
 

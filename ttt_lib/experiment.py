@@ -184,8 +184,9 @@ def run_experiment(
             if sample.depth is not None or sample.points is not None:
                 add("metrics", _rows(config.name, sample, "original", result.original))
                 add("metrics", _rows(config.name, sample, "final", result.final))
-                if result.adapted is not None and result.adapted is not result.final:
-                    add("metrics", _rows(config.name, sample, "adapted", result.adapted))
+                for kind, prediction in (("adapted", result.adapted), ("blended", result.blended)):
+                    if prediction is not None and prediction is not result.final:
+                        add("metrics", _rows(config.name, sample, kind, prediction))
         except torch.OutOfMemoryError:
             left_out.append(
                 (sample.dataset, sample.name, "out of memory: lower views.longest_side, or set model.checkpointing")

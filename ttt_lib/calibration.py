@@ -1,0 +1,202 @@
+"""The gate's calibration, and how reliable it is: what its signals predict, what it keeps and what it avoids.
+
+Everything works on a table with a row a sample: the signals (`signal_*`), `gain_adapted` and `gain_blended` (mean change
+of delta1 of affine-invariant depth and points) and `loss_adapted`, `loss_blended` (the worse of these two changes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+from ttt_lib.errors import UserError
+from ttt_lib.gate import Calibration
+
+MEASURES = ("depth_affine_invariant", "points_affine_invariant", "disparity_affine_invariant")
+TOLERANCE, FORBIDDEN = 0.01, 0.03  # losses in delta1: that only few samples may have, that none may have
+RIDGE = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+FOLDS = 10
+
+
+def gain_table(metrics: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
+    """One row a sample from the tables of runs with `gate.mode: measure` or `decide` (`experiment.RunSummary`).
+
+    Columns experiment, dataset, sample, gain_* and loss_* for the predictions adapted, blended and final, and the
+    signals. Raises `UserError` when no sample has signals and truth.
+    """
+    keys = ["experiment", "dataset", "sample"]
+    wanted = metrics[metrics.metric.isin(MEASURES) & (metrics.score == "delta1")]
+    wide = wanted.pivot_table(index=keys, columns=["prediction", "metric"], values="value")
+    table = pd.DataFrame(index=wide.index)
+    for prediction in ("final", "adapted", "blended"):
+        # In `measure` mode the adapted prediction is the final one, and is not listed twice.
+        source = prediction if prediction in wide.columns.get_level_values(0) else "final"
+        change = wide[source] - wide["original"]
+        if source != prediction or prediction == "adapted":
+            change = change.fillna(wide["final"] - wide["original"])
+        table[f"gain_{prediction}"], table[f"loss_{prediction}"] = change.mean(axis=1), change.min(axis=1)
+    signals = [name for name in samples.columns if name.startswith("signal_")]
+    joined = table.join(samples.set_index(keys)[[*signals, "decision", "seconds"]], how="inner").reset_index()
+    joined = joined.dropna(subset=["gain_adapted"])
+    if joined.empty or not signals:
+        raise UserError("gate: no sample has both signals and truth; run with gate.mode measure on a set with truth.")
+    return joined
+
+
+def _design(table: pd.DataFrame, names: list[str], mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    z = (table[[f"signal_{name}" for name in names]].to_numpy(float) - mean) / deviation
+    return np.clip(np.nan_to_num(z), -3, 3)
+
+
+def _ridge(z: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
+    centre, bias = z.mean(0), y.mean()
+    weights = np.linalg.solve(
+        (z - centre).T @ (z - centre) + strength * np.eye(z.shape[1]), (z - centre).T @ (y - bias)
+    )
+    return weights, float(bias - centre @ weights)
+
+
+def calibrate(
+    table: pd.DataFrame, allowed: float = 0.01, signals: Iterable[str] | None = None, seed: int = 0
+) -> Calibration:
+    """Ridge regression of the gain on the signals, and thresholds on its cross-validated estimates.
+
+    The ridge's strength is the one with the smallest 10-fold error. Of all pairs of thresholds on the out-of-fold
+    estimates, the pair with the largest mean gain is taken among those where at most `allowed` of the samples lose more
+    than `TOLERANCE` and none more than `FORBIDDEN`; rejecting everything always qualifies. signals: names without
+    `signal_` (default: all that vary).
+    """
+    names = [name.removeprefix("signal_") for name in table.columns if name.startswith("signal_")]
+    names = [n for n in names if n not in ("estimate", "camera_implausible")] if signals is None else list(signals)
+    values = table[[f"signal_{name}" for name in names]].to_numpy(float)
+    deviation = np.nanstd(values, axis=0)
+    names = [name for name, d in zip(names, deviation) if np.isfinite(d) and d > 1e-9]
+    values = table[[f"signal_{name}" for name in names]].to_numpy(float)
+    mean, deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+    z, y = _design(table, names, mean, deviation), table.gain_adapted.to_numpy(float)
+    folds = np.random.default_rng(seed).permutation(len(y)) % min(FOLDS, len(y))
+
+    def out_of_fold(strength: float) -> np.ndarray:
+        estimate = np.empty_like(y)
+        for fold in np.unique(folds):
+            weights, bias = _ridge(z[folds != fold], y[folds != fold], strength)
+            estimate[folds == fold] = z[folds == fold] @ weights + bias
+        return estimate
+
+    strength = min(RIDGE, key=lambda s: float(np.square(out_of_fold(s) - y).mean()))
+    estimate = out_of_fold(strength)
+    accept, blend = _thresholds(table, estimate, allowed)
+    weights, bias = _ridge(z, y, strength)
+    decided = apply_thresholds(table, estimate, accept, blend)
+    about = {
+        "samples": len(table), "ridge": strength, "correlation_out_of_fold": _correlation(estimate, y),
+        **{key: float(value) for key, value in outcome(decided).items()},
+    }  # fmt: skip
+    return Calibration(
+        names, mean.tolist(), deviation.tolist(), weights.tolist(), bias, float(accept), float(blend), about
+    )
+
+
+def _thresholds(table: pd.DataFrame, estimate: np.ndarray, allowed: float) -> tuple[float, float]:
+    above = float(estimate.max()) + 1.0
+    levels = np.unique(np.quantile(estimate, np.linspace(0, 1, 41)))
+    best, chosen = 0.0, (above, above)
+    for blend in [*levels, above]:
+        for accept in [level for level in [*levels, above] if level >= blend]:
+            found = outcome(apply_thresholds(table, estimate, accept, blend))
+            safe = found["worse"] <= allowed and found["worst"] >= -FORBIDDEN
+            if safe and found["gain"] > best:
+                best, chosen = found["gain"], (accept, blend)
+    return chosen
+
+
+def apply_thresholds(table: pd.DataFrame, estimate: np.ndarray, accept: float, blend: float) -> pd.DataFrame:
+    """Gain and loss of each sample (columns gain, loss) after decisions by these estimates and thresholds."""
+    taken, mixed = estimate >= accept, (estimate >= blend) & (estimate < accept)
+    gain = np.where(taken, table.gain_adapted, np.where(mixed, table.gain_blended, 0.0))
+    loss = np.where(taken, table.loss_adapted, np.where(mixed, table.loss_blended, 0.0))
+    return pd.DataFrame({"gain": gain, "loss": loss})
+
+
+def outcome(decided: pd.DataFrame) -> dict[str, float]:
+    """Mean gain, share of samples that lose more than `TOLERANCE` in depth or points, and the worst loss."""
+    return {
+        "gain": float(decided.gain.mean()),
+        "worse": float((decided.loss < -TOLERANCE).mean()),
+        "worst": float(decided.loss.min()),
+    }
+
+
+def compare_policies(table: pd.DataFrame, seed: int = 0, draws: int = 2000) -> pd.DataFrame:
+    """Never, always, blend always, the gate as it decided (`final`), and the oracle that knows the truth.
+
+    Rows: policy, samples, gain with its 95 % bootstrap interval (low, high), worse, worst, and `kept`, the share of the
+    oracle's mean gain.
+    """
+    zero = pd.DataFrame({"gain": np.zeros(len(table)), "loss": np.zeros(len(table))})
+    choices = {"never": zero}
+    for policy, prediction in (("always", "adapted"), ("blend always", "blended"), ("gate", "final")):
+        choices[policy] = pd.DataFrame({"gain": table[f"gain_{prediction}"], "loss": table[f"loss_{prediction}"]})
+    better = table.gain_adapted > 0
+    choices["oracle"] = pd.DataFrame(
+        {"gain": np.where(better, table.gain_adapted, 0.0), "loss": np.where(better, table.loss_adapted, 0.0)}
+    )
+    rng = np.random.default_rng(seed)
+    rows = []
+    for policy, decided in choices.items():
+        values = decided.gain.to_numpy()
+        means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        rows.append({"policy": policy, "samples": len(values), **outcome(decided), "low": low, "high": high})
+    result = pd.DataFrame(rows)
+    best = float(result.gain[result.policy == "oracle"].iloc[0])
+    result["kept"] = result.gain / best if best > 0 else np.nan
+    return result[["policy", "samples", "gain", "low", "high", "worse", "worst", "kept"]]
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    return pd.Series(values).rank().to_numpy()
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else float("nan")
+
+
+def area_under_roc(score: np.ndarray, positive: np.ndarray) -> float:
+    """Chance that a positive has the higher score (ties count half); NaN without both kinds."""
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not positives or not negatives:
+        return float("nan")
+    ranks = _ranks(score)
+    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def signal_quality(table: pd.DataFrame) -> pd.DataFrame:
+    """How well each signal, and their estimate, predicts the true gain of adapting: columns signal, spearman, auc.
+
+    spearman: rank correlation with the gain; auc: area under the ROC curve for "the adapted prediction is better". A
+    signal that is smaller where adapting helps has a negative correlation and an area below one half.
+    """
+    rows = []
+    for name in [n for n in table.columns if n.startswith("signal_")]:
+        usable = table[[name, "gain_adapted"]].dropna()
+        score, gain = usable[name].to_numpy(float), usable.gain_adapted.to_numpy(float)
+        if len(usable) > 2 and score.std() > 0:
+            rows.append({
+                "signal": name.removeprefix("signal_"), "spearman": _correlation(_ranks(score), _ranks(gain)),
+                "auc": area_under_roc(score, gain > 0),
+            })  # fmt: skip
+    result = pd.DataFrame(rows, columns=["signal", "spearman", "auc"])
+    return result.reindex(result.spearman.abs().sort_values(ascending=False).index).reset_index(drop=True)
+
+
+def risk_coverage(table: pd.DataFrame, score: str = "signal_estimate") -> pd.DataFrame:
+    """Adapt only the samples with the highest scores: columns coverage, gain (mean over all samples) and worse (share of
+    all samples that lose more than `TOLERANCE`), for every coverage from 0 to 1."""
+    ordered = table.sort_values(score, ascending=False)
+    count = len(ordered)
+    gain = np.concatenate([[0.0], ordered.gain_adapted.cumsum().to_numpy() / count])
+    worse = np.concatenate([[0.0], (ordered.loss_adapted < -TOLERANCE).cumsum().to_numpy() / count])
+    return pd.DataFrame({"coverage": np.arange(count + 1) / count, "gain": gain, "worse": worse})
