@@ -1,0 +1,91 @@
+"""The benchmark measures what it says it does; times themselves are not tested."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ttt_lib import benchmark
+from ttt_lib.benchmark import STAGES, compare_loops, growth, machine, stage_times
+from ttt_lib.config import build_experiment
+from ttt_lib.models import weights_checksum
+
+BASE = {
+    "name": "test",
+    "model": {"name": "tiny", "num_tokens": 48, "device": "cpu"},
+    "train": {"passes": 2, "batch_size": 2, "accumulation": 1, "optimizer": {"learning_rate": 1e-3}},
+    "teacher": {"refresh_every": 1},
+    "views": {"longest_side": 64, "novel_view": {"probability": 1.0, "backend": "torch"}},
+    "losses": {"global": {"align_resolution": 6}},
+}
+
+
+def test_every_stage_has_its_share_and_the_weights_stay(tiny, picture):
+    before = weights_checksum(tiny)
+    table = stage_times(tiny, picture.image[0], build_experiment(BASE), repeats=1)
+    assert tuple(table.stage) == STAGES
+    assert table.share.sum() == pytest.approx(1.0)
+    assert (table.seconds > 0).all()
+    assert weights_checksum(tiny) == before
+    still = build_experiment(BASE, overrides={"views": {"novel_view": {"probability": 0.0}}, "teacher": {"refresh_every": 0}})
+    rest = stage_times(tiny, picture.image[0], still, repeats=1).set_index("stage").seconds
+    assert rest["render"] == 0.0 and rest["teacher"] == 0.0
+    assert machine(torch.device("cpu"))["torch"] == torch.__version__
+
+
+def test_growth_passes_the_setting_on(tiny, picture, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        benchmark, "adapt", lambda model, image, config, name: seen.append((config.train.passes, model.num_tokens))
+    )
+    config = build_experiment(BASE)
+    table = growth(tiny, picture.image[0], config, "train.passes", [2, 5])
+    assert seen == [(2, 48), (5, 48)] and list(table["train.passes"]) == [2, 5]
+    seen.clear()
+    growth(tiny, picture.image[0], config, "model.num_tokens", [60])
+    assert seen == [(2, 60)] and tiny.num_tokens == 48
+    seen.clear()
+    assert (growth(tiny, picture.image[0], config, "images", [3]).images_a_minute > 0).all()
+    assert len(seen) == 3
+
+
+@pytest.mark.slow
+def test_loops_are_compared_in_their_own_processes(picture):
+    config = build_experiment(BASE)
+    longer = build_experiment(BASE, overrides={"train": {"passes": 4}, "released": {"reload_model": True}})
+    table = compare_loops({"longer": longer, "plain": config}, picture.image[0], repeats=1).set_index("loop")
+    assert table.passes.to_dict() == {"longer": 4, "plain": 2}
+    assert table.faster["longer"] == 1.0 and table.memory["longer"] == 1.0
+    assert (table.peak_mb > 50).all() and (table.seconds > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("notebook", "parameters"),
+    [
+        ("05_performance", {
+            "model": {"name": "tiny", "num_tokens": 48}, "longest_side": 64, "passes": 2, "repeats": 1, "tokens": [48],
+            "sides": [64], "steps": [1], "images": [1], "batch_sizes": [1],
+        }),
+        ("04_reliability", {
+            "calibration_data": [{"kind": "shifted", "count": 4, "seed": 11, "width": 64, "height": 48}],
+            "test_data": [{"kind": "shifted", "count": 3, "width": 64, "height": 48}],
+            "overrides": {"model": {"num_tokens": 48}, "train": {"passes": 1}, "gate": {"views": 1}},
+        }),
+    ],
+)  # fmt: skip
+def test_the_notebook_runs_headless(tmp_path, notebook, parameters):
+    import papermill
+
+    from ttt_lib.cli import NOTEBOOKS
+
+    parameters = {**parameters, "threads": 1}
+    if notebook == "04_reliability":
+        parameters["output_dir"] = str(tmp_path / "out")
+    papermill.execute_notebook(
+        NOTEBOOKS / f"{notebook}.ipynb", tmp_path / "out.ipynb", parameters=parameters, progress_bar=False
+    )
+    if notebook == "04_reliability":
+        from ttt_lib.gate import read_calibration
+
+        assert read_calibration(tmp_path / "out" / "gate.json").about["samples"] == 4

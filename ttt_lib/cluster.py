@@ -1,0 +1,86 @@
+"""Where jobs run: processes of this machine, a running dask scheduler, or a batch system through dask-jobqueue."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ttt_lib.errors import UserError
+
+
+def _local(workers: int) -> Any:
+    """One process a worker; each job starts a kernel of its own, so the workers themselves stay small."""
+    from distributed import LocalCluster
+
+    return LocalCluster(
+        n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50,
+        memory_limit=0,
+    )  # fmt: skip
+
+
+def _batch_system(description: str, workers: int) -> Any:
+    """The dask-jobqueue cluster of a YAML file with `class` and `options`."""
+    try:
+        import dask_jobqueue
+    except ImportError as error:
+        raise UserError('--cluster: needs dask-jobqueue; `pip install -e ".[cluster]"`.') from error
+    try:
+        settings = yaml.safe_load(Path(description).read_text(encoding="utf-8"))
+        cluster = getattr(dask_jobqueue, settings.pop("class", "SLURMCluster"))(**settings.pop("options", settings))
+    except (OSError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--cluster {description}: {reason}; it holds `class` and `options`.") from error
+    cluster.scale(jobs=workers)
+    return cluster
+
+
+def _existing(scheduler: str) -> Any:
+    from distributed import Client
+
+    try:
+        return Client(scheduler, timeout="20s")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--scheduler {scheduler}: no scheduler answers there ({reason}).") from error
+
+
+@contextmanager
+def open_client(
+    workers: int, scheduler: str | None, cluster_file: str | None, announce: Callable[[str], None]
+) -> Iterator[Any]:
+    """A dask client of `scheduler` (an address), of the cluster that `cluster_file` describes, or of local processes."""
+    from distributed import Client
+
+    if scheduler:
+        cluster, client = None, _existing(scheduler)
+    else:
+        cluster = _batch_system(cluster_file, workers) if cluster_file else _local(workers)
+        client = Client(cluster)
+    try:
+        announce(f"dashboard: {client.dashboard_link}")
+        if not scheduler and not cluster_file:
+            _pin_gpus(client)
+        yield client
+    finally:
+        client.close()
+        if cluster is not None:
+            cluster.close()
+
+
+def _set_device(index: int) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
+
+
+def _pin_gpus(client: Any) -> None:
+    """One GPU a worker, where there are GPUs; more workers than GPUs share them in turn."""
+    listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    count = len([line for line in (listed or "").splitlines() if line.startswith("GPU")])
+    for i, address in enumerate(client.scheduler_info(n_workers=-1)["workers"] if count else []):
+        client.run(_set_device, i % count, workers=[address])
