@@ -16,6 +16,12 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
 )
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+# Modules that decide no number: a change in them does not make finished runs old.
+SHOWING = (
+    "batch", "benchmark", "calibration", "cli", "cluster", "figures", "html_report", "kernel", "photos", "progress",
+    "provenance", "reliability_figures", "report", "results", "statistics", "study_figures", "tables", "view_figures",
+    "widgets", "zeroshot",
+)  # fmt: skip
 BUILT_IN = ("motorcycle", "synthetic", "shifted")
 
 
@@ -81,16 +87,15 @@ def choose_experiments(names: str | None) -> list[Path]:
 
 
 def default_workers() -> int:
-    """One worker a GPU, or one for two cores."""
+    """One worker a GPU, or one a core."""
     import torch
 
-    return torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // 2)
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
 def make_jobs(
-    files: list[Path], profile: str, overrides: dict[str, Any], shards: int, limit: int | None, threads: int,
-    views: bool,
-) -> list:  # fmt: skip
+    files: list[Path], profile: str, overrides: dict[str, Any], shards: int, limit: int | None, views: bool
+) -> list:
     """One job an experiment and shard. Raises `UserError` for anything wrong in files, profile, data or model."""
     from ttt_lib.batch import Job, environment, file_hash, fingerprint
     from ttt_lib.config import load_experiment
@@ -103,7 +108,8 @@ def make_jobs(
         for name in (("01_augmentation.ipynb",) if views else ()) + ("02_adaptation.ipynb",)
         if (folder / name).is_file()
     )
-    code = fingerprint([file_hash(path) for path in sorted(Path(__file__).parent.glob("*.py"))])
+    sources = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in SHOWING]
+    code = fingerprint([file_hash(path) for path in sources])
     models: dict[str, str] = {}
     versions = environment()["packages"]["torch"]
     jobs = []
@@ -127,7 +133,7 @@ def make_jobs(
         parameters = {**settings, "profile": "", "limit": limit or 0}
         total = min(sum(len(s) for s in sets), (limit or 10**9) * shards)
         jobs += [
-            Job(config.name, i, shards, parameters, identity, notebooks, -(-(total - i) // shards), threads)
+            Job(config.name, i, shards, parameters, identity, notebooks, -(-(total - i) // shards))
             for i in range(shards)
         ]
     return jobs
@@ -144,7 +150,10 @@ def ablation(
     profile: Annotated[str, typer.Option(help="demo, paper, as_released, or a YAML file.")] = "demo",
     experiments: Annotated[str | None, typer.Option(help="Names, separated by commas. Default: all.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs"),
-    workers: Annotated[int, typer.Option(help="Jobs at a time; 0: one a GPU, or one for two cores.")] = 0,
+    workers: Annotated[int, typer.Option(help="Jobs at a time; 0: one a GPU, or one a core.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of each job. Part of the result: another count rounds differently.")
+    ] = 1,
     shards: Annotated[int, typer.Option(min=1, help="Parts that the samples are cut into.")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="Address of a running dask scheduler, tcp://host:port.")] = None,
     cluster: Annotated[str | None, typer.Option(help="YAML for dask-jobqueue: class and options.")] = None,
@@ -159,10 +168,11 @@ def ablation(
     if data:
         overrides["data"] = parse_data(data)
     workers = workers or default_workers()
-    threads = 0 if scheduler or cluster else max(1, len(os.sched_getaffinity(0)) // workers)
-    jobs = make_jobs(choose_experiments(experiments), profile, overrides, shards, limit, threads, views)
+    jobs = make_jobs(choose_experiments(experiments), profile, overrides, shards, limit, views)
     print(f"{len(jobs)} jobs, {jobs[0].samples} samples each; results go to {runs}", flush=True)
-    outcomes = run_jobs(jobs, runs, workers, scheduler, cluster, announce=lambda line: print(line, flush=True))
+    outcomes = run_jobs(
+        jobs, runs, workers, scheduler, cluster, threads=threads, announce=lambda line: print(line, flush=True)
+    )
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if len(failed) < len(outcomes):
         summarise(runs)
@@ -189,7 +199,7 @@ def summarise(runs: Path) -> None:
             {"runs_dir": str(runs.resolve()), "output_dir": str(output.resolve())},
         )  # fmt: skip
     read = read_runs(runs)
-    print(to_text(table1(read)))
+    print("\n".join([to_text(table1(read)), *read.notes]))
     if len(read.left_out):
         print(f"left out:\n{read.left_out.to_string(index=False)}")
     print(f"table, figures and report: {output}")
