@@ -62,6 +62,29 @@ def test_moge_1_and_2_load_and_predict_as_moge_does(real_moge, picture):
     assert sorted(names) == sorted(name for name, _ in model.network.named_parameters())
 
 
+def test_features_and_metric_depth_of_moge(real_moge, picture):
+    model, images = load_model(str(real_moge[1]), "cpu", num_tokens=48), picture.image[:1]
+    for parameter in model.network.parameters():
+        parameter.requires_grad_(True)
+    features = model.features(images)
+    assert features.ndim == 3 and features.shape[0] == 1
+    height, width = images.shape[-2:]
+    rows, columns = round((48 * height / width) ** 0.5), round((48 * width / height) ** 0.5)
+    assert features.shape[1] == rows * columns
+    features.sum().backward()
+    groups = model.parameter_groups()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for _, p in groups["encoder"])
+    if model.kind == "metric":
+        depth = model.metric_depth(model.forward(images), images)
+        assert torch.allclose(depth[0], model.predict(images[0]).depth, rtol=1e-3)
+    else:
+        with pytest.raises(UserError, match="metric"):
+            model.metric_depth(model.forward(images), images)
+    model.save_memory()
+    output = model.forward(images)["points"]
+    output.sum().backward()
+
+
 def test_the_small_model_is_moge_2s_forward(tiny, picture):
     assert isinstance(tiny.network, MoGe2) and tiny.network.forward.__func__ is MoGe2.forward
     one, batch = tiny.predict(picture.image[1]), tiny.predict(picture.image)

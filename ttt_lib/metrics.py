@@ -94,7 +94,8 @@ def evaluate(prediction: Prediction, sample: Sample) -> Scores:
     """All scores of one prediction: {"depth_metric": {"rel": ..., "delta1": ...}, ...}.
 
     `moge.test.metrics.compute_metrics` on the same tensors, plus `zoedepth` (after one scale by the median) and, for
-    metric predictions of metric truth, `zoedepth_metric` (as predicted). Where the truth has fewer than
+    metric predictions of metric truth, `zoedepth_metric` (as predicted), and `disparity_aligned` (scale and shift fitted
+    in disparity, as Depth Anything reports). Where the truth has fewer than
     `MINIMUM_TRUTH` known pixels, the result is empty. The prediction is not modified.
     """
     if sample.mask is None or int(sample.mask.sum()) < MINIMUM_TRUTH:
@@ -103,6 +104,11 @@ def evaluate(prediction: Prediction, sample: Sample) -> Scores:
     with torch.no_grad(), fast_alignment():
         scores, _ = compute_metrics(named, truth)
     mask = truth["depth_mask"]
+    disparity = named.get("disparity_affine_invariant")
+    if disparity is None and prediction.depth is not None:
+        disparity = 1 / next(v for k, v in named.items() if k.startswith("depth_")).clamp_min(1e-6)
+    if disparity is not None:
+        scores["disparity_aligned"] = disparity_aligned_metrics(disparity[mask], truth["depth"][mask])
     depth = next((value for key, value in named.items() if key.startswith("depth_")), None)
     if depth is not None:
         predicted, known = depth[mask], truth["depth"][mask]
