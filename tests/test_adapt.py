@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from ttt_lib import student as student_module
+from ttt_lib import gradients as gradients_module
 from ttt_lib.adapt import adapt, sample_generator, working_image
 from ttt_lib.config import build_experiment
 from ttt_lib.errors import UserError
@@ -81,14 +81,14 @@ def test_weights_come_back_after_an_interruption(tiny, image, error):
 
 def test_a_loss_that_is_not_finite_keeps_the_original(tiny, image, monkeypatch):
     before = weights_checksum(tiny)
-    real, calls = student_module.compute_loss, []
+    real, calls = gradients_module.compute_loss, []
 
     def broken(*arguments, **options):
         loss, terms = real(*arguments, **options)
         calls.append(1)
         return (loss * float("nan") if len(calls) > 2 else loss), terms
 
-    monkeypatch.setattr(student_module, "compute_loss", broken)
+    monkeypatch.setattr(gradients_module, "compute_loss", broken)
     result = adapt(tiny, image, config())
     assert result.decision == "original" and "not finite in step 2" in result.reason
     assert result.adapted is None and torch.equal(result.final.depth, result.original.depth)

@@ -27,7 +27,9 @@ def test_every_stage_has_its_share_and_the_weights_stay(tiny, picture):
     assert table.share.sum() == pytest.approx(1.0)
     assert (table.seconds > 0).all()
     assert weights_checksum(tiny) == before
-    still = build_experiment(BASE, overrides={"views": {"novel_view": {"probability": 0.0}}, "teacher": {"refresh_every": 0}})
+    still = build_experiment(
+        BASE, overrides={"views": {"novel_view": {"probability": 0.0}}, "teacher": {"refresh_every": 0}}
+    )
     rest = stage_times(tiny, picture.image[0], still, repeats=1).set_index("stage").seconds
     assert rest["render"] == 0.0 and rest["teacher"] == 0.0
     assert machine(torch.device("cpu"))["torch"] == torch.__version__

@@ -100,9 +100,7 @@ def test_the_table_comes_from_the_results_of_a_run():
         rows += [("e", "d", "s", prediction, "depth_affine_invariant", "delta1", depth),
                  ("e", "d", "s", prediction, "points_affine_invariant", "delta1", points),
                  ("e", "d", "s", prediction, "depth_metric", "delta1", 0.0)]  # fmt: skip
-    metrics = pd.DataFrame(
-        rows, columns=["experiment", "dataset", "sample", "prediction", "metric", "score", "value"]
-    )
+    metrics = pd.DataFrame(rows, columns=["experiment", "dataset", "sample", "prediction", "metric", "score", "value"])
     samples = pd.DataFrame([{"experiment": "e", "dataset": "d", "sample": "s", "seconds": 1.0, "decision": "adapted",
                              "signal_votes_gain": 0.3}])  # fmt: skip
     row = gain_table(metrics, samples).iloc[0]

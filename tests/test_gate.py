@@ -25,8 +25,8 @@ from ttt_lib.gate import (
     read_calibration,
     vote,
 )
+from ttt_lib.gradients import Student
 from ttt_lib.models import restore, select_parameters, snapshot, weights_checksum
-from ttt_lib.student import Student
 
 BASE = {
     "name": "test",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ttt_lib import student as student_module
+from ttt_lib import gradients as gradients_module
 from ttt_lib.adapt import adapt, sample_generator
 from ttt_lib.config import build_experiment
 from ttt_lib.errors import UserError
+from ttt_lib.gradients import Student, Training, pass_gradients
 from ttt_lib.models import restore, select_parameters, snapshot, weights_checksum
 from ttt_lib.restraint import LowRank, sharpest_point
-from ttt_lib.student import Student, Training, draw_views, pass_gradients
+from ttt_lib.student import draw_views
 
 BASE = {
     "name": "test",
@@ -72,7 +73,7 @@ def test_out_of_memory_halves_the_part_and_changes_nothing(student, image, monke
 
     def small_memory(images, intrinsics=None):
         if len(images) > 1:
-            raise student_module.OUT_OF_MEMORY[0]("CUDA out of memory")
+            raise gradients_module.OUT_OF_MEMORY[0]("CUDA out of memory")
         return real(images, intrinsics)
 
     monkeypatch.setattr(student.model, "forward", small_memory)

@@ -28,9 +28,10 @@ from ttt_lib.gate import (
     measure,
     read_calibration,
 )
+from ttt_lib.gradients import Student, Training
 from ttt_lib.models import GeometryModel, Prediction, restore, select_parameters, snapshot
 from ttt_lib.references import References, correct
-from ttt_lib.student import NonFiniteLoss, Student, Training, average_views, train_student
+from ttt_lib.student import NonFiniteLoss, average_views, train_student
 
 
 @dataclass

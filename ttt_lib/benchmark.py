@@ -21,9 +21,10 @@ from torch import Tensor
 from ttt_lib.adapt import adapt, sample_generator, working_image
 from ttt_lib.config import ExperimentConfig, build_experiment
 from ttt_lib.experiment import open_model
+from ttt_lib.gradients import Student
 from ttt_lib.losses import compute_loss
 from ttt_lib.models import GeometryModel, restore, select_parameters, snapshot
-from ttt_lib.student import Student, draw_views, make_optimizer, make_renderer
+from ttt_lib.student import draw_views, make_optimizer, make_renderer
 
 STAGES = ("augment", "render", "forward", "loss", "backward", "optimizer", "teacher")
 

@@ -22,9 +22,9 @@ from ttt_lib.config import ExperimentConfig, GateConfig
 from ttt_lib.ensemble import predict_mirrored
 from ttt_lib.errors import UserError
 from ttt_lib.geometry import project, transform_points, unproject
+from ttt_lib.gradients import Student
 from ttt_lib.models import GeometryModel, Prediction
 from ttt_lib.rasterise import build_mesh, rasterise
-from ttt_lib.student import Student
 
 BUNDLED = Path(__file__).parent / "assets" / "gate.json"
 PAIRS = 4000  # pixel pairs that are voted on

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ttt_lib.errors import UserError
 
 if TYPE_CHECKING:
-    from ttt_lib.student import Student
+    from ttt_lib.gradients import Student
 
 
 class LowRank:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,82 +15,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ttt_lib.augment import View, carry_back, cutmix, make_views
+from ttt_lib.augment import View, carry_back, make_views
 from ttt_lib.config import ExperimentConfig, OptimizerConfig
 from ttt_lib.ensemble import predict_ensemble
 from ttt_lib.geometry import unproject
-from ttt_lib.losses import compute_loss
+from ttt_lib.gradients import Student, Training, accumulate, add_terms, pass_gradients, reverse_gradients
 from ttt_lib.models import GeometryModel, Prediction
 from ttt_lib.references import References, reference_loss
 from ttt_lib.render import NovelViewRenderer
-from ttt_lib.restraint import LowRank, distance_gradients, restore_some, sharpest_point
-
-MINIMUM_KNOWN_PIXELS = 64  # a view with fewer says nothing about scale and shift
-OUT_OF_MEMORY = (getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError), MemoryError)
+from ttt_lib.restraint import distance_gradients, restore_some, sharpest_point
 
 
 class NonFiniteLoss(Exception):
     """The loss or a gradient became NaN or infinite; the sample keeps its original prediction."""
-
-
-@dataclass
-class Training:
-    """What the training of one image leaves: a dictionary an optimizer step, passes done, counts of views.
-
-    micro_batch: views that were in the network at a time in the end (lower than asked for when memory ran out).
-    """
-
-    history: list[dict[str, float]] = field(default_factory=list)
-    passes_done: int = 0
-    view_stats: dict[str, int] = field(default_factory=dict)
-    micro_batch: int = 0
-    stopped: str = ""
-
-
-class Student:
-    """The weights that training moves, inside the network.
-
-    named: the network's parameters that the experiment chose; leaves: what the optimizer moves, these very parameters
-    or the factors of their low-rank updates. The network itself always holds valid weights.
-    """
-
-    def __init__(self, model: GeometryModel, named: list[tuple[str, torch.nn.Parameter]], lora_rank: int = 0) -> None:
-        self.model = model
-        self.low_rank = LowRank(named, lora_rank) if lora_rank else None
-        if self.low_rank is not None:
-            named = [(name, p) for name, p in named if name in self.low_rank.factors]
-        self.names = [name for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
-        self.original = [p.detach().clone() for p in self.parameters]
-        self.leaves: list[Tensor] = self.low_rank.leaves() if self.low_rank else list(self.parameters)
-
-    def values(self) -> list[Tensor]:
-        """The present weights of `parameters`, detached."""
-        if self.low_rank is None:
-            return [p.detach() for p in self.parameters]
-        return [value.detach() for value in self.low_rank.merged().values()]
-
-    def put(self, values: list[Tensor]) -> None:
-        """Make `values` the present weights (not for low-rank updates, which cannot hold any)."""
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, values):
-                parameter.copy_(value)
-
-    @contextmanager
-    def weights(self, values: list[Tensor] | None = None) -> Iterator[None]:
-        """Inside, the network holds `values` (default: the present ones), without gradients to them; then its own."""
-        own = [p.data for p in self.parameters]
-        try:
-            for parameter, value in zip(self.parameters, self.values() if values is None else values):
-                parameter.data = value
-            yield
-        finally:
-            for parameter, value in zip(self.parameters, own):
-                parameter.data = value
-
-    def attached(self):
-        """Inside, a forward pass of the network reaches `leaves` with its gradients."""
-        return nullcontext() if self.low_rank is None else self.low_rank.attached(self.model.network)
 
 
 def make_optimizer(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -133,156 +69,6 @@ def draw_views(
         renderer,
         mirror_keeps_x=config.released.mirror_keeps_x,
     )
-
-
-@dataclass
-class _Rows:
-    """What reaches the loss: row i compares the output of picture `of[i]` with points[i] (NaN: not compared)."""
-
-    images: Tensor
-    of: Tensor
-    points: Tensor
-    intrinsics: Tensor
-    negative: Tensor | None
-
-
-def _rows(view: View, config: ExperimentConfig, generator: torch.Generator) -> _Rows:
-    images, points, negative = view.image, view.points, view.negative
-    of = torch.arange(len(images), device=images.device)
-    intrinsics = view.intrinsics
-    if config.views.cutmix > 0 and len(images) > 1:
-        # The other view of a row is the next one. Each region is a row of its own, so that it is aligned alone.
-        other = View(*(x.roll(-1, 0) if isinstance(x, Tensor) else x for x in vars(view).values()))
-        images, region = cutmix(view, other, generator, config.views.cutmix)
-        own = torch.where(region[..., None], torch.nan, points)
-        points = torch.cat([own, torch.where(region[..., None], other.points, torch.nan)])
-        if negative is not None:
-            negative = torch.cat([negative & ~region, other.negative & region])
-        of, intrinsics = of.repeat(2), torch.cat([intrinsics, other.intrinsics])
-    known = torch.isfinite(points).all(-1).flatten(1).sum(1)
-    kept = torch.nonzero(known >= MINIMUM_KNOWN_PIXELS)[:, 0]
-    kept = kept[of[kept].argsort(stable=True)]  # picture by picture, so that parts draw the whole's random numbers
-    kept = kept[:1] if config.released.first_sample_only else kept
-    return _Rows(images, of[kept], points[kept], intrinsics[kept], None if negative is None else negative[kept])
-
-
-def _chunk_gradients(
-    student: Student, rows: _Rows, pictures: Tensor, config: ExperimentConfig, generator: torch.Generator, share: float
-) -> tuple[list[Tensor | None], dict[str, Tensor]]:
-    """Gradients of the loss of some pictures, and its terms, both times their share of the batch."""
-    model = student.model
-    chosen = torch.isin(rows.of, pictures)
-    place = torch.searchsorted(pictures, rows.of[chosen])
-    images = rows.images[pictures]
-    aligned = config.losses.get("feature")
-    aligned = aligned is not None and aligned.weight > 0
-    if aligned:
-        with torch.no_grad(), student.weights(student.original):
-            frozen = model.features(images)[place]
-    # The backward pass stays inside: with checkpointing it computes forward passes again.
-    with student.attached():
-        output = model.forward(images, _cameras(rows, pictures))
-        output = {key: value[place] for key, value in output.items() if isinstance(value, Tensor)}
-        loss, terms = compute_loss(
-            output, rows.points[chosen], None if rows.negative is None else rows.negative[chosen],
-            rows.intrinsics[chosen], config.losses, generator, config.released.mask_positive_and_negative,
-            (model.features(images)[place], frozen) if aligned else None,
-            cheap=not config.released.full_cost_alignment,
-        )  # fmt: skip
-        gradients = torch.autograd.grad(loss * share, student.leaves, allow_unused=True)
-    terms = {"loss": loss.detach(), **terms}
-    return list(gradients), {key: value * share for key, value in terms.items()}
-
-
-def _cameras(rows: _Rows, pictures: Tensor) -> Tensor:
-    """Intrinsics of the pictures; one that reaches no loss takes those of the first row."""
-    first = [torch.nonzero(rows.of == picture)[:1, 0] for picture in pictures]
-    return torch.cat([rows.intrinsics[i] if len(i) else rows.intrinsics[:1] for i in first])
-
-
-def view_loss(model: GeometryModel, view: View, config: ExperimentConfig, generator: torch.Generator) -> float:
-    """Loss of one pass without gradients; takes the same random numbers from `generator` as training on it."""
-    rows = _rows(view, config, generator)
-    with torch.no_grad():
-        output = model.forward(rows.images, view.intrinsics)
-        output = {key: value[rows.of] for key, value in output.items() if isinstance(value, Tensor)}
-        loss, _ = compute_loss(output, rows.points, rows.negative, rows.intrinsics, config.losses, generator)
-    return float(loss)
-
-
-def _add(total: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for key, value in values.items():
-        total[key] = total.get(key, 0.0) + value
-
-
-def pass_gradients(
-    student: Student, view: View, config: ExperimentConfig, generator: torch.Generator, training: Training
-) -> tuple[list[Tensor | None], dict[str, Tensor]]:
-    """Gradients of the loss of one pass with respect to `student.leaves`, and the terms of the loss (detached).
-
-    The views go through the network in parts of `training.micro_batch`, with the result of the whole: every term is a
-    mean over rows. When memory runs out, the part is halved and done again with the same random numbers. Raises the
-    error when a single view does not fit.
-    """
-    rows = _rows(view, config, generator)
-    total: list[Tensor | None] = [None] * len(student.leaves)
-    terms: dict[str, Tensor] = {}
-    pictures = rows.of.unique()
-    halves = len(rows.images) if config.views.cutmix > 0 and len(rows.images) > 1 else 0
-    done = 0
-    while done < len(pictures):
-        part = pictures[done : done + training.micro_batch]
-        count = int(torch.isin(rows.of, part).sum())
-        # MoGe's terms count unknown pixels as zero, so the two regions of a CutMix add up to one picture.
-        share = count / (halves if halves else len(rows.of))
-        state = generator.get_state()
-        try:
-            gradients, values = _chunk_gradients(student, rows, part, config, generator, share)
-        except OUT_OF_MEMORY:
-            if training.micro_batch == 1:
-                raise
-            training.micro_batch = max(1, min(training.micro_batch, len(part)) // 2)
-            generator.set_state(state)
-            torch.cuda.empty_cache()
-            continue
-        done += len(part)
-        _accumulate(total, gradients)
-        _add(terms, values)
-    return total, terms
-
-
-def _accumulate(total: list[Tensor | None], gradients: list[Tensor | None], factor: float = 1.0) -> None:
-    for i, gradient in enumerate(gradients):
-        if gradient is not None:
-            scaled = gradient if factor == 1.0 else gradient * factor
-            total[i] = scaled if total[i] is None else total[i] + scaled
-
-
-def _reverse_gradients(
-    student: Student, view: View, image: Tensor, target: Prediction, config: ExperimentConfig,
-    generator: torch.Generator,
-) -> tuple[list[Tensor | None], dict[str, Tensor]]:  # fmt: skip
-    """The clean prediction learns from the views' ones, carried back (Robust-Depth's second direction)."""
-    model = student.model
-    with student.weights():
-        predicted = model.predict(view.image, view.intrinsics)
-    points, seen = carry_back(view, predicted.points, target.points, target.intrinsics)
-    points = torch.where(seen[..., None], points, torch.nan)
-    points = points[seen.flatten(1).sum(1) >= MINIMUM_KNOWN_PIXELS]
-    if not len(points):
-        return [None] * len(student.leaves), {}
-    camera = target.intrinsics[None]
-    terms = {name: term for name, term in config.losses.items() if name not in ("feature", "metric_reference")}
-    with student.attached():
-        output = model.forward(image[None], camera)
-        output = {key: value.expand(len(points), *value.shape[1:]) for key, value in output.items()}
-        loss, _ = compute_loss(
-            output, points, None, camera.expand(len(points), 3, 3), terms, generator,
-            cheap=not config.released.full_cost_alignment,
-        )  # fmt: skip
-        weighted = config.train.bidirectional * loss
-        gradients = torch.autograd.grad(weighted, student.leaves, allow_unused=True)
-    return list(gradients), {"reverse": loss.detach()}
 
 
 def _dump(folder: Path, number: int, view: View, model: GeometryModel) -> None:
@@ -332,16 +118,16 @@ def train_student(
     def one_pass(view: View) -> tuple[list[Tensor | None], dict[str, Tensor]]:
         gradients, terms = pass_gradients(student, view, config, generator, training)
         if train.bidirectional > 0:
-            more, values = _reverse_gradients(student, view, image, target, config, generator)
-            _accumulate(gradients, more)
-            _add(terms, values)
+            more, values = reverse_gradients(student, view, image, target, config, generator)
+            accumulate(gradients, more)
+            add_terms(terms, values)
         weight = config.losses.get("metric_reference")
         if references is not None and weight is not None and weight.weight > 0:
             with student.attached():
                 value = reference_loss(model, image, references)
                 more = torch.autograd.grad(weight.weight * value, student.leaves, allow_unused=True)
-            _accumulate(gradients, list(more))
-            _add(terms, {"metric_reference": value.detach()})
+            accumulate(gradients, list(more))
+            add_terms(terms, {"metric_reference": value.detach()})
         return gradients, terms
 
     try:
@@ -361,17 +147,17 @@ def train_student(
                 if train.sharpness_radius > 0:
                     views.append(view)
                 gradients, terms = one_pass(view)
-                _accumulate(total, gradients, factor)
-                _add(sums, {"known": view.mask.float().mean(), **terms})
+                accumulate(total, gradients, factor)
+                add_terms(sums, {"known": view.mask.float().mean(), **terms})
                 training.passes_done += 1
                 bar.update()
             if train.sharpness_radius > 0:
                 with sharpest_point(student.leaves, total, train.sharpness_radius):
                     total = [None] * len(student.leaves)
                     for view in views:
-                        _accumulate(total, one_pass(view)[0], factor)
+                        accumulate(total, one_pass(view)[0], factor)
             if train.l2_sp > 0:
-                _accumulate(total, distance_gradients(student, train.l2_sp))
+                accumulate(total, distance_gradients(student, train.l2_sp))
             for leaf, gradient in zip(student.leaves, total):
                 leaf.grad = gradient
             entry = _step(student, optimizer, config, training, sums, count)

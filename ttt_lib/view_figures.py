@@ -15,8 +15,9 @@ from ttt_lib.config import ExperimentConfig
 from ttt_lib.data import Sample
 from ttt_lib.ensemble import predict_ensemble
 from ttt_lib.figures import inverse_depth, to_array
+from ttt_lib.gradients import view_loss
 from ttt_lib.models import GeometryModel
-from ttt_lib.student import draw_views, make_renderer, view_loss
+from ttt_lib.student import draw_views, make_renderer
 
 UNKNOWN, SKY = (0.85, 0.1, 0.55), (0.45, 0.7, 0.95)
 
