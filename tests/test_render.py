@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ttt_lib import render as render_module
+from ttt_lib import gl as gl_module
 from ttt_lib.augment import sample_cameras
 from ttt_lib.errors import UserError
 from ttt_lib.geometry import (
@@ -26,9 +26,10 @@ from ttt_lib.geometry import (
     unproject,
     uv_map,
 )
+from ttt_lib.gl import egl_device, gl_renderer
 from ttt_lib.rasterise import build_mesh
 from ttt_lib.raycast import Picture, draw
-from ttt_lib.render import NovelViewRenderer, egl_device, gl_renderer
+from ttt_lib.render import NovelViewRenderer
 from ttt_lib.synthetic import KINDS, make_scenes
 from ttt_lib.synthetic import sample_cameras as scene_cameras
 
@@ -295,26 +296,26 @@ def test_each_device_gets_its_context_once(monkeypatch):
         made.append(device)
         return f"renderer {device}"
 
-    monkeypatch.setattr(render_module, "_make_context", make)
-    monkeypatch.setattr(render_module, "_context", {})
-    monkeypatch.setattr(render_module, "_cuda_ordinals", lambda: [None, 1, 0])
+    monkeypatch.setattr(gl_module, "_make_context", make)
+    monkeypatch.setattr(gl_module, "_context", {})
+    monkeypatch.setattr(gl_module, "_cuda_ordinals", lambda: [None, 1, 0])
     monkeypatch.delenv("EGL_DEVICE_ID", raising=False)
     monkeypatch.setenv("PYOPENGL_PLATFORM", "egl")
     assert [gl_renderer(d) for d in ("cuda:1", "cuda:0", "cpu", "cuda:1")] == [f"renderer {d}" for d in (1, 2, 2, 1)]
     assert made == [1, 2]
     monkeypatch.setenv("EGL_DEVICE_ID", "5")  # chosen by hand
     assert gl_renderer("cuda:1") == "renderer 5"
-    render_module._context.clear()
+    gl_module._context.clear()
     made.clear()
     monkeypatch.setenv("PYOPENGL_PLATFORM", "osmesa")  # draws on the CPU: one context for all
     assert [gl_renderer(d) for d in ("cuda:1", "cpu")] == ["renderer 0"] * 2 and made == [0]
-    render_module._context.clear()
+    gl_module._context.clear()
 
 
 @pytest.mark.skipif(not GL, reason="there is no GL library")
 def test_devices_without_an_egl_device_of_their_own_share_one():
     assert NovelViewRenderer("pyrender", "cuda:6").backend == "pyrender"
-    assert gl_renderer("cuda:6") is gl_renderer() or len(render_module._cuda_ordinals()) > 6
+    assert gl_renderer("cuda:6") is gl_renderer() or len(gl_module._cuda_ordinals()) > 6
 
 
 @pytest.mark.parametrize("works", ["egl", "osmesa", ""])
@@ -324,19 +325,19 @@ def test_osmesa_is_what_is_left_when_egl_fails(monkeypatch, works):
             raise OSError(f"no {os.environ['PYOPENGL_PLATFORM']} here")
         return works
 
-    monkeypatch.setattr(render_module, "_make_context", make)
-    monkeypatch.setattr(render_module, "_context", {})
-    monkeypatch.setattr(render_module, "_cuda_ordinals", lambda: [])
+    monkeypatch.setattr(gl_module, "_make_context", make)
+    monkeypatch.setattr(gl_module, "_context", {})
+    monkeypatch.setattr(gl_module, "_cuda_ordinals", lambda: [])
     monkeypatch.setenv("PYOPENGL_PLATFORM", "restored afterwards")
     monkeypatch.delenv("PYOPENGL_PLATFORM")
     if works:
-        assert gl_renderer() == works and render_module._context["platform"] == works
+        assert gl_renderer() == works and gl_module._context["platform"] == works
         assert works in NovelViewRenderer("auto").reason
     else:
         with pytest.raises(UserError, match="no egl here.*no osmesa here.*libosmesa"):
             gl_renderer()
         assert NovelViewRenderer("auto").backend == "torch" and "PYOPENGL_PLATFORM" not in os.environ
-    render_module._context.clear()
+    gl_module._context.clear()
 
 
 def test_auto_says_what_it_chose_and_mistakes_are_named():
