@@ -109,3 +109,23 @@ def test_the_table_comes_from_the_results_of_a_run():
     assert row.signal_votes_gain == 0.3
     with pytest.raises(UserError, match="no sample has both"):
         gain_table(metrics, samples.drop(columns="signal_votes_gain"))
+
+
+def test_each_decision_finds_its_predictions():
+    rows, told = [], []
+    for sample, decision in (("a", "accept"), ("b", "blend"), ("c", "reject"), ("d", "original")):
+        listed = {"original": 0.5, "adapted": 0.7, "blended": 0.6}
+        final = {"accept": "adapted", "blend": "blended"}.get(decision, "original")
+        scores = {k: v for k, v in listed.items() if k == "original" or k != final} | {"final": listed[final]}
+        if decision == "original":
+            scores = {"original": 0.5, "final": 0.5}
+        rows += [("e", "d", sample, p, "depth_affine_invariant", "delta1", v) for p, v in scores.items()]
+        rows += [("e", "d", sample, p, "disparity_affine_invariant", "delta1", 0.1) for p in scores]
+        told.append({"experiment": "e", "dataset": "d", "sample": sample, "seconds": 1.0, "decision": decision,
+                     "signal_x": np.nan if decision == "original" else 1.0})  # fmt: skip
+    metrics = pd.DataFrame(rows, columns=["experiment", "dataset", "sample", "prediction", "metric", "score", "value"])
+    table = gain_table(metrics, pd.DataFrame(told)).set_index("sample")
+    assert list(table.index) == ["a", "b", "c"]  # the one without signals says nothing
+    assert table.gain_adapted.to_dict() == pytest.approx({"a": 0.2, "b": 0.2, "c": 0.2})
+    assert table.gain_blended.to_dict() == pytest.approx({"a": 0.1, "b": 0.1, "c": 0.1})
+    assert table.gain_final.to_dict() == pytest.approx({"a": 0.2, "b": 0.1, "c": 0.0})

@@ -211,3 +211,52 @@ def test_divergence_is_undone_by_watching(tiny, image):
     if result.adapted is not None:  # else the loss was not finite, and the original is kept anyway
         assert result.passes_done < 6 and "held-back" in result.reason
     assert torch.equal(result.final.depth, result.original.depth)
+
+
+def test_the_gate_fails_closed(tiny, image, monkeypatch):
+    from ttt_lib import gate as gate_module
+
+    real, calls = gate_module._on_views, []
+
+    def broken(*arguments):
+        calls.append(1)
+        if len(calls) > 1:
+            raise FloatingPointError("not finite")
+        return real(*arguments)
+
+    monkeypatch.setattr(gate_module, "_on_views", broken)
+    result = adapt(tiny, image, config())
+    assert len(calls) == 2 and result.decision == "original" and "not finite" in result.reason
+    assert torch.equal(result.final.depth, result.original.depth)
+    assert result.adapted is None and result.weights is None and result.blended is None
+
+
+def test_the_last_step_is_looked_at_and_rejected_weights_start_nothing(tiny, image, tmp_path):
+    result = adapt(tiny, image, config(gate={"check_every": 5}))
+    assert result.signals["best_step"] in (0.0, 2.0)
+    always(-1.0).write(tmp_path / "gate.json")
+    gate = {"mode": "decide", "calibration": str(tmp_path / "gate.json"), "signals": ["votes"]}
+    assert adapt(tiny, image, config(gate=gate)).weights is None
+
+
+def test_looks_happen_at_multiples_and_at_the_end(student, held):
+    watcher = Watcher(student, held, config(gate={"check_every": 5}).gate)
+    for step in range(1, 8):
+        watcher(step, last=step == 7)
+    assert [step for step, _ in watcher.scores] == [0, 5, 7]
+
+
+def test_a_missing_calibration_is_said_before_training(tiny, image):
+    gate = {"mode": "decide", "calibration": "/nowhere.json"}
+    with pytest.raises(UserError, match="nowhere"):
+        adapt(tiny, image, config(gate=gate), on_step=lambda entry: pytest.fail("trained first"))
+
+
+def test_blended_disparities_are_aligned_first(tiny, image):
+    original = replace(tiny.predict(image), kind="disparity")
+    original = replace(original, disparity=1 / original.depth)
+    adapted = replace(original, disparity=7 * original.disparity + 3)
+    spread = torch.zeros_like(original.depth)
+    spread[:, : spread.shape[1] // 2] = 0.2
+    blended = blend_predictions(original, adapted, spread)
+    assert torch.allclose(blended.disparity, original.disparity, rtol=1e-3, atol=1e-5)

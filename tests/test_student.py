@@ -194,3 +194,59 @@ def test_a_sequence_goes_on_from_the_last_image(tiny, image):
     assert not torch.equal(fresh.final.depth, warm.final.depth)
     still = config(train={"optimizer": {"learning_rate": 0.0}})
     assert torch.equal(adapt(tiny, image, still, start=first.weights).final.depth, first.final.depth)
+
+
+def test_the_regions_of_a_cutmix_weigh_as_much_as_they_are_large(student, image):
+    """With one and the same view twice, the mixture is the view, and its two regions must add up to it."""
+    from ttt_lib.augment import View
+
+    settings = config(views={"crop": {"probability": 0.0}})
+    target = student.model.predict(image)
+    view = draw_views(image, target, settings, sample_generator(0, "a"), None)
+    twice = View(*(x[:1].repeat(2, *[1] * (x.ndim - 1)) if isinstance(x, torch.Tensor) else x for x in vars(view).values()))
+    mixed = config(train={"batch_size": 2}, losses=LOCAL, views={"cutmix": 1.0})
+    rows = gradients_module.rows_of(twice, mixed, sample_generator(0, "b"))
+    assert len(rows.of) == 4 and torch.allclose(rows.share[rows.of == 0].sum(), torch.ones(()))
+
+    def mean_terms(one):
+        values = []
+        for seed in range(12):
+            training = Training(micro_batch=2)
+            values.append(pass_gradients(student, twice, one, sample_generator(seed, "c"), training)[1])
+        return {key: sum(float(v[key]) for v in values) / len(values) for key in values[0]}
+
+    whole, regions = mean_terms(config(losses=LOCAL)), mean_terms(mixed)
+    assert regions["global"] == pytest.approx(whole["global"], rel=0.25)
+    assert regions["local_4"] == pytest.approx(whole["local_4"], rel=0.35)
+
+
+def test_sharpness_takes_both_gradients_of_one_loss(tiny, image, monkeypatch):
+    from ttt_lib import student as student_module
+
+    states = []
+    real = student_module.pass_gradients
+
+    def spy(student, view, config, generator, *rest):
+        states.append((view.image.sum().item(), generator.get_state()))
+        return real(student, view, config, generator, *rest)
+
+    monkeypatch.setattr(student_module, "pass_gradients", spy)
+    adapt(tiny, image, config(train={"sharpness_radius": 0.05, "passes": 2}, losses=LOCAL))
+    assert len(states) == 4
+    for first, second in ((states[0], states[2]), (states[1], states[3])):
+        assert first[0] == second[0] and torch.equal(first[1], second[1])
+
+
+def test_the_release_runs_the_whole_batch_and_writes_without_running_again(tiny, image, monkeypatch):
+    seen = []
+    real = tiny.forward
+    monkeypatch.setattr(tiny, "forward", lambda images, cameras=None: (seen.append(len(images)), real(images, cameras))[1])
+    adapt(tiny, image, config(released={"first_sample_only": True, "write_files": True}))
+    assert seen == [2] * 4
+
+
+def test_impossible_combinations_are_refused():
+    with pytest.raises(UserError, match="lora_rank"):
+        config(train={"lora_rank": 2, "reset": "never"})
+    with pytest.raises(UserError, match="predict_with"):
+        config(train={"predict_with": "teacher"}, gate={"check_every": 1})

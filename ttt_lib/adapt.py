@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from ttt_lib.config import ExperimentConfig
 from ttt_lib.ensemble import predict_ensemble
 from ttt_lib.gate import (
+    Calibration,
+    HeldBack,
     Watcher,
     best_on_the_line,
     blend_predictions,
@@ -38,11 +40,13 @@ from ttt_lib.student import NonFiniteLoss, average_views, train_student
 class AdaptResult:
     """What one image gave.
 
-        original: before; adapted: after the last step (None if training stopped); final: the one to use. decision:
-    XX: step, passes, loss, each term,
-        gradient_norm, known (share of known target pixels), seconds. signals: of the gate. seconds: wall time of everything
-        here; peak_memory_mb: of the device (CUDA) or of the process (CPU). weights: the adapted values of the trained
-        parameters, for the next image of a sequence (`train.reset`).
+    original: before; adapted: after the last step (None if training failed); final: the one to use; blended: what
+    `blend` gives or would give, with a gate. decision: `original`, `adapted`, `averaged`, and with a gate `accept`,
+    `blend` or `reject`; reason: a sentence when the decision is not the expected one. history: one dictionary an
+    optimizer step: step, passes, loss, each term, gradient_norm, known (share of known target pixels), seconds.
+    signals: of the gate. seconds: wall time of everything here; peak_memory_mb: of the device (CUDA) or of the process
+    (CPU). micro_batch: views in the network at a time. weights: of the trained parameters, for the next image of a
+    sequence (`train.reset`).
     """
 
     original: Prediction
@@ -111,6 +115,7 @@ def adapt(
     image = image.to(model.device)
     references = references.to(model.device) if references is not None else None
     train, members = config.train, config.ensemble.members
+    calibration = read_calibration(config.gate.calibration) if config.gate.mode == "decide" else None
     original = model.predict(image)
     result = AdaptResult(original=original, adapted=None, final=original, decision="original")
     generator = sample_generator(config.seed, name)
@@ -124,9 +129,12 @@ def adapt(
         named = select_parameters(model, train.parts)
         before = snapshot(model, named)
         try:
-            _adapt_weights(model, image, config, named, name, generator, result, references, start, progress, on_step)
+            _adapt_weights(
+                model, image, config, named, name, generator, result, calibration, references, start, progress, on_step
+            )
         except (NonFiniteLoss, FloatingPointError) as error:
-            result.adapted, result.reason = None, f"original kept: {error}"
+            result.adapted = result.blended = result.weights = None
+            result.final, result.decision, result.reason = original, "original", f"original kept: {error}"
         finally:
             restore(model, before)
     if references is not None:
@@ -147,6 +155,7 @@ def _adapt_weights(
     name: str,
     generator: torch.Generator,
     result: AdaptResult,
+    calibration: Calibration | None,
     references: References | None,
     start: list[Tensor] | None,
     progress: bool,
@@ -157,7 +166,7 @@ def _adapt_weights(
     small = working_image(image, config.views.longest_side)
     held, watcher = None, None
     student = Student(model, named, train.lora_rank)
-    if gate.mode != "off" or gate.check_every:
+    if gate.mode != "off" or gate.check_every or gate.interpolate:
         # Another seed than the training's: what is measured here was never trained on.
         unseen = sample_generator(config.seed, f"{name}/held back")
         same_size = small.shape == image.shape
@@ -171,10 +180,12 @@ def _adapt_weights(
     finally:
         result.passes_done, result.micro_batch = training.passes_done, training.micro_batch
     values = teacher if train.predict_with == "teacher" else [value.clone() for value in student.values()]
-    result.weights, result.reason = values, training.stopped
+    result.reason = training.stopped
     if watcher is not None:
         values = watcher.weights
         result.signals["best_step"] = float(watcher.best_step)
+        if watcher.best_step == 0:
+            result.reason = "; ".join(filter(None, [result.reason, "no step beat the original on the held-back views"]))
     if gate.interpolate and held is not None:
         values, result.signals["interpolation"] = best_on_the_line(student, held, values)
     with student.weights(values):
@@ -183,10 +194,20 @@ def _adapt_weights(
         raise NonFiniteLoss("the adapted prediction has no finite depth")
     result.final, result.decision = result.adapted, "adapted"
     if gate.mode != "off" and held is not None:
-        _pass_gate(student, values, held, config, result, unseen)
+        _pass_gate(student, values, held, config, result, calibration, unseen)
+    # What the next image of a sequence starts from: not from weights that were rejected.
+    result.weights = None if result.decision == "reject" else values
 
 
-def _pass_gate(student: Student, values: list[Tensor], held, config: ExperimentConfig, result: AdaptResult, unseen):
+def _pass_gate(
+    student: Student,
+    values: list[Tensor],
+    held: HeldBack,
+    config: ExperimentConfig,
+    result: AdaptResult,
+    calibration: Calibration | None,
+    unseen: torch.Generator,
+) -> None:
     """Measure the signals; with `mode: decide` also accept, blend or reject."""
     gate = config.gate
     with student.weights(values):
@@ -195,9 +216,8 @@ def _pass_gate(student: Student, values: list[Tensor], held, config: ExperimentC
     result.signals |= signals
     spread = disagreement_map(experts, held.original.mask)
     result.blended = blend_predictions(result.original, result.adapted, spread)
-    if gate.mode != "decide":
+    if calibration is None:
         return
-    calibration = read_calibration(gate.calibration)
     result.signals["estimate"] = calibration.estimate(result.signals)
     result.decision = calibration.decide(result.signals)
     if result.decision == "reject":

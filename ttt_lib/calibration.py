@@ -14,7 +14,8 @@ import pandas as pd
 from ttt_lib.errors import UserError
 from ttt_lib.gate import Calibration
 
-MEASURES = ("depth_affine_invariant", "points_affine_invariant", "disparity_affine_invariant")
+MEASURES = ("depth_affine_invariant", "points_affine_invariant")
+RELATIVE = "disparity_affine_invariant"  # of models that predict neither
 TOLERANCE, FORBIDDEN = 0.01, 0.03  # losses in delta1: that only few samples may have, that none may have
 RIDGE = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 FOLDS = 10
@@ -27,19 +28,22 @@ def gain_table(metrics: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     signals. Raises `UserError` when no sample has signals and truth.
     """
     keys = ["experiment", "dataset", "sample"]
-    wanted = metrics[metrics.metric.isin(MEASURES) & (metrics.score == "delta1")]
+    measures = MEASURES if metrics.metric.isin(MEASURES).any() else (RELATIVE,)
+    wanted = metrics[metrics.metric.isin(measures) & (metrics.score == "delta1")]
     wide = wanted.pivot_table(index=keys, columns=["prediction", "metric"], values="value")
-    table = pd.DataFrame(index=wide.index)
-    for prediction in ("final", "adapted", "blended"):
-        # In `measure` mode the adapted prediction is the final one, and is not listed twice.
-        source = prediction if prediction in wide.columns.get_level_values(0) else "final"
-        change = wide[source] - wide["original"]
-        if source != prediction or prediction == "adapted":
-            change = change.fillna(wide["final"] - wide["original"])
-        table[f"gain_{prediction}"], table[f"loss_{prediction}"] = change.mean(axis=1), change.min(axis=1)
     signals = [name for name in samples.columns if name.startswith("signal_")]
-    joined = table.join(samples.set_index(keys)[[*signals, "decision", "seconds"]], how="inner").reset_index()
-    joined = joined.dropna(subset=["gain_adapted"])
+    told = samples.set_index(keys)[[*signals, "decision", "seconds"]].dropna(how="all", subset=signals)
+    wide, decision = wide.reindex(wide.index.intersection(told.index)), told.decision
+    table = pd.DataFrame(index=wide.index)
+    # What a decision made the final prediction is not listed twice.
+    is_final = {"final": list(decision.unique()), "adapted": ["accept", "adapted"], "blended": ["blend"]}
+    for prediction, decisions in is_final.items():
+        change = wide["final"] - wide["original"]
+        own = wide.get(prediction, pd.DataFrame(np.nan, wide.index, change.columns)) - wide["original"]
+        as_final = decision.reindex(wide.index).isin(decisions)
+        change = own.where(~as_final, change) if prediction != "final" else change
+        table[f"gain_{prediction}"], table[f"loss_{prediction}"] = change.mean(axis=1), change.min(axis=1)
+    joined = table.join(told, how="inner").reset_index().dropna(subset=["gain_adapted", "gain_blended"])
     if joined.empty or not signals:
         raise UserError("gate: no sample has both signals and truth; run with gate.mode measure on a set with truth.")
     return joined

@@ -105,6 +105,12 @@ class TrainConfig(Section):
     sharpness_radius: NonNegative = 0.0
     reset: Literal["per_image", "never"] | Count = "per_image"
 
+    @model_validator(mode="after")
+    def _possible(self) -> TrainConfig:
+        if self.lora_rank and self.reset != "per_image":
+            raise ValueError("lora_rank starts from the original weights at each image; leave reset at per_image")
+        return self
+
 
 class CropConfig(Section):
     """Random crops. `scale`: side of the crop relative to the image. `recentred` turns the camera, `plain` does not."""
@@ -271,6 +277,12 @@ class ExperimentConfig(Section):
     gate: GateConfig = GateConfig()
     references: Annotated[int, Field(ge=0)] = 0
     data: list[DataConfig] = []
+
+    @model_validator(mode="after")
+    def _possible(self) -> ExperimentConfig:
+        if self.gate.check_every and self.train.predict_with == "teacher":
+            raise ValueError("gate.check_every keeps the best of the student; set train.predict_with to student")
+        return self
 
     def as_parameters(self) -> dict[str, Any]:
         """Plain values for YAML, JSON and papermill."""

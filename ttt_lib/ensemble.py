@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from moge.utils.alignment import align_affine_lstsq
 from torch import Tensor
 
 from ttt_lib.geometry import unproject
@@ -59,6 +60,12 @@ def _stretched(image: Tensor) -> Tensor:
     return ((image - low) / (high - low).clamp_min(0.05)).clamp(0, 1)
 
 
+def fitted_disparity(disparity: Tensor, reference: Tensor) -> Tensor:
+    """a * disparity + b nearest to `reference` in least squares; maps (H,W)."""
+    scale, shift = align_affine_lstsq(disparity.flatten().double(), reference.flatten().double())
+    return (scale * disparity + shift).to(disparity)
+
+
 def mean_prediction(first: Prediction, others: list[Prediction]) -> Prediction:
     """Mean of log depth, each after its median ratio to `first`, with the camera, mask and scale of `first`.
 
@@ -76,12 +83,9 @@ def mean_prediction(first: Prediction, others: list[Prediction]) -> Prediction:
         depth = torch.stack(logs).mean(0).exp()
     disparity = first.disparity
     if disparity is not None and others:
-        fitted = []
-        for other in others:
-            a = torch.stack([other.disparity.flatten(), torch.ones_like(other.disparity.flatten())], -1)
-            x = torch.linalg.lstsq(a.double(), disparity.flatten()[:, None].double()).solution.to(disparity)
-            fitted.append((a @ x).reshape(disparity.shape))
-        disparity = torch.stack([disparity, *fitted]).mean(0)
+        disparity = torch.stack([disparity, *(fitted_disparity(other.disparity, disparity) for other in others)]).mean(
+            0
+        )
     return replace(first, depth=depth, points=unproject(depth, first.intrinsics), disparity=disparity)
 
 

@@ -18,6 +18,7 @@ from ttt_lib.adapt import AdaptResult, adapt, sample_generator
 from ttt_lib.config import ExperimentConfig, build_experiment, load_profile
 from ttt_lib.data import Sample, SampleSet, open_dataset
 from ttt_lib.errors import UserError
+from ttt_lib.gate import read_calibration
 from ttt_lib.metrics import evaluate, tidy_rows
 from ttt_lib.models import GeometryModel, Prediction, load_model
 from ttt_lib.references import sample_references
@@ -129,10 +130,20 @@ def _rows(experiment: str, sample: Sample, prediction: str, values: Prediction) 
     return rows
 
 
-def _append(rows: pd.DataFrame, path: Path | None) -> None:
-    """Add rows to a CSV at once, so that a run that ends early keeps what it has."""
-    if path is not None and len(rows):
-        rows.to_csv(path, mode="a", header=not path.exists(), index=False)
+def _append(rows: pd.DataFrame, path: Path | None, before: list[pd.DataFrame]) -> None:
+    """Add rows to a CSV at once, so that a run that ends early keeps what it has.
+
+    A sample may bring columns that none had before (signals after one that failed): then the file is written again.
+    """
+    if path is None or not len(rows):
+        return
+    known = list(dict.fromkeys(column for table in before for column in table.columns)) if path.exists() else []
+    if not known or set(rows.columns) <= set(known):
+        rows.reindex(columns=known or rows.columns).to_csv(path, mode="a", header=not known, index=False)
+        return
+    temporary = path.with_suffix(".tmp")
+    pd.concat([*before, rows], ignore_index=True).to_csv(temporary, index=False)
+    os.replace(temporary, path)
 
 
 def run_experiment(
@@ -156,10 +167,12 @@ def run_experiment(
     model = open_model(config)
     tables: dict[str, list[pd.DataFrame]] = {key: [] for key in paths}
     last: dict[str, Any] = {}
+    if config.gate.mode == "decide":
+        read_calibration(config.gate.calibration)  # a missing one is said before any work
 
     def add(table: str, rows: pd.DataFrame) -> None:
+        _append(rows, paths[table], tables[table])
         tables[table].append(rows)
-        _append(rows, paths[table])
 
     left_out: list[tuple[str, str, str]] = []
     weights = None  # of the last image, where `train.reset` goes on from them
@@ -169,6 +182,12 @@ def run_experiment(
         if limit is not None and done >= limit:
             break
         identity = {"experiment": config.name, "dataset": sample.dataset, "sample": sample.name}
+        if config.references and not (sample.is_metric and sample.depth is not None):
+            left_out.append(
+                (sample.dataset, sample.name, "has no metric truth, from which references could be sampled")
+            )
+            bar.update()
+            continue
         try:
             if config.released.reload_model:
                 model = open_model(config)

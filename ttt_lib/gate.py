@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ttt_lib.augment import View, carry_back, make_views, sample_cameras
 from ttt_lib.config import ExperimentConfig, GateConfig
-from ttt_lib.ensemble import predict_mirrored
+from ttt_lib.ensemble import fitted_disparity, predict_mirrored
 from ttt_lib.errors import UserError
 from ttt_lib.geometry import project, transform_points, unproject
 from ttt_lib.gradients import Student
@@ -331,7 +331,7 @@ def blend_predictions(original: Prediction, adapted: Prediction, disagreement: T
     depth = original.depth * change.exp()
     disparity = None
     if original.disparity is not None:
-        disparity = torch.lerp(original.disparity, adapted.disparity, share)
+        disparity = torch.lerp(original.disparity, fitted_disparity(adapted.disparity, original.disparity), share)
     return replace(original, depth=depth, points=unproject(depth, original.intrinsics), disparity=disparity)
 
 
@@ -348,9 +348,9 @@ class Watcher:
         self.weights = [value.clone() for value in student.values()]
         self.scores = [(0, self.best)]
 
-    def __call__(self, step: int) -> bool:
-        """Called after each step; True when training should stop."""
-        if not self.config.check_every or step % self.config.check_every:
+    def __call__(self, step: int, last: bool = False) -> bool:
+        """Called after each step, and looks at every `check_every`-th and at the last; True: training should stop."""
+        if step % self.config.check_every and not last:
             return False
         with self.student.weights():
             score = consistency_now(self.student.model, self.held)["score"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -81,16 +81,21 @@ class Student:
 
 @dataclass
 class Rows:
-    """What reaches the loss: row i compares the output of picture `of[i]` with points[i] (NaN: not compared)."""
+    """What reaches the loss: row i compares the output of picture `of[i]` with points[i] (NaN: not compared).
+
+    share: of the picture's compared pixels that are this row's; 1 where a picture is one row.
+    """
 
     images: Tensor
     of: Tensor
     points: Tensor
     intrinsics: Tensor
     negative: Tensor | None
+    share: Tensor
 
 
 def rows_of(view: View, config: ExperimentConfig, generator: torch.Generator) -> Rows:
+    """One row a view, or with CutMix one row a region; rows with hardly any known pixel are left out."""
     images, points, negative = view.image, view.points, view.negative
     of = torch.arange(len(images), device=images.device)
     intrinsics = view.intrinsics
@@ -107,16 +112,19 @@ def rows_of(view: View, config: ExperimentConfig, generator: torch.Generator) ->
     kept = torch.nonzero(known >= MINIMUM_KNOWN_PIXELS)[:, 0]
     kept = kept[of[kept].argsort(stable=True)]  # picture by picture, so that parts draw the whole's random numbers
     kept = kept[:1] if config.released.first_sample_only else kept
-    return Rows(images, of[kept], points[kept], intrinsics[kept], None if negative is None else negative[kept])
+    of, known = of[kept], known[kept].float()
+    share = known / torch.zeros(len(images), device=known.device).scatter_add_(0, of, known)[of]
+    return Rows(images, of, points[kept], intrinsics[kept], None if negative is None else negative[kept], share)
 
 
 def _chunk_gradients(
-    student: Student, rows: Rows, pictures: Tensor, config: ExperimentConfig, generator: torch.Generator, share: float
-) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+    student: Student, rows: Rows, pictures: Tensor, config: ExperimentConfig, generator: torch.Generator, share: float,
+    dump: Callable[[dict[str, Tensor]], None] | None,
+) -> tuple[list[Tensor | None], dict[str, Tensor]]:  # fmt: skip
     """Gradients of the loss of some pictures, and its terms, both times their share of the batch."""
     model = student.model
     chosen = torch.isin(rows.of, pictures)
-    place = torch.searchsorted(pictures, rows.of[chosen])
+    place = torch.searchsorted(pictures, rows.of[chosen])  # `pictures` is sorted
     images = rows.images[pictures]
     aligned = config.losses.get("feature")
     aligned = aligned is not None and aligned.weight > 0
@@ -126,12 +134,14 @@ def _chunk_gradients(
     # The backward pass stays inside: with checkpointing it computes forward passes again.
     with student.attached():
         output = model.forward(images, _cameras(rows, pictures))
+        if dump is not None:
+            dump(output)
         output = {key: value[place] for key, value in output.items() if isinstance(value, Tensor)}
         loss, terms = compute_loss(
             output, rows.points[chosen], None if rows.negative is None else rows.negative[chosen],
             rows.intrinsics[chosen], config.losses, generator, config.released.mask_positive_and_negative,
             (model.features(images)[place], frozen) if aligned else None,
-            cheap=not config.released.full_cost_alignment,
+            cheap=not config.released.full_cost_alignment, row_share=rows.share[chosen],
         )  # fmt: skip
         gradients = torch.autograd.grad(loss * share, student.leaves, allow_unused=True)
     terms = {"loss": loss.detach(), **terms}
@@ -150,8 +160,10 @@ def view_loss(model: GeometryModel, view: View, config: ExperimentConfig, genera
     with torch.no_grad():
         output = model.forward(rows.images, view.intrinsics)
         output = {key: value[rows.of] for key, value in output.items() if isinstance(value, Tensor)}
-        loss, _ = compute_loss(output, rows.points, rows.negative, rows.intrinsics, config.losses, generator)
-    return float(loss)
+        loss, _ = compute_loss(
+            output, rows.points, rows.negative, rows.intrinsics, config.losses, generator, row_share=rows.share
+        )
+    return float(loss * len(rows.of) / max(len(rows.of.unique()), 1))
 
 
 def add_terms(total: dict[str, Tensor], values: dict[str, Tensor]) -> None:
@@ -160,28 +172,32 @@ def add_terms(total: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 
 def pass_gradients(
-    student: Student, view: View, config: ExperimentConfig, generator: torch.Generator, training: Training
-) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+    student: Student, view: View, config: ExperimentConfig, generator: torch.Generator, training: Training,
+    dump: Callable[[dict[str, Tensor]], None] | None = None,
+) -> tuple[list[Tensor | None], dict[str, Tensor]]:  # fmt: skip
     """Gradients of the loss of one pass with respect to `student.leaves`, and the terms of the loss (detached).
 
     The views go through the network in parts of `training.micro_batch`, with the result of the whole: every term is a
     mean over rows. When memory runs out, the part is halved and done again with the same random numbers. Raises the
-    error when a single view does not fit.
+    error when a single view does not fit. dump: called with the output of each part.
     """
     rows = rows_of(view, config, generator)
     total: list[Tensor | None] = [None] * len(student.leaves)
     terms: dict[str, Tensor] = {}
-    pictures = rows.of.unique()
-    halves = len(rows.images) if config.views.cutmix > 0 and len(rows.images) > 1 else 0
+    pictures = compared = rows.of.unique()
+    if config.released.first_sample_only and len(compared):  # the release runs the whole batch, and uses one of it
+        pictures = torch.arange(len(rows.images), device=rows.of.device)
     done = 0
     while done < len(pictures):
         part = pictures[done : done + training.micro_batch]
         count = int(torch.isin(rows.of, part).sum())
-        # MoGe's terms count unknown pixels as zero, so the two regions of a CutMix add up to one picture.
-        share = count / (halves if halves else len(rows.of))
+        # A mean over pictures: the regions of a CutMix, each weighted by its area, add up to one.
+        share = count / len(compared)
         state = generator.get_state()
         try:
-            gradients, values = _chunk_gradients(student, rows, part, config, generator, share)
+            gradients, values = [None] * len(student.leaves), {}
+            if count:
+                gradients, values = _chunk_gradients(student, rows, part, config, generator, share, dump)
         except OUT_OF_MEMORY:
             if training.micro_batch == 1:
                 raise
@@ -211,6 +227,7 @@ def reverse_gradients(
     with student.weights():
         predicted = model.predict(view.image, view.intrinsics)
     points, seen = carry_back(view, predicted.points, target.points, target.intrinsics)
+    seen = seen & target.mask  # where there is no surface there is none to learn
     points = torch.where(seen[..., None], points, torch.nan)
     points = points[seen.flatten(1).sum(1) >= MINIMUM_KNOWN_PIXELS]
     if not len(points):

@@ -58,6 +58,7 @@ def compute_loss(
     mask_positive_and_negative: bool = False,
     features: tuple[Tensor, Tensor] | None = None,
     cheap: bool = True,
+    row_share: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the terms, averaged over the batch.
 
@@ -67,8 +68,9 @@ def compute_loss(
     (B,H,W) True where the teacher says there is no surface (sky); neither known nor negative: no mask loss. intrinsics
     (B,3,3) of the views. generator (CPU) seeds the patches of the local terms, row by row; the global random state is
     left alone. `mask_positive_and_negative` gives the mask loss one mask for both sides, as the public release does.
-    features: the student's and the frozen encoder's, (B,N,C) each. cheap: alignment and patch sampling of
-    `training_alignment.py`; else MoGe's at full cost.
+    features: the student's and the frozen encoder's, (B,N,C) each. row_share (B,): part of its picture that each row is
+    (regions of a CutMix), for the terms that are means over patches; the others count unknown pixels as zero. cheap:
+    alignment and patch sampling of `training_alignment.py`; else MoGe's at full cost.
 
     Returns the total (scalar) and each unweighted term (B-averaged, detached). A term of weight 0 is not computed, one
     that the model cannot have (`mask` without a mask) is left out. Raises `UserError` for a term that needs points,
@@ -77,10 +79,11 @@ def compute_loss(
     known = torch.isfinite(target).all(-1)
     target = torch.where(known[..., None], target, torch.nan)
     active = {name: config for name, config in terms.items() if config.weight > 0}
-    values = _point_terms(output, target, intrinsics, active, terms, generator, cheap)
+    share = torch.ones(len(target), device=target.device) if row_share is None else row_share
+    values = _point_terms(output, target, intrinsics, active, terms, generator, cheap, share)
     values |= _depth_terms(output, target, known, active)
     if "feature" in active and features is not None:
-        values["feature"] = feature_alignment_loss(*features).mean()
+        values["feature"] = (feature_alignment_loss(*features) * share).mean()
     if "mask" in active and output.get("mask") is not None:
         positive = known
         negative = torch.zeros_like(known) if negative is None else negative & ~known
@@ -96,7 +99,7 @@ def compute_loss(
 
 def _point_terms(
     output: dict[str, Tensor], target: Tensor, intrinsics: Tensor, active: dict[str, LossConfig],
-    terms: dict[str, LossConfig], generator: torch.Generator, cheap: bool,
+    terms: dict[str, LossConfig], generator: torch.Generator, cheap: bool, share: Tensor,
 ) -> dict[str, Tensor]:  # fmt: skip
     """MoGe's terms on points; the local ones' random numbers are drawn whether or not they are used."""
     seeds = torch.randint(2**31, (len(target), 3), generator=generator).tolist()
@@ -131,13 +134,13 @@ def _point_terms(
                             **settings,
                         )[0].mean()
                     )  # fmt: skip
-            values[name] = torch.stack(each).mean()
+            values[name] = (torch.stack(each) * share).mean()
     if "normal" in active:
         values["normal"] = moge_losses.normal_loss(points, target)[0].mean()
     if "edge" in active:
         values["edge"] = moge_losses.edge_loss(points, target)[0].mean()
     if "metric_scale" in active and output.get("metric_scale") is not None:
-        values["metric_scale"] = moge_losses.metric_scale_loss(output["metric_scale"], scale)[0].mean()
+        values["metric_scale"] = (moge_losses.metric_scale_loss(output["metric_scale"], scale)[0] * share).mean()
     return values
 
 

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,17 +72,15 @@ def draw_views(
     )
 
 
-def _dump(folder: Path, number: int, view: View, model: GeometryModel) -> None:
+def _dump(folder: Path, number: int, view: View, output: dict[str, Tensor]) -> None:
     """The debug files that the public release writes in every iteration; only for `released.write_files`."""
-    with torch.no_grad():
-        output = model.forward(view.image, view.intrinsics)
     for i, image in enumerate(view.image):
         array = (image.permute(1, 2, 0).cpu().numpy() * 255).astype(np.uint8)
         Image.fromarray(array).save(folder / f"{number}_{i}.png")
         np.save(folder / f"{number}_{i}_target.npy", view.points[i].cpu().numpy())
         for name in ("points", "depth", "disparity"):
             if name in output:
-                np.save(folder / f"{number}_{i}_{name}.npy", output[name][i].float().cpu().numpy())
+                np.save(folder / f"{number}_{i}_{name}.npy", output[name][i].detach().float().cpu().numpy())
 
 
 def train_student(
@@ -93,12 +92,12 @@ def train_student(
     references: References | None = None,
     progress: bool = False,
     on_step: Callable[[dict[str, float]], None] | None = None,
-    watch: Callable[[int], bool] | None = None,
+    watch: Callable[[int, bool], bool] | None = None,
 ) -> list[Tensor]:
     """Train the student in place on views of `image`; fills `training`; returns the teacher's values.
 
-    watch: called with the number of each finished step; True ends the training. Raises `NonFiniteLoss` before a step
-    with a loss or gradient that is not finite would spoil the weights.
+    watch: called with the number of each finished step and whether it is the last; True ends the training. Raises
+    `NonFiniteLoss` before a step with a loss or gradient that is not finite would spoil the weights.
     """
     model, train, teacher_config = student.model, config.train, config.teacher
     optimizer = make_optimizer(student.leaves, train.optimizer)
@@ -116,7 +115,10 @@ def train_student(
     bar = tqdm(total=train.passes, desc=config.name, leave=False, disable=not progress, mininterval=1.0)
 
     def one_pass(view: View) -> tuple[list[Tensor | None], dict[str, Tensor]]:
-        gradients, terms = pass_gradients(student, view, config, generator, training)
+        dump = None
+        if dump_folder is not None:
+            dump = partial(_dump, Path(dump_folder.name), training.passes_done, view)
+        gradients, terms = pass_gradients(student, view, config, generator, training, dump)
         if train.bidirectional > 0:
             more, values = reverse_gradients(student, view, image, target, config, generator)
             accumulate(gradients, more)
@@ -142,10 +144,8 @@ def train_student(
                 view = draw_views(image, target, config, generator, renderer)
                 for key, value in view.stats.items():
                     training.view_stats[key] = training.view_stats.get(key, 0) + value
-                if dump_folder is not None:
-                    _dump(Path(dump_folder.name), training.passes_done, view, model)
                 if train.sharpness_radius > 0:
-                    views.append(view)
+                    views.append((view, generator.get_state()))
                 gradients, terms = one_pass(view)
                 accumulate(total, gradients, factor)
                 add_terms(sums, {"known": view.mask.float().mean(), **terms})
@@ -153,9 +153,11 @@ def train_student(
                 bar.update()
             if train.sharpness_radius > 0:
                 with sharpest_point(student.leaves, total, train.sharpness_radius):
-                    total = [None] * len(student.leaves)
-                    for view in views:
+                    total, after = [None] * len(student.leaves), generator.get_state()
+                    for view, state in views:  # the same patches and rectangles: the gradient of the same loss
+                        generator.set_state(state)
                         accumulate(total, one_pass(view)[0], factor)
+                    generator.set_state(after)
             if train.l2_sp > 0:
                 accumulate(total, distance_gradients(student, train.l2_sp))
             for leaf, gradient in zip(student.leaves, total):
@@ -167,7 +169,11 @@ def train_student(
             bar.set_postfix(loss=f"{entry.get('loss', float('nan')):.4f}")
             if on_step is not None:
                 on_step(entry)
-            if watch is not None and watch(entry["step"]):
+            if (
+                watch is not None
+                and watch(entry["step"], training.passes_done >= train.passes)
+                and training.passes_done < train.passes
+            ):
                 training.stopped = f"stopped after step {entry['step']}: the held-back views no longer improved"
 
             target_age += 1
@@ -232,8 +238,9 @@ def average_views(
         total += torch.where(seen[..., None], points * scale[:, None, None, None], 0.0).sum(0)
         count += seen.sum(0)
     depth = (total / count[..., None])[..., 2]
-    if depth.shape != original.depth.shape:
-        ratio = F.interpolate((depth / target.depth)[None, None], original.depth.shape, mode="bilinear")[0, 0]
-        depth = original.depth * ratio
+    ratio = depth / target.depth
+    if ratio.shape != original.depth.shape:
+        ratio = F.interpolate(ratio[None, None], original.depth.shape, mode="bilinear")[0, 0]
+    depth = original.depth * ratio
     disparity = None if original.disparity is None else 1 / depth.clamp_min(1e-6)
     return replace(original, depth=depth, points=unproject(depth, original.intrinsics), disparity=disparity)
