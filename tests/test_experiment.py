@@ -1,0 +1,96 @@
+"""One experiment over a set: result files that stay readable, references, sequences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ttt_lib import experiment as experiment_module
+from ttt_lib.config import build_experiment
+from ttt_lib.experiment import _append, run_experiment
+from ttt_lib.student import NonFiniteLoss
+
+BASE = {
+    "name": "test",
+    "model": {"name": "tiny", "num_tokens": 48, "device": "cpu"},
+    "train": {"passes": 1, "batch_size": 2, "accumulation": 1, "optimizer": {"learning_rate": 1e-3}},
+    "views": {"longest_side": 80},
+    "losses": {"global": {"align_resolution": 6}, "mask": {"weight": 0.1}},
+    "data": [{"kind": "synthetic", "count": 3, "width": 80, "height": 60}],
+}
+
+
+def config(**overrides):
+    return build_experiment(BASE, overrides=overrides)
+
+
+def test_new_columns_do_not_shift_old_rows(tmp_path):
+    path, tables = tmp_path / "t.csv", []
+    for rows in (pd.DataFrame([{"a": 1, "b": 2}]), pd.DataFrame([{"c": 3.5, "a": 4}]), pd.DataFrame([{"b": 5, "a": 6}])):
+        _append(rows, path, tables)
+        tables.append(rows)
+    found = pd.read_csv(path)
+    assert list(found.columns) == ["a", "b", "c"]
+    assert found.a.tolist() == [1, 4, 6]
+    assert np.array_equal(found.b, [2, np.nan, 5], equal_nan=True)
+    assert np.array_equal(found.c, [np.nan, 3.5, np.nan], equal_nan=True)
+
+
+def test_a_first_sample_that_fails_leaves_readable_files(tmp_path, monkeypatch):
+    from ttt_lib import adapt as adapt_module
+
+    real, calls = adapt_module.train_student, []
+
+    def fails_once(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise NonFiniteLoss("made up")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(adapt_module, "train_student", fails_once)
+    run = run_experiment(config(gate={"mode": "measure", "views": 1, "signals": ["edges"]}), tmp_path, progress=False)
+    samples = pd.read_csv(tmp_path / "samples.csv")
+    assert samples.decision.tolist() == ["original", "adapted", "adapted"]
+    assert "made up" in samples.reason[0]
+    assert samples.signal_edges_gain.isna().tolist() == [True, False, False]
+    metrics = pd.read_csv(tmp_path / "metrics.csv")
+    assert set(metrics.prediction) == {"original", "final", "blended"}
+    assert len(metrics) == len(run.metrics)
+
+
+def test_references_come_from_the_truth_and_leave_the_scores(tmp_path):
+    run = run_experiment(config(references=50, train={"passes": 0}), None, progress=False)
+    rel = run.metrics[(run.metrics.metric == "depth_metric") & (run.metrics.score == "rel")]
+    means = rel.groupby("prediction").value.mean()
+    assert means["final"] < means["original"]
+    assert run.samples.reason.str.contains("50 references").all()
+
+
+def test_samples_without_metric_truth_are_left_out_of_references(monkeypatch):
+    from dataclasses import replace
+
+    real = experiment_module.iterate
+
+    def second_is_relative(sets):
+        for i, sample in enumerate(real(sets)):
+            yield replace(sample, is_metric=i != 1)
+
+    monkeypatch.setattr(experiment_module, "iterate", second_is_relative)
+    run = run_experiment(config(references=5, train={"passes": 0}), None, progress=False)
+    assert len(run.samples) == 2 and len(run.left_out) == 1
+    assert "metric truth" in run.left_out.reason.iloc[0]
+
+
+@pytest.mark.parametrize(("reset", "begins"), [("per_image", [0, 0, 0]), ("never", [0, 1, 1]), (2, [0, 1, 0])])
+def test_sequences_begin_where_they_should(monkeypatch, reset, begins):
+    seen = []
+    real = experiment_module.adapt
+
+    def spy(*arguments, start=None, **options):
+        seen.append(int(start is not None))
+        return real(*arguments, start=start, **options)
+
+    monkeypatch.setattr(experiment_module, "adapt", spy)
+    run_experiment(config(train={"reset": reset}), None, progress=False)
+    assert seen == begins
