@@ -99,6 +99,7 @@ def predict_ensemble(model: GeometryModel, image: Tensor, members: list[str]) ->
         elif member == "autocontrast":
             found.append(model.predict(_stretched(image)))
         else:
-            with _tokens(model, FINER if member == "finer" else COARSER):
-                found.append(model.predict(image))
+            predict = predict_mirrored if member == "finer_mirror" else type(model).predict
+            with _tokens(model, COARSER if member == "coarser" else FINER):
+                found.append(predict(model, image))
     return mean_prediction(first, found) if found else first
