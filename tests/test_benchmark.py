@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from ttt_lib import benchmark
 from ttt_lib.benchmark import STAGES, compare_loops, growth, machine, stage_times
 from ttt_lib.config import build_experiment
 from ttt_lib.models import weights_checksum
+from ttt_lib.render import NovelViewRenderer
 
 BASE = {
     "name": "test",
@@ -35,6 +38,27 @@ def test_every_stage_has_its_share_and_the_weights_stay(tiny, picture):
     assert machine(torch.device("cpu"))["torch"] == torch.__version__
 
 
+def test_the_scene_is_made_once_a_target_and_is_not_a_part_of_the_views(tiny, picture, monkeypatch):
+    targets, own = [], benchmark.draw_views
+    monkeypatch.setattr(benchmark, "draw_views", lambda *given: targets.append(given[1]) or own(*given))
+    make = NovelViewRenderer.set_scene
+    monkeypatch.setattr(NovelViewRenderer, "set_scene", lambda *given: time.sleep(1.0) or make(*given))
+    config = build_experiment(BASE, overrides={"teacher": {"refresh_every": 2}})
+    seconds = stage_times(tiny, picture.image[0], config, repeats=2).set_index("stage").seconds
+    assert len(targets) == 3 and all(target is targets[0] for target in targets)
+    assert seconds["augment"] < 1.0 and seconds["teacher"] < 1.0
+    assert seconds["render"] >= 0.5  # half a scene a pass: a new target every second step
+
+
+def test_memory_is_of_this_process_and_its_peak_can_be_forgotten():
+    held = torch.ones(64 * 2**18)
+    with_it = benchmark._process_mb("VmRSS")
+    del held
+    assert benchmark._process_mb("VmHWM") >= with_it > benchmark._process_mb("VmRSS") + 50
+    benchmark._forget_peak()
+    assert benchmark._process_mb("VmHWM") < with_it - 50
+
+
 def test_growth_passes_the_setting_on(tiny, picture, monkeypatch):
     seen = []
     monkeypatch.setattr(
@@ -59,6 +83,16 @@ def test_loops_are_compared_in_their_own_processes(picture):
     assert table.passes.to_dict() == {"longer": 4, "plain": 2}
     assert table.faster["longer"] == 1.0 and table.memory["longer"] == 1.0
     assert (table.peak_mb > 50).all() and (table.seconds > 0).all()
+    assert (table.added_mb > 0).all() and (table.added_mb < table.peak_mb).all()
+    assert table.memory["plain"] == pytest.approx(table.added_mb["plain"] / table.added_mb["longer"])
+
+
+@pytest.mark.slow
+def test_the_memory_of_the_parent_is_not_the_loops(picture):
+    held = torch.ones(4 * 2**28)  # 4 GiB
+    del held
+    table = compare_loops({"plain": build_experiment(BASE)}, picture.image[0], repeats=1)
+    assert table.peak_mb[0] < 2048
 
 
 @pytest.mark.slow

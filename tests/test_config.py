@@ -21,7 +21,7 @@ PUBLISHED = (
 def test_all_published_rows_and_ours_are_there():
     names = {path.stem for path in EXPERIMENTS}
     assert set(PUBLISHED) <= names
-    assert {"control_lr0", "tta", "unfreeze_encoder_render", "freeze_encoder_render"} <= names
+    assert {"control_lr0", "tta", "unfreeze_encoder_render", "freeze_encoder_render", "recommended"} <= names
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
@@ -45,7 +45,8 @@ def test_settings_follow_the_paper():
     assert rows["unfreeze_encoderSGD"].train.optimizer.name == "sgd"
     assert rows["unfreeze_encoderSGD"].train.accumulation_mode == "sum"
     assert all(row.train.batch_size == 2 and row.views.photometric.severity == 3 for row in rows.values())
-    assert all(row.train.accumulation == 32 for row in rows.values() if row.train.method == "ttt")
+    trained = [row for name, row in rows.items() if row.train.method == "ttt" and name != "recommended"]
+    assert len(trained) > 10 and all(row.train.accumulation == 32 for row in trained)
 
 
 def test_a_profile_keeps_the_relations_between_rows():
@@ -94,6 +95,20 @@ def test_files_that_are_missing_or_not_yaml(tmp_path):
     (tmp_path / "a.yaml").write_text("name: b")
     with pytest.raises(UserError, match="make them equal"):
         load_experiment(tmp_path / "a.yaml")
+
+
+MORE = sorted((ROOT / "notebooks" / "experiments" / "more").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", MORE, ids=lambda p: p.stem)
+def test_every_other_experiment_keeps_its_losses_in_every_profile(path):
+    wanted = {name for name, term in load_experiment(path).losses.items() if term.weight > 0}
+    assert wanted
+    for profile in ("paper", "demo"):
+        found = load_experiment(path, ROOT / "notebooks" / "profiles" / f"{profile}.yaml").losses
+        active = {name for name, term in found.items() if term.weight > 0}
+        assert not [name for name in active - wanted if name != "mask"]
+        assert all(name in active for name in wanted if not name.startswith("local"))
 
 
 def test_merge_replaces_leaves_and_leaves_inputs_alone():

@@ -260,3 +260,11 @@ def test_blended_disparities_are_aligned_first(tiny, image):
     spread[:, : spread.shape[1] // 2] = 0.2
     blended = blend_predictions(original, adapted, spread)
     assert torch.allclose(blended.disparity, original.disparity, rtol=1e-3, atol=1e-5)
+
+
+def test_a_calibration_of_another_model_is_said(tiny, image, tmp_path):
+    other = always(1.0)
+    other.about["model"] = "Ruicheng/moge-2-vits-normal"
+    other.write(tmp_path / "gate.json")
+    gate = {"mode": "decide", "calibration": str(tmp_path / "gate.json"), "signals": ["votes"]}
+    assert "calibrated for the model 'Ruicheng" in adapt(tiny, image, config(gate=gate)).reason

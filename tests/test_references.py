@@ -69,6 +69,8 @@ def test_png_of_moge_is_read_by_its_own_encoding(tmp_path):
         ("u,v,metres\n1,2,-1\n", "line 2"),
         ("u,v,metres\n40,2,1\n", "outside"),
         ("", "not a readable CSV"),
+        ("u,v,metres\n7,1,2,3\n8,4,5,6\n", "more values than"),
+        ("u,v,metres\n1,2,3\n4,5,6,7\n", "not a readable CSV"),
     ],
 )
 def test_wrong_files_are_one_sentence(tmp_path, content, says):
@@ -81,6 +83,20 @@ def test_wrong_files_are_one_sentence(tmp_path, content, says):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="not a readable depth PNG"):
         read_references(tmp_path / "bad.png", (24, 32))
+
+
+def test_commas_at_the_ends_of_lines_shift_nothing(tmp_path):
+    (tmp_path / "points.csv").write_text("u,v,metres\n8,6,2,\n16,12,3,\n")
+    found = read_references(tmp_path / "points.csv", (24, 32))
+    assert torch.allclose(found.uv, torch.tensor([[0.25, 0.25], [0.5, 0.5]]))
+    assert found.depth.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "LA", "P", "1"])
+def test_png_must_have_one_channel_of_16_bits(tmp_path, mode):
+    Image.new("L", (8, 6), 200).convert(mode).save(tmp_path / "d.png")
+    with pytest.raises(UserError, match="16 bits"):
+        read_references(tmp_path / "d.png", (6, 8))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +126,70 @@ def test_one_reference_fixes_the_scale_and_wild_ones_do_not_spoil_it():
     corrected, _ = correct(prediction(truth / 5 * 1.0), wild)
     assert float((corrected.depth / truth - 1).abs().median()) < 0.05
     assert (corrected.depth > 0).all()
+
+
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+@pytest.mark.parametrize("wrong", [lambda d: d / 3, lambda d: (d - 0.7) / 2, lambda d: 1 / (2 / d + 0.1)])
+def test_a_tenth_of_wild_references_does_not_decide(factor, wrong):
+    truth = plane()
+    wild = references(truth, 100)
+    wild.depth[::10] *= factor
+    corrected, _ = correct(prediction(wrong(truth)), wild)
+    assert float((corrected.depth / truth - 1).abs().max()) < 0.02
+    again, _ = correct(prediction(wrong(truth)), wild)
+    assert torch.equal(again.depth, corrected.depth)
+
+
+def test_the_sky_has_no_say():
+    truth = plane()
+    found = prediction((truth + 3) / 2)
+    found.mask[:4] = False
+    found.depth[:4] = 0.5  # the correction would put it behind the camera
+    visible = references(truth, 300)
+    below = visible.uv[:, 1] > 5 / 24
+    corrected, said = correct(found, References(visible.uv[below], visible.depth[below]))
+    assert "plus -3 m" in said
+    assert torch.allclose(corrected.depth[4:], truth[4:], rtol=1e-3)
+    assert torch.isposinf(corrected.depth[:4]).all() and torch.isposinf(corrected.points[:4]).all()
+    assert torch.isfinite(corrected.points[4:]).all()
+
+
+def relative(truth, a=40.0, b=-3.0, low=0.3):
+    """As a relative model says it: disparity is a / truth + b, the depth is clamped to a part of its range."""
+    disparity = a / truth + b
+    derived = 1 / (disparity / disparity.max()).clamp(low, 0.8)
+    return replace(prediction(derived), kind="disparity", disparity=disparity)
+
+
+def test_a_model_of_disparity_is_corrected_by_its_disparity():
+    truth = plane()
+    corrected, said = correct(relative(truth), references(truth, 60))
+    assert "disparity times 0.025 plus 0.075" in said and "60 references" in said
+    assert torch.allclose(corrected.depth, truth, rtol=1e-3)
+    assert torch.allclose(corrected.points[..., 2], corrected.depth)
+    assert corrected.kind == "metric" and corrected.disparity is None
+    few, said = correct(relative(truth, b=0.0), references(truth, 3))
+    assert "plus 0 / m" in said and torch.allclose(few.depth, truth, rtol=1e-3)
+
+
+def test_corrected_disparities_of_the_surface_are_positive():
+    truth = plane()
+    found = relative(truth)
+    found.disparity[0], found.disparity[1] = -50.0, -50.0
+    found.mask[1] = False
+    below = references(truth, 300)
+    below = References(*(part[below.uv[:, 1] > 3 / 24] for part in (below.uv, below.depth)))
+    corrected, _ = correct(found, below)
+    assert torch.allclose(corrected.depth[0], 10 * below.depth.max())
+    assert torch.isposinf(corrected.depth[1]).all()
+    assert torch.allclose(corrected.depth[2:], truth[2:], rtol=1e-3)
+
+
+def test_a_disparity_without_a_positive_reference_stays():
+    truth = plane()
+    found = relative(truth, b=-1000.0)
+    same, said = correct(found, references(truth, 3))
+    assert same is found and "not corrected" in said
 
 
 def test_references_do_not_count_in_the_scores():

@@ -195,6 +195,10 @@ def _adapt_weights(
     result.final, result.decision = result.adapted, "adapted"
     if gate.mode != "off" and held is not None:
         _pass_gate(student, values, held, config, result, calibration, unseen)
+        made_for = calibration.about.get("model") if calibration is not None else None
+        if made_for not in (None, config.model.name):
+            said = f"the gate is calibrated for the model {made_for!r}; calibrate it with 04_reliability"
+            result.reason = "; ".join(filter(None, [result.reason, said]))
     # What the next image of a sequence starts from: not from weights that were rejected.
     result.weights = None if result.decision == "reject" else values
 
