@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,11 +51,13 @@ def test_the_scene_is_made_once_a_target_and_is_not_a_part_of_the_views(tiny, pi
     assert seconds["render"] >= 0.5  # half a scene a pass: a new target every second step
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
 def test_memory_is_of_this_process_and_its_peak_can_be_forgotten():
     held = torch.ones(64 * 2**18)
     with_it = benchmark._process_mb("VmRSS")
     del held
-    assert benchmark._process_mb("VmHWM") >= with_it > benchmark._process_mb("VmRSS") + 50
+    # The system counts the pages of a thread in batches.
+    assert benchmark._process_mb("VmHWM") + 5 > with_it > benchmark._process_mb("VmRSS") + 50
     benchmark._forget_peak()
     assert benchmark._process_mb("VmHWM") < with_it - 50
 
@@ -89,7 +92,7 @@ def test_loops_are_compared_in_their_own_processes(picture):
 
 @pytest.mark.slow
 def test_the_memory_of_the_parent_is_not_the_loops(picture):
-    held = torch.ones(4 * 2**28)  # 4 GiB
+    held = torch.ones(2 * 2**28)  # 2 GiB
     del held
     table = compare_loops({"plain": build_experiment(BASE)}, picture.image[0], repeats=1)
     assert table.peak_mb[0] < 2048

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ttt_lib.adapt import adapt, sample_generator, working_image
+from ttt_lib.adapt import adapt, peak_memory_mb, sample_generator, working_image
 from ttt_lib.config import ExperimentConfig, build_experiment
 from ttt_lib.experiment import open_model
 from ttt_lib.gradients import Student
@@ -55,8 +55,9 @@ def _now(device: torch.device) -> float:
 def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, repeats: int = 5) -> pd.DataFrame:
     """Median seconds of each stage of one pass on `image` (3,H,W), and its share: columns stage, seconds, share.
 
-    The teacher and the optimizer count as often as the configuration runs them. The first repeat warms up and does not
-    count. The weights are as before afterwards.
+    All views are of one target, as between two refreshes of the teacher. The teacher, the optimizer and, within
+    `render`, making the scene of a new target count as often as the configuration runs them. The first repeat warms up
+    and does not count. The weights are as before afterwards.
     """
     device = model.device
     image = working_image(image.to(device), config.views.longest_side)
@@ -66,7 +67,7 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
     try:
         student = Student(model, named, config.train.lora_rank)
         optimizer = make_optimizer(student.leaves, config.train.optimizer)
-        renderer = make_renderer(config, device)
+        renderer, spare = make_renderer(config, device), make_renderer(config, device)
         drawing = [0.0]
         if renderer is not None:
             renderer.render = _timed(renderer.render, drawing, device)
@@ -92,15 +93,21 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             marks.append(_now(device))
-            target = model.predict(image)
+            fresh = model.predict(image)
+            marks.append(_now(device))
+            if spare is not None and drawing[0] > 0:
+                surface = fresh.mask & torch.isfinite(fresh.points).all(-1) & (fresh.points[..., 2] > 0)
+                spare.set_scene(image, fresh.points, surface, fresh.intrinsics)
             marks.append(_now(device))
             spent = [b - a for a, b in zip(marks, marks[1:])]
             steps = 1 / config.train.accumulation
             refresh = config.teacher.refresh_every
+            refreshes = steps / refresh if refresh else 0.0
+            scene = spent[6] if drawing[0] > 0 else 0.0
             for stage, seconds in {
-                "augment": spent[0] - drawing[0], "render": drawing[0], "forward": spent[1], "loss": spent[2],
+                "augment": spent[0] - drawing[0], "render": drawing[0] + scene * refreshes, "forward": spent[1], "loss": spent[2],
                 "backward": spent[3], "optimizer": spent[4] * steps,
-                "teacher": spent[5] * steps / refresh if refresh else 0.0,
+                "teacher": spent[5] * refreshes,
             }.items():  # fmt: skip
                 times[stage].append(seconds)
     finally:
@@ -122,32 +129,57 @@ def _timed(function: Callable, total: list[float], device: torch.device) -> Call
 
 
 def _adapt_once(settings: dict[str, Any], image: Tensor, repeats: int, threads: int) -> dict[str, float]:
-    """In a process of its own: median seconds an image, and the peak memory that adapting added to the loaded model."""
+    """In a process of its own: median seconds an image, peak memory of adapting (MiB), and how much of it adapting
+    added to the loaded model after a plain prediction."""
     torch.set_num_threads(threads)
     config = build_experiment(settings)
     model = open_model(config)
-    adapt(model, image, config.model_copy(update={"train": config.train.model_copy(update={"passes": 1})}))
+    model.predict(image.to(model.device))
     idle = _memory(model.device)
+    _forget_peak()
+    adapt(model, image, config.model_copy(update={"train": config.train.model_copy(update={"passes": 1})}))
     seconds, reload_seconds = [], []
     for i in range(repeats):
         begun = _now(model.device)
         if config.released.reload_model:
+            model = None  # not two of them at a time
             model = open_model(config)
         reload_seconds.append(_now(model.device) - begun)
         result = adapt(model, image, config, name=str(i))
         seconds.append(_now(model.device) - begun)
+    cuda = model.device.type == "cuda"
+    peak = result.peak_memory_mb if cuda else _process_mb("VmHWM")
     return {
-        "seconds": statistics.median(seconds), "reload": statistics.median(reload_seconds),
-        "peak_mb": result.peak_memory_mb, "idle_mb": idle, "passes": result.passes_done,
+        "seconds": statistics.median(seconds), "reload": statistics.median(reload_seconds), "passes": result.passes_done,
+        "peak_mb": peak, "idle_mb": idle, "added_mb": max(peak - idle, 0.0), "cuda": float(cuda),
     }  # fmt: skip
 
 
-def _memory(device: torch.device) -> float:
-    from ttt_lib.adapt import peak_memory_mb
+def _process_mb(key: str) -> float:
+    """Memory of this process in MiB: `VmRSS` resident now, `VmHWM` at most since the start or `_forget_peak`.
 
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 2**20
-    return peak_memory_mb(device)
+    The peak since the start also where the system does not say. What `getrusage` says begins with the peak of the
+    process that started this one.
+    """
+    try:
+        lines = open("/proc/self/status", encoding="utf-8").read().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 2**10
+    except (OSError, StopIteration):
+        return peak_memory_mb(torch.device("cpu"))
+
+
+def _forget_peak() -> None:
+    """`VmHWM` starts again from what is resident now, where the system can do that: loading took more for a while."""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+def _memory(device: torch.device) -> float:
+    """MiB in use now: allocated on a CUDA device, else resident in this process."""
+    return torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else _process_mb("VmRSS")
 
 
 def compare_loops(
@@ -155,8 +187,10 @@ def compare_loops(
 ) -> pd.DataFrame:
     """Seconds and peak memory of adapting to one image (3,H,W) by each configuration, and ratios to the first.
 
-    Columns loop, passes, seconds, ms_a_pass, peak_mb, faster (first's seconds over these), memory (peak over the
-    first's). Each loop runs `rounds` times in turn, `repeats` images a time, in a fresh process.
+    Columns loop, passes, seconds, ms_a_pass, peak_mb (MiB of the whole process, or allocated on a CUDA device),
+    added_mb (peak less what the loaded model had after a plain prediction: what adapting added), faster (first's
+    seconds over these), memory (on a CUDA device peak_mb over the first's; on a CPU, where libraries would hide the
+    difference, added_mb over the first's). Each loop runs `rounds` times in turn, `repeats` images a time, in a fresh process.
     """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in configs}
     for _ in range(rounds):
@@ -170,10 +204,12 @@ def compare_loops(
         rows.append({
             "loop": name, "passes": int(row["passes"]), "seconds": row["seconds"],
             "ms_a_pass": 1000 * row["seconds"] / max(row["passes"], 1), "peak_mb": row["peak_mb"],
+            "added_mb": row["added_mb"],
         })  # fmt: skip
     table = pd.DataFrame(rows)
     table["faster"] = table.seconds[0] / table.seconds
-    table["memory"] = table.peak_mb / table.peak_mb[0]
+    compared = table.peak_mb if next(iter(found.values()))[0]["cuda"] else table.added_mb
+    table["memory"] = compared / compared[0]
     return table
 
 

@@ -6,6 +6,7 @@ names this as the way to make metric predictions improve.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from ttt_lib.alignment import align_depth_affine
 from ttt_lib.errors import UserError
 from ttt_lib.geometry import unproject
 from ttt_lib.models import GeometryModel, Prediction
+from ttt_lib.residual_field import residual_field
 
 if TYPE_CHECKING:
     from ttt_lib.data import Sample
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
 ENOUGH_FOR_SHIFT = 6  # points; fewer fix the scale alone
 FOLDS = 5
 MOST = 5000  # references that the fit uses; of more, an even selection
+BEYOND = 10.0  # times the farthest reference: as far as a corrected disparity may put a surface
+CLIP = 1.0  # of |log ratio|: a wild reference counts as wrong, not as how wrong, when corrections are compared
 PNG_SCALE = 256.0  # of sparse 16-bit depth PNGs as KITTI has them: value / 256 is metres
+PNG_MODES = ("I;16", "I;16B", "I;16L", "I")  # what Pillow calls one channel of 16 bits
 
 
 @dataclass
@@ -50,7 +55,8 @@ def read_references(path: Path, size: tuple[int, int]) -> References:
     from a sparse 16-bit depth PNG of any size, metres = value / 256, 0: unknown (as KITTI's); a PNG of this package or
     MoGe says itself how it is encoded.
 
-    Raises `UserError` for a file that cannot be read, lacks a column, has no usable row, or has points outside.
+    Raises `UserError` for a file that cannot be read, lacks a column, has rows with more values than columns, has no
+    usable row, or has points outside; and for a PNG that is not one channel of 16 bits.
     """
     path = Path(path)
     where = f"--metric-points {path}"
@@ -59,7 +65,12 @@ def read_references(path: Path, size: tuple[int, int]) -> References:
     if path.suffix.lower() == ".png":
         return _from_png(path, where)
     try:
-        table = pd.read_csv(path, skipinitialspace=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            # By default values that no column is named for shift the others: the first becomes the index.
+            table = pd.read_csv(path, skipinitialspace=True, index_col=False)
+    except pd.errors.ParserWarning as error:
+        raise UserError(f"{where}: has lines with more values than its first line names columns.") from error
     except Exception as error:
         raise UserError(f"{where}: is not a readable CSV ({str(error).splitlines()[0]}).") from error
     table.columns = [str(name).strip().lower() for name in table.columns]
@@ -86,14 +97,14 @@ def _from_png(path: Path, where: str) -> References:
     try:
         with Image.open(path) as image:
             image.load()
-            described = {"near", "far"} <= {str(key).lower() for key in image.info}
+            mode, described = image.mode, {"near", "far"} <= {str(key).lower() for key in image.info}
             raw = np.asarray(image)
-        depth = moge_io.read_depth(path) if described else raw.astype(np.float64) / PNG_SCALE
+        depth = moge_io.read_depth(path) if described and mode in PNG_MODES else raw.astype(np.float64) / PNG_SCALE
     except Exception as error:
         raise UserError(f"{where}: is not a readable depth PNG ({str(error).splitlines()[0]}).") from error
+    if mode not in PNG_MODES:
+        raise UserError(f"{where}: must have one channel of 16 bits; this one is of Pillow's mode {mode}.")
     depth = depth[0] if isinstance(depth, tuple) else depth
-    if depth.ndim != 2:
-        raise UserError(f"{where}: must have one channel of 16 bits, not {depth.shape[-1]} channels.")
     row, column = np.nonzero(np.isfinite(depth) & (depth > 0))
     if not len(row):
         raise UserError(f"{where}: every pixel is unknown.")
@@ -134,66 +145,121 @@ def reference_loss(model: GeometryModel, image: Tensor, references: References) 
 
 
 def _fit(kind: str, found: Tensor, true: Tensor) -> tuple[float, float]:
-    """Parameters (a, b) of one correction by least absolute relative error: d = a x + b, 1/d = a/x + b, or
-    log d = a log x + b."""
+    """Parameters (a, b) of one correction of depths (N,) by least absolute error: d = a x + b, 1/d = a/x + b, or
+    log d = a log x + b.
+
+    Errors are relative to the prediction x: relative to the truth, a reference that is far too small would outweigh
+    all others.
+    """
     if kind == "scale":
-        return float(align_depth_scale(found, true, 1 / true)), 0.0
+        return float(align_depth_scale(found, true, 1 / found)), 0.0
     if kind == "affine":
-        a, b = align_depth_affine(found, true, 1 / true)
+        a, b = align_depth_affine(found, true, 1 / found)
     elif kind == "inverse":
-        a, b = align_depth_affine(1 / found, 1 / true, true)
+        a, b = align_depth_affine(1 / found, 1 / true, found)
     else:
         a, b = align_depth_affine(found.log(), true.log(), torch.ones_like(true))
     return float(a), float(b)
 
 
 def _apply(kind: str, parameters: tuple[float, float], depth: Tensor) -> Tensor:
+    """Corrected depths; infinite where the correction gives no positive depth."""
     a, b = parameters
     depth = depth.clamp_min(1e-6)
     if kind == "power":
         return (a * depth.log() + b).exp()
-    return 1 / (a / depth + b) if kind == "inverse" else a * depth + b
+    corrected = 1 / (a / depth + b) if kind == "inverse" else a * depth + b
+    return torch.where(corrected <= 0, torch.inf, corrected)
 
 
-def correct(prediction: Prediction, references: References) -> tuple[Prediction, str]:
-    """The prediction in metres by the references, and in words what was done.
+def _fit_disparity(disparity: Tensor, true: Tensor) -> tuple[float, float] | None:
+    """(a, b) of 1/d = a * disparity + b by least absolute error, or of b = 0 where a shift cannot be told; None where
+    nearer would become farther. disparity, true (N,)."""
+    inverse, same = 1 / true, torch.ones_like(true)
+    if len(true) >= ENOUGH_FOR_SHIFT and bool(disparity.max() > disparity.min()):
+        a, b = (float(value) for value in align_depth_affine(disparity, inverse, same))
+        if np.isfinite([a, b]).all() and a > 0:
+            return a, b
+    positive = disparity > 0
+    if not bool(positive.any()):
+        return None
+    return float(align_depth_scale(disparity[positive], inverse[positive], same[positive])), 0.0
 
-    Four corrections compete: a factor; factor and shift of the depth; the same of its inverse; factor and exponent. The
-    first whose mean error on left-out references (5 folds) is within 2 % of the best wins; fewer than
-    `ENOUGH_FOR_SHIFT` references fix the factor alone. A correction that would make any depth non-positive is not
-    considered. Points follow the depth along their rays. kind becomes `metric`.
+
+def _correct_disparity(disparity: Tensor, surface: Tensor, found: Tensor, true: Tensor) -> tuple[Tensor, str] | None:
+    """Depth (H,W) in metres of a disparity (H,W), and in words how; None where the references cannot tell.
+
+    Fitted disparities of a surface are not below that of `BEYOND` times the farthest reference, so that its depth is
+    positive and finite; elsewhere what is not positive is infinitely far.
     """
-    found, true = at_references(prediction.depth[None], references)[0].double(), references.depth.to(prediction.depth)
-    true = true.double()
-    usable = torch.nonzero(torch.isfinite(found) & (found > 0))[:, 0]
-    usable = usable[:: -(-len(usable) // MOST) or 1]
-    found, true = found[usable], true[usable]
-    if not len(found):
-        return prediction, "no reference lies where the prediction is finite: not corrected"
+    fitted = _fit_disparity(found, true)
+    if fitted is None:
+        return None
+    inverse = fitted[0] * disparity + fitted[1]
+    inverse = torch.where(surface, inverse.clamp_min(float(1 / (BEYOND * true.max()))), inverse.clamp_min(0))
+    return 1 / inverse, f"inverse depth is disparity times {fitted[0]:.4g} plus {fitted[1]:.4g} / m"
+
+
+def _correct_depth(depth: Tensor, surface: Tensor, found: Tensor, true: Tensor) -> tuple[Tensor, str]:
+    """The corrected depth (H,W) by the best of the four corrections, and in words which."""
     kinds = ["scale"] + (["affine", "inverse", "power"] if len(found) >= ENOUGH_FOR_SHIFT else [])
-    visible = prediction.depth[torch.isfinite(prediction.depth)]
+    visible = depth[surface & torch.isfinite(depth)]
     errors: dict[str, float] = {}
     for kind in kinds:
         fitted = _fit(kind, found, true)
-        if fitted[0] <= 0 or bool((_apply(kind, fitted, visible) <= 0).any()):
+        if kind != "scale" and (fitted[0] <= 0 or bool(torch.isinf(_apply(kind, fitted, visible)).any())):
             continue
         left_out = []
         if len(kinds) > 1:
             for fold in range(FOLDS):
-                test = torch.arange(len(found)) % FOLDS == fold
+                test = torch.arange(len(found), device=found.device) % FOLDS == fold
                 again = _apply(kind, _fit(kind, found[~test], true[~test]), found[test])
-                left_out.append((again / true[test] - 1).abs())
+                left_out.append((again / true[test]).log().abs().clamp_max(CLIP))
         errors[kind] = float(torch.cat(left_out).mean()) if left_out else 0.0
     best = next(kind for kind in errors if errors[kind] <= 1.02 * min(errors.values()))
     fitted = _fit(best, found, true)
-    depth = _apply(best, fitted, prediction.depth.double()).to(prediction.depth)
     words = {
         "scale": f"depth times {fitted[0]:.4g}",
         "affine": f"depth times {fitted[0]:.4g} plus {fitted[1]:.4g} m",
         "inverse": f"inverse depth times {fitted[0]:.4g} plus {fitted[1]:.4g} / m",
         "power": f"depth to the power {fitted[0]:.4g} times {np.exp(fitted[1]):.4g}",
     }[best]
-    corrected = replace(
-        prediction, depth=depth, points=unproject(depth, prediction.intrinsics), kind="metric", disparity=None
-    )
+    return _apply(best, fitted, depth), words
+
+
+def correct(prediction: Prediction, references: References) -> tuple[Prediction, str]:
+    """The prediction (H,W) in metres by the references, and in words what was done.
+
+    Four corrections compete: a factor; factor and shift of the depth; the same of its inverse; factor and exponent. The
+    first whose mean |log ratio|, clipped at `CLIP`, on left-out references (5 folds, every fifth reference) is within
+    2 % of the best wins; fewer than `ENOUGH_FOR_SHIFT` references fix the factor alone. A correction that would make
+    any depth of the surface (`mask`) non-positive is not considered; outside of it such depths become infinite.
+
+    For models of disparity there is one correction, factor and shift of `disparity` (the depth of such predictions is
+    clamped), the factor alone for few references; no part of the surface is then farther than `BEYOND` times the
+    farthest reference. What is then left of the error is taken back as a smooth field of factors where that pays on
+    left-out references (`residual_field.py`). Points follow the depth along their rays. kind becomes `metric`. A prediction of which no
+    reference says anything stays as it was.
+    """
+    relative = prediction.kind == "disparity" and prediction.disparity is not None
+    values = prediction.disparity if relative else prediction.depth
+    found, true = at_references(values[None], references)[0].double(), references.depth.to(values).double()
+    usable = torch.nonzero(torch.isfinite(found) & (relative | (found > 0)))[:, 0]
+    usable = usable[:: -(-len(usable) // MOST) or 1]
+    found, true = found[usable], true[usable]
+    if not len(found):
+        return prediction, "no reference lies where the prediction is finite: not corrected"
+    surface = torch.ones_like(values, dtype=torch.bool) if prediction.mask is None else prediction.mask
+    done = (_correct_disparity if relative else _correct_depth)(values.double(), surface, found, true)
+    if done is None:
+        return prediction, "the predicted disparity is positive at no reference: not corrected"
+    depth, words = done[0], done[1]
+    at = at_references(depth[None], references)[0][usable]
+    field = residual_field(depth, references.uv.to(depth)[usable], at.clamp_min(1e-6), true)
+    if field is not None:
+        depth, words = depth * field.exp(), f"{words}, and a smooth field of factors"
+    depth = depth.to(values)
+    # A ray's zero coordinate times infinity is no number.
+    points = torch.where(torch.isinf(depth)[..., None], torch.inf, unproject(depth, prediction.intrinsics))
+    corrected = replace(prediction, depth=depth, points=points, kind="metric", disparity=None)
     return corrected, f"{words}, from {len(found)} references"
