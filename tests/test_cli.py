@@ -66,9 +66,25 @@ def test_adapt_writes_what_it_promises_and_goes_on_after_a_bad_file(tmp_path):
     finite = np.isfinite(depth)
     assert depth.shape == (90, 120) and np.allclose(read[finite], depth[finite], rtol=1e-3)
     record = json.loads((folder / "record.json").read_text())
-    assert record["decision"] == "adapted" and record["settings"]["train"]["passes"] == 2 and record["seconds"] > 0
+    assert record["decision"] in ("accept", "blend", "reject") and record["signals"]  # `recommended` has a gate
+    assert record["settings"]["train"]["passes"] == 2 and record["seconds"] > 0
     assert (folder / "cloud.ply").read_bytes()[:3] == b"ply" and (folder / "before_after.png").stat().st_size > 1000
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_adapt_takes_known_distances(tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (90, 120), dtype=np.uint8)).save(tmp_path / "gray.png")
+    (tmp_path / "points.csv").write_text("u,v,metres\n10.5,20.5,3.0\n")
+    arguments = ["adapt", tmp_path / "gray.png", "-o", tmp_path / "out", *QUICK, "--set", "gate.mode=off"]
+    done = ttt(*arguments, "--metric-points", tmp_path / "points.csv")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / "gray"
+    assert np.load(folder / "depth.npy")[20, 10] == pytest.approx(3.0, rel=0.05)
+    record = json.loads((folder / "record.json").read_text())
+    assert record["unit"] == "metre" and "1 references" in record["reason"] and record["decision"] == "adapted"
+    wrong = ttt(*arguments, "--metric-points", tmp_path / "none.csv")
+    assert wrong.returncode == 1 and "no such file" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 @pytest.fixture(scope="module")

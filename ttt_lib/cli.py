@@ -209,7 +209,7 @@ def summarise(runs: Path) -> None:
 def adapt(
     images: Annotated[list[Path], typer.Argument(help="Photographs of any size and kind.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the results.")] = Path("outputs"),
-    experiment: Annotated[str, typer.Option(help="Name or file of the experiment.")] = "unfreeze_encoder_lower_lr",
+    experiment: Annotated[str, typer.Option(help="Name or file of the experiment.")] = "recommended",
     profile: Annotated[str, typer.Option(help="demo, paper, as_released, or a YAML file.")] = "demo",
     model: Annotated[str | None, typer.Option(help="See `ttt-depth models`.")] = None,
     metric_points: Annotated[
