@@ -62,3 +62,14 @@ def test_moges_functions_come_back_also_after_an_error():
         assert moge_metrics.align_depth_affine is alignment.align_depth_affine
         raise RuntimeError
     assert moge_metrics.align_depth_affine is own
+
+
+def test_least_squares_are_moges_and_do_not_depend_on_the_place_in_memory():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(5001, generator=generator)
+    y = 3 * x - 1 + 0.1 * torch.randn(5001, generator=generator)
+    theirs, ours = moge.align_affine_lstsq(x, y), alignment.align_affine_lstsq(x, y)
+    assert torch.allclose(torch.stack(theirs), torch.stack(ours), rtol=1e-4)
+    for offset in range(1, 17):  # the same numbers at another alignment
+        moved = [torch.cat([torch.zeros(offset), v])[offset:] for v in (x, y)]
+        assert all(torch.equal(a, b) for a, b in zip(alignment.align_affine_lstsq(*moved), ours))

@@ -27,7 +27,11 @@ def config(**overrides):
 
 def test_new_columns_do_not_shift_old_rows(tmp_path):
     path, tables = tmp_path / "t.csv", []
-    for rows in (pd.DataFrame([{"a": 1, "b": 2}]), pd.DataFrame([{"c": 3.5, "a": 4}]), pd.DataFrame([{"b": 5, "a": 6}])):
+    for rows in (
+        pd.DataFrame([{"a": 1, "b": 2}]),
+        pd.DataFrame([{"c": 3.5, "a": 4}]),
+        pd.DataFrame([{"b": 5, "a": 6}]),
+    ):
         _append(rows, path, tables)
         tables.append(rows)
     found = pd.read_csv(path)

@@ -37,7 +37,7 @@ def test_chunks_depend_on_seed_and_number_alone():
 
 
 def test_a_run_is_reproducible_and_resumes_to_the_same_weights(plain_chunks, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "new_model", lambda seed: _fresh(seed))
+    monkeypatch.setattr(pretrain, "new_model", lambda seed, imagenet: _fresh(seed))
     recipe = pretrain.Recipe(steps=6, **SMALL)
     whole = pretrain.train(recipe, tmp_path / "a")
     again = pretrain.train(recipe, tmp_path / "b")
@@ -58,7 +58,7 @@ def _fresh(seed: int):
 
 @pytest.mark.slow
 def test_a_short_training_lowers_the_loss(plain_chunks, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "new_model", lambda seed: _fresh(seed))
+    monkeypatch.setattr(pretrain, "new_model", lambda seed, imagenet: _fresh(seed))
     recipe = pretrain.Recipe(steps=75, **{**SMALL, "batch_size": 4, "chunk_size": 8, "reuse": 6.0})
     pretrain.train(recipe, tmp_path)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -203,7 +203,9 @@ def test_the_regions_of_a_cutmix_weigh_as_much_as_they_are_large(student, image)
     settings = config(views={"crop": {"probability": 0.0}})
     target = student.model.predict(image)
     view = draw_views(image, target, settings, sample_generator(0, "a"), None)
-    twice = View(*(x[:1].repeat(2, *[1] * (x.ndim - 1)) if isinstance(x, torch.Tensor) else x for x in vars(view).values()))
+    twice = View(
+        *(x[:1].repeat(2, *[1] * (x.ndim - 1)) if isinstance(x, torch.Tensor) else x for x in vars(view).values())
+    )
     mixed = config(train={"batch_size": 2}, losses=LOCAL, views={"cutmix": 1.0})
     rows = gradients_module.rows_of(twice, mixed, sample_generator(0, "b"))
     assert len(rows.of) == 4 and torch.allclose(rows.share[rows.of == 0].sum(), torch.ones(()))
@@ -240,7 +242,9 @@ def test_sharpness_takes_both_gradients_of_one_loss(tiny, image, monkeypatch):
 def test_the_release_runs_the_whole_batch_and_writes_without_running_again(tiny, image, monkeypatch):
     seen = []
     real = tiny.forward
-    monkeypatch.setattr(tiny, "forward", lambda images, cameras=None: (seen.append(len(images)), real(images, cameras))[1])
+    monkeypatch.setattr(
+        tiny, "forward", lambda images, cameras=None: (seen.append(len(images)), real(images, cameras))[1]
+    )
     adapt(tiny, image, config(released={"first_sample_only": True, "write_files": True}))
     assert seen == [2] * 4
 

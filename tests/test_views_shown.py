@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ttt_lib import adapt as loop
+from ttt_lib import student
 from ttt_lib.augment import make_views
 from ttt_lib.config import ExperimentConfig, ViewConfig
 from ttt_lib.data import Sample
@@ -145,8 +146,8 @@ def test_the_views_shown_are_those_that_the_loop_draws(monkeypatch, method):
         used.append(draw(*arguments))
         return used[-1]
 
-    draw = loop.draw_views
-    monkeypatch.setattr(loop, "draw_views", record)
+    draw = student.draw_views
+    monkeypatch.setattr(student, "draw_views", record)
     loop.adapt(network, sample.image, config, name="set/one")
     shown_views, losses = first_views(network, sample, config, passes=3)
     assert len(losses) == (3 if method == "ttt" else 0) and all(np.isfinite(losses))

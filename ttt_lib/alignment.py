@@ -121,10 +121,26 @@ def align_depth_affine(source: Tensor, target: Tensor, weight: Tensor) -> tuple[
     return scale, shift[0]
 
 
+def align_affine_lstsq(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of least squares, `a x + b` nearest to `y`; (N,) x 2 -> () x 2, in the dtype of x.
+
+    As `moge.utils.alignment.align_affine_lstsq` without weights, in closed form and double precision: LAPACK's result
+    changes in its last bits with where the numbers lie in memory, and one and the same prediction must score the same.
+    """
+    x64, y64 = x.double(), y.double()
+    centred = x64 - x64.mean()
+    scale = (centred * (y64 - y64.mean())).sum() / centred.square().sum().clamp_min(1e-300)
+    return scale.to(x), (y64.mean() - scale * x64.mean()).to(x)
+
+
 @contextmanager
 def fast_alignment() -> Iterator[None]:
-    """Inside, `moge.test.metrics.compute_metrics` uses the two functions of this module."""
-    names = {"align_points_scale_xyz_shift": align_points_scale_xyz_shift, "align_depth_affine": align_depth_affine}
+    """Inside, `moge.test.metrics.compute_metrics` uses the three functions of this module."""
+    names = {
+        "align_points_scale_xyz_shift": align_points_scale_xyz_shift,
+        "align_depth_affine": align_depth_affine,
+        "align_affine_lstsq": align_affine_lstsq,
+    }
     own = {name: getattr(moge_metrics, name) for name in names}
     try:
         for name, function in names.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ttt_lib.errors import UserError
 
@@ -194,6 +194,11 @@ class GateConfig(Section):
     interpolate: bool = False
     check_every: Annotated[int, Field(ge=0)] = 0
     patience: Count = 2
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return "off" if value is False else value
 
 
 LossName = Literal[

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from moge.utils.alignment import align_affine_lstsq
 from torch import Tensor
 
+from ttt_lib.alignment import align_affine_lstsq
 from ttt_lib.geometry import unproject
 from ttt_lib.models import GeometryModel, Prediction
 

@@ -13,11 +13,10 @@ import pandas as pd
 import torch
 import utils3d
 from moge.test.metrics import compute_metrics
-from moge.utils.alignment import align_affine_lstsq
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttt_lib.alignment import fast_alignment
+from ttt_lib.alignment import align_affine_lstsq, fast_alignment
 
 if TYPE_CHECKING:
     from ttt_lib.data import Sample
