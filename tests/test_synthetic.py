@@ -9,8 +9,9 @@ import torch
 from ttt_lib.data import open_dataset
 from ttt_lib.errors import UserError
 from ttt_lib.geometry import fov_from_intrinsics, project, transform_points
-from ttt_lib.raycast import FAR, Solids, draw, intersect
+from ttt_lib.raycast import draw
 from ttt_lib.shifts import SHIFTS, apply_shift
+from ttt_lib.solids import FAR, Solids, intersect
 from ttt_lib.synthetic import KINDS, make_pictures, make_scenes, sample_cameras
 
 

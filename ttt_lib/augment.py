@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_lib.config import CropConfig, ViewConfig
+from ttt_lib.config_sections import CropConfig, ViewConfig
 from ttt_lib.geometry import (
     EDGE_RTOL,
     MIRROR,

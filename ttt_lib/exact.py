@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt_lib.augment import View, make_views
-from ttt_lib.config import ViewConfig
+from ttt_lib.config_sections import ViewConfig
 from ttt_lib.geometry import MIRROR, mirror_intrinsics, mirror_points, rotation_between, unproject
 from ttt_lib.raycast import Picture, Scenes, draw, make_atlas
 from ttt_lib.render import NovelViewRenderer
-from ttt_lib.synthetic import make_scenes, make_textures, sample_cameras
+from ttt_lib.synthetic import make_scenes, sample_cameras
+from ttt_lib.textures import make_textures
 
 FAR = 20.0  # the sky, relative to the farthest surface, where a target claims that there is something
 ALIGN = 10  # points a side that the alignment uses; its cost grows with the fourth power

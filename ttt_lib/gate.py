@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt_lib.augment import View, carry_back, make_views, sample_cameras
-from ttt_lib.config import ExperimentConfig, GateConfig
+from ttt_lib.config import ExperimentConfig
+from ttt_lib.config_sections import GateConfig
 from ttt_lib.ensemble import fitted_disparity, predict_mirrored
 from ttt_lib.errors import UserError
 from ttt_lib.geometry import project, transform_points, unproject

@@ -14,7 +14,7 @@ import utils3d
 from moge.train import losses as moge_losses
 from torch import Tensor
 
-from ttt_lib.config import LossConfig
+from ttt_lib.config_sections import LossConfig
 from ttt_lib.depth_losses import (
     feature_alignment_loss,
     gradient_matching_loss,

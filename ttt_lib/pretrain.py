@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_lib.raycast import make_atlas
-from ttt_lib.synthetic import KINDS, make_pictures, make_textures
+from ttt_lib.synthetic import KINDS, make_pictures
+from ttt_lib.textures import make_textures
 from ttt_lib.tiny import TinyMoGe, default_config
 
 SIZES = ((192, 256), (192, 256), (256, 192), (160, 320), (128, 384), (224, 224))  # height, width; about 192 tokens

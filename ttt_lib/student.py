@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ttt_lib.augment import View, carry_back, make_views
-from ttt_lib.config import ExperimentConfig, OptimizerConfig
+from ttt_lib.config import ExperimentConfig
+from ttt_lib.config_sections import OptimizerConfig
 from ttt_lib.ensemble import predict_ensemble
 from ttt_lib.geometry import unproject
 from ttt_lib.gradients import Student, Training, accumulate, add_terms, pass_gradients, reverse_gradients

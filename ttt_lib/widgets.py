@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ttt_lib.augment import make_views
-from ttt_lib.config import ViewConfig
+from ttt_lib.config_sections import ViewConfig
 from ttt_lib.models import Prediction
 from ttt_lib.render import NovelViewRenderer
 from ttt_lib.view_figures import plot_views
