@@ -1,17 +1,33 @@
-"""Shared pieces: a small untrained network, small images, and one thread for steady times on shared machines."""
+"""Shared pieces: small networks, images and experiments, and one thread for steady times on shared machines."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from ttt_lib.models import GeometryModel, load_model
+from ttt_lib.config import ExperimentConfig, build_experiment, merge
+from ttt_lib.gradients import Student
+from ttt_lib.models import GeometryModel, load_model, select_parameters
 from ttt_lib.pretrain import new_model, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "name": "test",
+    "model": {"name": "tiny", "num_tokens": 48},
+    "train": {"passes": 4, "batch_size": 2, "accumulation": 2, "optimizer": {"learning_rate": 1e-3}},
+    "views": {"longest_side": 96},
+    "losses": {"global": {"align_resolution": 6}, "mask": {"weight": 0.1}},
+}
+
+
+def small_experiment(**base) -> Callable[..., ExperimentConfig]:
+    """`SMALL` with `base` laid over it, as a function that lays a test's own settings over both."""
+    content = merge(SMALL, base)
+    return lambda **overrides: build_experiment(content, overrides=overrides)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,3 +60,15 @@ def picture():
     from ttt_lib.synthetic import make_pictures
 
     return make_pictures(["room", "table"], 5, (96, 128))
+
+
+@pytest.fixture(scope="session")
+def image(picture) -> torch.Tensor:
+    """The room alone, (3, 96, 128)."""
+    return picture.image[0]
+
+
+@pytest.fixture
+def student(tiny) -> Student:
+    """The small model, its heads to be trained."""
+    return Student(tiny, select_parameters(tiny, ["heads"]))

@@ -10,6 +10,7 @@ from ttt_lib.config import ExperimentConfig, build_experiment, load_experiment, 
 from ttt_lib.errors import UserError
 
 EXPERIMENTS = sorted((ROOT / "notebooks" / "experiments").glob("*.yaml"))
+MORE = sorted((ROOT / "notebooks" / "experiments" / "more").glob("*.yaml"))
 PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))
 PUBLISHED = (
     "original freeze_encoder unfreeze_encoder unfreeze_encoder_normal_loss unfreeze_encoderSGD "
@@ -22,6 +23,7 @@ def test_all_published_rows_and_ours_are_there():
     names = {path.stem for path in EXPERIMENTS}
     assert set(PUBLISHED) <= names
     assert {"control_lr0", "tta", "unfreeze_encoder_render", "freeze_encoder_render", "recommended"} <= names
+    assert {path.stem for path in PROFILES} >= {"paper", "demo"} and MORE
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
@@ -95,9 +97,6 @@ def test_files_that_are_missing_or_not_yaml(tmp_path):
     (tmp_path / "a.yaml").write_text("name: b")
     with pytest.raises(UserError, match="make them equal"):
         load_experiment(tmp_path / "a.yaml")
-
-
-MORE = sorted((ROOT / "notebooks" / "experiments" / "more").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", MORE, ids=lambda p: p.stem)

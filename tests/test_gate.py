@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import small_experiment
 
 from ttt_lib.adapt import adapt, sample_generator
-from ttt_lib.config import build_experiment
 from ttt_lib.errors import UserError
 from ttt_lib.gate import (
     Calibration,
@@ -25,26 +25,11 @@ from ttt_lib.gate import (
     read_calibration,
     vote,
 )
-from ttt_lib.gradients import Student
-from ttt_lib.models import restore, select_parameters, snapshot, weights_checksum
+from ttt_lib.models import weights_checksum
 
-BASE = {
-    "name": "test",
-    "model": {"name": "tiny", "num_tokens": 48},
-    "train": {"passes": 2, "batch_size": 2, "accumulation": 1, "optimizer": {"learning_rate": 1e-4}},
-    "views": {"longest_side": 96},
-    "losses": {"global": {"align_resolution": 6}, "mask": {"weight": 0.1}},
-    "gate": {"mode": "measure", "views": 2},
-}
-
-
-def config(**overrides):
-    return build_experiment(BASE, overrides=overrides)
-
-
-@pytest.fixture(scope="module")
-def image(picture):
-    return picture.image[0]
+config = small_experiment(
+    train={"passes": 2, "accumulation": 1, "optimizer": {"learning_rate": 1e-4}}, gate={"mode": "measure", "views": 2}
+)
 
 
 @pytest.fixture
@@ -172,14 +157,6 @@ def test_a_wrong_calibration_file_is_one_sentence(tmp_path):
             read_calibration(tmp_path / name)
 
 
-@pytest.fixture
-def student(tiny):
-    named = select_parameters(tiny, ["heads"])
-    before = snapshot(tiny, named)
-    yield Student(tiny, named)
-    restore(tiny, before)
-
-
 def spoil(student, amount=0.3):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -194,7 +171,7 @@ def test_the_watcher_keeps_the_best_and_stops(student, held):
     assert not watcher(1)
     assert watcher(2)
     assert watcher.best_step == 0 and len(watcher.scores) == 3
-    assert all(torch.equal(a, b) for a, b in zip(watcher.weights, original))
+    assert all(torch.equal(a, b) for a, b in zip(watcher.weights, original, strict=True))
 
 
 def test_spoilt_weights_lose_on_the_line(student, held):
@@ -202,7 +179,7 @@ def test_spoilt_weights_lose_on_the_line(student, held):
     spoil(student)
     values, share = best_on_the_line(student, held, [value.clone() for value in student.values()])
     assert share == 0.0
-    assert all(torch.equal(a, b) for a, b in zip(values, original))
+    assert all(torch.equal(a, b) for a, b in zip(values, original, strict=True))
 
 
 def test_divergence_is_undone_by_watching(tiny, image):

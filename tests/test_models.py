@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -51,7 +52,6 @@ def test_moge_1_and_2_load_and_predict_as_moge_does(real_moge, picture):
     for key in ("points", "depth", "intrinsics", "mask"):
         assert torch.equal(getattr(found, key), expected[key]), key
     assert not found.points.is_inference()
-    output = model.forward(picture.image)
     select_parameters(model, ["heads"])
     output = model.forward(picture.image)
     output["points"].sum().backward()
@@ -80,9 +80,15 @@ def test_features_and_metric_depth_of_moge(real_moge, picture):
     else:
         with pytest.raises(UserError, match="metric"):
             model.metric_depth(model.forward(images), images)
+
+    def encoder_gradient():
+        model.network.zero_grad()
+        model.forward(images)["points"].sum().backward()
+        return next(p.grad for _, p in groups["encoder"] if p.grad is not None and p.grad.abs().sum() > 0)
+
+    before = encoder_gradient()
     model.save_memory()
-    output = model.forward(images)["points"]
-    output.sum().backward()
+    assert torch.allclose(encoder_gradient(), before, rtol=1e-3, atol=1e-5 * float(before.abs().max()))
 
 
 def test_the_small_model_is_moge_2s_forward(tiny, picture):
@@ -144,7 +150,7 @@ def test_a_wrong_file_is_one_sentence(wrong_files, file, words):
     assert str(wrong_files / file) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_unknown_names_and_an_unreachable_hub(monkeypatch):
+def test_unknown_names_and_an_unreachable_hub(tmp_path):
     with pytest.raises(UserError, match="neither 'tiny'"):
         load_model("huge", "cpu")
     with pytest.raises(UserError, match="neither 'tiny'"):
@@ -155,7 +161,7 @@ def test_unknown_names_and_an_unreachable_hub(monkeypatch):
         "from ttt_lib.models import load_model\nfrom ttt_lib.errors import UserError\n"
         "try: load_model('Ruicheng/moge-2-vits-normal', 'cpu')\nexcept UserError as e: print(e)"
     )
-    environment = {**__import__("os").environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/tmp/no-such-cache"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "cannot be reached" in done.stdout and "pass its path" in done.stdout, done.stderr
 
@@ -168,6 +174,6 @@ def test_a_torchvision_that_cannot_be_imported_counts_as_absent(tmp_path):
     )
     code = "import ttt_lib.models, sys; assert sys.modules['torchvision'] is None\n" \
            "from transformers import AutoModelForDepthEstimation; print('fine')"  # fmt: skip
-    environment = {**__import__("os").environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
     assert "fine" in done.stdout, done.stderr[-2000:]

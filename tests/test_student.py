@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import small_experiment
 
 from ttt_lib import gradients as gradients_module
 from ttt_lib.adapt import adapt, sample_generator
-from ttt_lib.config import build_experiment
 from ttt_lib.errors import UserError
 from ttt_lib.gradients import Student, Training, pass_gradients
 from ttt_lib.models import restore, select_parameters, snapshot, weights_checksum
 from ttt_lib.restraint import LowRank, sharpest_point
 from ttt_lib.student import draw_views
 
-BASE = {
-    "name": "test",
-    "model": {"name": "tiny", "num_tokens": 48},
-    "train": {"passes": 4, "batch_size": 2, "accumulation": 2, "optimizer": {"learning_rate": 1e-4}},
-    "views": {"longest_side": 96},
-    "losses": {"global": {"align_resolution": 6}, "mask": {"weight": 0.1}},
-}
-
-
-def config(**overrides):
-    return build_experiment(BASE, overrides=overrides)
-
-
-@pytest.fixture(scope="module")
-def image(picture):
-    return picture.image[0]
-
-
-@pytest.fixture
-def student(tiny):
-    named = select_parameters(tiny, ["heads"])
-    before = snapshot(tiny, named)
-    yield Student(tiny, named)
-    restore(tiny, before)
+config = small_experiment(train={"optimizer": {"learning_rate": 1e-4}})
 
 
 def gradients(student, image, settings, micro_batch):
@@ -46,6 +23,15 @@ def gradients(student, image, settings, micro_batch):
     view = draw_views(image, target, settings, generator, None)
     training = Training(micro_batch=micro_batch)
     return (*pass_gradients(student, view, settings, generator, training), training, generator)
+
+
+def assert_close_gradients(found, expected, rtol: float, floor: float) -> None:
+    """Of the same parameters, and not all zero; `floor` is the absolute tolerance beside 1e-5 of the largest."""
+    assert any(b is not None and b.abs().max() > 0 for b in expected)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert torch.allclose(a, b, rtol=rtol, atol=floor + 1e-5 * float(b.abs().max()))
 
 
 LOCAL = {"local_4": {"align_resolution": 4, "num_patches": 4}}
@@ -57,10 +43,7 @@ def test_parts_of_the_batch_give_the_whole_gradient(student, image, cutmix):
     whole, terms, _, end = gradients(student, image, settings, 3)
     parts, part_terms, _, part_end = gradients(student, image, settings, 1)
     assert torch.equal(end.get_state(), part_end.get_state())
-    for a, b in zip(whole, parts):
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max()) + 1e-8)
+    assert_close_gradients(parts, whole, rtol=1e-3, floor=1e-8)
     assert terms.keys() == part_terms.keys()
     for key in terms:
         assert torch.allclose(terms[key], part_terms[key], rtol=1e-4)
@@ -81,9 +64,7 @@ def test_out_of_memory_halves_the_part_and_changes_nothing(student, image, monke
     assert training.micro_batch == 1
     assert torch.equal(end.get_state(), part_end.get_state())
     assert torch.allclose(terms["loss"], part_terms["loss"], rtol=1e-4)
-    for a, b in zip(whole, parts):
-        if a is not None:
-            assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max()) + 1e-8)
+    assert_close_gradients(parts, whole, rtol=1e-3, floor=1e-8)
     monkeypatch.setattr(student.model, "forward", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         gradients(student, image, settings, 4)
@@ -160,10 +141,8 @@ def test_checkpointing_gives_the_same_gradients(student, image):
     other = load_model("tiny", "cpu", num_tokens=student.model.num_tokens)
     other.save_memory()
     twin = Student(other, select_parameters(other, ["heads"]))
-    for a, b in zip(gradients(student, image, config(), 2)[0], gradients(twin, image, config(), 2)[0]):
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-7 + 1e-5 * float(a.abs().max()))
+    plain, saved = (gradients(one, image, config(), 2)[0] for one in (student, twin))
+    assert_close_gradients(saved, plain, rtol=1e-4, floor=1e-7)
 
 
 def test_sharpest_point_is_radius_away_along_the_gradient_and_undone():
@@ -180,7 +159,7 @@ def test_the_distance_term_pulls_back(tiny, image):
 
     def distance(result):
         own = [p for _, p in tiny.network.named_parameters()]
-        return sum(float((a - b).square().sum()) for a, b in zip(result.weights, own))
+        return sum(float((a - b).square().sum()) for a, b in zip(result.weights, own, strict=True))
 
     assert distance(held) < 0.9 * distance(free)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import shutil
@@ -16,14 +15,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 
 from ttt_lib.errors import UserError
 from ttt_lib.models import load_model, restore, select_parameters, snapshot, weights_checksum
 from ttt_lib.preprocessing import BICUBIC, BILINEAR, resize_as_pillow
 from ttt_lib.transformers_models import DEPTH_RATIO, depth_from_disparity
-
-transformers = pytest.importorskip("transformers")
 
 TRANSFORMER = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
 NECK = {"neck_hidden_sizes": [8, 12, 16, 24], "fusion_hidden_size": 16}
@@ -198,8 +196,6 @@ def _post_process(processor, outputs, size: tuple[int, int], monkeypatch, flippe
 @pytest.mark.parametrize("size", [(60, 82), (82, 60), (150, 190)])
 def test_prediction_is_that_of_transformers_called_directly(folder, load, family, size, monkeypatch):
     """Processor, network and post-processing of the library on 8-bit pictures, one at a time: 1e-5."""
-    if family in ("dpt_beit", "zoe_nk") and size == (150, 190):
-        pytest.skip("nothing new")
     model, network, processor = load(family), _direct_network(folder(family)), _processor(folder(family))
     pictures = _pictures(2, size)
     prediction = model.predict(_batch(pictures))
@@ -588,7 +584,6 @@ from ttt_lib.models import load_model
 for folder in {[str(folder(f)) for f in ("da_relative", "zoe_n", "dpt")]!r}:
     print(load_model(folder, "cpu").predict(torch.rand(3, 40, 50)).depth.shape)
 """
-    assert importlib.util.find_spec("transformers") is not None
     assert _elsewhere(code).count("[40, 50]") == 3
 
 
@@ -630,7 +625,7 @@ def test_adaptation_runs_on_every_family_and_leaves_the_weights(load, family):
     assert np.isfinite(result.signals["consistency_score"])
     scores = evaluate(result.final, rest)
     expected = "depth_affine_invariant" if family in METRIC else "disparity_affine_invariant"
-    assert any("affine_invariant" in key for key in scores), (expected, scores.keys())
+    assert expected in scores
 
 
 @pytest.mark.slow
@@ -655,4 +650,4 @@ def test_the_notebook_takes_a_folder_as_the_model(folder, tmp_path, family):
     metrics = pd.read_csv(tmp_path / "out" / "metrics.csv")
     assert set(metrics.prediction) == {"original", "final"}
     kind = "depth_metric" if family == "zoe_nk" else "disparity_affine_invariant"
-    assert (metrics.metric == kind).any() or metrics.metric.str.contains("affine").any()
+    assert {"original", "final"} == set(metrics.prediction[metrics.metric == kind])

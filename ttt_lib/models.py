@@ -21,19 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ttt_lib.errors import UserError
-from ttt_lib.hub import NotInRepository, download, hub_answers
+from ttt_lib.moge_checkpoints import HUB_NAMES, TRANSFORMERS_PREFIXES, download_checkpoint, load_network
 
 ASSETS = Path(__file__).parent / "assets"
 PARTS = ("encoder", "neck", "heads", "norms")
-HUB_NAMES = (
-    "Ruicheng/moge-vitl",
-    "Ruicheng/moge-2-vitl",
-    "Ruicheng/moge-2-vitl-normal",
-    "Ruicheng/moge-2-vitb-normal",
-    "Ruicheng/moge-2-vits-normal",
-)
-# Hub names that start so are loaded through transformers, every other one through moge.
-TRANSFORMERS_PREFIXES = ("LiheYoung/", "depth-anything/", "Intel/zoedepth", "Intel/dpt")
 NORMS = (
     nn.LayerNorm,
     nn.GroupNorm,
@@ -292,62 +283,6 @@ def _choose_device(device: str) -> torch.device:
         raise UserError(f"model.device: {device!r} cannot be used here ({str(error).splitlines()[0]}).") from error
 
 
-def _download(name: str) -> Path:
-    """MoGe's checkpoint from the hub. Raises `UserError`."""
-    page = f"https://huggingface.co/{name}"
-    advice = f"download `model.pt` of {page} on a machine with access and pass its path as the model"
-    try:
-        return download(name, "model.pt", hub_answers(), advice)
-    except NotInRepository as error:
-        raise UserError(
-            f"model {name!r}: the repository holds no `model.pt`, so it is no MoGe model; known are {', '.join(HUB_NAMES)}"
-            f" and names that begin with {', '.join(TRANSFORMERS_PREFIXES)}."
-        ) from error
-
-
-def _read_checkpoint(path: Path, name: str) -> dict[str, Any]:
-    advice = (
-        "a model is the `model.pt` of a MoGe repository, a file written by this package, or the folder of a "
-        "transformers model"
-    )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"model {name!r}: {path} cannot be read ({error.strerror or error}).") from error
-    except Exception as error:  # damaged bytes end in nearly any exception inside the unpickler
-        raise UserError(
-            f"model {name!r}: {path} is not a readable checkpoint (truncated, or another kind of file); {advice}."
-        ) from error
-    if not isinstance(checkpoint, dict) or not {"model", "model_config"} <= checkpoint.keys():
-        raise UserError(f"model {name!r}: {path} holds no `model_config` and `model`; {advice}.")
-    return checkpoint
-
-
-def _build(checkpoint: dict[str, Any], path: Path, name: str) -> tuple[nn.Module, Kind]:
-    config, weights = checkpoint["model_config"], checkpoint["model"]
-    wrong = f"model {name!r}: {path} is not a MoGe checkpoint"
-    if not isinstance(config, dict) or not isinstance(weights, dict):
-        raise UserError(f"{wrong}: its `model_config` and `model` are not dictionaries.")
-    try:
-        if config.get("architecture") == "tiny":
-            from ttt_lib.tiny import TinyMoGe as Network
-        elif "neck" in config:
-            from moge.model.v2 import MoGeModel as Network
-        else:
-            from moge.model.v1 import MoGeModel as Network
-        network = Network(**config)
-        missing = network.load_state_dict(weights, strict=False).missing_keys
-    except Exception as error:  # whatever a network's constructor makes of a wrong configuration
-        # PyTorch's report of wrong shapes says what is wrong from its second line on.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise UserError(f"{wrong} ({lines[min(1, len(lines) - 1)].rstrip('.')}).") from error
-    if missing:
-        raise UserError(f"model {name!r}: {path} lacks {len(missing)} of its weights, first {missing[0]!r}.")
-    if not hasattr(network, "points_head") and not hasattr(network, "head"):
-        raise UserError(f"{wrong} of points: it has no points head.")
-    return network, "metric" if hasattr(network, "scale_head") else "scale_invariant"
-
-
 def load_model(
     name: str = "tiny",
     device: str = "auto",
@@ -374,7 +309,7 @@ def load_model(
         if not path.exists():
             raise UserError(f"model 'tiny': {path} is missing; install the package again.")
     elif (path / "config.json").is_file() or (not path.exists() and name.startswith(TRANSFORMERS_PREFIXES)):
-        from ttt_lib.transformers_models import load_transformers_model
+        from ttt_lib.transformers_loading import load_transformers_model
 
         return load_transformers_model(name, target, num_tokens, autocast, fov_x)
     elif path.is_dir():
@@ -386,11 +321,11 @@ def load_model(
             raise UserError(
                 f"model {name!r}: neither 'tiny', nor a file that exists, nor a hub name such as {HUB_NAMES[-1]!r}."
             )
-        path = _download(name)
+        path = download_checkpoint(name)
     if fov_x is not None:
         raise UserError(f"model {name!r}: it predicts the camera itself; leave the field of view out.")
-    network, kind = _build(_read_checkpoint(path, name), path, name)
-    network = network.to(target)
+    network = load_network(path, name).to(target)
+    kind: Kind = "metric" if hasattr(network, "scale_head") else "scale_invariant"
     if target.type == "cpu" and name == "tiny":  # a third less time for its convolutions there; ViTs gain nothing
         network = network.to(memory_format=torch.channels_last)
     for parameter in network.parameters():
