@@ -362,10 +362,11 @@ def end(process) -> None:
 
 def check_resumed(runs, whole):
     """The tables of a run that was killed and resumed are those of an undisturbed one, and nothing else is left."""
-    from ttt_lib import report  # takes torch along, which the processes that are killed need not wait for
+    from ttt_lib.results import read_runs  # takes torch along, which the processes that are killed need not wait for
+    from ttt_lib.tables import table1
 
     pd.testing.assert_frame_equal(table(runs), table(whole), check_exact=True)
-    one, two = (report.table1(report.read_runs(folder)) for folder in (runs, whole))
+    one, two = (table1(read_runs(folder)) for folder in (runs, whole))
     pd.testing.assert_frame_equal(one, two, check_exact=True)
     assert not list((runs / ".work").iterdir()) and not (runs / "superseded").exists()
 
@@ -420,7 +421,7 @@ def test_a_real_adaptation_gives_the_same_numbers_with_one_and_two_workers(tmp_p
 
     The jobs ask for the cores divided by the workers, as their maker may; on one thread more the numbers differ.
     """
-    from ttt_lib import report
+    from ttt_lib.results import read_runs
 
     settings = {
         "name": "unfreeze_encoder", "seed": 0, "data": [{"kind": "synthetic", "count": 2, "height": 64, "width": 96}],
@@ -445,7 +446,7 @@ def test_a_real_adaptation_gives_the_same_numbers_with_one_and_two_workers(tmp_p
         ]
         outcomes = run_jobs(jobs, tmp_path / str(workers), workers=workers, announce=lambda _: None)
         assert statuses(outcomes) == ["done"] * workers, outcomes
-        runs = report.read_runs(tmp_path / str(workers))
+        runs = read_runs(tmp_path / str(workers))
         assert len(runs.samples) == 2 and (runs.samples["decision"] == "adapted").all()
         tables.append((runs.metrics, runs.history.drop(columns="seconds")))
     for one, two in zip(*tables):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ttt_lib import benchmark
+from ttt_lib import benchmark, memory
+from ttt_lib.adapt import adapt
 from ttt_lib.benchmark import STAGES, compare_loops, growth, machine, stage_times
 from ttt_lib.config import build_experiment
+from ttt_lib.memory import memory_mb, peak_memory_mb, reset_peak_memory
 from ttt_lib.models import weights_checksum
 from ttt_lib.render import NovelViewRenderer
 
@@ -53,13 +56,33 @@ def test_the_scene_is_made_once_a_target_and_is_not_a_part_of_the_views(tiny, pi
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
 def test_memory_is_of_this_process_and_its_peak_can_be_forgotten():
+    cpu = torch.device("cpu")
     held = torch.ones(64 * 2**18)
-    with_it = benchmark._process_mb("VmRSS")
+    with_it = memory_mb(cpu)
     del held
     # The system counts the pages of a thread in batches.
-    assert benchmark._process_mb("VmHWM") + 5 > with_it > benchmark._process_mb("VmRSS") + 50
-    benchmark._forget_peak()
-    assert benchmark._process_mb("VmHWM") < with_it - 50
+    assert peak_memory_mb(cpu) + 5 > with_it > memory_mb(cpu) + 50
+    reset_peak_memory(cpu)
+    assert peak_memory_mb(cpu) < with_it - 50
+
+
+def test_memory_where_the_system_says_little(monkeypatch, tmp_path):
+    cpu, megabyte = torch.device("cpu"), 2**20
+    monkeypatch.setattr(memory, "PROCESS", tmp_path / "none")
+    for platform, unit in (("linux", 2**10), ("darwin", 1)):
+        monkeypatch.setattr(memory.sys, "platform", platform)
+        usage = SimpleNamespace(ru_maxrss=300 * megabyte // unit)
+        monkeypatch.setattr(memory.resource, "getrusage", lambda who, usage=usage: usage)
+        reset_peak_memory(cpu)
+        assert memory_mb(cpu) == peak_memory_mb(cpu) == 300
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
+def test_an_adaptation_tells_its_own_peak(tiny, picture):
+    held = torch.ones(256 * 2**18)
+    with_it = peak_memory_mb(torch.device("cpu"))
+    del held
+    assert adapt(tiny, picture.image[0], build_experiment(BASE)).peak_memory_mb < with_it
 
 
 def test_growth_passes_the_setting_on(tiny, picture, monkeypatch):

@@ -12,20 +12,9 @@ from conftest import small_experiment
 
 from ttt_lib.adapt import adapt, sample_generator
 from ttt_lib.errors import UserError
-from ttt_lib.gate import (
-    Calibration,
-    Watcher,
-    best_on_the_line,
-    blend_predictions,
-    consistency,
-    disagreement_map,
-    edge_agreement,
-    held_back_views,
-    log_error,
-    read_calibration,
-    vote,
-)
+from ttt_lib.gate import Calibration, Watcher, best_on_the_line, blend_predictions, read_calibration
 from ttt_lib.models import weights_checksum
+from ttt_lib.signals import consistency, disagreement_map, edge_agreement, held_back_views, log_error, vote
 
 config = small_experiment(
     train={"passes": 2, "accumulation": 1, "optimizer": {"learning_rate": 1e-4}}, gate={"mode": "measure", "views": 2}
@@ -190,9 +179,9 @@ def test_divergence_is_undone_by_watching(tiny, image):
 
 
 def test_the_gate_fails_closed(tiny, image, monkeypatch):
-    from ttt_lib import gate as gate_module
+    from ttt_lib import signals
 
-    real, calls = gate_module._on_views, []
+    real, calls = signals._on_views, []
 
     def broken(*arguments):
         calls.append(1)
@@ -200,7 +189,7 @@ def test_the_gate_fails_closed(tiny, image, monkeypatch):
             raise FloatingPointError("not finite")
         return real(*arguments)
 
-    monkeypatch.setattr(gate_module, "_on_views", broken)
+    monkeypatch.setattr(signals, "_on_views", broken)
     result = adapt(tiny, image, config())
     assert len(calls) == 2 and result.decision == "original" and "not finite" in result.reason
     assert torch.equal(result.final.depth, result.original.depth)

@@ -11,15 +11,17 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from ttt_lib import report
+from ttt_lib import results, study_figures, tables
 from ttt_lib.errors import UserError
+from ttt_lib.metrics import TABLE1_COLUMNS
+from ttt_lib.report import write_report
 from ttt_lib.statistics import bootstrap_interval, paired_gains, paired_summary, summarise
 
 BASE = np.random.default_rng(0).random((8, 12))
 
 
 def write_shard(
-    folder, experiment, shard=(0, 1), samples=range(5), shift=0.0, columns=report.TABLE1_COLUMNS, history=True,
+    folder, experiment, shard=(0, 1), samples=range(5), shift=0.0, columns=TABLE1_COLUMNS, history=True,
     identity=None, finished=1.0,
 ):  # fmt: skip
     """A finished shard with known numbers: every score of every sample but the first improves by `shift`."""
@@ -28,7 +30,7 @@ def write_shard(
     rows, times, steps = [], [], []
     for i in list(samples)[shard[0] :: shard[1]]:
         names = {"experiment": experiment, "dataset": "ab"[i % 2], "sample": f"s{i}"}
-        for (metric, score), value in zip(report.TABLE1_COLUMNS, BASE[i]):
+        for (metric, score), value in zip(TABLE1_COLUMNS, BASE[i]):
             gain = (shift if score == "delta1" else -shift) * (1 if i else -1)
             for prediction, number in (("original", value), ("final", value + gain)):
                 if (metric, score) in columns:
@@ -59,7 +61,7 @@ def runs_folder(tmp_path_factory):
 
 def test_the_published_table_gives_the_papers_bold_cells():
     """Best of each column of the published figures, ties included, worked out by hand."""
-    best = report.best_cells(report.published_table())
+    best = tables.best_cells(tables.published_table())
     expected = {
         "depth_metric_rel": ["unfreeze_encoder_lower_lr", "unfreeze_encoder_higher_lr"],
         "depth_metric_delta1": ["unfreeze_encoder"],
@@ -75,39 +77,39 @@ def test_the_published_table_gives_the_papers_bold_cells():
         "points_affine_invariant_delta1": ["unfreeze_encoder"],
     }
     assert {column: best.index[best[column]].tolist() for column in expected} == expected
-    ours = report.COLUMN_NAMES
+    ours = tables.COLUMN_NAMES
     assert set(ours) == set(expected) and not best["seconds"].any() and int(best.to_numpy().sum()) == 16
-    text = report.to_markdown(report.published_table())
+    text = tables.to_markdown(tables.published_table())
     assert text.count("**") == 2 * 16
     assert "**0.67**" not in text and text.count("**0.70**") == 2 and "**0.49**" in text
-    assert r"\textbf{0.48}" in report.to_latex(report.published_table())
+    assert r"\textbf{0.48}" in tables.to_latex(tables.published_table())
 
 
 def test_table_1_is_the_mean_of_the_files(runs_folder):
-    runs = report.read_runs(runs_folder)
+    runs = results.read_runs(runs_folder)
     assert len(runs.shards) == 6 and len(runs.samples) == 15
-    table = report.table1(runs)
+    table = tables.table1(runs)
     raw = pd.concat([pd.read_csv(p) for p in runs_folder.glob("*/*/metrics.csv")])
     raw = raw[raw.prediction == "final"]
     for experiment in table.index:
-        for metric, score in report.TABLE1_COLUMNS:
+        for metric, score in TABLE1_COLUMNS:
             rows = raw[(raw.experiment == experiment) & (raw.metric == metric) & (raw.score == score)]
             assert table.loc[experiment, f"{metric}_{score}"] == pytest.approx(rows.value.mean())
     assert table.index.tolist() == ["original", "control_lr0", "unfreeze_encoder"] and (table.seconds == 3).all()
-    assert report.control_is_exact(runs) is True
+    assert tables.control_is_exact(runs) is True
 
 
 def test_a_control_that_differs_in_the_last_bit_is_noticed(runs_folder):
-    runs = report.read_runs(runs_folder)
+    runs = results.read_runs(runs_folder)
     row = runs.metrics.index[(runs.metrics.experiment == "control_lr0") & (runs.metrics.prediction == "final")][0]
     runs.metrics.loc[row, "value"] = np.nextafter(runs.metrics.loc[row, "value"], 1)
-    assert report.control_is_exact(runs) is False
+    assert tables.control_is_exact(runs) is False
     runs.metrics = runs.metrics[runs.metrics.experiment != "control_lr0"]
-    assert report.control_is_exact(runs) is None
+    assert tables.control_is_exact(runs) is None
 
 
 def test_gains_and_their_summary(runs_folder):
-    runs = report.read_runs(runs_folder)
+    runs = results.read_runs(runs_folder)
     for metric, score in (("depth_metric", "rel"), ("points_metric", "delta1")):
         gains = paired_gains(runs.metrics, metric, score)
         group = gains[gains.experiment == "unfreeze_encoder"]
@@ -134,7 +136,7 @@ def test_statistics_against_scipy_and_by_hand():
 
 
 def test_the_report_is_computed_from_the_files_beside_it(runs_folder, tmp_path):
-    files = report.write_report(report.read_runs(runs_folder), tmp_path, bootstrap_samples=50)
+    files = write_report(results.read_runs(runs_folder), tmp_path, bootstrap_samples=50)
     metrics, table = pd.read_csv(files["metrics"]), pd.read_csv(files["table1"]).set_index("experiment")
     again = metrics[metrics.prediction == "final"].groupby(["experiment", "metric", "score"]).value.mean()
     text = files["html"].read_text(encoding="utf-8")
@@ -153,7 +155,7 @@ def test_the_report_is_computed_from_the_files_beside_it(runs_folder, tmp_path):
 
 
 def test_the_published_confound_shows():
-    view = report.confound(report.published_table())
+    view = tables.confound(tables.published_table())
     change = view["unfreeze_encoderSGD_lower_lr - original"]
     assert abs(change["depth_metric_delta1"]) <= 0.011 and abs(change["points_metric_delta1"]) <= 0.011
     assert change["depth_affine_invariant_delta1"] == pytest.approx(0.22)
@@ -161,18 +163,18 @@ def test_the_published_confound_shows():
 
 def test_the_printed_text_decides_what_is_best():
     """Ties and winners by what is printed: 1.115 prints as 1.11, although rounding a frame gives 1.12."""
-    table = pd.DataFrame(1.0, index=["a", "b", "c"], columns=[*report.COLUMN_NAMES, "seconds"])
+    table = pd.DataFrame(1.0, index=["a", "b", "c"], columns=[*tables.COLUMN_NAMES, "seconds"])
     table["depth_metric_rel"] = [1.115, 1.11, 1.12]
     table["depth_metric_delta1"] = [1.115, 1.11, np.nan]
-    best = report.best_cells(table)
+    best = tables.best_cells(table)
     assert best["depth_metric_rel"].tolist() == [True, True, False]
     assert best["depth_metric_delta1"].tolist() == [True, True, False]
-    for name, line in zip(table.index, report.to_markdown(table).splitlines()[2:]):
+    for name, line in zip(table.index, tables.to_markdown(table).splitlines()[2:]):
         texts = [cell.strip() for cell in line.split("|")[2:4]]
         assert texts[0] == ("1.12" if name == "c" else "**1.11**") and texts[1] == ("" if name == "c" else "**1.11**")
 
 
-RELATIVE = [(m, s) for m, s in report.TABLE1_COLUMNS if "metric" not in m.split("_", 1)[1].split("_")]
+RELATIVE = [(m, s) for m, s in TABLE1_COLUMNS if "metric" not in m.split("_", 1)[1].split("_")]
 PARTIAL = {  # what lies in the folder, and what must be said about it
     "some shards": (
         lambda f: [write_shard(f, "original"), write_shard(f, "control_lr0"), write_shard(f, "tta", (1, 3), shift=0.1)],
@@ -223,7 +225,7 @@ def run_notebook(runs, output):
 def test_what_can_be_computed_of_a_partial_run_is_shown_and_the_rest_is_said(case, tmp_path, capsys):
     make, words = PARTIAL[case]
     make(tmp_path / "runs")
-    runs = report.read_runs(tmp_path / "runs")
+    runs = results.read_runs(tmp_path / "runs")
     for line in words:
         assert sum(line in note for note in runs.notes) == 1, (line, runs.notes)
     space = run_notebook(tmp_path / "runs", tmp_path / "out")  # its last cell writes the report
@@ -232,10 +234,10 @@ def test_what_can_be_computed_of_a_partial_run_is_shown_and_the_rest_is_said(cas
     text = files["html"].read_text(encoding="utf-8")
     assert all(html.escape(note) in text for note in runs.notes)
     table = pd.read_csv(files["table1"])
-    assert table["experiment"].tolist() == sorted({p.parent.name for p in runs.shards}, key=report.ORDER.index) or (
+    assert table["experiment"].tolist() == sorted({p.parent.name for p in runs.shards}, key=tables.ORDER.index) or (
         case == "no sample" and not len(table)
     )
-    assert report.to_text(report.table1(runs)) and report.to_latex(report.table1(runs))
+    assert tables.to_text(tables.table1(runs)) and tables.to_latex(tables.table1(runs))
     final = runs.metrics[(runs.metrics.prediction == "final") & (runs.metrics.score == "delta1")]
     for (experiment, metric), rows in final.groupby(["experiment", "metric"]):
         shown = table.set_index("experiment").loc[experiment, f"{metric}_delta1"]
@@ -243,10 +245,10 @@ def test_what_can_be_computed_of_a_partial_run_is_shown_and_the_rest_is_said(cas
 
 
 def test_a_report_leaves_no_figure_of_an_earlier_one(runs_folder, tmp_path):
-    report.write_report(report.read_runs(runs_folder), tmp_path / "out", bootstrap_samples=20)
+    write_report(results.read_runs(runs_folder), tmp_path / "out", bootstrap_samples=20)
     assert (tmp_path / "out" / "figure4.png").exists()
     write_shard(tmp_path / "runs", "original", history=False)
-    files = report.write_report(report.read_runs(tmp_path / "runs"), tmp_path / "out", bootstrap_samples=20)
+    files = write_report(results.read_runs(tmp_path / "runs"), tmp_path / "out", bootstrap_samples=20)
     assert "figure4" not in files and not list((tmp_path / "out").glob("*.png"))
 
 
@@ -254,15 +256,15 @@ def test_a_control_that_has_only_some_shards_is_compared_on_those(tmp_path):
     write_shard(tmp_path, "original", (0, 2))
     write_shard(tmp_path, "original", (1, 2))
     place = write_shard(tmp_path, "control_lr0", (1, 2))
-    assert report.control_is_exact(report.read_runs(tmp_path)) is True
+    assert tables.control_is_exact(results.read_runs(tmp_path)) is True
     rows = pd.read_csv(place / "metrics.csv")
     rows.loc[rows.prediction == "final", "value"] += 1e-9
     rows.to_csv(place / "metrics.csv", index=False)
-    assert report.control_is_exact(report.read_runs(tmp_path)) is False
+    assert tables.control_is_exact(results.read_runs(tmp_path)) is False
 
 
 def means(runs):
-    return report.table1(runs).loc["original", "depth_metric_rel"]
+    return tables.table1(runs).loc["original", "depth_metric_rel"]
 
 
 def test_shards_of_two_counts_are_never_mixed(tmp_path):
@@ -271,23 +273,23 @@ def test_shards_of_two_counts_are_never_mixed(tmp_path):
         write_shard(tmp_path, "original", (i, 2), finished=1.0)
     for i in (0, 2, 3):
         write_shard(tmp_path, "original", (i, 4), finished=9.0)
-    runs = report.read_runs(tmp_path)
+    runs = results.read_runs(tmp_path)
     assert [p.name for p in runs.shards] == ["000-of-002", "001-of-002"] and len(runs.samples) == 5
     assert means(runs) == pytest.approx(BASE[:5, 0].mean())
     (note,) = [n for n in runs.notes if "not used" in n]
     assert "000-of-004, 002-of-004, 003-of-004" in note and "2 different runs" in note
     write_shard(tmp_path, "original", (1, 4), finished=9.0)
-    assert len(report.read_runs(tmp_path).shards) == 4
+    assert len(results.read_runs(tmp_path).shards) == 4
     for i in range(2):
         (tmp_path / "original" / f"00{i}-of-002" / "manifest.json").unlink()
-    assert not [n for n in report.read_runs(tmp_path).notes if "not used" in n]
+    assert not [n for n in results.read_runs(tmp_path).notes if "not used" in n]
 
 
 def test_shards_of_other_settings_are_never_mixed(tmp_path):
     """Two runs with other settings on one folder at a time leave one shard each: one of them is used, and it is said."""
     write_shard(tmp_path, "original", (0, 2), identity={"settings": "new"}, finished=2.0)
     write_shard(tmp_path, "original", (1, 2), identity={"settings": "old"}, finished=1.0)
-    runs = report.read_runs(tmp_path)
+    runs = results.read_runs(tmp_path)
     assert [p.name for p in runs.shards] == ["000-of-002"] and len(runs.samples) == 3
     assert any("not used: 001-of-002" in n for n in runs.notes) and any("1 of 2 shards" in n for n in runs.notes)
 
@@ -295,7 +297,7 @@ def test_shards_of_other_settings_are_never_mixed(tmp_path):
 def test_a_score_that_is_there_twice_counts_once(tmp_path):
     write_shard(tmp_path, "original", (0, 2), samples=[0, 1])
     write_shard(tmp_path, "original", (1, 2), samples=[1, 0])
-    runs = report.read_runs(tmp_path)
+    runs = results.read_runs(tmp_path)
     assert len(runs.samples) == 1 and means(runs) == pytest.approx(BASE[0, 0])
     assert any("24 scores are there twice" in n for n in runs.notes)
 
@@ -309,29 +311,29 @@ def test_names_of_samples_stay_text(tmp_path):
             rows["dataset"] = "12"
             rows.to_csv(place / f"{name}.csv", index=False)
         (place / "predictions" / "a__s0.npz").rename(place / "predictions" / "12__0007.npz")
-    runs = report.read_runs(tmp_path)
+    runs = results.read_runs(tmp_path)
     assert set(runs.samples["sample"]) == {"0007", "NA"} and len(paired_gains(runs.metrics, "depth_metric", "rel")) == 4
-    assert report.prediction_file(runs, "tta", "12", "0007")
+    assert study_figures.prediction_file(runs, "tta", "12", "0007")
 
 
 def test_a_damaged_result_file_is_one_sentence(tmp_path):
     place = write_shard(tmp_path, "original")
     (place / "metrics.csv").write_text('a,b\n1,2,3\n"')
     with pytest.raises(UserError, match="metrics.csv: cannot be read"):
-        report.read_runs(tmp_path)
+        results.read_runs(tmp_path)
     (place / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="no finished run"):
-        report.read_runs(tmp_path)
+        results.read_runs(tmp_path)
 
 
 def test_names_in_latex_and_html_are_escaped(tmp_path):
     write_shard(tmp_path / "runs", "a&b<c>_50%")
-    runs = report.read_runs(tmp_path / "runs")
-    assert r"a\&b<c>\_50\% &" in report.to_latex(report.table1(runs))
-    text = report.write_report(runs, tmp_path / "out", bootstrap_samples=20)["html"].read_text(encoding="utf-8")
+    runs = results.read_runs(tmp_path / "runs")
+    assert r"a\&b<c>\_50\% &" in tables.to_latex(tables.table1(runs))
+    text = write_report(runs, tmp_path / "out", bootstrap_samples=20)["html"].read_text(encoding="utf-8")
     assert "a&amp;b&lt;c&gt;_50%" in text and "b<c>" not in text
 
 
 def test_no_runs_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no finished run"):
-        report.read_runs(tmp_path)
+        results.read_runs(tmp_path)

@@ -8,7 +8,6 @@ becomes of that. See DESIGN in the README for the method, and `config.py` for th
 from __future__ import annotations
 
 import hashlib
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,20 +18,12 @@ from torch.nn import functional as F
 
 from ttt_lib.config import ExperimentConfig
 from ttt_lib.ensemble import predict_ensemble
-from ttt_lib.gate import (
-    Calibration,
-    HeldBack,
-    Watcher,
-    best_on_the_line,
-    blend_predictions,
-    disagreement_map,
-    held_back_views,
-    measure,
-    read_calibration,
-)
+from ttt_lib.gate import Calibration, Watcher, best_on_the_line, blend_predictions, read_calibration
 from ttt_lib.gradients import Student, Training
+from ttt_lib.memory import peak_memory_mb, reset_peak_memory
 from ttt_lib.models import GeometryModel, Prediction, restore, select_parameters, snapshot
 from ttt_lib.references import References, correct
+from ttt_lib.signals import HeldBack, disagreement_map, held_back_views, measure
 from ttt_lib.student import NonFiniteLoss, average_views, train_student
 
 
@@ -44,9 +35,9 @@ class AdaptResult:
     `blend` gives or would give, with a gate. decision: `original`, `adapted`, `averaged`, and with a gate `accept`,
     `blend` or `reject`; reason: a sentence when the decision is not the expected one. history: one dictionary an
     optimizer step: step, passes, loss, each term, gradient_norm, known (share of known target pixels), seconds.
-    signals: of the gate. seconds: wall time of everything here; peak_memory_mb: of the device (CUDA) or of the process
-    (CPU). micro_batch: views in the network at a time. weights: of the trained parameters, for the next image of a
-    sequence (`train.reset`).
+    signals: of the gate. seconds: wall time of everything here; peak_memory_mb: during this adaptation, see
+    `memory.peak_memory_mb`. micro_batch: views in the network at a time. weights: of the trained parameters, for the
+    next image of a sequence (`train.reset`).
     """
 
     original: Prediction
@@ -63,6 +54,10 @@ class AdaptResult:
     micro_batch: int = 0
     blended: Prediction | None = None
     weights: list[Tensor] | None = None
+
+    def add_reason(self, said: str) -> None:
+        """Add a sentence to `reason`; an empty one adds nothing."""
+        self.reason = "; ".join(filter(None, [self.reason, said]))
 
 
 def sample_generator(seed: int, name: str) -> torch.Generator:
@@ -81,13 +76,6 @@ def working_image(image: Tensor, longest_side: int | None) -> Tensor:
     return F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0].clamp(0, 1)
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory: allocated on a CUDA device since the last reset, else resident in this process since its start."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
 def adapt(
     model: GeometryModel,
     image: Tensor,
@@ -97,25 +85,29 @@ def adapt(
     on_step: Callable[[dict[str, float]], None] | None = None,
     references: References | None = None,
     start: list[Tensor] | None = None,
+    calibration: Calibration | None = None,
 ) -> AdaptResult:
     """Adapt `model` to one image by the experiment's method and predict; the model is left exactly as it was.
 
     image: (3,H,W) float32 in [0,1], any device. name: identifies the sample; with `config.seed` it fixes every random
     draw. on_step: called after each optimizer step with its history entry (what it raises ends the adaptation).
     references: known distances, for the loss `metric_reference` and to correct the final prediction. start: weights to
-    begin training from, `weights` of an earlier result with the same parts.
+    begin training from, `weights` of an earlier result with the same parts. calibration: of the gate, for a caller that
+    has read it (None: the file of `config.gate.calibration` is read).
 
     Weights and buffers are bit-identical afterwards, also after an exception or Ctrl-C (which is passed on). A loss
     that is not finite ends this sample with the original prediction, and `reason` says so. Raises `UserError` when
     `config.train.parts` names nothing the model has.
     """
     begun = time.perf_counter()
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
+    reset_peak_memory(model.device)
     image = image.to(model.device)
     references = references.to(model.device) if references is not None else None
     train, members = config.train, config.ensemble.members
-    calibration = read_calibration(config.gate.calibration) if config.gate.mode == "decide" else None
+    if config.gate.mode != "decide":
+        calibration = None
+    elif calibration is None:
+        calibration = read_calibration(config.gate.calibration)
     original = model.predict(image)
     result = AdaptResult(original=original, adapted=None, final=original, decision="original")
     generator = sample_generator(config.seed, name)
@@ -139,7 +131,7 @@ def adapt(
             restore(model, before)
     if references is not None:
         result.final, said = correct(result.final, references)
-        result.reason = "; ".join(filter(None, [result.reason, said]))
+        result.add_reason(said)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     result.seconds = time.perf_counter() - begun
@@ -185,7 +177,7 @@ def _adapt_weights(
         values = watcher.weights
         result.signals["best_step"] = float(watcher.best_step)
         if watcher.best_step == 0:
-            result.reason = "; ".join(filter(None, [result.reason, "no step beat the original on the held-back views"]))
+            result.add_reason("no step beat the original on the held-back views")
     if gate.interpolate and held is not None:
         values, result.signals["interpolation"] = best_on_the_line(student, held, values)
     with student.weights(values):
@@ -197,8 +189,7 @@ def _adapt_weights(
         _pass_gate(student, values, held, config, result, calibration, unseen)
         made_for = calibration.about.get("model") if calibration is not None else None
         if made_for not in (None, config.model.name):
-            said = f"the gate is calibrated for the model {made_for!r}; calibrate it with 04_reliability"
-            result.reason = "; ".join(filter(None, [result.reason, said]))
+            result.add_reason(f"the gate is calibrated for the model {made_for!r}; calibrate it with 04_reliability")
     # What the next image of a sequence starts from: not from weights that were rejected.
     result.weights = None if result.decision == "reject" else values
 

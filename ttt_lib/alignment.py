@@ -8,8 +8,10 @@ below. Anchors that cannot win are dropped, and MoGe's own `align` decides among
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
+from typing import Any
 
 import torch
 from moge.test import metrics as moge_metrics
@@ -134,18 +136,21 @@ def align_affine_lstsq(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def fast_alignment() -> Iterator[None]:
-    """Inside, `moge.test.metrics.compute_metrics` uses the three functions of this module."""
-    names = {
-        "align_points_scale_xyz_shift": align_points_scale_xyz_shift,
-        "align_depth_affine": align_depth_affine,
-        "align_affine_lstsq": align_affine_lstsq,
-    }
-    own = {name: getattr(moge_metrics, name) for name in names}
+def replaced(module: ModuleType, **functions: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the module has these functions under these names; then its own again. It must have had the names."""
+    own = {name: getattr(module, name) for name in functions}
     try:
-        for name, function in names.items():
-            setattr(moge_metrics, name, function)
+        vars(module).update(functions)
         yield
     finally:
-        for name, function in own.items():
-            setattr(moge_metrics, name, function)
+        vars(module).update(own)
+
+
+def fast_alignment() -> AbstractContextManager[None]:
+    """Inside, `moge.test.metrics.compute_metrics` uses the three functions of this module."""
+    return replaced(
+        moge_metrics,
+        align_points_scale_xyz_shift=align_points_scale_xyz_shift,
+        align_depth_affine=align_depth_affine,
+        align_affine_lstsq=align_affine_lstsq,
+    )

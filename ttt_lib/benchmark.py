@@ -18,11 +18,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ttt_lib.adapt import adapt, peak_memory_mb, sample_generator, working_image
+from ttt_lib.adapt import adapt, sample_generator, working_image
 from ttt_lib.config import ExperimentConfig, build_experiment
 from ttt_lib.experiment import open_model
 from ttt_lib.gradients import Student
 from ttt_lib.losses import compute_loss
+from ttt_lib.memory import memory_mb, peak_memory_mb, reset_peak_memory
 from ttt_lib.models import GeometryModel, restore, select_parameters, snapshot
 from ttt_lib.student import draw_views, make_optimizer, make_renderer
 
@@ -135,51 +136,25 @@ def _adapt_once(settings: dict[str, Any], image: Tensor, repeats: int, threads: 
     config = build_experiment(settings)
     model = open_model(config)
     model.predict(image.to(model.device))
-    idle = _memory(model.device)
-    _forget_peak()
+    idle = memory_mb(model.device)
+    reset_peak_memory(model.device)  # loading took more for a while
     adapt(model, image, config.model_copy(update={"train": config.train.model_copy(update={"passes": 1})}))
-    seconds, reload_seconds = [], []
+    seconds, reload_seconds, peak = [], [], 0.0
     for i in range(repeats):
         begun = _now(model.device)
         if config.released.reload_model:
             model = None  # not two of them at a time
             model = open_model(config)
         reload_seconds.append(_now(model.device) - begun)
+        peak = max(peak, peak_memory_mb(model.device))  # of reloading: `adapt` starts again
         result = adapt(model, image, config, name=str(i))
         seconds.append(_now(model.device) - begun)
-    cuda = model.device.type == "cuda"
-    peak = result.peak_memory_mb if cuda else _process_mb("VmHWM")
+        peak = max(peak, result.peak_memory_mb)
     return {
         "seconds": statistics.median(seconds), "reload": statistics.median(reload_seconds), "passes": result.passes_done,
-        "peak_mb": peak, "idle_mb": idle, "added_mb": max(peak - idle, 0.0), "cuda": float(cuda),
+        "peak_mb": peak, "idle_mb": idle, "added_mb": max(peak - idle, 0.0),
+        "cuda": float(model.device.type == "cuda"),
     }  # fmt: skip
-
-
-def _process_mb(key: str) -> float:
-    """Memory of this process in MiB: `VmRSS` resident now, `VmHWM` at most since the start or `_forget_peak`.
-
-    The peak since the start also where the system does not say. What `getrusage` says begins with the peak of the
-    process that started this one.
-    """
-    try:
-        lines = open("/proc/self/status", encoding="utf-8").read().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 2**10
-    except (OSError, StopIteration):
-        return peak_memory_mb(torch.device("cpu"))
-
-
-def _forget_peak() -> None:
-    """`VmHWM` starts again from what is resident now, where the system can do that: loading took more for a while."""
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
-            file.write("5")
-    except OSError:
-        pass
-
-
-def _memory(device: torch.device) -> float:
-    """MiB in use now: allocated on a CUDA device, else resident in this process."""
-    return torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else _process_mb("VmRSS")
 
 
 def compare_loops(

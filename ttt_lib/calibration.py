@@ -13,6 +13,7 @@ import pandas as pd
 
 from ttt_lib.errors import UserError
 from ttt_lib.gate import Calibration
+from ttt_lib.results import IDENTITY
 
 MEASURES = ("depth_affine_invariant", "points_affine_invariant")
 RELATIVE = "disparity_affine_invariant"  # of models that predict neither
@@ -27,12 +28,11 @@ def gain_table(metrics: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     Columns experiment, dataset, sample, gain_* and loss_* for the predictions adapted, blended and final, and the
     signals. Raises `UserError` when no sample has signals and truth.
     """
-    keys = ["experiment", "dataset", "sample"]
     measures = MEASURES if metrics.metric.isin(MEASURES).any() else (RELATIVE,)
     wanted = metrics[metrics.metric.isin(measures) & (metrics.score == "delta1")]
-    wide = wanted.pivot_table(index=keys, columns=["prediction", "metric"], values="value")
+    wide = wanted.pivot_table(index=IDENTITY, columns=["prediction", "metric"], values="value")
     signals = [name for name in samples.columns if name.startswith("signal_")]
-    told = samples.set_index(keys)[[*signals, "decision", "seconds"]].dropna(how="all", subset=signals)
+    told = samples.set_index(IDENTITY)[[*signals, "decision", "seconds"]].dropna(how="all", subset=signals)
     wide, decision = wide.reindex(wide.index.intersection(told.index)), told.decision
     table = pd.DataFrame(index=wide.index)
     # What a decision made the final prediction is not listed twice.

@@ -18,7 +18,7 @@ app = typer.Typer(
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 # Modules that decide no number: a change in them does not make finished runs old.
 SHOWING = (
-    "batch", "benchmark", "calibration", "cli", "cluster", "figures", "html_report", "kernel", "photos", "progress",
+    "batch", "benchmark", "calibration", "cli", "cluster", "figures", "kernel", "photos", "progress",
     "provenance", "reliability_figures", "report", "results", "statistics", "study_figures", "tables", "view_figures",
     "widgets", "zeroshot",
 )  # fmt: skip
@@ -189,7 +189,8 @@ def ablation(
 def summarise(runs: Path) -> None:
     """Execute 03_ablation on a runs folder into `runs/summary`, and print the table."""
     from ttt_lib.batch import _execute, own_kernel
-    from ttt_lib.report import read_runs, table1, to_text
+    from ttt_lib.results import read_runs
+    from ttt_lib.tables import table1, to_text
 
     output = runs / "summary"
     output.mkdir(parents=True, exist_ok=True)

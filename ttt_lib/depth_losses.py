@@ -34,11 +34,14 @@ def median_mad_normalised(disparity: Tensor, known: Tensor) -> Tensor:
     return centred / spread.clamp_min(SMALLEST)[:, None, None]
 
 
+def normalised_difference(disparity: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """d - d* of both maps after `median_mad_normalised`, each in disparity (1 / depth): (B,H,W), 0 where unknown."""
+    return median_mad_normalised(disparity, known) - median_mad_normalised(torch.where(known, target, 0.0), known)
+
+
 def scale_shift_invariant_loss(disparity: Tensor, target: Tensor, known: Tensor) -> Tensor:
-    """Mean |d - d*| of both maps after `median_mad_normalised`, each in disparity (1 / depth). (B,)."""
-    target = torch.where(known, target, 0.0)
-    difference = median_mad_normalised(disparity, known) - median_mad_normalised(target, known)
-    return _mean(difference.abs(), known)
+    """Mean |d - d*| of the `normalised_difference`. (B,)."""
+    return _mean(normalised_difference(disparity, target, known).abs(), known)
 
 
 def gradient_matching_loss(disparity: Tensor, target: Tensor, known: Tensor, scales: int = 4) -> Tensor:
@@ -46,8 +49,7 @@ def gradient_matching_loss(disparity: Tensor, target: Tensor, known: Tensor, sca
 
     MiDaS, equation 11: `1/M sum_k sum_i |dx R_i^k| + |dy R_i^k|` with R the difference of the normalised maps.
     """
-    target = torch.where(known, target, 0.0)
-    difference = median_mad_normalised(disparity, known) - median_mad_normalised(target, known)
+    difference = normalised_difference(disparity, target, known)
     total = torch.zeros(len(difference), device=difference.device)
     for level in range(scales):
         d, k = difference[:, :: 2**level, :: 2**level], known[:, :: 2**level, :: 2**level]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ttt_lib.alignment import align_affine_lstsq
-from ttt_lib.geometry import unproject
+from ttt_lib.augment import View, carry_back
+from ttt_lib.geometry import mirror_intrinsics, mirror_points, unproject
 from ttt_lib.models import GeometryModel, Prediction
 
 FINER, COARSER = 4 / 3, 3 / 4  # of the tokens
@@ -28,27 +29,15 @@ def _tokens(model: GeometryModel, factor: float) -> Iterator[None]:
 
 def predict_mirrored(model: GeometryModel, image: Tensor, intrinsics: Tensor | None = None) -> Prediction:
     """The prediction on the mirrored image (3,H,W), mirrored back: columns flipped, x negated. `intrinsics` (3,3)."""
-    flipped = intrinsics
-    if intrinsics is not None:
-        flipped = intrinsics.clone()
-        flipped[0, 2] = 1 - flipped[0, 2]
-    found = model.predict(image.flip(-1), flipped)
-
-    def back(map_: Tensor | None, axis: int) -> Tensor | None:
-        return None if map_ is None else map_.flip(axis)
-
-    x_sign = torch.tensor([-1.0, 1.0, 1.0], device=image.device)
-    camera = None if found.intrinsics is None else found.intrinsics.clone()
-    if camera is not None:
-        camera[0, 2] = 1 - camera[0, 2]
+    found = model.predict(image.flip(-1), None if intrinsics is None else mirror_intrinsics(intrinsics))
     return replace(
         found,
-        points=None if found.points is None else found.points.flip(-2) * x_sign,
-        depth=back(found.depth, -1),
-        mask=back(found.mask, -1),
-        normal=None if found.normal is None else found.normal.flip(-2) * x_sign,
-        disparity=back(found.disparity, -1),
-        intrinsics=camera,
+        points=mirror_points(found.points),
+        depth=found.depth.flip(-1),
+        mask=found.mask.flip(-1),
+        normal=None if found.normal is None else mirror_points(found.normal),
+        disparity=None if found.disparity is None else found.disparity.flip(-1),
+        intrinsics=mirror_intrinsics(found.intrinsics),
     )
 
 
@@ -66,6 +55,16 @@ def fitted_disparity(disparity: Tensor, reference: Tensor) -> Tensor:
     return (scale * disparity + shift).to(disparity)
 
 
+def log_difference(depth: Tensor, reference: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """log depth - log reference (...,H,W), and its median over the known finite pixels (...), 0 where none is.
+
+    The median is the offset by which the logarithm of one map is brought to that of the other: a scale of the depth.
+    """
+    difference = depth.clamp_min(1e-6).log() - reference.clamp_min(1e-6).log()
+    usable = torch.where(known & torch.isfinite(difference), difference, torch.nan)
+    return difference, usable.flatten(-2).nanmedian(-1).values.nan_to_num(0.0)
+
+
 def mean_prediction(first: Prediction, others: list[Prediction]) -> Prediction:
     """Mean of log depth, each after its median ratio to `first`, with the camera, mask and scale of `first`.
 
@@ -76,9 +75,7 @@ def mean_prediction(first: Prediction, others: list[Prediction]) -> Prediction:
     if others:
         logs = [first.depth.clamp_min(1e-6).log()]
         for other in others:
-            difference = other.depth.clamp_min(1e-6).log() - logs[0]
-            usable = torch.isfinite(difference) & first.mask
-            offset = difference[usable].median() if bool(usable.any()) else torch.zeros((), device=depth.device)
+            difference, offset = log_difference(other.depth, first.depth, first.mask)
             logs.append(torch.where(torch.isfinite(difference), logs[0] + difference - offset, logs[0]))
         depth = torch.stack(logs).mean(0).exp()
     disparity = first.disparity
@@ -87,6 +84,14 @@ def mean_prediction(first: Prediction, others: list[Prediction]) -> Prediction:
             0
         )
     return replace(first, depth=depth, points=unproject(depth, first.intrinsics), disparity=disparity)
+
+
+def predict_on_views(model: GeometryModel, view: View, target: Prediction) -> tuple[Tensor, Tensor]:
+    """Predict on views of the image that `target` is of, and carry the points back: (B,H,W,3), and where a view shows
+    them in front of the camera, (B,H,W) bool."""
+    predicted = model.predict(view.image, view.intrinsics)
+    points, seen = carry_back(view, predicted.points, target.points, target.intrinsics)
+    return points, seen & (points[..., 2] > 0) & torch.isfinite(points).all(-1)
 
 
 def predict_ensemble(model: GeometryModel, image: Tensor, members: list[str]) -> Prediction:

@@ -22,6 +22,7 @@ from ttt_lib.gate import read_calibration
 from ttt_lib.metrics import evaluate, tidy_rows
 from ttt_lib.models import GeometryModel, Prediction, load_model
 from ttt_lib.references import sample_references
+from ttt_lib.results import prediction_name
 
 GALLERY_SIDE = 256  # pixels of the longer side of what is kept for figures
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -167,8 +168,8 @@ def run_experiment(
     model = open_model(config)
     tables: dict[str, list[pd.DataFrame]] = {key: [] for key in paths}
     last: dict[str, Any] = {}
-    if config.gate.mode == "decide":
-        read_calibration(config.gate.calibration)  # a missing one is said before any work
+    # Read once, and before any work: a missing one is said now.
+    calibration = read_calibration(config.gate.calibration) if config.gate.mode == "decide" else None
 
     def add(table: str, rows: pd.DataFrame) -> None:
         _append(rows, paths[table], tables[table])
@@ -198,7 +199,9 @@ def run_experiment(
                 references, sample = sample_references(sample, config.references, unseen)
             if config.train.reset == "per_image" or (config.train.reset != "never" and done % config.train.reset == 0):
                 weights = None
-            result = adapt(model, sample.image, config, name=name, references=references, start=weights)
+            result = adapt(
+                model, sample.image, config, name=name, references=references, start=weights, calibration=calibration
+            )
             weights = result.weights if config.train.reset != "per_image" else None
             if sample.depth is not None or sample.points is not None:
                 add("metrics", _rows(config.name, sample, "original", result.original))
@@ -225,8 +228,7 @@ def run_experiment(
         if result.history:
             add("history", pd.DataFrame([{**identity, **entry} for entry in result.history]))
         if folder is not None:
-            name = f"{sample.dataset}__{sample.name}".replace("/", "_")
-            write_gallery_file(folder / "predictions" / f"{name}.npz", sample, result)
+            write_gallery_file(folder / "predictions" / prediction_name(sample.dataset, sample.name), sample, result)
         last = {"sample": sample, "result": result}
     bar.close()
     left_out += [(s.name, name, reason) for s in sets for name, reason in s.left_out]

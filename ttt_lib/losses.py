@@ -156,8 +156,7 @@ def _depth_terms(
         elif "depth" in output:
             disparity = 1 / output["depth"].clamp_min(1e-6)
         else:
-            z = _aligned_depth(output["points"], target, known)
-            disparity = 1 / z
+            disparity = 1 / _aligned_depth(output["points"], target, known)
         known = known & (depth > 0)
         wanted = torch.where(known, 1 / torch.where(known, depth, 1.0), torch.nan)
         if "ssi" in active:

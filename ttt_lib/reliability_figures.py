@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ttt_lib.figures import inverse_depth
+from ttt_lib.results import prediction_name
 
 COLOURS = {"accept": "tab:green", "blend": "tab:orange", "reject": "tab:red"}
 
@@ -48,8 +49,7 @@ def plot_failures(rows: pd.DataFrame, predictions: Path) -> Figure:
     """Image, original and final inverse depth and where they differ, of the samples in `rows` (dataset, sample)."""
     figure, axes = plt.subplots(max(len(rows), 1), 4, figsize=(11, 2.3 * max(len(rows), 1)), squeeze=False)
     for line, (_, row) in zip(axes, rows.iterrows()):
-        path = Path(predictions) / (f"{row.dataset}__{row['sample']}".replace("/", "_") + ".npz")
-        with np.load(path) as content:
+        with np.load(Path(predictions) / prediction_name(row.dataset, row["sample"])) as content:
             before, after = (content[f"depth_{name}"].astype(np.float32) for name in ("original", "final"))
             ratio = np.log(np.maximum(after, 1e-6) / np.maximum(before, 1e-6))
             ratio -= np.nanmedian(ratio)

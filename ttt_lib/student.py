@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ttt_lib.augment import View, carry_back, make_views
+from ttt_lib.augment import View, make_views
 from ttt_lib.config import ExperimentConfig
 from ttt_lib.config_sections import OptimizerConfig
-from ttt_lib.ensemble import predict_ensemble
+from ttt_lib.ensemble import predict_ensemble, predict_on_views
 from ttt_lib.geometry import unproject
 from ttt_lib.gradients import Student, Training, accumulate, add_terms, pass_gradients, reverse_gradients
 from ttt_lib.models import GeometryModel, Prediction
@@ -231,9 +231,7 @@ def average_views(
     count = torch.ones(image.shape[-2:], device=image.device)
     for _ in range(config.train.passes):
         view = draw_views(image, target, config, generator, renderer)
-        predicted = model.predict(view.image, view.intrinsics)
-        points, seen = carry_back(view, predicted.points, target.points, target.intrinsics)
-        seen = seen & (points[..., 2] > 0) & torch.isfinite(points).all(-1)
+        points, seen = predict_on_views(model, view, target)
         ratio = torch.where(seen, target.points[..., 2] / points[..., 2], torch.nan)
         scale = ratio.flatten(1).nanmedian(dim=1).values.nan_to_num(1.0)
         total += torch.where(seen[..., None], points * scale[:, None, None, None], 0.0).sum(0)

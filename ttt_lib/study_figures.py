@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ttt_lib.figures import inverse_depth, point_cloud, relative_error
 from ttt_lib.geometry import unproject
-from ttt_lib.results import Runs
+from ttt_lib.results import Runs, prediction_name
 from ttt_lib.statistics import summarise
 from ttt_lib.tables import in_order
 
@@ -106,10 +106,8 @@ def gallery_samples(gains: pd.DataFrame, experiment: str, count: int = 2) -> pd.
 
 def prediction_file(runs: Runs, experiment: str, dataset: str, sample: str) -> Path | None:
     """Where the small copies of a sample's prediction lie."""
-    name = f"{dataset}__{sample}".replace("/", "_") + ".npz"
-    return next(
-        (p for s in runs.shards if s.parent.name == experiment and (p := s / "predictions" / name).exists()), None
-    )
+    files = (s / "predictions" / prediction_name(dataset, sample) for s in runs.shards if s.parent.name == experiment)
+    return next((path for path in files if path.exists()), None)
 
 
 def gallery(runs: Runs, chosen: pd.DataFrame) -> Figure:

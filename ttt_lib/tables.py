@@ -24,7 +24,7 @@ ORDER = (
     "original", "control_lr0", "tta", "freeze_encoder", "unfreeze_encoder", "unfreeze_encoder_normal_loss",
     "unfreeze_encoderSGD", "unfreeze_encoderSGD_lower_lr", "unfreeze_encoderSGD_higher_lr", "unfreeze_encoder_lower_lr",
     "unfreeze_encoder_higher_lr", "unfreeze_encoder_shorter", "unfreeze_encoder_longer", "freeze_encoder_render",
-    "unfreeze_encoder_render",
+    "unfreeze_encoder_render", "recommended",
 )  # fmt: skip
 
 

@@ -10,13 +10,14 @@ optimum of one anchor in MoGe's set; how rarely it is not the very best one is m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from moge.train import losses as moge_losses
 from moge.utils.alignment import align
 from torch import Tensor
+
+from ttt_lib.alignment import replaced
 
 FIRST, NEXT = 6, (3, 3)  # anchors solved without truncation at the start, and exactly in each round after it
 FEW = 32  # points; up to here every anchor is solved, which costs no more
@@ -155,8 +156,7 @@ def anchor_weights(
     return (result / (result.sum(1, keepdim=True) + 1e-7)).reshape(mask.shape)
 
 
-@contextmanager
-def cheap_alignment(num_patches: int = 0) -> Iterator[None]:
+def cheap_alignment(num_patches: int = 0) -> AbstractContextManager[None]:
     """Inside, the loss functions of `moge.train.losses` use this module; `num_patches`: of the local loss."""
 
     def weights(points: Tensor, mask: Tensor, radius_2d: int, radius_3d: Tensor, num_test: int = 64) -> Tensor:
@@ -164,16 +164,9 @@ def cheap_alignment(num_patches: int = 0) -> Iterator[None]:
         count = max(least * num_patches, min(most * num_patches, enough))
         return anchor_weights(points, mask, radius_2d, radius_3d, num_test, count)
 
-    replaced = {
-        "align_points_scale_z_shift": align_points_scale_z_shift,
-        "align_points_scale_xyz_shift": align_points_scale_xyz_shift,
-        "compute_anchor_sampling_weight": weights,
-    }
-    own = {name: getattr(moge_losses, name) for name in replaced}
-    try:
-        for name, function in replaced.items():
-            setattr(moge_losses, name, function)
-        yield
-    finally:
-        for name, function in own.items():
-            setattr(moge_losses, name, function)
+    return replaced(
+        moge_losses,
+        align_points_scale_z_shift=align_points_scale_z_shift,
+        align_points_scale_xyz_shift=align_points_scale_xyz_shift,
+        compute_anchor_sampling_weight=weights,
+    )

@@ -1,0 +1,46 @@
+"""Memory of this process and of a CUDA device: what is in use, and the most there was."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+PROCESS = Path("/proc/self")  # Linux; elsewhere only the peak since the start is known
+
+
+def _resident_mb(key: str) -> float:
+    """MiB of this process: `VmRSS` now, `VmHWM` at most. Where /proc does not say: the peak since the start, for both.
+
+    That one, of `getrusage`, can begin with the peak of the process that started this one.
+    """
+    try:
+        lines = (PROCESS / "status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 2**10
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def memory_mb(device: torch.device) -> float:
+    """MiB in use now: allocated by PyTorch on a CUDA device, else resident in this process."""
+    return torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else _resident_mb("VmRSS")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most MiB in use since `reset_peak_memory`: allocated by PyTorch on a CUDA device, else resident in all of
+    this process (interpreter, libraries and model too). Where the system has no reset: since the process started."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else _resident_mb("VmHWM")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """`peak_memory_mb` starts again from what is in use now; does nothing where the system cannot do that."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        (PROCESS / "clear_refs").write_text("5", encoding="utf-8")
+    except OSError:
+        pass
