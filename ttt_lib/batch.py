@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ttt_lib.cluster import open_client
-from ttt_lib.errors import UserError
+from ttt_lib.config_sections import RESERVED
+from ttt_lib.errors import UserError, reason
 from ttt_lib.kernel import ENVIRONMENT, own_kernel, thread_limits
 from ttt_lib.kernel import execute as _execute
 from ttt_lib.progress import Progress
@@ -89,17 +90,18 @@ class Outcome:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished job, or None."""
+    """The manifest of a finished job; None if there is none, or none that can be read."""
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def is_done(job: Job, runs: Path) -> bool:
     """Whether this very job (same identity) has finished."""
     manifest = read_manifest(runs / job.experiment / job.shard)
-    return manifest is not None and manifest["identity"] == job.identity
+    return manifest is not None and manifest.get("identity") == job.identity
 
 
 def set_aside(folder: Path, runs: Path) -> None:
@@ -269,13 +271,16 @@ def run_jobs(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)[0]
         raise UserError(f"experiment {twice}: is there twice; give each a name of its own.")
-    runs = Path(runs).resolve()
+    for name in {job.experiment for job in jobs}:
+        if not name or name.startswith(".") or "/" in name or name in RESERVED:
+            raise UserError(f"experiment {name!r}: cannot be the name of a folder of results; choose another one.")
     try:
+        runs = Path(runs).resolve()
         runs.mkdir(parents=True, exist_ok=True)
         _clean_work(runs)
         clear_outdated(jobs, runs)
-    except OSError as error:
-        raise UserError(f"--runs {runs}: cannot be written ({error.strerror}).") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise UserError(f"--runs {runs}: cannot be written ({reason(error)}).") from error
     outcomes = {name: Outcome(*name, "skipped") for name, job in zip(names, jobs) if is_done(job, runs)}
     waiting = [job for name, job in zip(names, jobs) if name not in outcomes]
     if outcomes:
@@ -300,7 +305,7 @@ def _finish(
     if workers <= 1 and not scheduler and not cluster_file:
         yield from ((job, run_job(job, runs)) for job in jobs)
         return
-    with open_client(max(workers, 1), scheduler, cluster_file, announce) as client:
+    with open_client(min(max(workers, 1), len(jobs)), scheduler, cluster_file, announce) as client:
         from distributed import as_completed
 
         futures = {client.submit(run_job, job, str(runs), pure=False, retries=1): job for job in jobs}

@@ -7,12 +7,10 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ttt_lib.errors import UserError
+from ttt_lib.errors import UserError, reason
+from ttt_lib.text_files import read_yaml
 
 
 def _local(workers: int) -> Any:
@@ -31,12 +29,17 @@ def _batch_system(description: str, workers: int) -> Any:
         import dask_jobqueue
     except ImportError as error:
         raise UserError('--cluster: needs dask-jobqueue; `pip install -e ".[cluster]"`.') from error
+    settings = read_yaml(description)
+    where, known = f"--cluster {description}", sorted(name for name in dir(dask_jobqueue) if name.endswith("Cluster"))
+    if not isinstance(settings, dict) or not isinstance(settings.get("options", {}), dict):
+        raise UserError(f"{where}: must hold `class` and `options`.")
+    kind = settings.pop("class", "SLURMCluster")
+    if kind not in known:
+        raise UserError(f"{where}: class {kind!r} is not known; use one of {', '.join(known)}.")
     try:
-        settings = yaml.safe_load(Path(description).read_text(encoding="utf-8"))
-        cluster = getattr(dask_jobqueue, settings.pop("class", "SLURMCluster"))(**settings.pop("options", settings))
-    except (OSError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--cluster {description}: {reason}; it holds `class` and `options`.") from error
+        cluster = getattr(dask_jobqueue, kind)(**settings.get("options", settings))
+    except Exception as error:  # whatever the batch system's class makes of the options
+        raise UserError(f"{where}: {kind} does not start with these options ({reason(error)}).") from error
     cluster.scale(jobs=workers)
     return cluster
 
@@ -46,9 +49,8 @@ def _existing(scheduler: str) -> Any:
 
     try:
         return Client(scheduler, timeout="20s")
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--scheduler {scheduler}: no scheduler answers there ({reason}).") from error
+    except Exception as error:  # an address of any shape ends in nearly any exception
+        raise UserError(f"--scheduler {scheduler}: no scheduler answers there ({reason(error)}).") from error
 
 
 @contextmanager

@@ -10,29 +10,33 @@ from __future__ import annotations
 
 import copy
 import json
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticSerializationError
 
 from ttt_lib.config_sections import (
     DEFAULT_LOSSES,
+    RESERVED,
     DataConfig,
     EnsembleConfig,
     GateConfig,
     LossConfig,
     LossName,
     ModelConfig,
-    NonNegative,
-    Positive,
     ReleasedConfig,
     Section,
+    Seed,
     TeacherConfig,
     TrainConfig,
     ViewConfig,
 )
-from ttt_lib.errors import UserError
+from ttt_lib.errors import UserError, printable
+from ttt_lib.text_files import read_yaml
+
+COMPLAINTS = 5  # of one file in one sentence; the others follow when these are mended
 
 
 class ExperimentConfig(Section):
@@ -42,9 +46,9 @@ class ExperimentConfig(Section):
     in the scores.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=100)]
     description: str = ""
-    seed: int = 0
+    seed: Seed = 0
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     teacher: TeacherConfig = TeacherConfig()
@@ -55,6 +59,13 @@ class ExperimentConfig(Section):
     gate: GateConfig = GateConfig()
     references: Annotated[int, Field(ge=0)] = 0
     data: list[DataConfig] = []
+
+    @field_validator("name")
+    @classmethod
+    def _no_other_folder(cls, value: str) -> str:
+        if value in RESERVED:
+            raise ValueError("a folder of runs needs this name for something else; choose another one")
+        return value
 
     @model_validator(mode="after")
     def _possible(self) -> ExperimentConfig:
@@ -67,12 +78,15 @@ class ExperimentConfig(Section):
         return json.loads(self.model_dump_json())
 
 
+Factor = Annotated[float, Field(gt=0.0, le=1e6)]
+
+
 class ScaleConfig(Section):
     """Factors of a profile on rates and counts. Counts round to the nearest, never below 1."""
 
-    learning_rate: NonNegative = 1.0
-    passes: Positive = 1.0
-    accumulation: Positive = 1.0
+    learning_rate: Annotated[float, Field(ge=0.0, le=1e6)] = 1.0
+    passes: Factor = 1.0
+    accumulation: Factor = 1.0
 
 
 class ProfileConfig(Section):
@@ -96,14 +110,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; check the name of the experiment or profile.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}).") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())}).") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold keys and values at its top level, not {type(content).__name__}.")
     return content
@@ -112,16 +119,32 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _validate(kind: type[Section], content: dict[str, Any], source: str) -> Any:
     """Pydantic's list of complaints as one sentence a complaint: file, key, what is allowed."""
     try:
-        return kind.model_validate(content)
+        config = kind.model_validate(content)
+        if isinstance(config, ExperimentConfig):
+            config.as_parameters()
+        return config
+    except PydanticSerializationError as error:
+        raise UserError(f"{source}: holds a name or text that is not Unicode; rename the file or folder.") from error
     except ValidationError as error:
-        parts = []
-        for item in error.errors():
-            key = ".".join(str(place) for place in item["loc"]) or "(top level)"
+        parts, found = [], error.errors()
+        for item in found[:COMPLAINTS]:
+            key = printable(".".join(str(place) for place in item["loc"]) or "(top level)", 100)
             if item["type"] == "extra_forbidden":
                 parts.append(f"{key}: unknown key; allowed here: {', '.join(_keys_beside(kind, item['loc']))}")
             else:
-                parts.append(f"{key}: {item['msg']} (got {item['input']!r})")
-        raise UserError(f"{source}: " + "; ".join(parts) + ".") from error
+                parts.append(f"{key}: {item['msg']} (got {_shown(item['input'])})")
+        more = f"; and {len(found) - COMPLAINTS} more" if len(found) > COMPLAINTS else ""
+        raise UserError(f"{source}: " + "; ".join(parts) + f"{more}.") from error
+
+
+def _shown(value: Any) -> str:
+    """A value as the user wrote it, the first parts of a large one (which YAML's references can make without end)."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    try:
+        return short.repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
 
 
 def _keys_beside(kind: type[Section], place: tuple) -> list[str]:

@@ -13,7 +13,11 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Severity = Annotated[int, Field(ge=0, le=5)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]  # more is a slip, and would fill the memory
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Side = Annotated[int, Field(ge=1, le=16384)]  # pixels of an evaluated view
+# Folders in a folder of runs that are no experiment's.
+RESERVED = ("summary", "superseded", "failed")
 
 
 class Section(BaseModel):
@@ -81,7 +85,7 @@ class TrainConfig(Section):
 
     method: Literal["none", "tta", "ttt"] = "ttt"
     parts: list[str] = ["encoder", "neck", "heads"]
-    passes: Annotated[int, Field(ge=0)] = 512
+    passes: Annotated[int, Field(ge=0, le=1_000_000)] = 512
     batch_size: Count = 2
     accumulation: Count = 32
     accumulation_mode: Literal["mean", "sum"] = "mean"
@@ -90,7 +94,7 @@ class TrainConfig(Section):
     predict_with: Literal["student", "teacher"] = "student"
     micro_batch: Count | None = None
     bidirectional: NonNegative = 0.0
-    lora_rank: Annotated[int, Field(ge=0)] = 0
+    lora_rank: Annotated[int, Field(ge=0, le=4096)] = 0
     l2_sp: NonNegative = 0.0
     restore_probability: Probability = 0.0
     sharpness_radius: NonNegative = 0.0
@@ -226,8 +230,8 @@ class DataConfig(Section):
     name: str | None = None
     path: str | None = None
     split: str = ".index.txt"
-    width: Count | None = None
-    height: Count | None = None
+    width: Side | None = None
+    height: Side | None = None
     depth_unit: Positive | None = None
     drop_max_depth: Positive = 1000.0
     has_sharp_boundary: bool = False
@@ -236,7 +240,7 @@ class DataConfig(Section):
     min_seg_area: Count = 1000
     subset: Count | None = None
     count: Count | None = None
-    seed: int = 0
+    seed: Seed = 0
     shifts: list[str] | None = None
     severities: list[Severity] | None = None
 

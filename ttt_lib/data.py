@@ -16,9 +16,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ttt_lib import moge_layout
-from ttt_lib.errors import UserError
-from ttt_lib.moge_layout import SampleError
+from ttt_lib import html_views, moge_layout
+from ttt_lib.errors import UserError, printable, reason
+from ttt_lib.moge_layout import SampleError, check_name
 
 FRAME_FILES = ("image.jpg", "depth.png", "meta.json", "segmentation.png")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -47,6 +47,12 @@ class Sample:
     segmentation: Tensor | None = None
     segmentation_labels: dict[str, int] | None = None
 
+    def __repr__(self) -> str:
+        return html_views.sample_text(self)
+
+    def _repr_html_(self) -> str:
+        return html_views.sample_html(self)
+
 
 @dataclass
 class SampleSet:
@@ -67,6 +73,10 @@ class SampleSet:
 
     def __getitem__(self, index: int) -> Sample:
         return self.load(self.names[index])
+
+    def __repr__(self) -> str:
+        shown = ", ".join(self.names[:3]) + (", ..." if len(self) > 3 else "")
+        return f"SampleSet({self.name}: {len(self)} samples, {shown})"
 
     def readable(self) -> Iterator[Sample]:
         """Samples in order; what fails goes to `left_out` with its reason and the others follow."""
@@ -119,9 +129,9 @@ def _file_fingerprint(paths: Iterable[Path]) -> str:
                 size = file.seek(0, 2)
                 file.seek(max(size - ENDS, 0))
                 ends += file.read(ENDS)
-            parts.append(f"{path.name}:{size}:{hashlib.sha256(ends).hexdigest()}")
+            parts.append(f"{printable(path.name)}:{size}:{hashlib.sha256(ends).hexdigest()}")
         except OSError:
-            parts.append(f"{path.name}:missing")
+            parts.append(f"{printable(path.name)}:missing")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -148,7 +158,7 @@ def open_moge(
     """
     folder = Path(path)
     names = moge_layout.read_index(folder, split)[::subset][:count]
-    title = name or folder.resolve().name
+    title = name or printable(folder.resolve().name)
 
     def load(sample: str) -> Sample:
         raw = moge_layout.read_raw(folder / sample, include_segmentation)
@@ -156,16 +166,23 @@ def open_moge(
         try:
             view = moge_layout.target_view(raw, width, height, unit, drop_max_depth, max_segments, min_seg_area)
         except Exception as error:  # e.g. intrinsics so far off that nothing of the image is left
-            raise SampleError(
-                f"{folder / sample}: no view can be made of it ({type(error).__name__}: {error})."
-            ) from error
-        if not view["mask"].any():
+            raise SampleError(f"{folder / sample}: no view can be made of it ({reason(error)}).") from error
+        known = view["depth"][view["mask"]]
+        if not len(known):
             raise SampleError(f"{folder / sample / 'depth.png'}: the evaluated part of the image has no depth.")
+        if not (np.isfinite(known).all() and (known > 0).all()):
+            raise SampleError(f"{folder / sample / 'depth.png'}: holds depths that are no numbers above 0.")
         return to_sample(sample, title, view, unit is not None, has_sharp_boundary)
 
     files = (folder / sample / file for sample in names for file in FRAME_FILES)
     options = f"{width}x{height} {depth_unit} {drop_max_depth} {has_sharp_boundary} {include_segmentation} {max_segments} {min_seg_area}"
     return SampleSet(title, names, load, f"{options} {_file_fingerprint(files)}")
+
+
+def _formats() -> list[str]:
+    """What Pillow may read: PostScript is a program, which it would hand to Ghostscript."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
 
 
 def read_photo(path: str | Path) -> Tensor:
@@ -175,13 +192,15 @@ def read_photo(path: str | Path) -> Tensor:
     is laid over white; of several frames the first counts. Raises `UserError` naming the file when it cannot be read.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file.")
     try:
-        with Image.open(path) as opened:
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: there is no such file.")
+        with Image.open(path, formats=_formats()) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
                 array = np.asarray(image, dtype=np.float32)
+                if not np.isfinite(array).all():
+                    raise ValueError("it has pixels that are not finite")
                 top = 65535.0 if image.mode != "F" else max(float(array.max()), 1e-6)
                 array = np.repeat((array / top).clip(0, 1)[..., None], 3, axis=-1)
             else:
@@ -191,8 +210,10 @@ def read_photo(path: str | Path) -> Tensor:
                 array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     except UnidentifiedImageError as error:
         raise UserError(f"{path}: is not an image this can read; convert it to JPEG or PNG.") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: the image is damaged or too large ({str(error).splitlines()[0]}).") from error
+    except UserError:
+        raise
+    except Exception as error:  # what a decoder makes of damaged bytes differs by format
+        raise UserError(f"{path}: the image is damaged or too large ({reason(error)}).") from error
     if min(array.shape[:2]) < 16:
         raise UserError(
             f"{path}: the image has {array.shape[1]} x {array.shape[0]} pixels; at least 16 x 16 are needed."
@@ -203,15 +224,15 @@ def read_photo(path: str | Path) -> Tensor:
 def open_images(path: str | Path, name: str | None = None, count: int | None = None) -> SampleSet:
     """A folder of plain images (or one image), without truth. Raises `UserError` if there are none."""
     folder = Path(path)
-    if folder.is_file():
-        files = {folder.name: folder}
-    elif folder.is_dir():
-        files = {p.name: p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+    if os.path.isdir(folder):  # os.path also answers for names that no file system takes
+        files = {printable(p.name): p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+    elif os.path.isfile(folder):
+        files = {printable(folder.name): folder}
     else:
         raise UserError(f"{folder}: there is no such folder or image.")
     if not files:
         raise UserError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}).")
-    title, names = name or folder.resolve().stem, list(files)[:count]
+    title, names = name or printable(folder.resolve().stem), list(files)[:count]
     load = lambda sample: Sample(sample, title, read_photo(files[sample]))  # noqa: E731
     return SampleSet(title, names, load, _file_fingerprint(files.values()))
 
@@ -314,7 +335,7 @@ def write_moge_layout(samples: Iterable[Sample], folder: str | Path) -> list[str
             raise UserError(f"sample {sample.name!r}: has no depth or intrinsics, so it cannot be written.")
         image = (sample.image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
         moge_layout.write_frame(
-            folder / sample.name,
+            folder / check_name(sample.name, f"sample {sample.name!r}"),
             image,
             sample.depth.cpu().numpy(),
             sample.intrinsics.cpu().numpy(),
@@ -346,7 +367,7 @@ def write_subset_index(chosen: pd.DataFrame, folders: dict[str, Path], output: s
     folders: dataset -> its folder. Links are relative. Raises `UserError` if `output` holds another index already.
     """
     output = Path(output)
-    names = [f"{row.dataset}/{row.sample}" for row in chosen.itertuples()]
+    names = [check_name(f"{row.dataset}/{row.sample}", "the hard subset") for row in chosen.itertuples()]
     for row, name in zip(chosen.itertuples(), names):
         link = output / name
         link.parent.mkdir(parents=True, exist_ok=True)

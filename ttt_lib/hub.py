@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ttt_lib.errors import UserError
+from ttt_lib.errors import UserError, reason
 
 TIMEOUT = 5.0  # seconds; a hub that has not answered a HEAD request by then counts as unreachable
 
@@ -62,7 +62,6 @@ def download(name: str, file: str, online: bool, advice: str) -> Path:
     except errors.HFValidationError as error:
         raise UserError(f"{known} is neither a file or folder that exists nor a valid hub name.") from error
     except Exception as error:  # full disk, broken connection, a proxy's page: not to be had from here
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{known} the download of {file} failed ({type(error).__name__}: {reason}); {advice}."
+            f"{known} the download of {file} failed ({type(error).__name__}: {reason(error)}); {advice}."
         ) from error

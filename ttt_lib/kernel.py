@@ -25,8 +25,9 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     tagged = nbformat.read(notebook, as_version=4)
     cell = next((c for c in tagged.cells if "parameters" in c.metadata.get("tags", [])), None)
     known = {name: value for name, value in parameters.items() if cell is None or f"\n{name} =" in f"\n{cell.source}"}
+    places = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output)]  # papermill formats them
     papermill.execute_notebook(
-        str(notebook), str(output), parameters=known, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent),
+        *places, parameters=known, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent),
         log_output=False, start_timeout=300,
     )  # fmt: skip
 

@@ -80,4 +80,13 @@ def load_network(path: Path, name: str) -> nn.Module:
         raise UserError(f"model {name!r}: {path} lacks {len(missing)} of its weights, first {missing[0]!r}.")
     if not hasattr(network, "points_head") and not hasattr(network, "head"):
         raise UserError(f"{wrong} of points: it has no points head.")
+    broken = [key for key, value in network.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(f"model {name!r}: {path} holds numbers that are not finite, first in {broken[0]!r}.")
+    try:
+        low, high = map(float, getattr(network, "num_tokens_range", (1, 1)))
+    except (TypeError, ValueError):
+        low, high = 0.0, 0.0
+    if not 0 < low <= high <= 1e5:
+        raise UserError(f"{wrong}: its `num_tokens_range` is not two numbers of tokens, the lower one first.")
     return network

@@ -9,10 +9,11 @@ covers, resized. (That class cannot run in the packaged release: it calls an und
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cv2
@@ -21,10 +22,12 @@ import utils3d
 from moge.utils import io as moge_io
 from PIL import Image
 
-from ttt_lib.errors import UserError
+from ttt_lib.errors import UserError, reason
+from ttt_lib.text_files import read_json, read_text
 
 INDEX = ".index.txt"
 LONGEST_SIDE = 640  # of samples whose configuration gives no size
+LARGEST = 2**26  # pixels of an enlarged frame; intrinsics that ask for more are wrong
 # Evaluation settings of MoGe's ten benchmarks (its configs/eval); a JSON file in that format overrides them.
 BENCHMARKS: dict[str, dict[str, Any]] = {
     "NYUv2": {"width": 640, "height": 480, "depth_unit": 1.0},
@@ -64,47 +67,68 @@ def read_raw(folder: Path, include_segmentation: bool = False) -> Raw:
 
     def attempt(name: str, read):
         path = folder / name
-        if not path.is_file():
-            raise SampleError(f"{path}: the file is missing.")
         try:
+            if not path.is_file():
+                raise SampleError(f"{path}: the file is missing.")
             return read(path)
-        except Exception as error:
-            raise SampleError(
-                f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0:1]})."
-            ) from error
+        except UserError as error:
+            raise SampleError(error) from error
+        except Exception as error:  # of Pillow, OpenCV and NumPy, which differ by format and damage
+            raise SampleError(f"{path}: cannot be read ({reason(error)}).") from error
 
-    def read_depth(path: Path) -> np.ndarray:
-        with Image.open(path) as image:
-            if "near" not in image.info or "far" not in image.info:
-                raise ValueError("no near and far in the file: not MoGe's depth encoding")
-        return moge_io.read_depth(path)
-
-    def read_image(path: Path) -> np.ndarray:
-        with Image.open(path) as image:
-            image.load()  # OpenCV fills what a truncated file lacks with gray; PIL refuses
-        return moge_io.read_image(path)
-
-    image = attempt("image.jpg", read_image)
-    depth = attempt("depth.png", read_depth)
-    meta = attempt("meta.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
+    image = attempt("image.jpg", _read_image)
+    depth = attempt("depth.png", _read_depth)
+    meta = attempt("meta.json", read_json)
     try:
         intrinsics = np.array(meta["intrinsics"], dtype=np.float32)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SampleError(f"{folder / 'meta.json'}: has no 3x3 `intrinsics`.") from error
-    usable = intrinsics.shape == (3, 3) and np.isfinite(intrinsics).all()
-    if not usable or intrinsics[0, 0] <= 0 or intrinsics[1, 1] <= 0:
+    usable = intrinsics.shape == (3, 3) and np.isfinite(intrinsics).all() and intrinsics[2].tolist() == [0, 0, 1]
+    if not usable or min(intrinsics[0, 0], intrinsics[1, 1]) <= 0 or np.abs(intrinsics[:2, 2] - 0.5).max() > 1.5:
         raise SampleError(
-            f"{folder / 'meta.json'}: `intrinsics` must be a finite 3x3 matrix with positive focal lengths."
+            f"{folder / 'meta.json'}: `intrinsics` must be a 3x3 camera matrix divided by the image's width and height."
         )
     if image.shape[:2] != depth.shape[:2] or depth.ndim != 2:
         raise SampleError(f"{folder / 'depth.png'}: its size {depth.shape} is not that of the image {image.shape[:2]}.")
     if not np.isfinite(depth).any():
         raise SampleError(f"{folder / 'depth.png'}: no pixel has a depth.")
     segmentation, labels = None, None
-    if include_segmentation and (folder / "segmentation.png").is_file():
-        segmentation, labels = attempt("segmentation.png", moge_io.read_segmentation)
-        labels = labels or {str(i): int(i) for i in np.unique(segmentation)}
+    if include_segmentation and (folder / "segmentation.png").exists():
+        segmentation, labels = attempt("segmentation.png", _read_segmentation)
+        if not 0.95 < segmentation.shape[0] * depth.shape[1] / (segmentation.shape[1] * depth.shape[0]) < 1.05:
+            raise SampleError(f"{folder / 'segmentation.png'}: its shape is not that of the image.")
     return Raw(image, depth, intrinsics, segmentation, labels, meta)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        image.load()  # OpenCV fills what a truncated file lacks with gray; PIL refuses
+    return moge_io.read_image(path)
+
+
+def _read_depth(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        if "near" not in image.info or "far" not in image.info:
+            raise ValueError("no near and far in the file: not MoGe's depth encoding")
+        if not image.mode.startswith("I"):
+            raise ValueError(f"one channel of 16 bits is needed, this is Pillow's mode {image.mode}")
+        near, far = float(image.info["near"]), float(image.info["far"])
+    if not (0 < near <= far and math.isfinite(far)):
+        raise ValueError(f"near {near} and far {far} are no range of depths")
+    depth = moge_io.read_depth(path)
+    if (depth <= 0).any():
+        raise ValueError("a depth is not above 0")
+    return depth
+
+
+def _read_segmentation(path: Path) -> tuple[np.ndarray, dict[str, int]]:
+    segmentation, labels = moge_io.read_segmentation(path)
+    if segmentation.ndim != 2:
+        raise ValueError("one channel is needed")
+    labels = labels or {str(i): int(i) for i in np.unique(segmentation)}
+    if not isinstance(labels, dict) or not all(isinstance(number, int) for number in labels.values()):
+        raise ValueError("its labels are not names with a whole number each")
+    return segmentation, labels
 
 
 def target_view(
@@ -158,6 +182,8 @@ def target_view(
     pixel_w, pixel_h = horizontal / width, vertical / height
     scaled_w = int(raw_width * (raw_horizontal / raw_width) / pixel_w)
     scaled_h = int(raw_height * (raw_vertical / raw_height) / pixel_h)
+    if max(scaled_w * scaled_h, width * height) > LARGEST:
+        raise ValueError(f"the intrinsics and the size {width} x {height} ask for {scaled_w} x {scaled_h} pixels")
     image = np.array(Image.fromarray(raw.image).resize((scaled_w, scaled_h), Image.Resampling.LANCZOS))
     depth, mask = utils3d.np.masked_nearest_resize(depth, mask=mask, size=(scaled_h, scaled_w))
     distance = np.linalg.norm(utils3d.np.depth_map_to_point_map(depth, intrinsics=intrinsics), axis=-1)
@@ -201,16 +227,31 @@ def target_view(
 
 
 def read_index(folder: Path, split: str = INDEX) -> list[str]:
-    """Names listed in the index. Raises `UserError` if folder or index is missing or the index is empty."""
-    if not folder.is_dir():
+    """Names listed in the index: relative paths that stay in the folder, each once (links in it are followed).
+
+    Raises `UserError` if folder or index is missing, the index is empty, or a name is not such a path.
+    """
+    path = folder / check_name(split, "split")
+    if not os.path.isdir(folder):  # os.path also answers for names that no file system takes
         raise UserError(f"{folder}: there is no such folder; give the folder of a set in the MoGe layout.")
-    path = folder / split
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: the index is missing; it lists the folder of one sample a line.")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [(i, line.strip()) for i, line in enumerate(read_text(path).splitlines(), start=1)]
+    names = [check_name(line, f"{path}: line {i}") for i, line in lines if line]
     if not names:
         raise UserError(f"{path}: the index lists no sample.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path}: lists {twice!r} twice; remove one of the lines.")
     return names
+
+
+def check_name(name: str, where: str) -> str:
+    """The name of a sample, set or index, if it is a path that stays in its folder. Raises `UserError`."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or not name.isprintable():
+        raise UserError(f"{where}: {name!r} is no path inside the set's folder.")
+    return path.as_posix()
 
 
 def write_frame(folder: Path, image: np.ndarray, depth: np.ndarray, intrinsics: np.ndarray, **meta: Any) -> None:
@@ -241,15 +282,13 @@ def read_eval_config(path: Path) -> list[dict[str, Any]]:
     Returns one dictionary a set, with `name` and `kind: moge`; relative paths are taken from the file's folder, and
     the settings of a known benchmark fill what the file leaves out.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        entries = [
-            {"kind": "moge", **BENCHMARKS.get(name, {}), **values, "name": name} for name, values in content.items()
-        ]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: is not a JSON file of sets, name by name ({error}).") from error
+    content = read_json(path)
+    if not isinstance(content, dict) or not content or not all(isinstance(v, dict) for v in content.values()):
+        raise UserError(f"{path}: is not a JSON file of sets, name by name, each with its `path`.")
+    entries = [{"kind": "moge", **BENCHMARKS.get(name, {}), **values, "name": name} for name, values in content.items()]
     for entry in entries:
-        if "path" not in entry:
-            raise UserError(f"{path}: set {entry['name']!r} has no `path`.")
+        if not isinstance(entry.get("path"), str) or entry["kind"] != "moge":
+            raise UserError(f"{path}: set {entry['name']!r} needs a `path`, the folder of a set in the MoGe layout.")
+        check_name(entry["name"], str(path))
         entry["path"] = str(Path(path).parent / entry["path"])
     return entries

@@ -14,9 +14,10 @@ import utils3d
 from moge.utils import io as moge_io
 from torch.nn import functional as F
 
-from ttt_lib.adapt import adapt
+from ttt_lib.adapt import AdaptResult, adapt
 from ttt_lib.config import ExperimentConfig
 from ttt_lib.data import read_photo
+from ttt_lib.errors import UserError, printable, reason
 from ttt_lib.figures import plot_before_after
 from ttt_lib.geometry import EDGE_RTOL, depth_edges
 from ttt_lib.models import GeometryModel, Prediction, weights_checksum
@@ -47,16 +48,53 @@ def adapt_photo(
     depth.png (16-bit, MoGe's logarithmic encoding; inf where there is no surface), depth.npy (H,W) float32, and the
     same before adaptation in depth_original.npy, cloud.ply, before_after.png, record.json (settings, device, times,
     decision). Depth is in metres for metric models, and for all with `metric_points`, a file of known distances
-    (`references.read_references`). An existing folder of this name is replaced. Raises `UserError` when the photograph
-    or the file cannot be read.
+    (`references.read_references`). An earlier result of this name is replaced. Raises `UserError` when the photograph
+    or the file cannot be read, or the folder cannot be written or holds something else.
     """
     image = read_photo(path)
     references = read_references(metric_points, tuple(image.shape[-2:])) if metric_points else None
-    result = adapt(model, image, config, name=Path(path).name, references=references)
-    folder = Path(output) / Path(path).stem
+    folder = result_folder(path, output)
     work = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        result = adapt(model, image, config, name=printable(Path(path).name), references=references)
+        _write_result(work, path, image, result, model, config, metric_points)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(work, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({reason(error)}).") from error
+    except FloatingPointError as error:
+        raise UserError(f"{path}: the model {model.name!r} fails on it ({reason(error)}).") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # PyTorch's own are RuntimeErrors
+            raise
+        raise UserError(
+            f"{path}: {image.shape[-1]} x {image.shape[-2]} pixels do not fit in memory; shrink the photograph."
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def result_folder(path: Path, output: Path) -> Path:
+    """`output/<stem>`. Raises `UserError` if it is there and no earlier result, or if it would not be inside."""
+    stem = Path(path).stem
+    folder = Path(output) / stem
+    if stem in (".", ".."):
+        raise UserError(f"{path}: no folder can be named after it; rename the photograph.")
+    if os.path.lexists(folder) and not (folder / "record.json").is_file():
+        raise UserError(
+            f"{folder}: is there already and is no earlier result; move it, or choose another output folder."
+        )
+    return folder
+
+
+def _write_result(
+    work: Path, path: Path, image: torch.Tensor, result: AdaptResult, model: GeometryModel, config: ExperimentConfig,
+    metric_points: Path | None,
+) -> None:  # fmt: skip
+    """The files of one photograph into the folder `work`."""
     for name, prediction in (("depth", result.final), ("depth_original", result.original)):
         depth = torch.where(prediction.mask, prediction.depth, torch.inf).cpu().numpy().astype(np.float32)
         np.save(work / f"{name}.npy", depth)
@@ -77,6 +115,3 @@ def adapt_photo(
         "metric_points": str(metric_points) if metric_points else None, "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }  # fmt: skip
     (work / "record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(work, folder)
-    return folder

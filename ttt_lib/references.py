@@ -6,6 +6,7 @@ names this as the way to make metric predictions improve.
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt_lib.alignment import align_depth_affine
-from ttt_lib.errors import UserError
+from ttt_lib.errors import UserError, reason
 from ttt_lib.geometry import unproject
 from ttt_lib.models import GeometryModel, Prediction
 from ttt_lib.residual_field import residual_field
@@ -60,7 +61,7 @@ def read_references(path: Path, size: tuple[int, int]) -> References:
     """
     path = Path(path)
     where = f"--metric-points {path}"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{where}: there is no such file; give a CSV (u, v, metres) or a sparse depth PNG.")
     if path.suffix.lower() == ".png":
         return _from_png(path, where)
@@ -72,7 +73,7 @@ def read_references(path: Path, size: tuple[int, int]) -> References:
     except pd.errors.ParserWarning as error:
         raise UserError(f"{where}: has lines with more values than its first line names columns.") from error
     except Exception as error:
-        raise UserError(f"{where}: is not a readable CSV ({str(error).splitlines()[0]}).") from error
+        raise UserError(f"{where}: is not a readable CSV ({reason(error)}).") from error
     table.columns = [str(name).strip().lower() for name in table.columns]
     missing = [name for name in ("u", "v", "metres") if name not in table.columns]
     if missing:
@@ -101,7 +102,7 @@ def _from_png(path: Path, where: str) -> References:
             raw = np.asarray(image)
         depth = moge_io.read_depth(path) if described and mode in PNG_MODES else raw.astype(np.float64) / PNG_SCALE
     except Exception as error:
-        raise UserError(f"{where}: is not a readable depth PNG ({str(error).splitlines()[0]}).") from error
+        raise UserError(f"{where}: is not a readable depth PNG ({reason(error)}).") from error
     if mode not in PNG_MODES:
         raise UserError(f"{where}: must have one channel of 16 bits; this one is of Pillow's mode {mode}.")
     depth = depth[0] if isinstance(depth, tuple) else depth

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,6 +99,8 @@ def _network(folder: Path, family: str, name: str) -> nn.Module:
             )
     except Exception as error:  # damaged weights and wrong configurations end in nearly any exception
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        if "weights_only" in reason:  # PyTorch's advice would run the code in the file
+            reason = "its weights are no plain tensors"
         raise UserError(f"model {name!r}: its files in {folder} cannot be loaded as {family} ({reason}).") from error
     # The first fusion layer has nothing to add: its weights are never used, and published files leave them out.
     unused = [key for key in report["missing_keys"] if "fusion_stage.layers.0.residual_layer1." in key]
@@ -127,7 +130,7 @@ def load_transformers_model(
         raise UserError(f"model.fov_x: {fov_x:g} is not a field of view in degrees; it lies between 0 and 180.")
     if num_tokens is not None and num_tokens < 1:
         raise UserError(f"model.num_tokens: {num_tokens} is less than one token.")
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not (folder / "config.json").is_file():
         folder = _fetch(name)
     family = _read_json(folder / "config.json", name).get("model_type")
