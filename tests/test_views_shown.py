@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ttt_lib import adapt as loop
 from ttt_lib import student
+from ttt_lib.adapt import adapt
 from ttt_lib.augment import make_views
 from ttt_lib.config import ExperimentConfig, ViewConfig
 from ttt_lib.data import Sample
@@ -148,7 +148,7 @@ def test_the_views_shown_are_those_that_the_loop_draws(monkeypatch, method):
 
     draw = student.draw_views
     monkeypatch.setattr(student, "draw_views", record)
-    loop.adapt(network, sample.image, config, name="set/one")
+    adapt(network, sample.image, config, name="set/one")
     shown_views, losses = first_views(network, sample, config, passes=3)
     assert len(losses) == (3 if method == "ttt" else 0) and all(np.isfinite(losses))
     assert shown_views.kind == [kind for view in used for kind in view.kind]

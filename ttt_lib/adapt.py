@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt_lib import html_views
 from ttt_lib.config import ExperimentConfig
 from ttt_lib.ensemble import predict_ensemble
 from ttt_lib.gate import Calibration, Watcher, best_on_the_line, blend_predictions, read_calibration
@@ -37,7 +38,7 @@ class AdaptResult:
     optimizer step: step, passes, loss, each term, gradient_norm, known (share of known target pixels), seconds.
     signals: of the gate. seconds: wall time of everything here; peak_memory_mb: during this adaptation, see
     `memory.peak_memory_mb`. micro_batch: views in the network at a time. weights: of the trained parameters, for the
-    next image of a sequence (`train.reset`).
+    next image of a sequence (`train.reset`). image: (3,H,W), what was adapted to.
     """
 
     original: Prediction
@@ -54,6 +55,13 @@ class AdaptResult:
     micro_batch: int = 0
     blended: Prediction | None = None
     weights: list[Tensor] | None = None
+    image: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return html_views.result_text(self)
+
+    def _repr_html_(self) -> str:
+        return html_views.result_html(self)
 
     def add_reason(self, said: str) -> None:
         """Add a sentence to `reason`; an empty one adds nothing."""
@@ -109,7 +117,7 @@ def adapt(
     elif calibration is None:
         calibration = read_calibration(config.gate.calibration)
     original = model.predict(image)
-    result = AdaptResult(original=original, adapted=None, final=original, decision="original")
+    result = AdaptResult(original=original, adapted=None, final=original, decision="original", image=image)
     generator = sample_generator(config.seed, name)
     if train.method == "tta" and (train.passes or members):
         small = working_image(image, config.views.longest_side)

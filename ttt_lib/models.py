@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import importlib.util
+import os
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -20,10 +21,12 @@ from moge.utils.geometry_torch import recover_focal_shift
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ttt_lib.errors import UserError
+from ttt_lib import html_views
+from ttt_lib.errors import UserError, reason
 from ttt_lib.moge_checkpoints import HUB_NAMES, TRANSFORMERS_PREFIXES, download_checkpoint, load_network
 
 ASSETS = Path(__file__).parent / "assets"
+TINY_TOKENS = 192  # the bundled model was trained at no more, and is far worse at the most of its range
 PARTS = ("encoder", "neck", "heads", "norms")
 NORMS = (
     nn.LayerNorm,
@@ -81,6 +84,12 @@ class Prediction:
     disparity: Tensor | None = None
     note: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return html_views.prediction_text(self)
+
+    def _repr_html_(self) -> str:
+        return html_views.prediction_html(self)
 
 
 class GeometryModel:
@@ -277,10 +286,10 @@ def _choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.zeros(1, device=chosen).item()  # what cannot be read back, as from `meta`, is no device for results
         return chosen
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"model.device: {device!r} cannot be used here ({str(error).splitlines()[0]}).") from error
+    except Exception as error:  # a device that PyTorch knows by name only fails in its own way
+        raise UserError(f"model.device: {device!r} cannot be used here ({reason(error)}).") from error
 
 
 def load_model(
@@ -294,29 +303,32 @@ def load_model(
 
     name: `tiny` (bundled, offline); a MoGe hub name (`HUB_NAMES`) or the path of a MoGe checkpoint; the hub name of a
     Depth Anything, ZoeDepth or DPT/MiDaS model (`TRANSFORMERS_PREFIXES`) or its local folder. device: `auto`, `cpu`,
-    `cuda`, `cuda:1`. num_tokens: base tokens of a picture (None: MoGe the most of its range, transformers models the
-    size that their own rules give). autocast: `none`, or `bfloat16` for mixed precision of training passes. fov_x:
-    horizontal field of view in degrees, for models that predict no camera (None: 60 is assumed, and said).
+    `cuda`, `cuda:1`. num_tokens: base tokens of a picture (None: `tiny` what it was trained at, MoGe the most of its
+    range, transformers models the size that their own rules give). autocast: `none`, or `bfloat16` for mixed precision
+    of training passes. fov_x: horizontal field of view in degrees, for models that predict no camera (None: 60 is
+    assumed, and said).
 
     Raises `UserError`, one sentence, for a hub that cannot be reached, an unknown name, a wrong or truncated file.
     """
     if autocast not in ("none", "bfloat16"):
         raise UserError(f"model.autocast: {autocast!r} is not known; use none or bfloat16.")
-    target, path = _choose_device(device), Path(name).expanduser()
+    target, path = _choose_device(device), Path(os.path.expanduser(name))
     hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix not in (".pt", ".pth")
     if name == "tiny":
         path = ASSETS / "tiny.pt"
         if not path.exists():
             raise UserError(f"model 'tiny': {path} is missing; install the package again.")
-    elif (path / "config.json").is_file() or (not path.exists() and name.startswith(TRANSFORMERS_PREFIXES)):
+        num_tokens = num_tokens or TINY_TOKENS
+    # `os.path` also answers for names that no file system takes.
+    elif os.path.isfile(path / "config.json") or (not os.path.exists(path) and name.startswith(TRANSFORMERS_PREFIXES)):
         from ttt_lib.transformers_loading import load_transformers_model
 
         return load_transformers_model(name, target, num_tokens, autocast, fov_x)
-    elif path.is_dir():
+    elif os.path.isdir(path):
         path = path / "model.pt"
         if not path.is_file():
             raise UserError(f"model {name!r}: the folder holds neither config.json (transformers) nor model.pt (MoGe).")
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         if not hub_name:
             raise UserError(
                 f"model {name!r}: neither 'tiny', nor a file that exists, nor a hub name such as {HUB_NAMES[-1]!r}."

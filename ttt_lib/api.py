@@ -1,0 +1,152 @@
+"""The functions of a first result, as `ttt_lib` gives them: sources by name, settings by name, scores as a table.
+
+They only choose: samples come from `data.py`, settings from `config.py`, the method is `adapt.adapt`, and the scores
+are those of `metrics.evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from ttt_lib import metrics
+from ttt_lib.adapt import AdaptResult
+from ttt_lib.adapt import adapt as adapt_to_image
+from ttt_lib.config import ExperimentConfig, load_experiment
+from ttt_lib.data import Sample, SampleSet, open_dataset, read_photo
+from ttt_lib.errors import UserError
+from ttt_lib.experiment import resolve_profile
+from ttt_lib.models import GeometryModel, Prediction
+from ttt_lib.references import References
+from ttt_lib.sources import describe_sources, experiment_file
+
+Source = str | Path
+Evaluated = Prediction | AdaptResult | GeometryModel
+
+
+def load_samples(source: Source | Iterable[Source], **options: Any) -> SampleSet:
+    """The samples of a source, read when they are asked for.
+
+    source: `motorcycle` (two real photographs with metric depth), `synthetic` or `shifted` (procedural scenes), a folder
+    in MoGe's evaluation layout, a folder of images, one image, a JSON file of sets, or a list of these. options: of the
+    set, `count=3`, `width=320`, `height=216`, `seed=1`, as the `open_*` functions of `data.py` take them. The result
+    has `names` and a length; `samples[0]` and a loop over it give `Sample`s, `samples.readable()` passes over what
+    cannot be read. Raises `UserError` for a source that is not there or an option that it does not take.
+    """
+    entries = [source] if isinstance(source, str | Path) else list(source)
+    if not entries:
+        raise UserError("load_samples: the list of sources is empty; name at least one, such as 'motorcycle'.")
+    sets = [open_dataset(**{**entry, **options}) for entry in describe_sources(entries, "load_samples:")]
+    if len(sets) == 1:
+        return sets[0]
+    names = [s.name for s in sets]
+    titles = [s.name if names.count(s.name) == 1 else f"{s.name}_{i}" for i, s in enumerate(sets)]
+    places = {f"{title}/{name}": (s, name) for title, s in zip(titles, sets) for name in s.names}
+
+    def load(label: str) -> Sample:
+        sample_set, name = places[label]
+        return sample_set.load(name)
+
+    return SampleSet("+".join(titles), list(places), load, "\n".join(s.data_hash() for s in sets))
+
+
+def adapt(
+    model: GeometryModel,
+    image: Sample | Tensor | Source,
+    experiment: ExperimentConfig | Source = "recommended",
+    profile: str | None = "auto",
+    overrides: dict[str, Any] | None = None,
+    name: str | None = None,
+    references: References | None = None,
+    progress: bool = True,
+) -> AdaptResult:
+    """Adapt the model to one image and predict; the model is left exactly as it was.
+
+    image: a `Sample`, a tensor (3,H,W) float in [0,1], or the path of a photograph. experiment: a name or file of
+    `notebooks/experiments`, or a complete `ExperimentConfig`, which profile and overrides leave alone. profile: `demo`,
+    `paper`, `as_released`, a YAML file, None for none; `auto` takes `demo` for the bundled model, whose rates must be
+    small, and none for others. overrides: settings, `{"train": {"passes": 4}}`. name: with the experiment's seed it
+    fixes every random draw (default: that of the sample or file). references: known distances
+    (`references.read_references`). progress: show a bar.
+
+    The result has `original`, `adapted` and `final` predictions and the gate's `decision`. The model is used as it was
+    loaded: the experiment's section `model` is not. Raises `UserError` for an image that cannot be read and for
+    unknown names or settings.
+    """
+    if isinstance(image, Sample):
+        name, image = name or f"{image.dataset}/{image.name}", image.image
+    elif isinstance(image, str | Path):
+        name, image = name or Path(image).name, read_photo(image)
+    if not (isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3 and image.is_floating_point()):
+        shape = tuple(getattr(image, "shape", ()))
+        raise UserError(
+            f"adapt: the image is {type(image).__name__} {shape or ''}".rstrip()
+            + "; give a Sample, the path of a photograph, or a tensor (3,H,W) of floats in [0,1]."
+        )
+    if not isinstance(experiment, ExperimentConfig):
+        chosen = ("demo" if model.name == "tiny" else None) if profile == "auto" else profile
+        file = experiment_file(experiment, "adapt: experiment")
+        experiment = load_experiment(file, resolve_profile(chosen), overrides)
+    # What the gate was calibrated for is compared with the model at hand.
+    at_hand = experiment.model.model_copy(update={"name": model.name, "num_tokens": model.num_tokens})
+    config = experiment.model_copy(update={"model": at_hand})
+    return adapt_to_image(model, image, config, name=name or "image", references=references, progress=progress)
+
+
+def evaluate(what: Evaluated | Iterable[Prediction | AdaptResult], samples: Sample | Iterable[Sample]) -> pd.DataFrame:
+    """Scores against the truth of the samples, one row a score (`metrics.evaluate` says what they are).
+
+    what: a prediction or a result of `adapt` for one sample, a list of them in the order of the samples, or a model,
+    which predicts each sample. Columns: `value`; for results `before`, `after`, `better`, which names the better of these
+    two or says `same`, and `adapted`, what training gave, where the gate did not take that as it is. Index: metric and
+    score, for several samples also dataset and sample; `.reset_index()` makes columns of it. Raises `UserError` for a
+    sample without enough truth, and for lists of different lengths.
+    """
+    one = isinstance(samples, Sample)
+    samples = [samples] if one else list(samples)
+    if isinstance(what, GeometryModel):
+        found = (what.predict(sample.image.to(what.device)) for sample in samples)
+    else:
+        found = [what] if isinstance(what, Prediction | AdaptResult) else list(what)
+        if len(found) != len(samples):
+            raise UserError(
+                f"evaluate: {len(found)} predictions for {len(samples)} samples; give one of each, in the same order."
+            )
+    tables = [_scores(each, sample) for each, sample in zip(found, samples)]
+    if not tables:
+        raise UserError("evaluate: the list of samples is empty.")
+    keys = ["metric", "score"] if one else ["dataset", "sample", "metric", "score"]
+    table = pd.concat(tables, ignore_index=True).set_index(keys)
+    return table.drop(columns=["dataset", "sample"]) if one else table
+
+
+def _scores(what: Prediction | AdaptResult, sample: Sample) -> pd.DataFrame:
+    """The rows of one sample: dataset, sample, metric, score, and `value` or `before`, `after`, `better`."""
+    before = what if isinstance(what, Prediction) else what.original
+    rows = metrics.tidy_rows(metrics.evaluate(before, sample))
+    if rows.empty:
+        raise UserError(
+            f"evaluate: sample {sample.name!r} has no true depth for at least {metrics.MINIMUM_TRUTH} pixels."
+        )
+    if isinstance(what, AdaptResult):
+        rows = rows.rename(columns={"value": "before"})
+        if what.final is what.original:  # the very same prediction has the same scores
+            rows["after"] = rows["before"]
+        else:
+            after = metrics.tidy_rows(metrics.evaluate(what.final, sample)).rename(columns={"value": "after"})
+            rows = rows.merge(after, how="left", on=["metric", "score"])
+        if what.adapted is not None and what.adapted is not what.final:
+            adapted = metrics.tidy_rows(metrics.evaluate(what.adapted, sample)).rename(columns={"value": "adapted"})
+            rows = rows.merge(adapted, how="left", on=["metric", "score"])
+        # Shares of good pixels and of boundaries found are better high; all others are errors.
+        high = rows["score"].str.startswith("delta") | rows["metric"].eq("boundary")
+        gain = (rows["before"].abs() - rows["after"].abs()).where(~high, rows["after"] - rows["before"])
+        better = ["after" if g > 0 else "before" if g < 0 else "same" if g == 0 else "" for g in gain]
+        rows.insert(list(rows.columns).index("after") + 1, "better", better)
+    rows.insert(0, "dataset", sample.dataset)
+    rows.insert(1, "sample", sample.name)
+    return rows
