@@ -302,9 +302,9 @@ def test_probabilities_are_kept():
         "mirror": 0.3,
         "crop": {"probability": 0.6},
         "photometric": {"probability": 0.2, "severity": 1},
-        "size": (4, 4),
+        "size": (16, 16),
     }
-    target = torch.rand(3, 4, 4), torch.ones(4, 4, 3), None, intrinsics_from_fov(60.0, 1.0)
+    target = torch.rand(3, 16, 16), torch.ones(16, 16, 3), None, intrinsics_from_fov(60.0, 1.0)
     kinds = make_views(*target, ViewConfig(**config), 400, seeded()).kind
     for name, share in {"mirror": 0.3, "crop": 0.6, "photometric": 0.2}.items():
         assert abs(sum(name in kind for kind in kinds) / 400 - share) < 4 * math.sqrt(share * (1 - share) / 400)

@@ -10,13 +10,14 @@ batch do not depend on how many follow, and a higher severity means more of the 
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_lib.config_sections import CropConfig, ViewConfig
+from ttt_lib.config_sections import CropConfig, ShiftConfig, ViewConfig
 from ttt_lib.geometry import (
     EDGE_RTOL,
     MIRROR,
@@ -33,6 +34,7 @@ from ttt_lib.geometry import (
 from ttt_lib.photometric import DRAWS as COLOUR_DRAWS
 from ttt_lib.photometric import recolour
 from ttt_lib.render import NovelViewRenderer
+from ttt_lib.shifts import SHIFTS
 
 # Largest translation along x, y and z, as fractions of the scene's median depth, and largest roll in degrees.
 CAMERA_SEVERITIES = {
@@ -176,6 +178,22 @@ def _set_scene(renderer: NovelViewRenderer, image: Tensor, points: Tensor, mask:
         renderer.made_from = (renderer.mesh, image, points)
 
 
+def _shift(images: Tensor, depth: Tensor, config: ShiftConfig, draws: Tensor) -> tuple[Tensor, list[str]]:
+    """Each view under one of the shifts, or as it is: images (B,3,h,w), depth (B,h,w), and the names ("": none).
+
+    The seed of a view is made of its own `draws` (B,n): what other views use does not change with the shifts.
+    """
+    shifted, names = images.clone(), []
+    for i, row in enumerate(draws):
+        generator = torch.Generator().manual_seed(zlib.crc32(row.numpy().tobytes()))
+        chance, which = torch.rand(2, generator=generator).tolist()
+        active = chance < config.probability and config.severity > 0
+        names.append(config.names[int(which * len(config.names))] if active else "")
+        if active:
+            shifted[i] = SHIFTS[names[-1]](images[i], depth[i], config.severity, generator).clamp(0, 1)
+    return shifted, names
+
+
 def make_views(
     image: Tensor,
     points: Tensor,
@@ -253,9 +271,13 @@ def make_views(
     if mirror_keeps_x:
         wrong = out_points * MIRROR.diagonal()[:3].to(out_points)
         out_points = torch.where(mirrored.to(device)[:, None, None, None], wrong, out_points)
+    shifts = [""] * count
+    if config.shift.names:
+        out_image, shifts = _shift(out_image, out_points[..., 2], config.shift, colour_draws)
     out_image = recolour(out_image, colour.severity, colour_draws, colour.probability, colour.blur)
     names = (("novel", moved), ("crop", cropped), ("mirror", mirrored), ("photometric", coloured))
-    kind = ["+".join(name for name, which in names if bool(which[i])) or "whole" for i in range(count)]
+    kind = ["+".join([name for name, which in names if bool(which[i])] + [shifts[i]] * bool(shifts[i])) or "whole"
+            for i in range(count)]  # fmt: skip
     return View(out_image, out_points, out_mask, negative, lens, transform, kind, stats)
 
 

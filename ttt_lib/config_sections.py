@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Severity = Annotated[int, Field(ge=0, le=5)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]  # more is a slip, and would fill the memory
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Side = Annotated[int, Field(ge=1, le=16384)]  # pixels of an evaluated view
+Side = Annotated[int, Field(ge=16, le=16384)]  # pixels that a network can make something of
 # Folders in a folder of runs that are no experiment's.
 RESERVED = ("summary", "superseded", "failed")
 
@@ -50,10 +51,16 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: NonNegative = 5e-4
     weight_decay: NonNegative = 0.01
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     momentum: Probability = 0.0
     nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> OptimizerConfig:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
 
 
 class TeacherConfig(Section):
@@ -116,8 +123,8 @@ class CropConfig(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> CropConfig:
-        if not self.scale[0] <= self.scale[1] <= 1.0:
-            raise ValueError("scale must be two numbers low <= high, both in (0, 1]")
+        if not 0.05 <= self.scale[0] <= self.scale[1] <= 1.0:
+            raise ValueError("scale must be two numbers low <= high, both in [0.05, 1]")
         return self
 
 
@@ -139,6 +146,27 @@ class PhotometricConfig(Section):
     blur: Probability = 0.0
 
 
+def _known_shift(name: str) -> str:
+    from ttt_lib.plugins import load_installed
+    from ttt_lib.shifts import SHIFTS
+
+    load_installed()
+    if name not in SHIFTS:
+        raise ValueError(f"there is no such shift; there are {', '.join(SHIFTS)}")
+    return name
+
+
+class ShiftConfig(Section):
+    """Bad weather, light and sensors in views (DepthAnything-AC), one of `names` at a time; see `shifts.py`.
+
+    A set of `shifted` scenes has the very same changes: what is trained on them knows that set's kinds of shift.
+    """
+
+    names: list[Annotated[str, AfterValidator(_known_shift)]] = []
+    probability: Probability = 0.5
+    severity: Severity = 2
+
+
 class ViewConfig(Section):
     """What the student sees.
 
@@ -147,13 +175,14 @@ class ViewConfig(Section):
     `cutmix`: chance that a rectangle of a view shows another view of the batch (which must hold two at least).
     """
 
-    longest_side: Count | None = None
-    size: tuple[Count, Count] | None = None
+    longest_side: Side | None = None
+    size: tuple[Side, Side] | None = None
     mirror: Probability = 0.5
     cutmix: Probability = 0.0
     crop: CropConfig = CropConfig()
     novel_view: NovelViewConfig = NovelViewConfig()
     photometric: PhotometricConfig = PhotometricConfig()
+    shift: ShiftConfig = ShiftConfig()
 
 
 class EnsembleConfig(Section):
@@ -196,10 +225,24 @@ class GateConfig(Section):
         return "off" if value is False else value
 
 
-LossName = Literal[
+LOSS_NAMES = (
     "global", "local_4", "local_16", "local_64", "normal", "edge", "mask", "metric_scale",
     "ssi", "gradient", "silog", "feature", "metric_reference",
-]  # fmt: skip
+)  # fmt: skip
+
+
+def _known_loss(name: str) -> str:
+    if name not in LOSS_NAMES:
+        from ttt_lib.losses import LOSSES  # above this module; only added losses need it
+        from ttt_lib.plugins import load_installed
+
+        load_installed()
+        if name not in LOSSES:
+            raise ValueError(f"there is no such loss; there are {', '.join((*LOSS_NAMES, *LOSSES))}")
+    return name
+
+
+LossName = Annotated[str, AfterValidator(_known_loss)]
 
 
 class LossConfig(Section):

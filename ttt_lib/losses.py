@@ -2,19 +2,21 @@
 
 Formulas and implementations are those of `moge.train.losses` (MoGe, CVPR 2025; MoGe-2, 2025). The published study
 uses the affine-invariant terms: `sum_i 1/z_i * || s p_i + t - q_i ||` with the best scale s and shift t, over the
-whole image and over patches of three sizes. Terms of other models are in `depth_losses.py`.
+whole image and over patches of three sizes. Terms of other models are in `depth_losses.py`; added ones are registered
+in `LOSSES`.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 import utils3d
 from moge.train import losses as moge_losses
 from torch import Tensor
 
-from ttt_lib.config_sections import LossConfig
+from ttt_lib.config_sections import LOSS_NAMES, LossConfig
 from ttt_lib.depth_losses import (
     feature_alignment_loss,
     gradient_matching_loss,
@@ -22,6 +24,7 @@ from ttt_lib.depth_losses import (
     silog_loss,
 )
 from ttt_lib.errors import UserError
+from ttt_lib.plugins import Registry
 from ttt_lib.training_alignment import align_points_scale_z_shift, cheap_alignment
 
 # Of MoGe-1's training configuration; an experiment overrides any of them.
@@ -31,6 +34,23 @@ DEFAULTS: dict[str, dict[str, float | int]] = {
     "local_16": {"align_resolution": 8, "num_patches": 256, "beta": 0.0, "trunc": 1.0},
     "local_64": {"align_resolution": 4, "num_patches": 4096, "beta": 0.0, "trunc": 1.0},
 }
+LOSSES = Registry("loss", LOSS_NAMES)  # added ones: `LossInputs` -> (B,) or a scalar
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What an added loss is computed from.
+
+    output: what the student's `forward` gives (`points`, `depth` or `disparity`, and what else the network has); target
+    (B,H,W,3): the teacher's points in the views' cameras, NaN where unknown; known (B,H,W) bool; negative (B,H,W) bool
+    or None: sky; intrinsics (B,3,3) of the views.
+    """
+
+    output: dict[str, Tensor]
+    target: Tensor
+    known: Tensor
+    negative: Tensor | None
+    intrinsics: Tensor
 
 
 def parameters(name: str, config: LossConfig) -> dict[str, float | int]:
@@ -85,10 +105,11 @@ def compute_loss(
     if "feature" in active and features is not None:
         values["feature"] = (feature_alignment_loss(*features) * share).mean()
     if "mask" in active and output.get("mask") is not None:
-        positive = known
-        negative = torch.zeros_like(known) if negative is None else negative & ~known
-        negative = positive if mask_positive_and_negative else negative
-        values["mask"] = moge_losses.mask_l2_loss(output["mask"], positive, negative)[0].mean()
+        nothing = torch.zeros_like(known) if negative is None else negative & ~known
+        nothing = known if mask_positive_and_negative else nothing
+        values["mask"] = moge_losses.mask_l2_loss(output["mask"], known, nothing)[0].mean()
+    for name in active.keys() & LOSSES.keys():
+        values[name] = LOSSES[name](LossInputs(output, target, known, negative, intrinsics)).mean()
 
     anything = next(output[name] for name in ("points", "depth", "disparity") if name in output)
     total = anything.sum() * 0.0

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from ttt_lib import html_views
 from ttt_lib.errors import UserError, reason
 from ttt_lib.moge_checkpoints import HUB_NAMES, TRANSFORMERS_PREFIXES, download_checkpoint, load_network
+from ttt_lib.plugins import Registry, load_installed
 
 ASSETS = Path(__file__).parent / "assets"
 TINY_TOKENS = 192  # the bundled model was trained at no more, and is far worse at the most of its range
@@ -34,6 +35,9 @@ NORMS = (
     nn.modules.batchnorm._NormBase,  # batch and instance normalisation of every dimension
     nn.RMSNorm,
 )
+# Added families: `register("mine")` makes `load_model("mine:REST", ...)` call `loader(REST, device=..., num_tokens=...,
+# autocast=..., fov_x=...)`, which gives a `GeometryModel`.
+MODELS = Registry("model", ("tiny", "hf", "http", "https", "file"))
 Kind = Literal["metric", "scale_invariant", "affine_invariant", "disparity"]
 
 
@@ -302,17 +306,22 @@ def load_model(
     """Load a geometry model, frozen and in evaluation mode.
 
     name: `tiny` (bundled, offline); a MoGe hub name (`HUB_NAMES`) or the path of a MoGe checkpoint; the hub name of a
-    Depth Anything, ZoeDepth or DPT/MiDaS model (`TRANSFORMERS_PREFIXES`) or its local folder. device: `auto`, `cpu`,
-    `cuda`, `cuda:1`. num_tokens: base tokens of a picture (None: `tiny` what it was trained at, MoGe the most of its
-    range, transformers models the size that their own rules give). autocast: `none`, or `bfloat16` for mixed precision
-    of training passes. fov_x: horizontal field of view in degrees, for models that predict no camera (None: 60 is
-    assumed, and said).
+    Depth Anything, ZoeDepth or DPT/MiDaS model (`TRANSFORMERS_PREFIXES`) or its local folder; `FAMILY:REST` for one that
+    is registered in `MODELS`. device: `auto`, `cpu`, `cuda`, `cuda:1`. num_tokens: base tokens of a picture (None: `tiny`
+    what it was trained at, MoGe the most of its range, transformers models the size that their own rules give).
+    autocast: `none`, or `bfloat16` for mixed precision of training passes. fov_x: horizontal field of view in degrees,
+    for models that predict no camera (None: 60 is assumed, and said).
 
     Raises `UserError`, one sentence, for a hub that cannot be reached, an unknown name, a wrong or truncated file.
     """
     if autocast not in ("none", "bfloat16"):
         raise UserError(f"model.autocast: {autocast!r} is not known; use none or bfloat16.")
     target, path = _choose_device(device), Path(os.path.expanduser(name))
+    family, added, rest = name.partition(":")
+    if added:
+        load_installed()
+        if family in MODELS:
+            return MODELS[family](rest, device=target, num_tokens=num_tokens, autocast=autocast, fov_x=fov_x)
     hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix not in (".pt", ".pth")
     if name == "tiny":
         path = ASSETS / "tiny.pt"

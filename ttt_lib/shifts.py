@@ -8,7 +8,7 @@ are in the table of each function. All randomness comes from the given generator
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import zlib
 
 import numpy as np
 import torch
@@ -17,9 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from ttt_lib.errors import UserError
+from ttt_lib.plugins import Registry
 
 HELD_OUT_SEED = 900_000  # far from the seeds that training chunks use
 SIZE = (240, 320)
+# image (3,H,W) in [0,1], depth (H,W) with inf or NaN where there is none, severity 1 to 5, generator -> image (3,H,W)
+SHIFTS = Registry("shift")
 
 
 def _pick(values: tuple, severity: int) -> float:
@@ -30,12 +33,14 @@ def _noise(image: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
     return image + sigma * torch.randn(image.shape, generator=generator).to(image)
 
 
+@SHIFTS.register("low_light")
 def low_light(image: Tensor, depth: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     """Less light, more gain: brightness times 0.6 to 0.12, noise 0.02 to 0.12 (shot noise grows as it darkens)."""
     dark = image * _pick((0.6, 0.42, 0.3, 0.2, 0.12), severity)
     return _noise(dark, _pick((0.015, 0.025, 0.04, 0.055, 0.075), severity), generator)
 
 
+@SHIFTS.register("fog")
 def fog(image: Tensor, depth: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     """Koschmieder's law with the true depth: half of the light of the median depth is lost at severity 3."""
     finite = torch.where(torch.isfinite(depth), depth, torch.nan)
@@ -46,6 +51,7 @@ def fog(image: Tensor, depth: Tensor, severity: int, generator: torch.Generator)
     return image * seen + air * (1 - seen)
 
 
+@SHIFTS.register("motion_blur")
 def motion_blur(image: Tensor, depth: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     """The camera moved along a line: 1.5 % to 7 % of the image width, in a random direction."""
     length = _pick((0.015, 0.025, 0.037, 0.052, 0.07), severity) * image.shape[-1]
@@ -58,6 +64,7 @@ def motion_blur(image: Tensor, depth: Tensor, severity: int, generator: torch.Ge
     return _filter(image, kernel / kernel.sum())
 
 
+@SHIFTS.register("defocus_blur")
 def defocus_blur(image: Tensor, depth: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     """Out of focus: a disc with a radius of 0.4 % to 2 % of the image width."""
     radius = _pick((0.004, 0.007, 0.011, 0.015, 0.02), severity) * image.shape[-1]
@@ -73,6 +80,7 @@ def _filter(image: Tensor, kernel: Tensor) -> Tensor:
     return F.conv2d(padded[:, None], kernel.to(image)[None, None])[:, 0]
 
 
+@SHIFTS.register("jpeg")
 def jpeg(image: Tensor, depth: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     """JPEG at quality 40 down to 5."""
     array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
@@ -82,6 +90,7 @@ def jpeg(image: Tensor, depth: Tensor, severity: int, generator: torch.Generator
     return torch.from_numpy(decoded).permute(2, 0, 1).to(image)
 
 
+@SHIFTS.register("colour_cast")
 def colour_cast(image: Tensor, depth: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     """A wrong white balance: channel gains 1 +- 0.15 to 0.7 around a random hue."""
     phase = float(torch.rand((), generator=generator)) * 2 * np.pi
@@ -90,6 +99,7 @@ def colour_cast(image: Tensor, depth: Tensor, severity: int, generator: torch.Ge
     return image * gains.to(image)[:, None, None]
 
 
+@SHIFTS.register("night")
 def night(image: Tensor, depth: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     """Dark and blue, with one or more street lamps' pools of warm light, and noise."""
     strength = _pick((0.35, 0.55, 0.7, 0.8, 0.88), severity)
@@ -105,6 +115,7 @@ def night(image: Tensor, depth: Tensor, severity: int, generator: torch.Generato
     return _noise(cool * (1 - strength) + 0.5 * strength * warm * image, 0.03 * strength, generator)
 
 
+@SHIFTS.register("reflection")
 def reflection(image: Tensor, depth: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     """Seen through glass: a blurred mirror image of the picture itself, turned, lies over it (12 % to 50 %)."""
     share = _pick((0.12, 0.2, 0.3, 0.4, 0.5), severity)
@@ -115,16 +126,7 @@ def reflection(image: Tensor, depth: Tensor, severity: int, generator: torch.Gen
     return (1 - 0.5 * share) * image + share * ghost
 
 
-SHIFTS: dict[str, Callable[[Tensor, Tensor, int, torch.Generator], Tensor]] = {
-    "low_light": low_light,
-    "fog": fog,
-    "motion_blur": motion_blur,
-    "defocus_blur": defocus_blur,
-    "jpeg": jpeg,
-    "colour_cast": colour_cast,
-    "night": night,
-    "reflection": reflection,
-}
+BUILT_IN = tuple(SHIFTS)  # the set `shifted` stays the same when others add theirs
 
 
 def apply_shift(name: str, image: Tensor, depth: Tensor, severity: int, seed: int = 0) -> Tensor:
@@ -138,7 +140,8 @@ def apply_shift(name: str, image: Tensor, depth: Tensor, severity: int, seed: in
     if severity not in range(6):
         raise UserError(f"shift {name!r}: severity must be a whole number from 0 to 5, not {severity!r}.")
     if severity:
-        generator = torch.Generator().manual_seed(seed * 1000 + list(SHIFTS).index(name) * 10 + severity)
+        place = BUILT_IN.index(name) if name in BUILT_IN else zlib.crc32(name.encode())
+        generator = torch.Generator().manual_seed(seed * 1000 + place * 10 + severity)
         image = SHIFTS[name](image, depth, severity, generator)
     return (image.clamp(0, 1) * 255).round() / 255
 
@@ -187,7 +190,7 @@ def open_synthetic(
     """
     from ttt_lib.data import SampleSet
 
-    shifts, severities = shifts or list(SHIFTS), severities or [1, 2, 3, 4, 5]
+    shifts, severities = shifts or list(BUILT_IN), severities or [1, 2, 3, 4, 5]
     for shift in shifts:
         apply_shift(shift, torch.zeros(3, 2, 2), torch.ones(2, 2), 0)
     plan: dict[str, tuple] = {}

@@ -1,0 +1,58 @@
+"""The examples of CONTRIBUTING.md run as they stand, one after the other, and do what the text says."""
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+from ttt_lib.losses import LOSSES
+from ttt_lib.models import MODELS
+from ttt_lib.shifts import BUILT_IN, SHIFTS
+
+
+@pytest.fixture
+def registries():
+    """What the examples add is gone afterwards."""
+    held = [(registry, dict(registry)) for registry in (LOSSES, SHIFTS, MODELS)]
+    yield
+    for registry, before in held:
+        registry.clear()
+        registry.update(before)
+
+
+def test_examples_run_as_they_stand(registries, tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
+    assert len(blocks) == 5
+    monkeypatch.chdir(tmp_path)
+    space = {"__name__": "example"}
+
+    exec(blocks[0], space)
+    exec(blocks[1], space)
+    assert space["result"].history[0]["log_ratio"] > 0
+    assert float(capsys.readouterr().out) == space["result"].history[0]["log_ratio"]
+
+    exec(blocks[2], space)
+    assert "snow" not in BUILT_IN and space["snowy"].names == ["000_snow_1"]
+    sample = space["snowy"][0]
+    assert int((sample.image == 1).all(0).sum()) > 0
+    views = space["adapt"](
+        space["model"], space["sample"], "unfreeze_encoder",
+        overrides={"train": {"passes": 2, "accumulation": 1}},
+    )  # fmt: skip
+    assert not torch.equal(views.adapted.depth, space["result"].adapted.depth)  # snow fell on the views
+
+    exec(blocks[3], space)
+    assert space["small"].name == "small:7"
+    result = space["result"]
+    assert result.adapted.points.isfinite().all() and not torch.equal(result.adapted.depth, result.original.depth)
+
+    exec(blocks[4], space)
+    assert "log_ratio" in space["result"].history[0]
+
+
+def test_the_layout_it_draws_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`(ttt_lib/\w+\.py|tests/\w+\.py|notebooks/[\w/]+)`", text))
+    assert len(named) > 5
+    assert not [name for name in named if not (ROOT / name).exists()]
