@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import io
 import re
@@ -85,6 +86,25 @@ def test_every_public_name_is_documented():
         assert len(getattr(ttt_lib, name).__doc__) > 100, name
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "ttt_lib").glob("*.py")), ids=lambda path: path.stem)
+def test_what_is_public_is_typed_and_documented(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lacking = [] if ast.get_docstring(tree) else ["the module: docstring"]
+    scopes = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))]
+    for scope in scopes:
+        for node in scope.body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if not ast.get_docstring(node):
+                lacking.append(f"{node.name}: docstring")
+            if isinstance(node, ast.FunctionDef):
+                given = node.args
+                every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+                plain = [a.arg for a in every if a and a.arg not in ("self", "cls") and a.annotation is None]
+                lacking += [f"{node.name}: type of {name}" for name in plain + ["the result"] * (node.returns is None)]
+    assert not lacking
+
+
 # ----------------------------------------------------------------------------------------------------- samples
 
 
@@ -107,6 +127,8 @@ def test_samples_by_name_folder_file_and_list(picture, tmp_path):
     both = load_samples([tmp_path / "photos", tmp_path / "photos" / "a.jpg", tmp_path / "moge"])
     assert both.names == ["photos/a.jpg", "photos/b.png", "a/a.jpg", "moge/motorcycle_left"]
     assert [sample.name for sample in both] == ["a.jpg", "b.png", "a.jpg", "motorcycle_left"]
+    assert both[1:3].names == ["photos/b.png", "a/a.jpg"] and both[1:3][1].name == "a.jpg"
+    assert repr(both) == "SampleSet(photos+a+moge: 4 samples, photos/a.jpg, photos/b.png, a/a.jpg, ...)"
     twice = load_samples([tmp_path / "photos", tmp_path / "photos"])
     assert len(set(twice.names)) == 4 and twice.data_hash() != photos.data_hash()
 

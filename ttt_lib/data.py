@@ -71,7 +71,9 @@ class SampleSet:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int | slice) -> Sample | SampleSet:
+        if isinstance(index, slice):
+            return SampleSet(self.name, self.names[index], self.load, self.fingerprint)
         return self.load(self.names[index])
 
     def __repr__(self) -> str:

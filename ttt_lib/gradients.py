@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -74,7 +74,7 @@ class Student:
             for parameter, value in zip(self.parameters, own):
                 parameter.data = value
 
-    def attached(self):
+    def attached(self) -> AbstractContextManager[None]:
         """Inside, a forward pass of the network reaches `leaves` with its gradients."""
         return nullcontext() if self.low_rank is None else self.low_rank.attached(self.model.network)
 
@@ -167,6 +167,7 @@ def view_loss(model: GeometryModel, view: View, config: ExperimentConfig, genera
 
 
 def add_terms(total: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Add the values to the total, term by term."""
     for key, value in values.items():
         total[key] = total.get(key, 0.0) + value
 
@@ -212,6 +213,7 @@ def pass_gradients(
 
 
 def accumulate(total: list[Tensor | None], gradients: list[Tensor | None], factor: float = 1.0) -> None:
+    """Add factor * gradients to the total; None, for a tensor that was not reached, adds nothing."""
     for i, gradient in enumerate(gradients):
         if gradient is not None:
             scaled = gradient if factor == 1.0 else gradient * factor

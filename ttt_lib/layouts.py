@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ttt_lib.textures import TEXTURES, random_colour
 
@@ -37,7 +38,10 @@ class Layout:
     camera: np.ndarray = field(default_factory=lambda: np.zeros(3))
     clearance: float = 0.5
 
-    def add(self, kind, x, y, z, half, rotation=None, texture=None, tile=None, tint=None, keep=False) -> None:
+    def add(
+        self, kind: int, x: float, y: float, z: float, half: ArrayLike, rotation: np.ndarray | None = None,
+        texture: int | None = None, tile: float | None = None, tint: ArrayLike | None = None, keep: bool = False,
+    ) -> None:  # fmt: skip
         """Put a solid with its centre at (x, height y, z). Things too close to the camera are left out."""
         half = np.asarray(half, dtype=float)
         centre = np.array([x, -y, z])

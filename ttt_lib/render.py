@@ -84,10 +84,12 @@ class NovelViewRenderer:
 
     @property
     def backend(self) -> str:
+        """What draws: `pyrender` or `torch`."""
         return "torch" if self._forked else self._chosen
 
     @property
     def reason(self) -> str:
+        """Why it is that one, in one line."""
         return "torch: this process was forked from one that draws through GL" if self._forked else self._why
 
     def set_scene(self, image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor | None = None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from ttt_lib.errors import UserError
 from ttt_lib.plugins import Registry
+
+if TYPE_CHECKING:
+    from ttt_lib.data import Sample, SampleSet
 
 HELD_OUT_SEED = 900_000  # far from the seeds that training chunks use
 SIZE = (240, 320)
@@ -146,7 +150,9 @@ def apply_shift(name: str, image: Tensor, depth: Tensor, severity: int, seed: in
     return (image.clamp(0, 1) * 255).round() / 255
 
 
-def held_out_sample(number: int, seed: int = 0, shift: str | None = None, severity: int = 0, size=SIZE):
+def held_out_sample(
+    number: int, seed: int = 0, shift: str | None = None, severity: int = 0, size: tuple[int, int] = SIZE
+) -> Sample:
     """Scene `number` of the held-out set of `seed`, as a `data.Sample`, clean or under a shift."""
     from ttt_lib.data import Sample
     from ttt_lib.synthetic import KINDS, make_pictures
@@ -182,7 +188,7 @@ def open_synthetic(
     width: int = SIZE[1],
     height: int = SIZE[0],
     name: str | None = None,
-):
+) -> SampleSet:
     """The sets `synthetic` (clean) and `shifted`, of `count` scenes, as a `data.SampleSet`.
 
     `shifted` gives each scene one shift and one severity, so that all names and severities take turns; `shifts` and

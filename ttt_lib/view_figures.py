@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -49,7 +51,7 @@ def join(views: list[View]) -> View:
     return View(**joined, kind=[kind for view in views for kind in view.kind], stats=stats)
 
 
-def plot_row(pictures: dict[str, np.ndarray | Tensor], width: float = 2.6, **options) -> Figure:
+def plot_row(pictures: dict[str, np.ndarray | Tensor], width: float = 2.6, **options: Any) -> Figure:
     """Pictures side by side under their titles: images (3,H,W), or maps (H,W) with `imshow` options for them."""
     arrays = {
         title: to_array(picture) if isinstance(picture, Tensor) and picture.ndim == 3 else np.asarray(picture)
