@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 
@@ -10,10 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import typer
 from moge.utils import io as moge_io
 from PIL import Image
 
-from ttt_lib.cli import choose_experiments, parse_data, parse_set
+from ttt_lib.cli import app, choose_experiments, parse_data, parse_set
 from ttt_lib.data import open_dataset, write_moge_layout
 from ttt_lib.errors import UserError
 
@@ -21,9 +24,11 @@ QUICK = ["--set", "model.num_tokens=48", "--set", "train.passes=2", "--set", "tr
          "--set", "losses.global.align_resolution=6", "--set", "views.longest_side=96"]  # fmt: skip
 
 
+TTT = [sys.executable, "-c", "from ttt_lib.cli import main; main()"]
+
+
 def ttt(*arguments, timeout=240) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", "from ttt_lib.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run([*TTT, *map(str, arguments)], capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +47,56 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, words):
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+COMMANDS = ["ablation", "adapt", "hard-subset", "models", "doctor"]
+
+
+def test_every_help_answers_with_an_example_and_without_torch():
+    loaded = "import sys; sys.argv[0] = 'ttt-depth'\nfrom ttt_lib.cli import main\ntry: main()\n"
+    loaded += "finally: print('LOADED', sorted({'torch', 'numpy', 'pandas', 'moge'} & set(sys.modules)))"
+    for arguments in ([], *([command] for command in COMMANDS)):
+        command = [sys.executable, "-c", loaded, *arguments, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "Example: ttt-depth" in done.stdout, arguments
+        assert "LOADED []" in done.stdout, done.stdout
+
+
+def test_every_command_is_looked_at_and_its_example_is_one_it_takes():
+    group = typer.main.get_command(app)
+    assert list(group.commands) == COMMANDS
+    for command in [group, *group.commands.values()]:
+        program, name, *arguments = shlex.split(command.epilog.removeprefix("Example: "))
+        assert program == "ttt-depth" and (command is group or name == command.name)
+        group.commands[name].make_context(name, arguments)  # raises for an option or a value it does not know
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{command.name}: {parameter.name} has no help"
+
+
+@pytest.mark.parametrize(
+    ("words", "completion"),
+    [
+        ("ttt-depth ad", ["adapt"]),
+        ("ttt-depth doctor --js", ["--json"]),
+        ("ttt-depth adapt --experiment recom", ["recommended"]),
+        ("ttt-depth ablation --experiments original,unfreeze_encoder_sh", ["original,unfreeze_encoder_shorter"]),
+        ("ttt-depth ablation --profile as", ["as_released"]),
+    ],
+)
+def test_the_shell_completes(words, completion):
+    environment = {**os.environ, "_TTT_DEPTH_COMPLETE": "complete_bash", "COMP_WORDS": words,
+                   "COMP_CWORD": str(len(words.split()) - 1)}  # fmt: skip
+    done = subprocess.run(TTT, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stdout.split() == completion, done.stderr
+
+
+def test_completion_can_be_shown_and_installed(tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = subprocess.run([*TTT, "--show-completion", "bash"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "_TTT_DEPTH_COMPLETE=complete_bash" in done.stdout, done.stderr
+    done = subprocess.run([*TTT, "--install-completion", "bash"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert any("complete_bash" in p.read_text() for p in tmp_path.rglob("*") if p.is_file())
+
+
 def test_parsing(tmp_path):
     assert parse_set(["train.passes=4", "views.size=[8, 9]"]) == {"train": {"passes": 4}, "views": {"size": [8, 9]}}
     with pytest.raises(UserError, match="--set train"):
@@ -52,6 +107,8 @@ def test_parsing(tmp_path):
     (tmp_path / "frame" / "depth.png").touch()
     with pytest.raises(UserError, match="index.txt is missing"):
         parse_data([str(tmp_path)])
+    Image.new("RGB", (20, 20)).save(tmp_path / "photo.jpg")
+    assert parse_data([str(tmp_path / "photo.jpg")]) == [{"kind": "images", "path": str(tmp_path / "photo.jpg")}]
 
 
 def test_adapt_writes_what_it_promises_and_goes_on_after_a_bad_file(tmp_path):

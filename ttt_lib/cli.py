@@ -10,80 +10,69 @@ from typing import Annotated, Any
 
 import typer
 
-from ttt_lib.errors import UserError
+from ttt_lib.errors import UserError, printable, reason
+from ttt_lib.sources import NOTEBOOKS, describe_sources, experiment_file, experiment_files, notebooks_folder
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Test-time training of monocular geometry models: adapt to photographs, run the ablation, look at this machine.",
+    epilog="Example: ttt-depth adapt photo.jpg -o outputs",
 )
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 # Modules that decide no number: a change in them does not make finished runs old.
 SHOWING = (
-    "batch", "benchmark", "calibration", "cli", "cluster", "figures", "kernel", "photos", "progress",
-    "provenance", "reliability_figures", "report", "results", "statistics", "study_figures", "tables", "view_figures",
-    "widgets", "zeroshot",
+    "api", "batch", "benchmark", "calibration", "cli", "cluster", "doctor", "figures", "html_views", "kernel", "machine",
+    "photos", "progress", "provenance", "reliability_figures", "report", "results", "statistics", "study_figures",
+    "tables", "view_figures", "widgets", "zeroshot",
 )  # fmt: skip
-BUILT_IN = ("motorcycle", "synthetic", "shifted")
-
-
-def notebooks_folder() -> Path:
-    """Where notebooks and experiments are. Raises `UserError` if the package was installed without its checkout."""
-    if not (NOTEBOOKS / "02_adaptation.ipynb").is_file():
-        raise UserError(f"{NOTEBOOKS}: the notebooks are missing; install from a checkout with `pip install -e .`.")
-    return NOTEBOOKS
 
 
 def parse_data(entries: list[str]) -> list[dict[str, Any]]:
-    """`--data` values as configuration: a built-in name, a JSON file of sets, a MoGe folder, or a folder of images."""
-    from ttt_lib.moge_layout import BENCHMARKS, INDEX, read_eval_config
-
-    result: list[dict[str, Any]] = []
-    for entry in entries:
-        path = Path(entry)
-        if entry in BUILT_IN:
-            result.append({"kind": entry})
-        elif path.suffix == ".json":
-            result += read_eval_config(path)
-        elif path.is_dir() and (path / INDEX).is_file():
-            known = BENCHMARKS.get(path.resolve().name, {})
-            result.append({"kind": "moge", "path": str(path.resolve()), **known})
-        elif path.is_dir() and not any(path.rglob("depth.png")):
-            result.append({"kind": "images", "path": str(path.resolve())})
-        elif path.is_dir():
-            raise UserError(f"--data {entry}: {path / INDEX} is missing; it lists the folder of one sample a line.")
-        else:
-            raise UserError(f"--data {entry}: no such folder or JSON file; built in are {', '.join(BUILT_IN)}.")
-    return result
+    """`--data` values as configuration: a built-in name, a JSON file of sets, a MoGe folder, images or one image."""
+    return describe_sources(entries, "--data")
 
 
 def parse_set(entries: list[str]) -> dict[str, Any]:
     """`--set train.passes=4` as nested overrides; values are YAML."""
-    import yaml
+    from ttt_lib.text_files import parse_yaml
 
     overrides: dict[str, Any] = {}
     for entry in entries:
         key, separator, value = entry.partition("=")
         if not separator or not key:
             raise UserError(f"--set {entry}: must look like train.passes=4.")
-        place = overrides
-        *parents, last = key.split(".")
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = yaml.safe_load(value)
+        put(overrides, key, parse_yaml(value, f"--set {printable(entry, 100)}"))
     return overrides
+
+
+def put(overrides: dict[str, Any], key: str, value: Any) -> None:
+    """`train.passes` into nested overrides. Raises `UserError` where `train` itself was given a value."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        overrides = overrides.setdefault(parent, {})
+        if not isinstance(overrides, dict):
+            raise UserError(f"--set {key}: {parent} was given the value {overrides!r} before; leave one of them out.")
+    overrides[last] = value
 
 
 def choose_experiments(names: str | None) -> list[Path]:
     """Files of the named experiments (also of those in `more/`), or of all rows of the table, `original` first."""
-    folder = notebooks_folder() / "experiments"
-    files = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    if names:
-        files |= {path.stem: path for path in sorted((folder / "more").glob("*.yaml"))}
+    if names is not None:
         wanted = [name.strip() for name in names.split(",") if name.strip()]
-        unknown = [name for name in wanted if name not in files and not Path(name).is_file()]
-        if unknown:
-            raise UserError(f"--experiments {unknown[0]!r}: there is no such experiment; there are {', '.join(files)}.")
-        return [files.get(name, Path(name)) for name in wanted]
-    return sorted(files.values(), key=lambda path: (path.stem != "original", path.stem))
+        if not wanted:
+            raise UserError(f"--experiments {names!r}: names no experiment; leave it out for all.")
+        return [experiment_file(name, "--experiments") for name in wanted]
+    return sorted(experiment_files(more=False).values(), key=lambda path: (path.stem != "original", path.stem))
+
+
+def _complete_experiments(incomplete: str) -> list[str]:
+    """For the shell: names of experiments, also after a comma."""
+    before, comma, last = incomplete.rpartition(",")
+    return [before + comma + name for name in experiment_files() if name.startswith(last)]
+
+
+def _complete_profiles(incomplete: str) -> list[str]:
+    return [path.stem for path in sorted(NOTEBOOKS.glob("profiles/*.yaml")) if path.stem.startswith(incomplete)]
 
 
 def default_workers() -> int:
@@ -132,6 +121,8 @@ def make_jobs(
         # The settings are complete, so the notebook lays no profile over them.
         parameters = {**settings, "profile": "", "limit": limit or 0}
         total = min(sum(len(s) for s in sets), (limit or 10**9) * shards)
+        if shards > max(total, 1):
+            raise UserError(f"--shards {shards}: the data of {config.name} has only {total} samples.")
         jobs += [
             Job(config.name, i, shards, parameters, identity, notebooks, -(-(total - i) // shards))
             for i in range(shards)
@@ -139,20 +130,25 @@ def make_jobs(
     return jobs
 
 
-@app.command()
+@app.command(epilog="Example: ttt-depth ablation --data path/to/set --experiments original,recommended --runs runs")
 def ablation(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="MoGe-layout folder, JSON of sets, image folder, or motorcycle | synthetic | shifted; may repeat. Default: the profile's."
+            help="MoGe-layout folder, JSON of sets, image or folder of images, or motorcycle | synthetic | shifted; may repeat. Default: the profile's."
         ),
     ] = None,
-    profile: Annotated[str, typer.Option(help="demo, paper, as_released, or a YAML file.")] = "demo",
-    experiments: Annotated[str | None, typer.Option(help="Names, separated by commas. Default: all.")] = None,
+    profile: Annotated[
+        str, typer.Option(help="demo, paper, as_released, or a YAML file.", autocompletion=_complete_profiles)
+    ] = "demo",
+    experiments: Annotated[
+        str | None,
+        typer.Option(help="Names, separated by commas. Default: all.", autocompletion=_complete_experiments),
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs"),
-    workers: Annotated[int, typer.Option(help="Jobs at a time; 0: one a GPU, or one a core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Jobs at a time; 0: one a GPU, or one a core.")] = 0,
     threads: Annotated[
-        int, typer.Option(min=1, help="Of each job. Part of the result: another count rounds differently.")
+        int, typer.Option(min=1, max=1024, help="Of each job. Part of the result: another count rounds differently.")
     ] = 1,
     shards: Annotated[int, typer.Option(min=1, help="Parts that the samples are cut into.")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="Address of a running dask scheduler, tcp://host:port.")] = None,
@@ -188,17 +184,20 @@ def ablation(
 
 def summarise(runs: Path) -> None:
     """Execute 03_ablation on a runs folder into `runs/summary`, and print the table."""
-    from ttt_lib.batch import _execute, own_kernel
+    from ttt_lib.batch import _execute, _one_line, own_kernel
     from ttt_lib.results import read_runs
     from ttt_lib.tables import table1, to_text
 
     output = runs / "summary"
     output.mkdir(parents=True, exist_ok=True)
     with own_kernel():
-        _execute(
-            notebooks_folder() / "03_ablation.ipynb", output / "03_ablation.ipynb",
-            {"runs_dir": str(runs.resolve()), "output_dir": str(output.resolve())},
-        )  # fmt: skip
+        try:
+            _execute(
+                notebooks_folder() / "03_ablation.ipynb", output / "03_ablation.ipynb",
+                {"runs_dir": str(runs.resolve()), "output_dir": str(output.resolve())},
+            )  # fmt: skip
+        except Exception as error:  # of a cell; the notebook shows it
+            raise UserError(f"{output / '03_ablation.ipynb'}: the summary failed ({_one_line(error)}).") from error
     read = read_runs(runs)
     print("\n".join([to_text(table1(read)), *read.notes]))
     if len(read.left_out):
@@ -206,12 +205,16 @@ def summarise(runs: Path) -> None:
     print(f"table, figures and report: {output}")
 
 
-@app.command()
+@app.command(epilog="Example: ttt-depth adapt photo.jpg -o outputs --set train.passes=8")
 def adapt(
     images: Annotated[list[Path], typer.Argument(help="Photographs of any size and kind.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the results.")] = Path("outputs"),
-    experiment: Annotated[str, typer.Option(help="Name or file of the experiment.")] = "recommended",
-    profile: Annotated[str, typer.Option(help="demo, paper, as_released, or a YAML file.")] = "demo",
+    experiment: Annotated[
+        str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)
+    ] = "recommended",
+    profile: Annotated[
+        str, typer.Option(help="demo, paper, as_released, or a YAML file.", autocompletion=_complete_profiles)
+    ] = "demo",
     model: Annotated[str | None, typer.Option(help="See `ttt-depth models`.")] = None,
     metric_points: Annotated[
         Path | None,
@@ -226,17 +229,21 @@ def adapt(
 
     overrides = parse_set(set_ or [])
     if model:
-        overrides.setdefault("model", {})["name"] = model
+        put(overrides, "model.name", model)
     if metric_points is not None and len(images) != 1:
         raise UserError(f"--metric-points {metric_points}: belongs to one image, but {len(images)} are given.")
-    config = load_experiment(choose_experiments(experiment)[0], resolve_profile(profile), overrides)
+    stems = [image.stem for image in images]
+    if len(set(stems)) < len(stems):
+        twice = next(stem for stem in stems if stems.count(stem) > 1)
+        raise UserError(f"{output / twice}: two of the photographs would be written there; rename one.")
+    config = load_experiment(experiment_file(experiment, "--experiment"), resolve_profile(profile), overrides)
     loaded = open_model(config)
     failed = 0
     for image in images:
         try:
             folder = adapt_photo(image, output, loaded, config, metric_points)
             record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-            print(f"{image}: {record['decision']} in {record['seconds']:.1f} s -> {folder}", flush=True)
+            print(f"{printable(image)}: {record['decision']} in {record['seconds']:.1f} s -> {folder}", flush=True)
         except UserError as error:
             failed += 1
             print(f"ttt-depth: {error}", file=sys.stderr, flush=True)
@@ -244,14 +251,16 @@ def adapt(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: ttt-depth hard-subset --data path/to/set -o hard --below 0.5 --count 50")
 def hard_subset(
     data: Annotated[list[str], typer.Option(help="MoGe-layout folders or a JSON of sets; may repeat.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the subset (links and an index).")],
     metric: Annotated[str, typer.Option(help="metric/score to choose by.")] = "points_scale_invariant/delta1",
     below: Annotated[float, typer.Option(help="Only samples whose score is lower.")] = 0.5,
     count: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
-    profile: Annotated[str, typer.Option(help="Profile that names the model.")] = "demo",
+    profile: Annotated[
+        str, typer.Option(help="Profile that names the model.", autocompletion=_complete_profiles)
+    ] = "demo",
     model: Annotated[str | None, typer.Option(help="tiny, a MoGe hub name, or a checkpoint file.")] = None,
 ) -> None:
     """Choose the samples on which the original model does worst, as the published study did."""
@@ -260,6 +269,10 @@ def hard_subset(
     from ttt_lib.experiment import resolve_profile, run_experiment
 
     entries = parse_data(data)
+    names = [entry.get("name") or Path(entry.get("path", "")).name for entry in entries]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"--data: two sets are called {twice!r}; give them names in a JSON file of sets.")
     if any(entry["kind"] != "moge" for entry in entries):
         raise UserError("--data: a hard subset links to samples on disk, so every set must be in the MoGe layout.")
     overrides: dict[str, Any] = {"data": entries, **({"model": {"name": model}} if model else {})}
@@ -278,7 +291,7 @@ def hard_subset(
     print(f"{len(chosen)} samples: {index}")
 
 
-@app.command()
+@app.command(epilog="Example: ttt-depth models")
 def models() -> None:
     """List what --model takes."""
     from ttt_lib.models import HUB_NAMES, TRANSFORMERS_PREFIXES
@@ -289,10 +302,31 @@ def models() -> None:
     print("PATH  (a MoGe-1 or MoGe-2 checkpoint file, or the folder of a transformers model)")
 
 
+@app.command(epilog="Example: ttt-depth doctor --json")
+def doctor(json_: Annotated[bool, typer.Option("--json", help="As a list of JSON objects.")] = False) -> None:
+    """Look at this machine: GL, GPU, torch, hub, assets, notebooks; and say what to do. Exit code 1: cannot work."""
+    from ttt_lib.doctor import broken, diagnose, to_json, to_text
+
+    findings = diagnose((lambda finding: None) if json_ else (lambda finding: print(to_text(finding), flush=True)))
+    wrong = broken(findings)
+    if json_:
+        print(to_json(findings))
+    elif wrong:
+        print(f"ttt-depth cannot work here before this is put right: {', '.join(finding.name for finding in wrong)}.")
+    else:
+        print("ttt-depth can work here.")
+    if wrong:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2."""
     try:
-        app()
+        app(prog_name="ttt-depth")
     except UserError as error:
         print(f"ttt-depth: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder without permission: not this program's mistake either
+        place = f"{printable(error.filename)}: " if error.filename else ""
+        print(f"ttt-depth: {place}{reason(error)}.", file=sys.stderr)
         sys.exit(2)
