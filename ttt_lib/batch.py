@@ -38,6 +38,7 @@ __all__ = [
     "fingerprint",
     "git_revision",
     "job_lock",
+    "one_line",
     "own_kernel",
     "run_job",
     "run_jobs",
@@ -215,9 +216,9 @@ def run_job(job: Job, runs: str | Path) -> Outcome:
                 left = _keep(work, kept)
                 if not isinstance(error, Exception):
                     raise
-                return ended("failed", _one_line(error) + left)
+                return ended("failed", one_line(error) + left)
     except Exception as error:  # a folder without write permission, a file system without locks
-        return ended("failed", _one_line(error))
+        return ended("failed", one_line(error))
 
 
 def _fill(job: Job, work: Path, begun: float) -> None:
@@ -239,7 +240,8 @@ def _fill(job: Job, work: Path, begun: float) -> None:
     _sync(work)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an exception says; of a notebook's cell, the exception inside it."""
     name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", None)
     text = f"{name}: {value}" if value is not None else "".join(traceback.format_exception_only(error))
     return " ".join(text.split())[:400]
@@ -314,7 +316,7 @@ def _finish(
             if error is None:
                 yield job, future.result()
             else:
-                yield job, Outcome(job.experiment, job.shard, "failed", f"the worker died: {_one_line(error)}")
+                yield job, Outcome(job.experiment, job.shard, "failed", f"the worker died: {one_line(error)}")
             future.release()
 
 

@@ -141,8 +141,9 @@ def _shown(value: Any) -> str:
     """A value as the user wrote it, the first parts of a large one (which YAML's references can make without end)."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 100
+    short.maxlevel = 3
     try:
-        return short.repr(value)
+        return printable(short.repr(value), 120)
     except ValueError:  # a number of more digits than Python writes
         return "a number of thousands of digits"
 

@@ -48,7 +48,7 @@ def resolve_profile(profile: str | None) -> Path | None:
     if path.suffix in (".yaml", ".yml"):
         return path
     path = NOTEBOOKS / "profiles" / f"{profile}.yaml"
-    if not path.exists():
+    if not os.path.isfile(path):  # also answers for names that no file system takes
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise UserError(
             f"profile {profile!r}: there is no such profile; there are {known}, or give the path of a file."
@@ -213,6 +213,9 @@ def run_experiment(
             left_out.append(
                 (sample.dataset, sample.name, "out of memory: lower views.longest_side, or set model.checkpointing")
             )
+            continue
+        except FloatingPointError as error:
+            left_out.append((sample.dataset, sample.name, str(error)))
             continue
         finally:
             bar.update()

@@ -18,11 +18,12 @@ from torch.nn import functional as F
 
 from ttt_lib.config import GateConfig
 from ttt_lib.ensemble import fitted_disparity, log_difference
-from ttt_lib.errors import UserError
+from ttt_lib.errors import UserError, reason
 from ttt_lib.geometry import unproject
 from ttt_lib.gradients import Student
 from ttt_lib.models import Prediction
 from ttt_lib.signals import HeldBack, consistency, consistency_now
+from ttt_lib.text_files import read_json
 
 BUNDLED = Path(__file__).parent / "assets" / "gate.json"
 DISAGREEMENT = 0.1  # of log depth between experts, at which a pixel of a blend is half original, half adapted
@@ -68,10 +69,12 @@ def read_calibration(path: str | Path | None = None) -> Calibration:
     """The calibration in a JSON file, or the bundled one. Raises `UserError` for a file that is not one."""
     path = Path(path) if path else BUNDLED
     try:
-        return Calibration(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        calibration = Calibration(**read_json(path))
+        calibration.decide({})  # lengths and types fit
+        return calibration
+    except (UserError, TypeError, ValueError) as error:
         raise UserError(
-            f"gate.calibration: {path} is no calibration file ({error}); write one with 04_reliability."
+            f"gate.calibration: {path} is no calibration file ({reason(error)}); write one with 04_reliability."
         ) from error
 
 

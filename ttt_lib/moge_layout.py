@@ -115,7 +115,8 @@ def _read_depth(path: Path) -> np.ndarray:
         near, far = float(image.info["near"]), float(image.info["far"])
     if not (0 < near <= far and math.isfinite(far)):
         raise ValueError(f"near {near} and far {far} are no range of depths")
-    depth = moge_io.read_depth(path)
+    with np.errstate(over="ignore"):  # of a far beyond all numbers
+        depth = moge_io.read_depth(path)
     if (depth <= 0).any():
         raise ValueError("a depth is not above 0")
     return depth

@@ -100,7 +100,8 @@ def _from_png(path: Path, where: str) -> References:
             image.load()
             mode, described = image.mode, {"near", "far"} <= {str(key).lower() for key in image.info}
             raw = np.asarray(image)
-        depth = moge_io.read_depth(path) if described and mode in PNG_MODES else raw.astype(np.float64) / PNG_SCALE
+        with np.errstate(over="ignore"):  # of a far beyond all numbers
+            depth = moge_io.read_depth(path) if described and mode in PNG_MODES else raw.astype(np.float64) / PNG_SCALE
     except Exception as error:
         raise UserError(f"{where}: is not a readable depth PNG ({reason(error)}).") from error
     if mode not in PNG_MODES:

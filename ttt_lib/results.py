@@ -26,7 +26,7 @@ KEYS = {  # what names a row, and the columns that are there even when no run ha
 }
 NOT_EXPERIMENTS = ("summary", "superseded", "failed")
 COMPARABLE = ("data", "limit", "model", "code", "torch")  # parts of an identity that experiments have in common
-SHARD = re.compile(r"(\d+)-of-(\d+)")
+SHARD = re.compile(r"(\d+)-of-(0*[1-9]\d*)", re.ASCII)
 
 
 def prediction_name(dataset: str, sample: str) -> str:
@@ -95,9 +95,15 @@ def _finished_shards(folder: Path) -> tuple[dict[str, dict[Path, dict[str, Any]]
 def _manifest(place: Path) -> dict[str, Any] | None:
     try:
         content = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return content if isinstance(content, dict) else None
+    usable = isinstance(content, dict) and isinstance(content.get("identity", {}), dict)
+    return content if usable else None
+
+
+def _finished(manifest: dict[str, Any]) -> float:
+    value = manifest.get("finished")
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _one_set(experiment: str, shards: dict[Path, dict[str, Any]]) -> tuple[dict[Path, dict[str, Any]], list[str]]:
@@ -109,7 +115,7 @@ def _one_set(experiment: str, shards: dict[Path, dict[str, Any]]) -> tuple[dict[
 
     def rank(key: tuple[int, str]) -> tuple:
         share = len(sets[key]) / key[0]
-        return share >= 1, share, max(float(m.get("finished") or 0) for m in sets[key].values()), key
+        return share >= 1, share, max(_finished(m) for m in sets[key].values()), key
 
     best = max(sets, key=rank)
     notes = []
