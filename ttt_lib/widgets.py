@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from IPython.display import display
 from torch import Tensor
 
 from ttt_lib.augment import make_views
@@ -15,6 +20,9 @@ from ttt_lib.config_sections import ViewConfig
 from ttt_lib.models import Prediction
 from ttt_lib.render import NovelViewRenderer
 from ttt_lib.view_figures import plot_views
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 # What a view type switches on: mirror, crop, novel view, photometric probabilities (the sliders say how much).
 VIEW_TYPES: dict[str, dict[str, Any]] = {
@@ -27,6 +35,25 @@ VIEW_TYPES: dict[str, dict[str, Any]] = {
 }
 
 
+def show_cloud(figure: go.Figure) -> None:
+    """Display a plotly point cloud, first seen from near its camera, with a picture for viewers that run no scripts."""
+    cloud = figure.data[0]
+    figure.update_layout(scene_camera={"eye": {"x": 0.5, "y": -1.6, "z": 0.5}})
+    points = [np.asarray(values, dtype=float) for values in (cloud.x, cloud.y, cloud.z)]
+    colours = [[int(part) / 255 for part in re.findall(r"\d+", text)] for text in cloud.marker.color]
+    still = plt.figure(figsize=(6, 4))
+    axis = still.add_subplot(projection="3d")
+    axis.scatter(*points, c=colours, s=6, linewidths=0, depthshade=False)
+    axis.set_box_aspect([max(float(np.ptp(values)), 1e-6) for values in points])
+    axis.set(xlabel="x", ylabel="z, forward", zlabel="up")
+    axis.view_init(elev=15, azim=-75)
+    buffer = io.BytesIO()
+    still.savefig(buffer, format="jpeg", dpi=85)
+    plt.close(still)
+    bundle = {"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "image/jpeg": buffer.getvalue()}
+    display(bundle, raw=True)
+
+
 class ViewExplorer(ipywidgets.VBox):
     """Pick a picture, a kind of view, severities and a seed, and see three views with targets and masks.
 
@@ -36,23 +63,29 @@ class ViewExplorer(ipywidgets.VBox):
 
     def __init__(self, targets: dict[str, tuple[Tensor, Prediction]], count: int = 3) -> None:
         self.targets, self.count = targets, count
-        self.renderer = NovelViewRenderer("auto", device=next(iter(targets.values()))[0].device)
-        slow = {"continuous_update": False, "style": {"description_width": "8em"}}
-        self.picture = ipywidgets.Dropdown(options=list(targets), description="picture", style=slow["style"])
-        self.view_type = ipywidgets.Dropdown(options=list(VIEW_TYPES), description="view", style=slow["style"])
+        # JupyterLab may deliver a slider's change in another thread than the cell's, and a GL context belongs to one.
+        self.renderer = NovelViewRenderer("torch", device=next(iter(targets.values()))[0].device)
+        wide = {"style": {"description_width": "9em"}, "layout": {"width": "26em"}}
+        slow = {"continuous_update": False, **wide}
+        self.picture = ipywidgets.Dropdown(options=list(targets), description="picture", **wide)
+        self.view_type = ipywidgets.Dropdown(options=list(VIEW_TYPES), description="view", **wide)
         self.colour = ipywidgets.IntSlider(3, 0, 5, description="colour severity", **slow)
         self.blur = ipywidgets.FloatSlider(0.0, min=0, max=1, step=0.25, description="chance of blur", **slow)
         self.camera = ipywidgets.IntSlider(3, 0, 5, description="camera severity", **slow)
         self.crop = ipywidgets.FloatSlider(0.6, min=0.2, max=1, step=0.05, description="smallest crop", **slow)
         self.seed = ipywidgets.IntSlider(0, 0, 99, description="seed", **slow)
-        self.image = ipywidgets.Image(format="jpeg")
+        self.image = ipywidgets.Image(format="jpeg", layout={"align_self": "flex-start"})  # at its own size
         self.status = ipywidgets.HTML()
         controls = [self.picture, self.view_type, self.seed, self.colour, self.blur, self.camera, self.crop]
         for control in controls:
             control.observe(self.update, names="value")
         left, right = ipywidgets.VBox(controls[:3]), ipywidgets.VBox(controls[3:])
-        super().__init__([ipywidgets.HBox([left, right]), self.image, self.status])
+        super().__init__([ipywidgets.HBox([left, right], layout={"flex_flow": "row wrap"}), self.image, self.status])
         self.update()
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        """With the picture as it is now, for viewers that run no scripts."""
+        return {**super()._repr_mimebundle_(**options), "image/jpeg": self.image.value}
 
     @property
     def config(self) -> ViewConfig:
@@ -78,7 +111,7 @@ class ViewExplorer(ipywidgets.VBox):
         )
         spent = (time.perf_counter() - begun) * 1000 / self.count
         buffer = io.BytesIO()
-        plot_views(view).savefig(buffer, format="jpeg", dpi=75)
+        plot_views(view).savefig(buffer, format="jpeg", dpi=85)
         self.image.value = buffer.getvalue()
         known = ", ".join(f"{share:.0%}" for share in view.mask.flatten(1).float().mean(1).tolist())
         self.status.value = (
