@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -35,6 +36,11 @@ VIEW_TYPES: dict[str, dict[str, Any]] = {
 }
 
 
+def _text(picture: bytes) -> str:
+    """Bytes as a notebook stores them."""
+    return base64.b64encode(picture).decode("ascii")
+
+
 def show_cloud(figure: go.Figure) -> None:
     """Display a plotly point cloud, first seen from near its camera, with a picture for viewers that run no scripts."""
     cloud = figure.data[0]
@@ -50,7 +56,7 @@ def show_cloud(figure: go.Figure) -> None:
     buffer = io.BytesIO()
     still.savefig(buffer, format="jpeg", dpi=85)
     plt.close(still)
-    bundle = {"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "image/jpeg": buffer.getvalue()}
+    bundle = {"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "image/jpeg": _text(buffer.getvalue())}
     display(bundle, raw=True)
 
 
@@ -85,7 +91,7 @@ class ViewExplorer(ipywidgets.VBox):
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """With the picture as it is now, for viewers that run no scripts."""
-        return {**super()._repr_mimebundle_(**options), "image/jpeg": self.image.value}
+        return {**super()._repr_mimebundle_(**options), "image/jpeg": _text(self.image.value)}
 
     @property
     def config(self) -> ViewConfig:
