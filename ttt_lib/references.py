@@ -75,11 +75,14 @@ def read_references(path: Path, size: tuple[int, int]) -> References:
     except Exception as error:
         raise UserError(f"{where}: is not a readable CSV ({reason(error)}).") from error
     table.columns = [str(name).strip().lower() for name in table.columns]
+    if len(set(table.columns)) < len(table.columns):
+        raise UserError(f"{where}: names a column twice; its first line must be u,v,metres.")
     missing = [name for name in ("u", "v", "metres") if name not in table.columns]
     if missing:
         raise UserError(f"{where}: has no column {missing[0]!r}; its first line must be u,v,metres.")
     values = table[["u", "v", "metres"]].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
-    bad = np.nonzero(~np.isfinite(values).all(1) | (values[:, 2] <= 0))[0]
+    plausible = (values[:, 2] > 1e-6) & (values[:, 2] < 1e9)  # float32 carries no others
+    bad = np.nonzero(~np.isfinite(values).all(1) | ~plausible)[0]
     if len(bad):
         raise UserError(f"{where}: line {bad[0] + 2} is not two pixel coordinates and a distance above 0.")
     if not len(values):
