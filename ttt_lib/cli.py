@@ -184,7 +184,7 @@ def ablation(
 
 def summarise(runs: Path) -> None:
     """Execute 03_ablation on a runs folder into `runs/summary`, and print the table."""
-    from ttt_lib.batch import _execute, _one_line, own_kernel
+    from ttt_lib.batch import _execute, one_line, own_kernel
     from ttt_lib.results import read_runs
     from ttt_lib.tables import table1, to_text
 
@@ -197,7 +197,7 @@ def summarise(runs: Path) -> None:
                 {"runs_dir": str(runs.resolve()), "output_dir": str(output.resolve())},
             )  # fmt: skip
         except Exception as error:  # of a cell; the notebook shows it
-            raise UserError(f"{output / '03_ablation.ipynb'}: the summary failed ({_one_line(error)}).") from error
+            raise UserError(f"{output / '03_ablation.ipynb'}: the summary failed ({one_line(error)}).") from error
     read = read_runs(runs)
     print("\n".join([to_text(table1(read)), *read.notes]))
     if len(read.left_out):
