@@ -23,6 +23,7 @@ from ttt_lib.alignment import replaced
 FIRST, NEXT = 6, (3, 3)  # anchors solved at the start and in each round after it
 FEW = 32  # points; up to here every anchor is solved, which costs no more
 QUANTILES, STEPS = (0.2, 0.35, 0.5, 0.65, 0.8), 2  # of target / source, where a search begins; steps down from there
+TIE = 1e-5  # relative difference of objectives that is taken for rounding
 PAIRS = 2**24  # elements (problem, anchor, point, coordinate) compared at a time
 CANDIDATES = (8, 1, 4096)  # pixels drawn uniformly for a patch, of which importance sampling chooses: 8, or fewer
 # (not below 1) where that would be more than 4096 in all
@@ -102,7 +103,8 @@ def _best_pair(source: Tensor, target: Tensor, weight: Tensor, shifts: Tensor, t
     points = source.shape[1]
 
     def best_of(anchors: Tensor, scale: Tensor, loss: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        place = loss.argmin(1, keepdim=True)
+        # Of anchors that are equally good (the median of an even number is an interval) the first, not one by rounding.
+        place = (loss <= loss.amin(1, keepdim=True) * (1 + TIE)).int().argmax(1, keepdim=True)
         return tuple(value.gather(1, place)[:, 0] for value in (anchors, scale, loss, index))
 
     problem = (source, target, weight)
@@ -115,7 +117,7 @@ def _best_pair(source: Tensor, target: Tensor, weight: Tensor, shifts: Tensor, t
     for count in NEXT:
         anchors = _compare(*problem, held[1], shifts, trunc).topk(count, largest=False)[1]
         found = best_of(anchors, *_solve(*problem, anchors, shifts, trunc, held[1]))
-        better = found[2] < held[2]
+        better = found[2] < held[2] * (1 - TIE)
         held = tuple(torch.where(better, new, old) for new, old in zip(found, held))
     return held[0], held[3]
 
