@@ -9,6 +9,7 @@ from PIL import Image
 
 from ttt_lib import student
 from ttt_lib.adapt import adapt
+from ttt_lib.api import adapt as adapt_image
 from ttt_lib.augment import make_views
 from ttt_lib.config import ExperimentConfig, ViewConfig
 from ttt_lib.data import Sample
@@ -21,6 +22,7 @@ from ttt_lib.view_figures import (
     paint_mask,
     plot_costs,
     plot_from_above,
+    plot_overview,
     plot_row,
     plot_views,
 )
@@ -154,3 +156,17 @@ def test_the_views_shown_are_those_that_the_loop_draws(monkeypatch, method):
     assert shown_views.kind == [kind for view in used for kind in view.kind]
     torch.testing.assert_close(shown_views.image, torch.cat([view.image for view in used]))
     torch.testing.assert_close(shown_views.points, torch.cat([view.points for view in used]), equal_nan=True)
+
+
+def test_the_overview_is_made_of_the_view_and_the_result(tiny, picture):
+    image, points, mask = picture.image[0], picture.points[0], picture.mask[0]
+    nothing = {"train": {"optimizer": {"learning_rate": 0}, "passes": 1, "accumulation": 1}}
+    result = adapt_image(tiny, image, "unfreeze_encoder", overrides=nothing, progress=False)
+    config = ViewConfig(mirror=1.0, crop={"probability": 0.0})
+    view = make_views(image, points, mask, picture.intrinsics[0], config, 3, torch.Generator().manual_seed(0))
+    figure = plot_overview(image, result, view)
+    pictures = [axis.images[0].get_array() for axis in figure.axes]
+    assert len(pictures) == 10
+    unknown = (np.asarray(pictures[6]) == np.asarray(UNKNOWN)).all(-1)
+    assert np.array_equal(unknown, (~view.mask[0] & ~view.negative[0]).numpy())
+    assert np.ptp(pictures[9]) < 1 and (pictures[9] == pictures[9][0, 0]).all()  # nothing changed

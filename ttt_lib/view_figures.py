@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,14 +12,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ttt_lib.adapt import sample_generator, working_image
-from ttt_lib.augment import View
+from ttt_lib.adapt import AdaptResult, sample_generator, working_image
+from ttt_lib.augment import View, make_views
 from ttt_lib.config import ExperimentConfig
+from ttt_lib.config_sections import ViewConfig
 from ttt_lib.data import Sample
 from ttt_lib.ensemble import predict_ensemble
 from ttt_lib.figures import inverse_depth, to_array
 from ttt_lib.gradients import view_loss
-from ttt_lib.models import GeometryModel
+from ttt_lib.models import GeometryModel, Prediction
+from ttt_lib.render import NovelViewRenderer
 from ttt_lib.student import draw_views, make_renderer
 
 UNKNOWN, SKY = (0.85, 0.1, 0.55), (0.45, 0.7, 0.95)
@@ -128,3 +131,62 @@ def plot_costs(costs: pd.DataFrame, column: str = "loss") -> Figure:
     figure.tight_layout()
     plt.close(figure)
     return figure
+
+
+def plot_overview(image: Tensor, result: AdaptResult, view: View, width: float = 2.1) -> Figure:
+    """The method in one picture: a photograph and its teacher, three views with their targets, the adapted result.
+
+    image (3,H,W); view: at least three views; targets are inverse depth with unknown pixels magenta and sky blue.
+    """
+    height = width * image.shape[1] / image.shape[2]
+    figure, axes = plt.subplots(2, 5, figsize=(5 * width, 2 * height + 0.9))
+    magma = plt.get_cmap("magma")
+
+    def depth_picture(prediction: Prediction) -> np.ndarray:
+        return magma(inverse_depth(prediction.depth, prediction.mask))[..., :3]
+
+    columns = [("photograph", to_array(image), "teacher's prediction", depth_picture(result.original))]
+    for i, title in zip(range(3), ("a view: crop, colours", "mirror, colours", "another camera")):
+        target = magma(inverse_depth(view.points[i, ..., 2], view.mask[i]))[..., :3]
+        target[~view.mask[i].cpu().numpy()] = UNKNOWN
+        if view.negative is not None:
+            target[(view.negative[i] & ~view.mask[i]).cpu().numpy()] = SKY
+        columns.append((title, to_array(view.image[i]), "its target, unknown is magenta", target))
+    change = (result.adapted.depth / result.original.depth).log().cpu().numpy()
+    change = plt.get_cmap("coolwarm")(np.clip(change / 0.2 + 0.5, 0, 1))[..., :3]
+    columns.append(("adapted student", depth_picture(result.adapted), "farther (red), nearer (blue)", change))
+    for (above, below), (title, picture, caption, map_) in zip(axes.T, columns):
+        above.imshow(picture)
+        below.imshow(map_)
+        above.set_title(title, fontsize=8)
+        below.set_xlabel(caption, fontsize=8)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    figure.tight_layout(pad=0.4)
+    plt.close(figure)
+    return figure
+
+
+def save_overview(path: str | Path) -> None:
+    """Make README's picture with the bundled model on the first motorcycle view, as a JPEG at `path`."""
+    from ttt_lib.api import adapt, load_samples
+    from ttt_lib.models import load_model
+
+    model, sample = load_model("tiny"), load_samples("motorcycle", width=480, height=324)[0]
+    result = adapt(model, sample, "unfreeze_encoder", progress=False)
+    target = result.original
+    colours = {"probability": 1.0, "severity": 3}
+    renderer = NovelViewRenderer("auto", device=sample.image.device)
+    views = []
+    for seed, settings in enumerate((
+        {"mirror": 0.0, "crop": {"scale": (0.6, 0.7)}},
+        {"mirror": 1.0, "crop": {"probability": 0.0}},
+        {"mirror": 0.0, "crop": {"probability": 0.0}, "novel_view": {"probability": 1.0, "severity": 5}},
+    )):  # fmt: skip
+        config = ViewConfig(photometric=colours, **settings)
+        generator = torch.Generator().manual_seed(seed)
+        views.append(
+            make_views(sample.image, target.points, target.mask, target.intrinsics, config, 1, generator, renderer)
+        )
+    plot_overview(sample.image, result, join(views)).savefig(path, dpi=120, pil_kwargs={"quality": 85})
