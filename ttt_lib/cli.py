@@ -243,7 +243,7 @@ def adapt(
         try:
             folder = adapt_photo(image, output, loaded, config, metric_points)
             record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-            print(f"{printable(image)}: {record['decision']} in {record['seconds']:.1f} s -> {folder}", flush=True)
+            print(f"{printable(image)}: {record['decision']} in {record['seconds']:.1f} s -> {printable(folder, 1000)}", flush=True)
         except UserError as error:
             failed += 1
             print(f"ttt-depth: {error}", file=sys.stderr, flush=True)
