@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -279,6 +280,19 @@ def test_two_renderers_take_turns(backend):
     near.free()
     again = far.render(torch.eye(4)[None], lens, (60, 80))
     assert torch.equal(again.image, view.image)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_take_turns(backend):
+    """JupyterLab calls widgets from a thread of its own."""
+    picture = make_case("room", 3, 2).picture
+    renderer = NovelViewRenderer(backend)
+    renderer.set_scene(picture.image[0], picture.points[0], picture.mask[0], picture.intrinsics[0])
+    place = torch.eye(4)[None], picture.intrinsics[:1], (60, 80)
+    first = renderer.render(*place).image
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: renderer.render(*place).image, range(6)))
+    assert all(torch.equal(image, first) for image in [*found, renderer.render(*place).image])
 
 
 def test_the_egl_device_is_that_of_the_cuda_device():

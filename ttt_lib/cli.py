@@ -90,6 +90,7 @@ def make_jobs(
     from ttt_lib.config import load_experiment
     from ttt_lib.experiment import open_samples, resolve_profile
     from ttt_lib.models import load_model, weights_checksum
+    from ttt_lib.plugins import load_installed
 
     folder = notebooks_folder()
     notebooks = tuple(
@@ -98,7 +99,7 @@ def make_jobs(
         if (folder / name).is_file()
     )
     sources = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in SHOWING]
-    code = fingerprint([file_hash(path) for path in sources])
+    code = fingerprint([file_hash(path) for path in sources] + list(load_installed()))
     models: dict[str, str] = {}
     versions = environment()["packages"]["torch"]
     jobs = []
@@ -243,7 +244,10 @@ def adapt(
         try:
             folder = adapt_photo(image, output, loaded, config, metric_points)
             record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-            print(f"{printable(image)}: {record['decision']} in {record['seconds']:.1f} s -> {printable(folder, 1000)}", flush=True)
+            print(
+                f"{printable(image)}: {record['decision']} in {record['seconds']:.1f} s -> {printable(folder, 1000)}",
+                flush=True,
+            )
         except UserError as error:
             failed += 1
             print(f"ttt-depth: {error}", file=sys.stderr, flush=True)

@@ -23,9 +23,9 @@ from ttt_lib.metrics import evaluate, tidy_rows
 from ttt_lib.models import GeometryModel, Prediction, load_model
 from ttt_lib.references import sample_references
 from ttt_lib.results import prediction_name
+from ttt_lib.sources import NOTEBOOKS
 
 GALLERY_SIDE = 256  # pixels of the longer side of what is kept for figures
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 
 @dataclass

@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import os
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ INSTALL_GL = (
     "install a GL library (Debian: `apt-get install libegl1 libgl1-mesa-dri` or `libosmesa6`), or use backend 'torch'"
 )
 EGL_CUDA_DEVICE = 0x323A  # attribute of EGL_NV_device_cuda: the CUDA device of an EGL device, numbered as in CUDA
+_drawing = threading.Lock()  # a context is bound to one thread at a time
 _context: dict[str, Any] = {}  # pid, platform, renderers: one for each EGL device that draws
 
 # Unlit colours; alpha says whether the front of the surface is seen, so that no reversed copy of the mesh is drawn.
@@ -123,7 +125,20 @@ def _make_context(device: int) -> Any:
     finally:
         os.environ.pop("EGL_DEVICE_ID") if before is None else os.environ.update(EGL_DEVICE_ID=before)
     renderer._renderer = _view_renderer(64, 64)
+    _let_go(renderer)
     return renderer
+
+
+def _let_go(renderer: Any) -> None:
+    """Unbind the context from this thread, so that another may draw (JupyterLab calls widgets from a thread of its own).
+
+    pyrender binds it before drawing and leaves it bound.
+    """
+    display = getattr(renderer._platform, "_egl_display", None)
+    if display is not None:
+        from OpenGL.EGL import EGL_NO_CONTEXT, EGL_NO_SURFACE, eglMakeCurrent
+
+        eglMakeCurrent(display, EGL_NO_SURFACE, EGL_NO_SURFACE, EGL_NO_CONTEXT)
 
 
 def gl_renderer(device: torch.device | str = "cpu") -> Any:
@@ -219,7 +234,11 @@ class GLScene:
         self.camera.fx, self.camera.fy = intrinsics[0, 0] * width, intrinsics[1, 1] * height
         self.camera.cx, self.camera.cy = intrinsics[0, 2] * width, intrinsics[1, 2] * height
         self.renderer.viewport_width, self.renderer.viewport_height = width, height
-        return self.renderer.render(self.scene, flags=pyrender.RenderFlags.FLAT | pyrender.RenderFlags.RGBA)
+        with _drawing:
+            try:
+                return self.renderer.render(self.scene, flags=pyrender.RenderFlags.FLAT | pyrender.RenderFlags.RGBA)
+            finally:
+                _let_go(self.renderer)
 
     def depth(self, buffer: Tensor) -> Tensor:
         """Depth buffer, float32 in [0,1] -> depth, 0 where nothing is drawn."""
@@ -230,9 +249,11 @@ class GLScene:
         """Delete the mesh's buffers, unless this is a forked child, where they are the parent's."""
         if self.pid != os.getpid() or _context.get("pid") != self.pid:
             return
-        self.renderer._platform.make_current()
-        for mesh in list(self.scene.meshes):
-            for primitive in mesh.primitives:
-                primitive.delete()
-            self.renderer._renderer._meshes.discard(mesh)  # other scenes' meshes stay
+        with _drawing:
+            self.renderer._platform.make_current()
+            for mesh in list(self.scene.meshes):
+                for primitive in mesh.primitives:
+                    primitive.delete()
+                self.renderer._renderer._meshes.discard(mesh)  # other scenes' meshes stay
+            _let_go(self.renderer)
         self.scene.clear()

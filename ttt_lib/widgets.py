@@ -69,8 +69,7 @@ class ViewExplorer(ipywidgets.VBox):
 
     def __init__(self, targets: dict[str, tuple[Tensor, Prediction]], count: int = 3) -> None:
         self.targets, self.count = targets, count
-        # JupyterLab may deliver a slider's change in another thread than the cell's, and a GL context belongs to one.
-        self.renderer = NovelViewRenderer("torch", device=next(iter(targets.values()))[0].device)
+        self.renderer = NovelViewRenderer("auto", device=next(iter(targets.values()))[0].device)
         wide = {"style": {"description_width": "9em"}, "layout": {"width": "26em"}}
         slow = {"continuous_update": False, **wide}
         self.picture = ipywidgets.Dropdown(options=list(targets), description="picture", **wide)
