@@ -15,13 +15,16 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
 import pytest
 
 from ttt_lib import batch
+from ttt_lib import cluster as cluster_module
 from ttt_lib.batch import Job, job_lock, run_job, run_jobs
+from ttt_lib.cluster import visible_gpus
 from ttt_lib.errors import UserError
 
 CELL = """
@@ -472,3 +475,15 @@ def test_two_and_four_workers_give_the_tables_of_one(notebook, tmp_path):
         tables.append(table(tmp_path / str(workers)))
     pd.testing.assert_frame_equal(tables[0], tables[1])
     pd.testing.assert_frame_equal(tables[0], tables[2])
+
+
+def test_the_gpus_of_the_workers_are_those_that_the_user_may_see(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5")
+    assert visible_gpus() == ["2", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(cluster_module.shutil, "which", lambda name: "/usr/bin/" + name)
+    listing = "GPU 0: one (UUID: GPU-a)\nGPU 1: two (UUID: GPU-b)\n  MIG 1g: ignored\n"
+    monkeypatch.setattr(cluster_module.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listing))
+    assert visible_gpus() == ["0", "1"]

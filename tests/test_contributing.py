@@ -1,11 +1,14 @@
 """The examples of CONTRIBUTING.md run as they stand, one after the other, and do what the text says."""
 
 import re
+import shlex
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 
+from ttt_lib.experiment import experiment_from_parameters
 from ttt_lib.losses import LOSSES
 from ttt_lib.models import MODELS
 from ttt_lib.shifts import BUILT_IN, SHIFTS
@@ -56,3 +59,13 @@ def test_the_layout_it_draws_is_there():
     named = set(re.findall(r"`(ttt_lib/\w+\.py|tests/\w+\.py|notebooks/[\w/]+)`", text))
     assert len(named) > 5
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_papermill_command_of_the_readme_is_a_complete_experiment(tmp_path):
+    command = re.search(r"^papermill notebooks/.*?[^\\\\]$", (ROOT / "README.md").read_text(), re.M | re.S).group()
+    words = shlex.split(command.replace("\\\n", " "))
+    file, profile, extra = (words[words.index(option) + 1] for option in ("-f", "-p", "-y"))
+    assert profile == "profile" and words[words.index("-p") + 2] == "paper"
+    parameters = yaml.safe_load((ROOT / file).read_text()) | yaml.safe_load(extra)
+    config = experiment_from_parameters(parameters, "paper")
+    assert config.data[0].kind == "moge" and config.train.passes == 512

@@ -263,3 +263,14 @@ def test_hard_subset(folder, tmp_path_factory):
     (output / "set" / "frame0").mkdir(parents=True)
     with pytest.raises(UserError, match="something else"):
         write_subset_index(chosen, {"set": folder}, output)
+
+
+def test_paths_of_a_file_of_sets_count_from_the_file_or_else_from_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "data" / "NYUv2").mkdir(parents=True)
+    path = tmp_path / "configs" / "sets.json"
+    path.write_text('{"NYUv2": {"path": "data/NYUv2"}}')
+    monkeypatch.chdir(tmp_path)
+    assert moge_layout.read_eval_config(path)[0]["path"] == "data/NYUv2"
+    (tmp_path / "configs" / "data" / "NYUv2").mkdir(parents=True)
+    assert moge_layout.read_eval_config(path)[0]["path"] == str(tmp_path / "configs" / "data" / "NYUv2")

@@ -7,10 +7,12 @@ from importlib import import_module
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 
 from ttt_lib import experiment as experiment_module
 from ttt_lib.config import build_experiment
-from ttt_lib.experiment import _append, run_experiment
+from ttt_lib.experiment import _append, load_with_profile, run_experiment
+from ttt_lib.memory import is_out_of_memory
 from ttt_lib.student import NonFiniteLoss
 
 BASE = {
@@ -99,3 +101,29 @@ def test_sequences_begin_where_they_should(monkeypatch, reset, begins):
     monkeypatch.setattr(experiment_module, "adapt", spy)
     run_experiment(config(train={"reset": reset}), None, progress=False)
     assert seen == begins
+
+
+def test_the_profile_follows_the_model_unless_it_is_named():
+    file = ROOT / "notebooks" / "experiments" / "unfreeze_encoder.yaml"
+    assert load_with_profile(file, "auto", None) == load_with_profile(file, "demo", None)
+    large = {"model": {"name": "Ruicheng/moge-2-vits-normal"}}
+    assert load_with_profile(file, "auto", large) == load_with_profile(file, None, large)
+    assert load_with_profile(file, "auto", large).train.passes == 512
+    assert load_with_profile(file, "demo", large).train.passes < 512
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            True,
+        ),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, told):
+    assert is_out_of_memory(error) is told

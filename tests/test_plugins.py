@@ -1,5 +1,6 @@
 """What others add: names, clashes, modules of installed distributions, and what an experiment file may say."""
 
+import hashlib
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from ttt_lib.errors import UserError
 from ttt_lib.losses import LOSSES, compute_loss
 from ttt_lib.plugins import Registry, load_installed
 from ttt_lib.shifts import SHIFTS, apply_shift
+from ttt_lib.signals import held_back_views
 
 
 def test_a_name_belongs_to_one_function_and_may_be_registered_again():
@@ -72,7 +74,9 @@ def test_modules_of_installed_distributions_are_imported_once(tmp_path, monkeypa
     load_installed.cache_clear()
     try:
         assert build_experiment({"name": "x", "losses": {"theirs": {"weight": 2}}}).losses["theirs"].weight == 2
-        assert load_installed() == ("theirs 1.2 their_losses",)
+        (loaded,) = load_installed()
+        digest = hashlib.sha256((tmp_path / "their_losses.py").read_bytes()).hexdigest()[:16]
+        assert loaded == f"theirs 1.2 their_losses {digest}"  # part of a job's identity
         assert "their_losses" in sys.modules
     finally:
         LOSSES.pop("theirs", None)
@@ -129,6 +133,17 @@ def test_shifts_of_views_follow_the_seed_probability_and_severity(picture):
     assert torch.equal(_views(picture, {**half, "severity": 0}).image, _views(picture, {}).image)
     mild, strong = (_views(picture, {"names": ["low_light"], "probability": 1.0, "severity": s}) for s in (1, 5))
     assert strong.image.mean() < mild.image.mean() < _views(picture, {}).image.mean()
+
+
+def test_shifts_fit_views_that_are_narrow_and_stay_out_of_held_back_ones(tiny, picture):
+    strip = torch.rand(3, 16, 700)
+    for name in SHIFTS:
+        shifted = SHIFTS[name](strip, torch.ones(16, 700), 5, torch.Generator().manual_seed(0))
+        assert shifted.shape == strip.shape and shifted.isfinite().all()
+    config = build_experiment({"name": "x", "views": {"shift": {"names": ["night"], "probability": 1.0}}})
+    image = picture.image[0]
+    held = held_back_views(tiny, image, tiny.predict(image), config, torch.Generator().manual_seed(0))
+    assert not any("night" in kind for kind in held.view.kind)
 
 
 def test_an_added_shift_does_not_change_the_bundled_ones(picture, monkeypatch):

@@ -16,10 +16,10 @@ from torch import Tensor
 from ttt_lib import metrics
 from ttt_lib.adapt import AdaptResult
 from ttt_lib.adapt import adapt as adapt_to_image
-from ttt_lib.config import ExperimentConfig, load_experiment
+from ttt_lib.config import ExperimentConfig
 from ttt_lib.data import Sample, SampleSet, open_dataset, read_photo
 from ttt_lib.errors import UserError
-from ttt_lib.experiment import resolve_profile
+from ttt_lib.experiment import load_with_profile
 from ttt_lib.models import GeometryModel, Prediction
 from ttt_lib.references import References
 from ttt_lib.sources import describe_sources, experiment_file
@@ -90,7 +90,7 @@ def adapt(
     if not isinstance(experiment, ExperimentConfig):
         chosen = ("demo" if model.name == "tiny" else None) if profile == "auto" else profile
         file = experiment_file(experiment, "adapt: experiment")
-        experiment = load_experiment(file, resolve_profile(chosen), overrides)
+        experiment = load_with_profile(file, chosen, overrides)
     # What the gate was calibrated for is compared with the model at hand.
     at_hand = experiment.model.model_copy(update={"name": model.name, "num_tokens": model.num_tokens})
     config = experiment.model_copy(update={"model": at_hand})

@@ -107,7 +107,7 @@ def make_jobs(
         config = load_experiment(file, resolve_profile(profile), overrides)
         sets = open_samples(config)
         if config.model.name not in models:
-            loaded = load_model(config.model.name, config.model.device)
+            loaded = load_model(config.model.name, "cpu")  # for its checksum only: GPUs are for the jobs
             models[config.model.name] = weights_checksum(loaded)[:16]
         settings = config.as_parameters()
         identity = {
@@ -166,6 +166,9 @@ def ablation(
         overrides["data"] = parse_data(data)
     workers = workers or default_workers()
     jobs = make_jobs(choose_experiments(experiments), profile, overrides, shards, limit, views)
+    names = {job.parameters["model"]["name"] for job in jobs} - {"tiny"}
+    if profile == "demo" and names:
+        print(f"note: the profile demo (few tokens, low rates) is made for tiny; for {min(names)} try --profile paper.")
     print(f"{len(jobs)} jobs, {jobs[0].samples} samples each; results go to {runs}", flush=True)
     outcomes = run_jobs(
         jobs, runs, workers, scheduler, cluster, threads=threads, announce=lambda line: print(line, flush=True)
@@ -214,8 +217,12 @@ def adapt(
         str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)
     ] = "recommended",
     profile: Annotated[
-        str, typer.Option(help="demo, paper, as_released, or a YAML file.", autocompletion=_complete_profiles)
-    ] = "demo",
+        str,
+        typer.Option(
+            help="demo, paper, as_released, or a YAML file; auto: demo for tiny, none for other models.",
+            autocompletion=_complete_profiles,
+        ),
+    ] = "auto",
     model: Annotated[str | None, typer.Option(help="See `ttt-depth models`.")] = None,
     metric_points: Annotated[
         Path | None,
@@ -224,8 +231,7 @@ def adapt(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,
 ) -> None:
     """Adapt to photographs: depth (PNG, NPY), point cloud (PLY), a before/after figure and a JSON record for each."""
-    from ttt_lib.config import load_experiment
-    from ttt_lib.experiment import open_model, resolve_profile
+    from ttt_lib.experiment import load_with_profile, open_model
     from ttt_lib.photos import adapt_photo
 
     overrides = parse_set(set_ or [])
@@ -237,7 +243,7 @@ def adapt(
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise UserError(f"{output / twice}: two of the photographs would be written there; rename one.")
-    config = load_experiment(experiment_file(experiment, "--experiment"), resolve_profile(profile), overrides)
+    config = load_with_profile(experiment_file(experiment, "--experiment"), profile, overrides)
     loaded = open_model(config)
     failed = 0
     for image in images:
@@ -263,14 +269,13 @@ def hard_subset(
     below: Annotated[float, typer.Option(help="Only samples whose score is lower.")] = 0.5,
     count: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
     profile: Annotated[
-        str, typer.Option(help="Profile that names the model.", autocompletion=_complete_profiles)
-    ] = "demo",
+        str, typer.Option(help="Profile that names the model; auto: demo for tiny.", autocompletion=_complete_profiles)
+    ] = "auto",
     model: Annotated[str | None, typer.Option(help="tiny, a MoGe hub name, or a checkpoint file.")] = None,
 ) -> None:
     """Choose the samples on which the original model does worst, as the published study did."""
-    from ttt_lib.config import load_experiment
     from ttt_lib.data import select_hard, write_subset_index
-    from ttt_lib.experiment import resolve_profile, run_experiment
+    from ttt_lib.experiment import load_with_profile, run_experiment
 
     entries = parse_data(data)
     names = [entry.get("name") or Path(entry.get("path", "")).name for entry in entries]
@@ -280,7 +285,7 @@ def hard_subset(
     if any(entry["kind"] != "moge" for entry in entries):
         raise UserError("--data: a hard subset links to samples on disk, so every set must be in the MoGe layout.")
     overrides: dict[str, Any] = {"data": entries, **({"model": {"name": model}} if model else {})}
-    config = load_experiment(choose_experiments("original")[0], resolve_profile(profile), overrides)
+    config = load_with_profile(choose_experiments("original")[0], profile, overrides)
     run = run_experiment(config)
     for row in run.left_out.itertuples():
         print(f"left out: {row.dataset}/{row.sample}: {row.reason}", file=sys.stderr)

@@ -76,13 +76,21 @@ def open_client(
             cluster.close()
 
 
-def _set_device(index: int) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
+def _set_device(name: str) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = name
 
 
 def _pin_gpus(client: Any) -> None:
     """One GPU a worker, where there are GPUs; more workers than GPUs share them in turn."""
+    devices = visible_gpus()
+    for i, address in enumerate(client.scheduler_info(n_workers=-1)["workers"] if devices else []):
+        client.run(_set_device, devices[i % len(devices)], workers=[address])
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them; asked without starting CUDA here."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if told is not None:
+        return [name.strip() for name in told.split(",") if name.strip()]
     listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    count = len([line for line in (listed or "").splitlines() if line.startswith("GPU")])
-    for i, address in enumerate(client.scheduler_info(n_workers=-1)["workers"] if count else []):
-        client.run(_set_device, i % count, workers=[address])
+    return [str(i) for i in range(sum(line.startswith("GPU") for line in (listed or "").splitlines()))]

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ttt_lib.adapt import AdaptResult, adapt, sample_generator
-from ttt_lib.config import ExperimentConfig, build_experiment, load_profile
+from ttt_lib.config import ExperimentConfig, build_experiment, load_experiment, load_profile
 from ttt_lib.data import Sample, SampleSet, open_dataset
 from ttt_lib.errors import UserError
 from ttt_lib.gate import read_calibration
+from ttt_lib.memory import is_out_of_memory
 from ttt_lib.metrics import evaluate, tidy_rows
 from ttt_lib.models import GeometryModel, Prediction, load_model
 from ttt_lib.references import sample_references
@@ -54,6 +55,14 @@ def resolve_profile(profile: str | None) -> Path | None:
             f"profile {profile!r}: there is no such profile; there are {known}, or give the path of a file."
         )
     return path
+
+
+def load_with_profile(file: Path, profile: str | None, overrides: dict[str, Any] | None) -> ExperimentConfig:
+    """An experiment file under a profile (`resolve_profile`). `auto`: `demo` for the bundled model, whose rates and sizes
+    must be small, and none for others. Raises `UserError`."""
+    if profile == "auto":
+        profile = "demo" if load_experiment(file, None, overrides).model.name == "tiny" else None
+    return load_experiment(file, resolve_profile(profile), overrides)
 
 
 def experiment_from_parameters(parameters: dict[str, Any], profile: str | None = None) -> ExperimentConfig:
@@ -209,7 +218,9 @@ def run_experiment(
                 for kind, prediction in (("adapted", result.adapted), ("blended", result.blended)):
                     if prediction is not None and prediction is not result.final:
                         add("metrics", _rows(config.name, sample, kind, prediction))
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             left_out.append(
                 (sample.dataset, sample.name, "out of memory: lower views.longest_side, or set model.checkpointing")
             )

@@ -20,7 +20,7 @@ INSTALL_GL = (
     "install a GL library (Debian: `apt-get install libegl1 libgl1-mesa-dri` or `libosmesa6`), or use backend 'torch'"
 )
 EGL_CUDA_DEVICE = 0x323A  # attribute of EGL_NV_device_cuda: the CUDA device of an EGL device, numbered as in CUDA
-_drawing = threading.Lock()  # a context is bound to one thread at a time
+_drawing = threading.RLock()  # a context is bound to one thread at a time
 _context: dict[str, Any] = {}  # pid, platform, renderers: one for each EGL device that draws
 
 # Unlit colours; alpha says whether the front of the surface is seen, so that no reversed copy of the mesh is drawn.
@@ -148,7 +148,12 @@ def gl_renderer(device: torch.device | str = "cpu") -> Any:
     tried first, then OSMesa, unless `PYOPENGL_PLATFORM` chooses. Raises `UserError` when neither works, and in a child
     forked from a process that had a context: GL drivers do not survive a fork.
     """
-    device, wanted = torch.device(device), 0
+    with _drawing:
+        return _gl_renderer(torch.device(device))
+
+
+def _gl_renderer(device: torch.device) -> Any:
+    wanted = 0
     if device.type == "cuda":
         wanted = torch.cuda.current_device() if device.index is None else device.index
     if _context and _context["pid"] != os.getpid():
@@ -233,8 +238,8 @@ class GLScene:
         self.scene.set_pose(self.node, flip @ np.linalg.inv(transform) @ flip)
         self.camera.fx, self.camera.fy = intrinsics[0, 0] * width, intrinsics[1, 1] * height
         self.camera.cx, self.camera.cy = intrinsics[0, 2] * width, intrinsics[1, 2] * height
-        self.renderer.viewport_width, self.renderer.viewport_height = width, height
         with _drawing:
+            self.renderer.viewport_width, self.renderer.viewport_height = width, height
             try:
                 return self.renderer.render(self.scene, flags=pyrender.RenderFlags.FLAT | pyrender.RenderFlags.RGBA)
             finally:

@@ -12,11 +12,11 @@ from torch import Tensor
 from ttt_lib.augment import View, carry_back, cutmix
 from ttt_lib.config import ExperimentConfig
 from ttt_lib.losses import compute_loss
+from ttt_lib.memory import OUT_OF_MEMORY
 from ttt_lib.models import GeometryModel, Prediction
 from ttt_lib.restraint import LowRank
 
 MINIMUM_KNOWN_PIXELS = 64  # a view with fewer says nothing about scale and shift
-OUT_OF_MEMORY = (getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError), MemoryError)
 
 
 @dataclass

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import torch
 
+OUT_OF_MEMORY = (getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError), MemoryError)
 PROCESS = Path("/proc/self")  # Linux; elsewhere only the peak since the start is known
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: the GPU's, Python's, or that of PyTorch's CPU allocator."""
+    said = isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )
+    return isinstance(error, OUT_OF_MEMORY) or said
 
 
 def _resident_mb(key: str) -> float:

@@ -280,8 +280,8 @@ def write_index(folder: Path, names: list[str]) -> None:
 def read_eval_config(path: Path) -> list[dict[str, Any]]:
     """A JSON file in the format of MoGe's `configs/eval`: {"NAME": {"path": ..., "width": ...}, ...}.
 
-    Returns one dictionary a set, with `name` and `kind: moge`; relative paths are taken from the file's folder, and
-    the settings of a known benchmark fill what the file leaves out.
+    Returns one dictionary a set, with `name` and `kind: moge`; relative paths are taken from the file's folder (or,
+    where nothing is there, from the working folder), and the settings of a known benchmark fill what the file leaves out.
     """
     content = read_json(path)
     if not isinstance(content, dict) or not content or not all(isinstance(v, dict) for v in content.values()):
@@ -291,5 +291,7 @@ def read_eval_config(path: Path) -> list[dict[str, Any]]:
         if not isinstance(entry.get("path"), str) or entry["kind"] != "moge":
             raise UserError(f"{path}: set {entry['name']!r} needs a `path`, the folder of a set in the MoGe layout.")
         check_name(entry["name"], str(path))
-        entry["path"] = str(Path(path).parent / entry["path"])
+        beside = Path(path).parent / entry["path"]
+        # MoGe's own files name paths from the folder that its script is started in.
+        entry["path"] = entry["path"] if not os.path.isdir(beside) and os.path.isdir(entry["path"]) else str(beside)
     return entries

@@ -20,6 +20,7 @@ from ttt_lib.data import read_photo
 from ttt_lib.errors import UserError, printable, reason
 from ttt_lib.figures import plot_before_after
 from ttt_lib.geometry import EDGE_RTOL, depth_edges
+from ttt_lib.memory import is_out_of_memory
 from ttt_lib.models import GeometryModel, Prediction, weights_checksum
 from ttt_lib.references import read_references
 
@@ -67,7 +68,7 @@ def adapt_photo(
     except FloatingPointError as error:
         raise UserError(f"{path}: the model {model.name!r} fails on it ({reason(error)}).") from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):  # PyTorch's own are RuntimeErrors
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"{path}: {image.shape[-1]} x {image.shape[-2]} pixels do not fit in memory; shrink the photograph."

@@ -8,9 +8,12 @@ A string in an experiment file never imports anything.
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ttt_lib.errors import UserError, reason
@@ -34,10 +37,7 @@ class Registry(dict[str, Callable[..., Any]]):
 
         def keep(function: Function) -> Function:
             held = self.get(name)
-            same = held is not None and (held.__module__, held.__qualname__) == (
-                function.__module__,
-                function.__qualname__,
-            )
+            same = held is function or (held is not None and _place(held) == _place(function) != ("", ""))
             if name in self.reserved or (held is not None and not same):
                 raise UserError(f"{self.what} {name!r}: this name is taken; choose another one.")
             self[name] = function
@@ -46,9 +46,14 @@ class Registry(dict[str, Callable[..., Any]]):
         return keep
 
 
+def _place(function: Callable[..., Any]) -> tuple[str, str]:
+    """Where a function was defined; empty for callables that do not say."""
+    return getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
+
+
 @cache
 def load_installed() -> tuple[str, ...]:
-    """Import the modules of the entry-point group `ttt_depth`, once; what was loaded, as `name version module`.
+    """Import the modules of the entry-point group `ttt_depth`, once; what was loaded, as `name version module SHA-256`.
 
     Raises `UserError` that names the distribution when one of them fails to import.
     """
@@ -59,5 +64,7 @@ def load_installed() -> tuple[str, ...]:
             entry.load()
         except Exception as error:  # anything at all may go wrong in other people's modules
             raise UserError(f"plugin {entry.value!r} of {origin} cannot be imported ({reason(error)}).") from error
-        loaded.append(f"{origin} {entry.value}")
+        source = Path(getattr(sys.modules.get(entry.module), "__file__", None) or "")
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16] if source.is_file() else ""
+        loaded.append(f"{origin} {entry.value} {digest}")
     return tuple(loaded)

@@ -80,7 +80,9 @@ def defocus_blur(image: Tensor, depth: Tensor, severity: int, generator: torch.G
 
 def _filter(image: Tensor, kernel: Tensor) -> Tensor:
     pad = kernel.shape[0] // 2
-    padded = F.pad(image[None], (pad, pad, pad, pad), mode="reflect")[0]
+    # A reflection needs more pixels than it adds; on narrow views the border is repeated.
+    mode = "reflect" if pad < min(image.shape[-2:]) else "replicate"
+    padded = F.pad(image[None], (pad, pad, pad, pad), mode=mode)[0]
     return F.conv2d(padded[:, None], kernel.to(image)[None, None])[:, 0]
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ttt_lib.augment import View, make_views, sample_cameras
 from ttt_lib.config import ExperimentConfig, GateConfig
+from ttt_lib.config_sections import ShiftConfig
 from ttt_lib.ensemble import log_difference, predict_mirrored, predict_on_views
 from ttt_lib.geometry import project, transform_points, unproject
 from ttt_lib.gradients import Student
@@ -57,6 +58,7 @@ def held_back_views(
                 update={"probability": 1.0, "severity": config.gate.severity}
             ),
             "novel_view": config.views.novel_view.model_copy(update={"probability": 0.0}),
+            "shift": ShiftConfig(),
         }
     )
     view = make_views(image, original.points, original.mask, original.intrinsics, views, config.gate.views, generator)
