@@ -136,7 +136,7 @@ def write_without_kernel(notebook, output, parameters):
 @pytest.fixture
 def no_kernel(monkeypatch):
     """Jobs that write their files in this process, for what does not depend on kernels."""
-    monkeypatch.setattr(batch, "_execute", write_without_kernel)
+    monkeypatch.setattr(batch, "execute", write_without_kernel)
     monkeypatch.setattr(batch, "environment", dict)
 
 
@@ -341,7 +341,7 @@ from ttt_lib import batch
 from ttt_lib.batch import run_jobs
 if __name__ == "__main__":
     if not {kernel}:
-        batch._execute, batch.environment = write_without_kernel, dict
+        batch.execute, batch.environment = write_without_kernel, dict
     jobs = [job({notebook!r}, name, (i, 2), pause=0.05) for name in {names!r} for i in range(2)]
     print("ready", flush=True)
     outcomes = run_jobs(jobs, {runs!r}, workers={workers})

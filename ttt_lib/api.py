@@ -23,6 +23,7 @@ from ttt_lib.experiment import load_with_profile
 from ttt_lib.models import GeometryModel, Prediction
 from ttt_lib.references import References
 from ttt_lib.sources import describe_sources, experiment_file
+from ttt_lib.statistics import is_better_high
 
 Source = str | Path
 Evaluated = Prediction | AdaptResult | GeometryModel
@@ -142,8 +143,7 @@ def _scores(what: Prediction | AdaptResult, sample: Sample) -> pd.DataFrame:
         if what.adapted is not None and what.adapted is not what.final:
             adapted = metrics.tidy_rows(metrics.evaluate(what.adapted, sample)).rename(columns={"value": "adapted"})
             rows = rows.merge(adapted, how="left", on=["metric", "score"])
-        # Shares of good pixels and of boundaries found are better high; all others are errors.
-        high = rows["score"].str.startswith("delta") | rows["metric"].eq("boundary")
+        high = rows["score"].map(is_better_high).astype(bool)
         gain = (rows["before"].abs() - rows["after"].abs()).where(~high, rows["after"] - rows["before"])
         better = ["after" if g > 0 else "before" if g < 0 else "same" if g == 0 else "" for g in gain]
         rows.insert(list(rows.columns).index("after") + 1, "better", better)

@@ -24,27 +24,11 @@ from typing import Any
 from ttt_lib.cluster import open_client
 from ttt_lib.config_sections import RESERVED
 from ttt_lib.errors import UserError, reason
-from ttt_lib.kernel import ENVIRONMENT, own_kernel, thread_limits
-from ttt_lib.kernel import execute as _execute
+from ttt_lib.kernel import ENVIRONMENT, execute, own_kernel, thread_limits
 from ttt_lib.progress import Progress
-from ttt_lib.provenance import environment, file_hash, fingerprint, git_revision
+from ttt_lib.provenance import environment
+from ttt_lib.results import MANIFEST, read_manifest
 
-__all__ = [
-    "Job",
-    "Outcome",
-    "as_dict",
-    "environment",
-    "file_hash",
-    "fingerprint",
-    "git_revision",
-    "job_lock",
-    "one_line",
-    "own_kernel",
-    "run_job",
-    "run_jobs",
-]
-
-MANIFEST = "manifest.json"
 # Sums over another number of threads differ in the last bits and training amplifies that, so the count is part of what
 # a result depends on and must not follow from the number of workers. One is the only count that fits any number.
 THREADS = 1
@@ -88,15 +72,6 @@ class Outcome:
 
 
 # ------------------------------------------------------------------------------------------------- places on disk
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished job; None if there is none, or none that can be read."""
-    try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def is_done(job: Job, runs: Path) -> bool:
@@ -230,7 +205,7 @@ def _fill(job: Job, work: Path, begun: float) -> None:
     }  # fmt: skip
     with ENVIRONMENT, own_kernel(), thread_limits(job.threads):
         for notebook in job.notebooks:
-            _execute(Path(notebook), work / Path(notebook).name, parameters)
+            execute(Path(notebook), work / Path(notebook).name, parameters)
     manifest = {
         "experiment": job.experiment, "shard": job.shard, "identity": job.identity, "settings": job.parameters,
         "threads": job.threads, **environment(), "started": begun, "finished": time.time(),

@@ -86,11 +86,12 @@ def make_jobs(
     files: list[Path], profile: str, overrides: dict[str, Any], shards: int, limit: int | None, views: bool
 ) -> list:
     """One job an experiment and shard. Raises `UserError` for anything wrong in files, profile, data or model."""
-    from ttt_lib.batch import Job, environment, file_hash, fingerprint
+    from ttt_lib.batch import Job
     from ttt_lib.config import load_experiment
     from ttt_lib.experiment import open_samples, resolve_profile
     from ttt_lib.models import load_model, weights_checksum
     from ttt_lib.plugins import load_installed
+    from ttt_lib.provenance import environment, file_hash, fingerprint
 
     folder = notebooks_folder()
     notebooks = tuple(
@@ -188,7 +189,8 @@ def ablation(
 
 def summarise(runs: Path) -> None:
     """Execute 03_ablation on a runs folder into `runs/summary`, and print the table."""
-    from ttt_lib.batch import _execute, one_line, own_kernel
+    from ttt_lib.batch import one_line
+    from ttt_lib.kernel import execute, own_kernel
     from ttt_lib.results import read_runs
     from ttt_lib.tables import table1, to_text
 
@@ -196,7 +198,7 @@ def summarise(runs: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with own_kernel():
         try:
-            _execute(
+            execute(
                 notebooks_folder() / "03_ablation.ipynb", output / "03_ablation.ipynb",
                 {"runs_dir": str(runs.resolve()), "output_dir": str(output.resolve())},
             )  # fmt: skip

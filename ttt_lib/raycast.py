@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_lib.solids import FAR, Solids, intersect, surface_at
-
-TEXTURE_SIZE = 128
+from ttt_lib.textures import TEXTURE_SIZE
 
 
 @dataclass

@@ -14,9 +14,11 @@ from typing import Any
 
 import pandas as pd
 
+from ttt_lib.config_sections import RESERVED
 from ttt_lib.errors import UserError
 from ttt_lib.metrics import TABLE1_COLUMNS
 
+MANIFEST = "manifest.json"  # of a finished job
 IDENTITY = ["experiment", "dataset", "sample"]
 KEYS = {  # what names a row, and the columns that are there even when no run has any row
     "metrics": ([*IDENTITY, "prediction", "metric", "score"], ["value"]),
@@ -24,7 +26,6 @@ KEYS = {  # what names a row, and the columns that are there even when no run ha
     "history": ([*IDENTITY, "step"], ["passes", "loss"]),
     "left_out": (["dataset", "sample", "reason"], []),
 }
-NOT_EXPERIMENTS = ("summary", "superseded", "failed")
 COMPARABLE = ("data", "limit", "model", "code", "torch")  # parts of an identity that experiments have in common
 SHARD = re.compile(r"(\d+)-of-(0*[1-9]\d*)", re.ASCII)
 
@@ -78,10 +79,12 @@ def _finished_shards(folder: Path) -> tuple[dict[str, dict[Path, dict[str, Any]]
     """Manifests by experiment and shard folder; a line for each experiment that was begun and has none."""
     finished, notes = {}, []
     begun = {p.parent.name for p in folder.glob("failed/*/*")}
-    for place in sorted(p for p in folder.glob("*") if p.is_dir() and p.name not in NOT_EXPERIMENTS):
+    for place in sorted(p for p in folder.glob("*") if p.is_dir() and p.name not in RESERVED):
         if place.name.startswith("."):  # .work holds unfinished ones
             continue
-        shards = {p: m for p in sorted(place.iterdir()) if SHARD.fullmatch(p.name) and (m := _manifest(p)) is not None}
+        shards = {
+            p: m for p in sorted(place.iterdir()) if SHARD.fullmatch(p.name) and (m := read_manifest(p)) is not None
+        }
         if shards:
             finished[place.name] = shards
         elif not any(place.iterdir()) or any(SHARD.fullmatch(p.name) for p in place.iterdir()):
@@ -92,9 +95,10 @@ def _finished_shards(folder: Path) -> tuple[dict[str, dict[Path, dict[str, Any]]
     return finished, notes
 
 
-def _manifest(place: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished job; None if there is none, or none that can be read."""
     try:
-        content = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     usable = isinstance(content, dict) and isinstance(content.get("identity", {}), dict)

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ttt_lib.raycast import TEXTURE_SIZE
-
+TEXTURE_SIZE = 128  # texels a side
 PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field",
                "immunohistochemistry", "moon", "page", "rocket", "text")  # fmt: skip
 TEXTURES = 80

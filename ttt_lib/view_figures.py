@@ -12,16 +12,18 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ttt_lib.adapt import AdaptResult, sample_generator, working_image
+from ttt_lib.adapt import AdaptResult, adapt, sample_generator, working_image
 from ttt_lib.augment import View, make_views
 from ttt_lib.config import ExperimentConfig
 from ttt_lib.config_sections import ViewConfig
-from ttt_lib.data import Sample
+from ttt_lib.data import Sample, open_dataset
 from ttt_lib.ensemble import predict_ensemble
+from ttt_lib.experiment import load_with_profile
 from ttt_lib.figures import inverse_depth, to_array
 from ttt_lib.gradients import view_loss
-from ttt_lib.models import GeometryModel, Prediction
+from ttt_lib.models import GeometryModel, Prediction, load_model
 from ttt_lib.render import NovelViewRenderer
+from ttt_lib.sources import NOTEBOOKS
 from ttt_lib.student import draw_views, make_renderer
 
 UNKNOWN, SKY = (0.85, 0.1, 0.55), (0.45, 0.7, 0.95)
@@ -170,11 +172,9 @@ def plot_overview(image: Tensor, result: AdaptResult, view: View, width: float =
 
 def save_overview(path: str | Path) -> None:
     """Make README's picture with the bundled model on the first motorcycle view, as a JPEG at `path`."""
-    from ttt_lib.api import adapt, load_samples
-    from ttt_lib.models import load_model
-
-    model, sample = load_model("tiny"), load_samples("motorcycle", width=480, height=324)[0]
-    result = adapt(model, sample, "unfreeze_encoder", progress=False)
+    model, sample = load_model("tiny"), open_dataset(kind="motorcycle", width=480, height=324)[0]
+    config = load_with_profile(NOTEBOOKS / "experiments" / "unfreeze_encoder.yaml", "demo", None)
+    result = adapt(model, sample.image, config, name=f"{sample.dataset}/{sample.name}")
     target = result.original
     colours = {"probability": 1.0, "severity": 3}
     renderer = NovelViewRenderer("auto", device=sample.image.device)
