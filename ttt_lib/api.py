@@ -19,7 +19,7 @@ from ttt_lib.adapt import adapt as adapt_to_image
 from ttt_lib.config import ExperimentConfig
 from ttt_lib.data import Sample, SampleSet, open_dataset, read_photo
 from ttt_lib.errors import UserError
-from ttt_lib.experiment import load_with_profile
+from ttt_lib.experiment import default_profile, load_with_profile
 from ttt_lib.models import GeometryModel, Prediction
 from ttt_lib.references import References
 from ttt_lib.sources import describe_sources, experiment_file
@@ -89,7 +89,7 @@ def adapt(
             + "; give a Sample, the path of a photograph, or a tensor (3,H,W) of floats in [0,1]."
         )
     if not isinstance(experiment, ExperimentConfig):
-        chosen = ("demo" if model.name == "tiny" else None) if profile == "auto" else profile
+        chosen = default_profile(model.name) if profile == "auto" else profile
         file = experiment_file(experiment, "adapt: experiment")
         experiment = load_with_profile(file, chosen, overrides)
     # What the gate was calibrated for is compared with the model at hand.

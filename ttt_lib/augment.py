@@ -276,8 +276,8 @@ def make_views(
         out_image, shifts = _shift(out_image, out_points[..., 2], config.shift, colour_draws)
     out_image = recolour(out_image, colour.severity, colour_draws, colour.probability, colour.blur)
     names = (("novel", moved), ("crop", cropped), ("mirror", mirrored), ("photometric", coloured))
-    kind = ["+".join([name for name, which in names if bool(which[i])] + [shifts[i]] * bool(shifts[i])) or "whole"
-            for i in range(count)]  # fmt: skip
+    kinds = [[name for name, which in names if bool(which[i])] + [shifts[i]] for i in range(count)]
+    kind = ["+".join(filter(None, parts)) or "whole" for parts in kinds]
     return View(out_image, out_points, out_mask, negative, lens, transform, kind, stats)
 
 

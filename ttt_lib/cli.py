@@ -87,8 +87,7 @@ def make_jobs(
 ) -> list:
     """One job an experiment and shard. Raises `UserError` for anything wrong in files, profile, data or model."""
     from ttt_lib.batch import Job
-    from ttt_lib.config import load_experiment
-    from ttt_lib.experiment import open_samples, resolve_profile
+    from ttt_lib.experiment import load_with_profile, open_samples
     from ttt_lib.models import load_model, weights_checksum
     from ttt_lib.plugins import load_installed
     from ttt_lib.provenance import environment, file_hash, fingerprint
@@ -105,7 +104,7 @@ def make_jobs(
     versions = environment()["packages"]["torch"]
     jobs = []
     for file in files:
-        config = load_experiment(file, resolve_profile(profile), overrides)
+        config = load_with_profile(file, profile, overrides)
         sets = open_samples(config)
         if config.model.name not in models:
             loaded = load_model(config.model.name, "cpu")  # for its checksum only: GPUs are for the jobs

@@ -147,11 +147,9 @@ class PhotometricConfig(Section):
 
 
 def _known_shift(name: str) -> str:
-    from ttt_lib.plugins import load_installed
     from ttt_lib.shifts import SHIFTS
 
-    load_installed()
-    if name not in SHIFTS:
+    if not SHIFTS.knows(name):
         raise ValueError(f"there is no such shift; there are {', '.join(SHIFTS)}")
     return name
 
@@ -234,10 +232,8 @@ LOSS_NAMES = (
 def _known_loss(name: str) -> str:
     if name not in LOSS_NAMES:
         from ttt_lib.losses import LOSSES  # above this module; only added losses need it
-        from ttt_lib.plugins import load_installed
 
-        load_installed()
-        if name not in LOSSES:
+        if not LOSSES.knows(name):
             raise ValueError(f"there is no such loss; there are {', '.join((*LOSS_NAMES, *LOSSES))}")
     return name
 

@@ -57,11 +57,18 @@ def resolve_profile(profile: str | None) -> Path | None:
     return path
 
 
+def default_profile(model_name: str) -> str | None:
+    """What the profile `auto` stands for: `demo` for the bundled model, whose rates and sizes must be small, else none."""
+    return "demo" if model_name == "tiny" else None
+
+
 def load_with_profile(file: Path, profile: str | None, overrides: dict[str, Any] | None) -> ExperimentConfig:
-    """An experiment file under a profile (`resolve_profile`). `auto`: `demo` for the bundled model, whose rates and sizes
-    must be small, and none for others. Raises `UserError`."""
+    """An experiment file under a profile (`resolve_profile`), or under the one of its model for `auto`.
+
+    Raises `UserError`.
+    """
     if profile == "auto":
-        profile = "demo" if load_experiment(file, None, overrides).model.name == "tiny" else None
+        profile = default_profile(load_experiment(file, None, overrides).model.name)
     return load_experiment(file, resolve_profile(profile), overrides)
 
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ttt_lib import html_views
 from ttt_lib.errors import UserError, reason
 from ttt_lib.moge_checkpoints import HUB_NAMES, TRANSFORMERS_PREFIXES, download_checkpoint, load_network
-from ttt_lib.plugins import Registry, load_installed
+from ttt_lib.plugins import Registry
 
 ASSETS = Path(__file__).parent / "assets"
 TINY_TOKENS = 192  # the bundled model was trained at no more, and is far worse at the most of its range
@@ -318,10 +318,8 @@ def load_model(
         raise UserError(f"model.autocast: {autocast!r} is not known; use none or bfloat16.")
     target, path = _choose_device(device), Path(os.path.expanduser(name))
     family, added, rest = name.partition(":")
-    if added:
-        load_installed()
-        if family in MODELS:
-            return MODELS[family](rest, device=target, num_tokens=num_tokens, autocast=autocast, fov_x=fov_x)
+    if added and MODELS.knows(family):
+        return MODELS[family](rest, device=target, num_tokens=num_tokens, autocast=autocast, fov_x=fov_x)
     hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix not in (".pt", ".pth")
     if name == "tiny":
         path = ASSETS / "tiny.pt"

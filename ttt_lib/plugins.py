@@ -29,6 +29,10 @@ class Registry(dict[str, Callable[..., Any]]):
         super().__init__()
         self.what, self.reserved = what, reserved
 
+    def knows(self, name: str) -> bool:
+        """Whether the name is there, looking among installed modules (`load_installed`) only if it is not."""
+        return name in self or (bool(load_installed()) and name in self)
+
     def register(self, name: str) -> Callable[[Function], Function]:
         """Decorator. Registering the same function again (a cell that runs twice) replaces it.
 
