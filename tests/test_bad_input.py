@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -631,6 +632,24 @@ def test_an_address_without_a_scheduler(address):
     with pytest.raises(UserError) as caught, cluster.open_client(1, address, None, print):
         pass
     sentence(caught.value, f"--scheduler {address}")
+
+
+def test_wrong_addresses_one_after_another():
+    """dask closes a client that failed when it is collected; within the start of the next, that never ended."""
+    script = """
+import gc
+from ttt_lib import cluster
+from ttt_lib.errors import UserError
+gc.set_threshold(1)
+for attempt in range(3):
+    try:
+        with cluster.open_client(1, "foo://x:y", None, print):
+            pass
+    except UserError as error:
+        print(error)
+"""
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert answer.stdout.count("--scheduler foo://x:y: no scheduler answers there") == 3, answer.stderr
 
 
 def job(name: str = "a") -> batch.Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -11,6 +12,19 @@ from typing import Any
 
 from ttt_lib.errors import UserError, reason
 from ttt_lib.text_files import read_yaml
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection while a client starts: dask closes a forgotten client when it is collected, which takes the
+    lock that starting one holds, and the process would wait for itself for ever."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _local(workers: int) -> Any:
@@ -60,11 +74,12 @@ def open_client(
     """A dask client of `scheduler` (an address), of the cluster that `cluster_file` describes, or of local processes."""
     from distributed import Client
 
-    if scheduler:
-        cluster, client = None, _existing(scheduler)
-    else:
-        cluster = _batch_system(cluster_file, workers) if cluster_file else _local(workers)
-        client = Client(cluster)
+    with _collector_paused():
+        if scheduler:
+            cluster, client = None, _existing(scheduler)
+        else:
+            cluster = _batch_system(cluster_file, workers) if cluster_file else _local(workers)
+            client = Client(cluster)
     try:
         announce(f"dashboard: {client.dashboard_link}")
         if not scheduler and not cluster_file:
