@@ -592,7 +592,7 @@ def test_checkpoints_of_other_things(tmp_path, untrained_checkpoint):
     for cut in (0, 1, 100, len(whole) // 2, len(whole) - 10):
         path.write_bytes(whole[:cut])
         refused(load_model, str(path), "cpu", words=[path])
-    for content in (b"{", b"[]", bytes(range(256)), b'{"model_type": "x"}', b'{"model_type": "depth_anything"}'):
+    for content in (b"{", b"[]", b"[" * 100_000, bytes(range(256)), b'{"model_type": "x"}', b'{"model_type": "depth_anything"}'):
         (tmp_path / "config.json").write_bytes(content)
         refused(load_model, str(tmp_path), "cpu", words=[tmp_path])
 
@@ -650,6 +650,16 @@ for attempt in range(3):
 """
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert answer.stdout.count("--scheduler foo://x:y: no scheduler answers there") == 3, answer.stderr
+
+
+def test_a_scheduler_whose_workers_mix_jobs():
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as there:
+        address = there.scheduler_address
+        with pytest.raises(UserError) as caught, cluster.open_client(1, address, None, print):
+            pass
+    sentence(caught.value, f"--scheduler {address}", "--nthreads 1")
 
 
 def job(name: str = "a") -> batch.Job:

@@ -475,7 +475,7 @@ def test_a_folder_of_another_model(tmp_path):
         ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:2000]), "cannot be loaded as depth_anything"),
         ("model.safetensors", lambda p: p.write_bytes(b"<html>404</html>"), "cannot be loaded as depth_anything"),
         ("model.safetensors", lambda p: p.unlink(), "cannot be loaded as depth_anything"),
-        ("config.json", lambda p: p.write_text("{"), "config.json is not readable JSON"),
+        ("config.json", lambda p: p.write_text("{"), "config.json: is not a JSON file that can be read"),
         ("preprocessor_config.json", lambda p: p.write_text('{"size": 3.5}'), "preprocessor_config.json is not one of"),
         ("preprocessor_config.json", lambda p: p.write_text('{"resample": 1}'), "resample 1; known are 2"),
         (

@@ -67,6 +67,16 @@ def _existing(scheduler: str) -> Any:
         raise UserError(f"--scheduler {scheduler}: no scheduler answers there ({reason(error)}).") from error
 
 
+def _require_single_threads(client: Any, scheduler: str) -> None:
+    """A job sets its process's environment (threads, GPU); two in one process would run with each other's."""
+    threads = max((worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()), default=1)
+    if threads > 1:
+        raise UserError(
+            f"--scheduler {scheduler}: has a worker with {threads} threads, and jobs need a process each; start the workers"
+            " with `dask worker --nthreads 1 --nworkers N`."
+        )
+
+
 @contextmanager
 def open_client(
     workers: int, scheduler: str | None, cluster_file: str | None, announce: Callable[[str], None]
@@ -81,6 +91,8 @@ def open_client(
             cluster = _batch_system(cluster_file, workers) if cluster_file else _local(workers)
             client = Client(cluster)
     try:
+        if scheduler:
+            _require_single_threads(client, scheduler)
         announce(f"dashboard: {client.dashboard_link}")
         if not scheduler and not cluster_file:
             _pin_gpus(client)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import nn
 from ttt_lib.errors import UserError
 from ttt_lib.hub import NotInRepository, download, hub_answers
 from ttt_lib.preprocessing import read_rules
+from ttt_lib.text_files import read_json
 from ttt_lib.transformers_models import TransformersModel, ZoeDepthModel
 
 FAMILIES = {
@@ -64,9 +64,9 @@ def _older_weights(name: str, online: bool, advice: str, failure: Exception) -> 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name!r}: {path} is not readable JSON.") from error
+        content = read_json(path)
+    except UserError as error:
+        raise UserError(f"model {name!r}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"model {name!r}: {path} holds no dictionary.")
     return content
