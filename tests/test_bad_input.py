@@ -592,7 +592,14 @@ def test_checkpoints_of_other_things(tmp_path, untrained_checkpoint):
     for cut in (0, 1, 100, len(whole) // 2, len(whole) - 10):
         path.write_bytes(whole[:cut])
         refused(load_model, str(path), "cpu", words=[path])
-    for content in (b"{", b"[]", b"[" * 100_000, bytes(range(256)), b'{"model_type": "x"}', b'{"model_type": "depth_anything"}'):
+    for content in (
+        b"{",
+        b"[]",
+        b"[" * 100_000,
+        bytes(range(256)),
+        b'{"model_type": "x"}',
+        b'{"model_type": "depth_anything"}',
+    ):
         (tmp_path / "config.json").write_bytes(content)
         refused(load_model, str(tmp_path), "cpu", words=[tmp_path])
 

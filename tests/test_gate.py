@@ -14,7 +14,15 @@ from ttt_lib.adapt import adapt, sample_generator
 from ttt_lib.errors import UserError
 from ttt_lib.gate import Calibration, Watcher, best_on_the_line, blend_predictions, read_calibration
 from ttt_lib.models import weights_checksum
-from ttt_lib.signals import consistency, disagreement_map, edge_agreement, held_back_views, log_error, vote
+from ttt_lib.signals import (
+    consistency,
+    disagreement_map,
+    edge_agreement,
+    ensemble_distances,
+    held_back_views,
+    log_error,
+    vote,
+)  # fmt: skip
 
 config = small_experiment(
     train={"passes": 2, "accumulation": 1, "optimizer": {"learning_rate": 1e-4}}, gate={"mode": "measure", "views": 2}
@@ -76,13 +84,32 @@ def test_edges_that_coincide_agree_more():
     assert math.isnan(edge_agreement(torch.ones(40, 40), image, mask))
 
 
+def test_distances_within_an_ensemble():
+    """Planes whose log depth differs by known slopes; the scale of each must not matter."""
+    across = torch.linspace(-1, 1, 101)[None].expand(5, 101)
+    mask = torch.ones(5, 101, dtype=torch.bool)
+
+    def plane(slope: float, scale: float = 1.0) -> torch.Tensor:
+        return scale * (slope * across).exp()
+
+    unit = float(across.abs().mean())  # of |log ratio| for slopes that differ by one
+    members = [plane(0.1, 3.0), plane(0.1), plane(0.2, 0.5)]
+    found = ensemble_distances(plane(0.5), plane(0.1, 7.0), members, mask)
+    first, among = (0.4 + 0.4 + 0.3) / 3 * unit, (0 + 0.1 + 0.1) / 3 * unit
+    assert found["spread"] == pytest.approx((first + among) / 2, rel=1e-4)
+    assert found["outlying"] == pytest.approx(np.log(first / among), rel=1e-4)
+    assert found["gain"] == pytest.approx(np.log(first / (0.1 / 3 * unit)), rel=1e-4)
+    swapped = ensemble_distances(plane(0.1), plane(0.5), members, mask)
+    assert swapped["outlying"] < found["outlying"] and swapped["gain"] == pytest.approx(-found["gain"], rel=1e-4)
+
+
 def test_all_signals_are_measured_and_stored(tiny, image):
     before = weights_checksum(tiny)
     result = adapt(tiny, image, config())
     assert weights_checksum(tiny) == before and result.decision == "adapted"
     names = {
         "consistency_self_gain", "consistency_cross_gain", "votes_gain", "reprojection_gain", "edges_gain",
-        "drift_weights", "drift_prediction", "drift_features", "loss_drop", "camera_fov_change",
+        "drift_weights", "drift_prediction", "drift_features", "loss_drop", "camera_fov_change", "ensemble_spread",
     }  # fmt: skip
     assert names <= result.signals.keys()
     assert all(np.isfinite(result.signals[name]) for name in names)

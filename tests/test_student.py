@@ -82,7 +82,7 @@ def test_out_of_memory_halves_the_part_and_changes_nothing(student, image, monke
         {"views": {"cutmix": 0.5}},
         {"losses": {"feature": {"weight": 1.0}}},
         {"losses": {"ssi": {"weight": 1.0}, "gradient": {"weight": 0.5}}},
-        {"ensemble": {"members": ["mirror", "finer", "finer_mirror", "coarser", "autocontrast"]}},
+        {"ensemble": {"members": ["mirror", "finer", "finer_mirror", "coarser", "coarser_mirror", "autocontrast"]}},
         {"train": {"micro_batch": 1}},
         {"model": {"checkpointing": True}},
     ],

@@ -186,12 +186,12 @@ class ViewConfig(Section):
 class EnsembleConfig(Section):
     """Further predictions of the same image whose mean (of log depth, after the median ratio) is more reliable.
 
-    `members`, beside the plain one: `mirror`, `finer` and `coarser` (4/3 and 3/4 of the tokens), `finer_mirror`
-    (both), `autocontrast`.
+    `members`, beside the plain one: `mirror`, `finer` and `coarser` (4/3 and 3/4 of the tokens), `finer_mirror` and
+    `coarser_mirror` (both), `autocontrast`.
     `target`: the teacher's target is the mean. `final`: the adapted prediction is the mean.
     """
 
-    members: list[Literal["mirror", "finer", "finer_mirror", "coarser", "autocontrast"]] = []
+    members: list[Literal["mirror", "finer", "finer_mirror", "coarser", "coarser_mirror", "autocontrast"]] = []
     target: bool = True
     final: bool = True
 
@@ -210,8 +210,8 @@ class GateConfig(Section):
     calibration: str | None = None
     views: Annotated[int, Field(ge=1, le=64)] = 4
     severity: Severity = 2
-    signals: list[Literal["consistency", "votes", "reprojection", "edges", "drift", "loss", "camera"]] = [
-        "consistency", "votes", "reprojection", "edges", "drift", "loss", "camera",
+    signals: list[Literal["consistency", "votes", "ensemble", "reprojection", "edges", "drift", "loss", "camera"]] = [
+        "consistency", "votes", "ensemble", "reprojection", "edges", "drift", "loss", "camera",
     ]  # fmt: skip
     interpolate: bool = False
     check_every: Annotated[int, Field(ge=0)] = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from ttt_lib.augment import View, carry_back
 from ttt_lib.geometry import mirror_intrinsics, mirror_points, unproject
 from ttt_lib.models import GeometryModel, Prediction
 
-FINER, COARSER = 4 / 3, 3 / 4  # of the tokens
+RESOLUTIONS = {"finer": 4 / 3, "coarser": 3 / 4}  # of the tokens
 
 
 @contextmanager
@@ -94,17 +94,18 @@ def predict_on_views(model: GeometryModel, view: View, target: Prediction) -> tu
     return points, seen & (points[..., 2] > 0) & torch.isfinite(points).all(-1)
 
 
-def predict_ensemble(model: GeometryModel, image: Tensor, members: list[str]) -> Prediction:
+def predict_member(model: GeometryModel, image: Tensor, member: str) -> Prediction:
+    """One of the predictions that `config.EnsembleConfig` names, on `image` (3,H,W), as a prediction of that image."""
+    if member == "autocontrast":
+        return model.predict(_stretched(image))
+    predict = predict_mirrored if member.endswith("mirror") else type(model).predict
+    resolution = member.removesuffix("mirror").removesuffix("_")
+    with _tokens(model, RESOLUTIONS.get(resolution, 1.0)):
+        return predict(model, image)
+
+
+def predict_ensemble(model: GeometryModel, image: Tensor, members: Sequence[str]) -> Prediction:
     """The mean of the plain prediction on `image` (3,H,W) and those that `members` names (`config.EnsembleConfig`)."""
     first = model.predict(image)
-    found = []
-    for member in members:
-        if member == "mirror":
-            found.append(predict_mirrored(model, image))
-        elif member == "autocontrast":
-            found.append(model.predict(_stretched(image)))
-        else:
-            predict = predict_mirrored if member == "finer_mirror" else type(model).predict
-            with _tokens(model, COARSER if member == "coarser" else FINER):
-                found.append(predict(model, image))
+    found = [predict_member(model, image, member) for member in members]
     return mean_prediction(first, found) if found else first

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ttt_lib.augment import View, make_views, sample_cameras
 from ttt_lib.config import ExperimentConfig, GateConfig
 from ttt_lib.config_sections import ShiftConfig
-from ttt_lib.ensemble import log_difference, predict_mirrored, predict_on_views
+from ttt_lib.ensemble import log_difference, predict_member, predict_mirrored, predict_on_views
 from ttt_lib.geometry import project, transform_points, unproject
 from ttt_lib.gradients import Student
 from ttt_lib.models import GeometryModel, Prediction
@@ -27,6 +27,7 @@ from ttt_lib.rasterise import build_mesh, rasterise
 PAIRS = 4000  # pixel pairs that are voted on
 EQUAL = 0.02  # relative depth within which two pixels count as equally far
 FIELDS_OF_VIEW = (15.0, 130.0)  # degrees, horizontal: outside no camera of the data sets lies
+ENSEMBLE = ("mirror", "coarser", "coarser_mirror", "finer", "finer_mirror")  # of the original weights, for their spread
 LARGEST_ERROR = 1.0  # of log depth; what is farther off counts so much
 
 
@@ -141,6 +142,26 @@ def disagreement_map(experts: list[Tensor], mask: Tensor) -> Tensor:
     return torch.stack(aligned).std(0, unbiased=False)
 
 
+def ensemble_distances(original: Tensor, adapted: Tensor, members: list[Tensor], mask: Tensor) -> dict[str, float]:
+    """How far predictions of one picture lie apart: mean |log ratio| over the mask, each after its median ratio.
+
+    original, adapted, members: depth maps (H,W). `spread`: mean over all pairs of original and members; `outlying`: log
+    of the original's distance from the members over the members' among themselves (it is the odd one out above 0);
+    `gain`: log of the original's distance from the members over the adapted one's.
+    """
+    maps = torch.stack([original, adapted, *members])
+    distance = torch.stack([log_error(maps, one.expand_as(maps), mask.expand_as(maps)) for one in maps])
+    first, others = distance[0, 2:].mean(), distance[2:, 2:]
+    count = len(members)
+    among = others.sum() / max(count * (count - 1), 1)
+    pairs = (first * count + among * count * (count - 1) / 2) / max(count * (count + 1) / 2, 1)
+    return {
+        "spread": float(pairs),
+        "outlying": _log_ratio(first, among),
+        "gain": _log_ratio(first, distance[1, 2:].mean()),
+    }
+
+
 def edge_agreement(depth: Tensor, image: Tensor, mask: Tensor) -> float:
     """Correlation of the magnitudes of the gradients of log depth and of the gray image; depth (H,W), image (3,H,W)."""
 
@@ -219,6 +240,11 @@ def measure(
         shares = vote(experts, original.mask, generator)
         signals |= {"votes_original": shares[0], "votes_adapted": shares[1], "votes_gain": shares[1] - shares[0]}
         signals["votes_disagreement"] = float(disagreement_map(experts, original.mask)[original.mask].mean())
+    if "ensemble" in config.signals:
+        with student.weights(first):
+            members = [predict_member(model, held.image, member).depth for member in ENSEMBLE]
+        found = ensemble_distances(original.depth, adapted.depth, members, original.mask)
+        signals |= {f"ensemble_{key}": value for key, value in found.items()}
     if "reprojection" in config.signals:
         contexts = [lambda: student.weights(first), lambda: student.weights(values)]
         before, after = reprojection_errors(model, held, contexts, config.severity, generator)
