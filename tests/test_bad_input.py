@@ -31,9 +31,10 @@ from PIL import Image, PngImagePlugin
 from ttt_lib import batch, cli, cluster, kernel, moge_layout, photos, report
 from ttt_lib.config import build_experiment, load_experiment, load_profile
 from ttt_lib.config_sections import RESERVED
-from ttt_lib.data import open_dataset, read_photo, write_moge_layout, write_subset_index
+from ttt_lib.data import open_dataset, read_photo, write_moge_layout
 from ttt_lib.errors import UserError
 from ttt_lib.gate import read_calibration
+from ttt_lib.hard_subset import write_subset_index
 from ttt_lib.models import load_model
 from ttt_lib.references import read_references
 from ttt_lib.results import read_runs

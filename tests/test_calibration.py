@@ -10,7 +10,9 @@ from ttt_lib.calibration import (
     area_under_roc,
     calibrate,
     compare_policies,
+    decide,
     gain_table,
+    is_safe,
     outcome,
     risk_coverage,
     signal_quality,
@@ -31,13 +33,7 @@ def made_up(count: int = 200, noise: float = 0.002, seed: int = 0) -> pd.DataFra
 
 
 def decided(table, calibration):
-    estimates = np.array([
-        calibration.estimate({n.removeprefix("signal_"): v for n, v in row.items() if n.startswith("signal_")})
-        for row in table.to_dict("records")
-    ])  # fmt: skip
-    from ttt_lib.calibration import apply_thresholds
-
-    return apply_thresholds(table, estimates, calibration.accept, calibration.blend)
+    return decide(table, calibration).rename(columns={"gain_final": "gain", "loss_final": "loss"})
 
 
 def test_a_good_signal_makes_a_safe_gate_that_keeps_the_gain():
@@ -57,6 +53,37 @@ def test_without_a_signal_the_gate_does_no_harm():
     table = table.assign(gain_blended=table.gain_adapted, loss_blended=table.loss_adapted)
     found = outcome(decided(table, calibrate(table)))
     assert found["gain"] >= -1e-3 and found["worse"] <= 0.02
+
+
+def test_one_more_loss_than_was_seen_is_counted():
+    assert is_safe({"worse": 0.0, "worst": 0.0}, 49, 0.02) and not is_safe({"worse": 0.0, "worst": 0.0}, 48, 0.02)
+    assert is_safe({"worse": 1 / 99, "worst": -0.02}, 99, 0.02) and not is_safe(
+        {"worse": 2 / 99, "worst": -0.02}, 99, 0.02
+    )
+    assert not is_safe({"worse": 1 / 999, "worst": -0.04}, 999, 0.02)
+    few = calibrate(made_up(40))  # however good the signal: forty samples cannot show it
+    assert (decide(made_up(seed=1), few).decision == "reject").all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_promise_holds_on_new_samples(seed):
+    """A weak signal: the thresholds keep what they can, and about as many new samples lose as was allowed."""
+    calibration = calibrate(made_up(400, noise=0.02, seed=seed))
+    found = outcome(decided(made_up(4000, noise=0.02, seed=100 + seed), calibration))
+    assert found["worse"] <= 0.03 and found["gain"] > 0.002
+
+
+def test_a_measured_table_decided_afterwards():
+    calibration = calibrate(made_up())
+    table = made_up(seed=1).assign(gain_final=9.0, loss_final=9.0, decision="adapted")
+    after = decide(table, calibration)
+    assert set(after.decision) >= {"accept", "reject"} and set(after.decision) <= {"accept", "blend", "reject"}
+    for kind in ("gain", "loss"):
+        taken = {"accept": f"{kind}_adapted", "blend": f"{kind}_blended"}
+        for decision, part in after.groupby("decision"):
+            assert (part[f"{kind}_final"] == (part[taken[decision]] if decision in taken else 0.0)).all()
+    implausible = decide(table.assign(signal_camera_implausible=1.0), calibration)
+    assert (implausible.decision == "reject").all() and (table.decision == "adapted").all()
 
 
 def test_policies_and_their_numbers_by_hand():

@@ -13,10 +13,11 @@ from moge.test.dataloader import EvalDataLoaderPipeline
 from moge.utils import io as moge_io
 from PIL import Image
 
-from ttt_lib import data, moge_layout
-from ttt_lib.data import open_dataset, read_photo, select_hard, write_moge_layout, write_subset_index
+from ttt_lib import moge_layout, motorcycle
+from ttt_lib.data import Sample, open_dataset, read_photo, write_moge_layout
 from ttt_lib.errors import UserError
 from ttt_lib.geometry import project, unproject
+from ttt_lib.hard_subset import select_hard, write_subset_index
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_writing_and_reading_back(tmp_path, picture):
     intrinsics = picture.intrinsics[0]
     depth = torch.where(picture.mask[0], picture.points[0, ..., 2], torch.inf)
     depth[:4] = torch.nan
-    sample = data.Sample("room", "made", picture.image[0], depth, None, None, intrinsics, is_metric=True)
+    sample = Sample("room", "made", picture.image[0], depth, None, None, intrinsics, is_metric=True)
     assert write_moge_layout([sample], tmp_path) == ["room"]
     raw = moge_layout.read_raw(tmp_path / "room")
     assert np.isnan(raw.depth[:4]).all()
@@ -145,7 +146,7 @@ def test_writing_and_reading_back(tmp_path, picture):
     assert torch.allclose(again.depth[known], depth[known], rtol=2e-3)
     assert (again.image - sample.image).abs().mean() < 0.03
     with pytest.raises(UserError, match="no depth"):
-        write_moge_layout([data.Sample("photo", "x", picture.image[0])], tmp_path / "b")
+        write_moge_layout([Sample("photo", "x", picture.image[0])], tmp_path / "b")
 
 
 def test_a_configuration_in_moges_format(folder, tmp_path):
@@ -208,7 +209,7 @@ def test_what_is_no_photograph_is_named(tmp_path):
 def test_the_motorcycles_calibration_by_photometric_consistency():
     """The right picture, looked up where the left geometry says, must look like the left one; with the disparity's
     sign as in the docstring, or without the offset of the principal points, it does not."""
-    frames = data._motorcycle_frames()
+    frames = motorcycle._motorcycle_frames()
     left, right = frames["motorcycle_left"], frames["motorcycle_right"]
     points = unproject(torch.from_numpy(left.depth), torch.from_numpy(left.intrinsics))
 
@@ -222,14 +223,14 @@ def test_the_motorcycles_calibration_by_photometric_consistency():
         own = torch.from_numpy(left.image).permute(2, 0, 1).float() / 255
         return float((seen - own).abs().mean(0)[known].median())
 
-    good = difference(data.BASELINE, right.intrinsics)
+    good = difference(motorcycle.BASELINE, right.intrinsics)
     assert good < 0.03
-    assert difference(-data.BASELINE, right.intrinsics) > 3 * good
-    assert difference(data.BASELINE, left.intrinsics) > 3 * good
+    assert difference(-motorcycle.BASELINE, right.intrinsics) > 3 * good
+    assert difference(motorcycle.BASELINE, left.intrinsics) > 3 * good
 
 
 def test_both_views_have_metric_truth_that_agrees():
-    frames = data._motorcycle_frames()
+    frames = motorcycle._motorcycle_frames()
     left, right = (frames[f"motorcycle_{side}"].depth for side in ("left", "right"))
     assert 2.0 < np.nanmin(left) < np.nanmax(left) < 5.1
     assert 0.05 < np.isnan(left).mean() < 0.1 and np.isnan(right).mean() < 0.25

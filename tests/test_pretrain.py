@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ttt_lib import pretrain
+from ttt_lib import pretrain, pretrain_data
 from ttt_lib.models import ASSETS, load_model
 
 SMALL = dict(batch_size=2, chunk_size=2, window=2, reuse=2.0, warmup=2, learning_rate=1e-3)
@@ -19,10 +19,10 @@ SMALL = dict(batch_size=2, chunk_size=2, window=2, reuse=2.0, warmup=2, learning
 @pytest.fixture
 def plain_chunks(monkeypatch):
     """Chunks made in this process, small ones: training without waiting for another process to start."""
-    monkeypatch.setattr(pretrain, "SIZES", ((48, 64), (64, 48)))
+    monkeypatch.setattr(pretrain_data, "SIZES", ((48, 64), (64, 48)))
     monkeypatch.setattr(
-        pretrain.ChunkSource, "window",
-        lambda self, first, last: [pretrain.make_chunk(self.seed, i, self.size) for i in range(first, last + 1)],
+        pretrain_data.ChunkSource, "window",
+        lambda self, first, last: [pretrain_data.make_chunk(self.seed, i, self.size) for i in range(first, last + 1)],
     )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def weights(model) -> torch.Tensor:
 
 
 def test_chunks_depend_on_seed_and_number_alone():
-    first, again, other = (pretrain.make_chunk(*a) for a in ((0, 2, 1), (0, 2, 1), (0, 3, 1)))
+    first, again, other = (pretrain_data.make_chunk(*a) for a in ((0, 2, 1), (0, 2, 1), (0, 3, 1)))
     assert np.array_equal(first.image, again.image) and np.array_equal(first.depth, again.depth)
     assert first.image.shape != other.image.shape or not np.array_equal(first.image, other.image)
 
@@ -81,7 +81,7 @@ def test_the_loss_knows_perfect_geometry_and_ignores_scale(picture):
 
 
 def test_camera_effects_keep_range_and_repeat(picture):
-    first, second = (pretrain.camera_effects(picture.image, torch.Generator().manual_seed(1)) for _ in range(2))
+    first, second = (pretrain_data.camera_effects(picture.image, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, second) and first.min() >= 0 and first.max() <= 1
     assert (first - picture.image).abs().mean() > 0.01
 

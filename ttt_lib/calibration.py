@@ -63,17 +63,17 @@ def _ridge(z: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, f
 
 
 def calibrate(
-    table: pd.DataFrame, allowed: float = 0.01, signals: Iterable[str] | None = None, seed: int = 0
+    table: pd.DataFrame, allowed: float = 0.02, signals: Iterable[str] | None = None, seed: int = 0
 ) -> Calibration:
     """Ridge regression of the gain on the signals, and thresholds on its cross-validated estimates.
 
     The ridge's strength is the one with the smallest 10-fold error. Of all pairs of thresholds on the out-of-fold
-    estimates, the pair with the largest mean gain is taken among those where at most `allowed` of the samples lose more
-    than `TOLERANCE` and none more than `FORBIDDEN`; rejecting everything always qualifies. signals: names without
-    `signal_` (default: all that vary).
+    estimates, the pair with the largest mean gain is taken among those that are safe (`is_safe`); rejecting everything
+    always qualifies. signals: names without `signal_` (default: all that vary).
     """
     names = [name.removeprefix("signal_") for name in table.columns if name.startswith("signal_")]
     names = [n for n in names if n not in ("estimate", "camera_implausible")] if signals is None else list(signals)
+    names = [n for n in names if table[f"signal_{n}"].notna().any()]
     values = table[[f"signal_{name}" for name in names]].to_numpy(float)
     deviation = np.nanstd(values, axis=0)
     names = [name for name, d in zip(names, deviation) if np.isfinite(d) and d > 1e-9]
@@ -103,6 +103,15 @@ def calibrate(
     )
 
 
+def is_safe(found: dict[str, float], count: int, allowed: float) -> bool:
+    """Whether an `outcome` on `count` samples lets expect at most `allowed` of new ones to lose more than `TOLERANCE`.
+
+    One more such loss than was seen is counted among one more sample (Angelopoulos et al., Conformal Risk Control, 2022,
+    eq. 4), and no sample may lose more than `FORBIDDEN`. Fewer than 1 / `allowed` - 1 samples can show this of nothing.
+    """
+    return found["worst"] >= -FORBIDDEN and (found["worse"] * count + 1) / (count + 1) <= allowed
+
+
 def _thresholds(table: pd.DataFrame, estimate: np.ndarray, allowed: float) -> tuple[float, float]:
     above = float(estimate.max()) + 1.0
     levels = np.unique(np.quantile(estimate, np.linspace(0, 1, 41)))
@@ -110,8 +119,7 @@ def _thresholds(table: pd.DataFrame, estimate: np.ndarray, allowed: float) -> tu
     for blend in [*levels, above]:
         for accept in [level for level in [*levels, above] if level >= blend]:
             found = outcome(apply_thresholds(table, estimate, accept, blend))
-            safe = found["worse"] <= allowed and found["worst"] >= -FORBIDDEN
-            if safe and found["gain"] > best:
+            if is_safe(found, len(table), allowed) and found["gain"] > best:
                 best, chosen = found["gain"], (accept, blend)
     return chosen
 
@@ -122,6 +130,23 @@ def apply_thresholds(table: pd.DataFrame, estimate: np.ndarray, accept: float, b
     gain = np.where(taken, table.gain_adapted, np.where(mixed, table.gain_blended, 0.0))
     loss = np.where(taken, table.loss_adapted, np.where(mixed, table.loss_blended, 0.0))
     return pd.DataFrame({"gain": gain, "loss": loss})
+
+
+def decide(table: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
+    """The table of a run that measured (`gate.mode: measure`) as if this calibration had decided.
+
+    Sets decision, signal_estimate, gain_final and loss_final.
+    """
+    names = {column: column.removeprefix("signal_") for column in table.columns if column.startswith("signal_")}
+    signals = table[list(names)].rename(columns=names).to_dict("records")
+    decision = pd.Series([calibration.decide(row) for row in signals], table.index)
+    decided = table.assign(decision=decision, signal_estimate=[calibration.estimate(row) for row in signals])
+    for kind in ("gain", "loss"):
+        zero = pd.Series(0.0, table.index)
+        decided[f"{kind}_final"] = zero.mask(decision == "accept", table[f"{kind}_adapted"]).mask(
+            decision == "blend", table[f"{kind}_blended"]
+        )
+    return decided
 
 
 def outcome(decided: pd.DataFrame) -> dict[str, float]:

@@ -21,9 +21,9 @@ app = typer.Typer(
 )
 # Modules that decide no number: a change in them does not make finished runs old.
 SHOWING = (
-    "api", "batch", "benchmark", "calibration", "cli", "cluster", "doctor", "figures", "html_views", "kernel", "machine",
-    "photos", "progress", "provenance", "reliability_figures", "report", "results", "statistics", "study_figures",
-    "tables", "view_figures", "widgets", "zeroshot",
+    "api", "batch", "benchmark", "calibration", "cli", "cluster", "doctor", "figures", "hard_subset", "html_views",
+    "kernel", "machine", "photos", "pretrain", "pretrain_data", "progress", "provenance", "reliability_figures",
+    "report", "results", "statistics", "study_figures", "tables", "view_figures", "widgets", "zeroshot",
 )  # fmt: skip
 
 
@@ -275,8 +275,8 @@ def hard_subset(
     model: Annotated[str | None, typer.Option(help="tiny, a MoGe hub name, or a checkpoint file.")] = None,
 ) -> None:
     """Choose the samples on which the original model does worst, as the published study did."""
-    from ttt_lib.data import select_hard, write_subset_index
     from ttt_lib.experiment import load_with_profile, run_experiment
+    from ttt_lib.hard_subset import select_hard, write_subset_index
 
     entries = parse_data(data)
     names = [entry.get("name") or Path(entry.get("path", "")).name for entry in entries]

@@ -1,4 +1,4 @@
-"""Samples and where they come from: MoGe's evaluation layout, folders of photographs, the bundled motorcycle."""
+"""Samples and where they come from: MoGe's evaluation layout and folders of photographs; the names of all sets."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -239,64 +237,6 @@ def open_images(path: str | Path, name: str | None = None, count: int | None = N
     return SampleSet(title, names, load, _file_fingerprint(files.values()))
 
 
-# --------------------------------------------------------------------------------------------------- motorcycle
-
-FOCAL = 994.978  # pixels, of the images scikit-image ships (a quarter of the original's)
-PRINCIPAL_POINT = (311.193, 254.877)  # left camera, pixels with the centre of the first pixel at 0
-OFFSET = 31.086  # the right camera's principal point lies this much further right
-BASELINE = 0.193001  # metres
-
-
-@lru_cache(maxsize=1)
-def _motorcycle_frames() -> dict[str, moge_layout.Raw]:
-    """Both views with their depth in metres.
-
-    Depth = focal * baseline / (disparity + offset). A left pixel (x, y) is the right pixel (x - disparity, y): the
-    reverse of the example in scikit-image's docstring, whose unknown pixels are inf rather than NaN. The right view
-    has no disparity of its own: its depth is the left geometry moved over, nearest surface first, unknown elsewhere.
-    Both principal points follow the convention of this package, pixel centres at i + 0.5.
-    """
-    import skimage.data
-
-    left, right, disparity = skimage.data.stereo_motorcycle()
-    known = np.isfinite(disparity)
-    depth = np.where(known, FOCAL * BASELINE / (np.where(known, disparity, 1) + OFFSET), np.nan).astype(np.float32)
-    height, width = disparity.shape
-
-    rows, columns = np.nonzero(known)
-    shifted = columns - disparity[rows, columns]
-    right_depth = np.full((height, width), np.inf, dtype=np.float32)
-    for column in (np.floor(shifted).astype(int), np.ceil(shifted).astype(int)):  # both neighbours: no comb of holes
-        inside = (column >= 0) & (column < width)
-        np.minimum.at(right_depth, (rows[inside], column[inside]), depth[rows, columns][inside])
-    right_depth[~np.isfinite(right_depth)] = np.nan
-
-    def intrinsics(offset: float) -> np.ndarray:
-        cx, cy = (PRINCIPAL_POINT[0] + offset + 0.5) / width, (PRINCIPAL_POINT[1] + 0.5) / height
-        return np.array([[FOCAL / width, 0, cx], [0, FOCAL / height, cy], [0, 0, 1]], dtype=np.float32)
-
-    return {
-        "motorcycle_left": moge_layout.Raw(left[..., :3].copy(), depth, intrinsics(0.0)),
-        "motorcycle_right": moge_layout.Raw(right[..., :3].copy(), right_depth, intrinsics(OFFSET)),
-    }
-
-
-def open_motorcycle(
-    width: int = 384, height: int = 256, name: str | None = None, count: int | None = None
-) -> SampleSet:
-    """Both views of the Middlebury 2014 motorcycle that scikit-image ships: real photographs, real metric depth.
-
-    Seen as MoGe's evaluation sees a set (centred camera). Source: Scharstein et al., GCPR 2014.
-    """
-    names = ["motorcycle_left", "motorcycle_right"][:count]
-
-    def load(sample: str) -> Sample:
-        view = moge_layout.target_view(_motorcycle_frames()[sample], width, height, 1.0)
-        return to_sample(sample, name or "motorcycle", view, True, False)
-
-    return SampleSet(name or "motorcycle", names, load, f"motorcycle {width}x{height}")
-
-
 # ------------------------------------------------------------------------------------------------ opening, writing
 
 
@@ -310,6 +250,8 @@ def open_dataset(kind: str = "moge", **options: Any) -> SampleSet:
 
         opener: Callable[..., SampleSet] = lambda **rest: open_synthetic(kind, **rest)  # noqa: E731
     else:
+        from ttt_lib.motorcycle import open_motorcycle
+
         openers = {"moge": open_moge, "images": open_images, "motorcycle": open_motorcycle}
         if kind not in openers:
             raise UserError(f"data kind {kind!r}: use one of {', '.join([*openers, 'synthetic', 'shifted'])}.")
@@ -346,38 +288,3 @@ def write_moge_layout(samples: Iterable[Sample], folder: str | Path) -> list[str
         names.append(sample.name)
     moge_layout.write_index(folder, names)
     return names
-
-
-def select_hard(scores: pd.DataFrame, metric: str, below: float, count: int) -> pd.DataFrame:
-    """The samples of lowest score: tidy metric rows in, at most `count` rows (dataset, sample, value) out.
-
-    metric as `points_scale_invariant/delta1`; only values under `below`; ties and order by (value, dataset, sample),
-    so the choice does not depend on the order of the input. Raises `UserError` for a metric that is not there.
-    """
-    name, _, score = metric.partition("/")
-    rows = scores[(scores["metric"] == name) & (scores["score"] == score)]
-    if rows.empty:
-        known = sorted({f"{m}/{s}" for m, s in zip(scores["metric"], scores["score"])})
-        raise UserError(f"--metric {metric!r}: was not measured; there are {', '.join(known)}.")
-    rows = rows[rows["value"] < below].sort_values(["value", "dataset", "sample"])
-    return rows[["dataset", "sample", "value"]].head(count).reset_index(drop=True)
-
-
-def write_subset_index(chosen: pd.DataFrame, folders: dict[str, Path], output: str | Path) -> Path:
-    """A set in MoGe's layout that links to the chosen samples: `output/<dataset>/<sample>` and `.index.txt`.
-
-    folders: dataset -> its folder. Links are relative. Raises `UserError` if `output` holds another index already.
-    """
-    output = Path(output)
-    names = [check_name(f"{row.dataset}/{row.sample}", "the hard subset") for row in chosen.itertuples()]
-    for row, name in zip(chosen.itertuples(), names):
-        link = output / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        target = os.path.relpath((folders[row.dataset] / row.sample).resolve(), link.parent.resolve())
-        if link.is_symlink() and os.readlink(link) == target:
-            continue
-        if link.exists() or link.is_symlink():
-            raise UserError(f"{link}: is there already and is something else; choose another output folder.")
-        link.symlink_to(target)
-    moge_layout.write_index(output, names)
-    return output / moge_layout.INDEX

@@ -45,16 +45,21 @@ def plot_risk_coverage(curves: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def plot_failures(rows: pd.DataFrame, predictions: Path) -> Figure:
-    """Image, original and final inverse depth and where they differ, of the samples in `rows` (dataset, sample)."""
+def plot_failures(rows: pd.DataFrame, shards: list[Path]) -> Figure:
+    """Image, original and adapted inverse depth and where they differ, of the samples in `rows` (dataset, sample).
+
+    shards: folders of results of runs that measured (`gate.mode: measure`), whose final prediction is the adapted one.
+    """
     figure, axes = plt.subplots(max(len(rows), 1), 4, figsize=(11, 2.3 * max(len(rows), 1)), squeeze=False)
     for line, (_, row) in zip(axes, rows.iterrows()):
-        with np.load(Path(predictions) / prediction_name(row.dataset, row["sample"])) as content:
+        name = prediction_name(row.dataset, row["sample"])
+        places = [Path(shard) / "predictions" / name for shard in shards]
+        with np.load(next(place for place in places if place.exists())) as content:
             before, after = (content[f"depth_{name}"].astype(np.float32) for name in ("original", "final"))
             ratio = np.log(np.maximum(after, 1e-6) / np.maximum(before, 1e-6))
             ratio -= np.nanmedian(ratio)
             pictures = (content["image"], inverse_depth(before), inverse_depth(after))
-        for axis, picture, title in zip(line, pictures, ("image", "original", f"final ({row.decision})")):
+        for axis, picture, title in zip(line, pictures, ("image", "original", f"adapted (gate: {row.decision})")):
             axis.imshow(picture, cmap=None if title == "image" else "magma")
             axis.set_title(title, fontsize=9)
         limit = max(float(np.nanquantile(np.abs(ratio), 0.99)), 1e-3)
