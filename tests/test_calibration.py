@@ -73,6 +73,27 @@ def test_the_promise_holds_on_new_samples(seed):
     assert found["worse"] <= 0.03 and found["gain"] > 0.002
 
 
+def test_the_calmest_first_where_no_signal_tells_the_gain():
+    """Changes as large as the spread and of either sign, better on average: only the size of a loss can be told."""
+
+    def scenes(count: int, seed: int) -> pd.DataFrame:
+        rng = np.random.default_rng(seed)
+        spread = rng.uniform(0.0, 0.1, count)
+        gain = 0.1 * spread * rng.normal(0.4, 1.0, count)
+        same = {f"{kind}_{action}": gain for kind in ("gain", "loss") for action in ("adapted", "blended")}
+        return pd.DataFrame({**same, "signal_ensemble_spread": spread, "signal_noise": rng.normal(0, 1, count)})
+
+    calibration = calibrate(scenes(400, 0))
+    assert calibration.about["order"] == "small ensemble_spread"
+    assert calibration.estimate({"ensemble_spread": 0.01}) > calibration.estimate({"ensemble_spread": 0.02})
+    after = decide(scenes(4000, 1), calibration)
+    taken = after.decision != "reject"
+    assert 0.5 < taken.mean() < 0.98 and after.signal_ensemble_spread[taken].max() < 0.09
+    assert (after.loss_final < -0.01).mean() <= 0.02 < (
+        after.loss_adapted < -0.01
+    ).mean() and after.gain_final.mean() > 0
+
+
 def test_a_measured_table_decided_afterwards():
     calibration = calibrate(made_up())
     table = made_up(seed=1).assign(gain_final=9.0, loss_final=9.0, decision="adapted")

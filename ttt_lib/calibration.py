@@ -20,6 +20,7 @@ RELATIVE = "disparity_affine_invariant"  # of models that predict neither
 TOLERANCE, FORBIDDEN = 0.01, 0.03  # losses in delta1: that only few samples may have, that none may have
 RIDGE = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 FOLDS = 10
+CALM = "ensemble_spread"  # of `signals.measure`
 
 
 def gain_table(metrics: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
@@ -65,11 +66,12 @@ def _ridge(z: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, f
 def calibrate(
     table: pd.DataFrame, allowed: float = 0.02, signals: Iterable[str] | None = None, seed: int = 0
 ) -> Calibration:
-    """Ridge regression of the gain on the signals, and thresholds on its cross-validated estimates.
+    """Which samples first, and thresholds on that order: the safe choice with the largest mean gain.
 
-    The ridge's strength is the one with the smallest 10-fold error. Of all pairs of thresholds on the out-of-fold
-    estimates, the pair with the largest mean gain is taken among those that are safe (`is_safe`); rejecting everything
-    always qualifies. signals: names without `signal_` (default: all that vary).
+    Two orders compete: the gain as a ridge regression on the signals estimates it (its strength the one with the smallest
+    10-fold error, its estimates out of fold), and the calmest first, where the original model's own predictions lie close
+    together (`CALM`). Of all pairs of thresholds those that are safe (`is_safe`) take part; rejecting everything always
+    qualifies. signals: names without `signal_` (default: all that vary).
     """
     names = [name.removeprefix("signal_") for name in table.columns if name.startswith("signal_")]
     names = [n for n in names if n not in ("estimate", "camera_implausible")] if signals is None else list(signals)
@@ -90,17 +92,23 @@ def calibrate(
         return estimate
 
     strength = min(RIDGE, key=lambda s: float(np.square(out_of_fold(s) - y).mean()))
-    estimate = out_of_fold(strength)
-    accept, blend = _thresholds(table, estimate, allowed)
-    weights, bias = _ridge(z, y, strength)
-    decided = apply_thresholds(table, estimate, accept, blend)
-    about = {
-        "samples": len(table), "ridge": strength, "correlation_out_of_fold": _correlation(estimate, y),
-        **{key: float(value) for key, value in outcome(decided).items()},
-    }  # fmt: skip
-    return Calibration(
-        names, mean.tolist(), deviation.tolist(), weights.tolist(), bias, float(accept), float(blend), about
-    )
+    estimates = {"estimated gain": (out_of_fold(strength), *_ridge(z, y, strength))}
+    if CALM in names:  # nothing is fitted to this one, so it is its own out-of-fold estimate
+        alone = -np.eye(len(names))[names.index(CALM)]
+        estimates[f"small {CALM}"] = (z @ alone, alone, 0.0)
+    best = None
+    for order, (estimate, weights, bias) in estimates.items():
+        accept, blend = _thresholds(table, estimate, allowed)
+        found = outcome(apply_thresholds(table, estimate, accept, blend))
+        if best is None or found["gain"] > best.about["gain"]:
+            about = {
+                "samples": len(table), "order": order, "ridge": strength, "allowed": allowed,
+                "correlation_out_of_fold": _correlation(estimates["estimated gain"][0], y), **found,
+            }  # fmt: skip
+            best = Calibration(
+                names, mean.tolist(), deviation.tolist(), weights.tolist(), bias, float(accept), float(blend), about
+            )
+    return best
 
 
 def is_safe(found: dict[str, float], count: int, allowed: float) -> bool:

@@ -17,7 +17,8 @@ from ttt_lib.text_files import read_yaml
 @contextmanager
 def _collector_paused() -> Iterator[None]:
     """No garbage collection while a client starts: dask closes a forgotten client when it is collected, which takes the
-    lock that starting one holds, and the process would wait for itself for ever."""
+    lock that starting and stopping hold, and the process would wait for itself for ever."""
+    gc.collect()  # clients that failed earlier, so that none is left for the time when this one stops
     was_on = gc.isenabled()
     gc.disable()
     try:

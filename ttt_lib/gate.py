@@ -31,9 +31,10 @@ DISAGREEMENT = 0.1  # of log depth between experts, at which a pixel of a blend 
 
 @dataclass
 class Calibration:
-    """How signals become a decision: a linear estimate of the gain in delta1, and two thresholds on it.
+    """How signals become a decision: a linear estimate, and two thresholds on it.
 
-    estimate = bias + sum of weights * clip((signal - mean) / deviation, -3, 3); a missing signal counts as its mean.
+    estimate = bias + sum of weights * clip((signal - mean) / deviation, -3, 3); a missing signal counts as its mean. It
+    is the gain in delta1, or an order in which adapting is safer (`about["order"]`).
     At or above `accept` the adapted prediction is taken, at or above `blend` a mixture, else the original. `about`:
     model, settings, samples, date and what the thresholds gave on the calibration set.
     """
@@ -48,7 +49,7 @@ class Calibration:
     about: dict = field(default_factory=dict)
 
     def estimate(self, signals: dict[str, float]) -> float:
-        """Expected gain in delta1 by the signals of one image."""
+        """By the signals of one image: the higher, the sooner it is adapted."""
         found = np.array([signals.get(name, math.nan) for name in self.signals], dtype=float)
         z = (found - np.array(self.mean)) / np.array(self.deviation)
         return float(self.bias + np.clip(np.nan_to_num(z), -3, 3) @ np.array(self.weights))

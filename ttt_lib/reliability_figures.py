@@ -22,7 +22,7 @@ def plot_estimates(table: pd.DataFrame) -> Figure:
         axes.scatter(part.signal_estimate, part.gain_adapted, s=14, label=decision, color=COLOURS.get(decision))
     axes.axhline(0, color="0.7", lw=0.8)
     axes.axvline(0, color="0.7", lw=0.8)
-    axes.set(xlabel="estimated gain in delta1", ylabel="true gain of the adapted prediction")
+    axes.set(xlabel="estimate", ylabel="true gain of the adapted prediction")
     axes.legend()
     figure.tight_layout()
     plt.close(figure)
