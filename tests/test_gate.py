@@ -166,6 +166,13 @@ def test_missing_signals_count_as_their_mean_and_wild_ones_are_clipped():
     assert calibration.estimate({"a": 1e9, "b": 2.0}) == pytest.approx(0.5 + 0.3)
 
 
+def test_a_gate_that_sees_nothing_rejects():
+    calibration = Calibration(["a", "b", "c"], [0.0] * 3, [1.0] * 3, [0.1, 0.2, 0.0], 0.5, 0.4, 0.0)
+    assert calibration.decide({"a": 0.0}) == calibration.decide({"b": 0.0, "a": math.nan}) == "accept"
+    for signals in ({}, {"a": math.nan, "b": math.inf}, {"c": 1.0, "other": 1.0}):
+        assert calibration.decide(signals) == "reject"
+
+
 def test_a_wrong_calibration_file_is_one_sentence(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     for name in ("x.json", "none.json"):

@@ -55,11 +55,15 @@ class Calibration:
         return float(self.bias + np.clip(np.nan_to_num(z), -3, 3) @ np.array(self.weights))
 
     def decide(self, signals: dict[str, float]) -> str:
-        """`accept`, `blend` or `reject`. An implausible camera is rejected whatever the estimate."""
-        if signals.get("camera_implausible", 0.0) > 0:
-            return "reject"
+        """`accept`, `blend` or `reject`.
+
+        Whatever the estimate, rejected is what has an implausible camera or none of the signals that the estimate uses.
+        """
         value = self.estimate(signals)
-        return "accept" if value >= self.accept else "blend" if value >= self.blend else "reject"
+        decision = "accept" if value >= self.accept else "blend" if value >= self.blend else "reject"
+        used = [name for name, weight in zip(self.signals, self.weights) if weight]
+        blind = bool(used) and not any(math.isfinite(signals.get(name, math.nan)) for name in used)
+        return "reject" if blind or signals.get("camera_implausible", 0.0) > 0 else decision
 
     def write(self, path: Path) -> None:
         """As JSON."""
