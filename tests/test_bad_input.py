@@ -636,7 +636,8 @@ def test_a_description_of_a_cluster(tmp_path, monkeypatch):
         "inproc://9/9/9",
     ],
 )
-def test_an_address_without_a_scheduler(address):
+def test_an_address_without_a_scheduler(address, monkeypatch):
+    monkeypatch.setattr(cluster, "ANSWER_WITHIN", 3)
     with pytest.raises(UserError) as caught, cluster.open_client(1, address, None, print):
         pass
     sentence(caught.value, f"--scheduler {address}")

@@ -13,6 +13,8 @@ from typing import Any
 from ttt_lib.errors import UserError, reason
 from ttt_lib.text_files import read_yaml
 
+ANSWER_WITHIN = 20  # seconds for a scheduler that is said to run
+
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
@@ -63,7 +65,7 @@ def _existing(scheduler: str) -> Any:
     from distributed import Client
 
     try:
-        return Client(scheduler, timeout="20s")
+        return Client(scheduler, timeout=f"{ANSWER_WITHIN}s")
     except Exception as error:  # an address of any shape ends in nearly any exception
         raise UserError(f"--scheduler {scheduler}: no scheduler answers there ({reason(error)}).") from error
 
