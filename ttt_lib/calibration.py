@@ -134,10 +134,15 @@ def _thresholds(table: pd.DataFrame, estimate: np.ndarray, allowed: float) -> tu
 
 def apply_thresholds(table: pd.DataFrame, estimate: np.ndarray, accept: float, blend: float) -> pd.DataFrame:
     """Gain and loss of each sample (columns gain, loss) after decisions by these estimates and thresholds."""
-    taken, mixed = estimate >= accept, (estimate >= blend) & (estimate < accept)
-    gain = np.where(taken, table.gain_adapted, np.where(mixed, table.gain_blended, 0.0))
-    loss = np.where(taken, table.loss_adapted, np.where(mixed, table.loss_blended, 0.0))
-    return pd.DataFrame({"gain": gain, "loss": loss})
+    return _by_decision(table, estimate >= accept, (estimate >= blend) & (estimate < accept))
+
+
+def _by_decision(table: pd.DataFrame, accepted: np.ndarray, mixed: np.ndarray) -> pd.DataFrame:
+    """Columns gain, loss: of the adapted prediction where accepted, of the blended where mixed, else 0."""
+    return pd.DataFrame({
+        kind: np.where(accepted, table[f"{kind}_adapted"], np.where(mixed, table[f"{kind}_blended"], 0.0))
+        for kind in ("gain", "loss")
+    })  # fmt: skip
 
 
 def decide(table: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
@@ -147,14 +152,14 @@ def decide(table: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
     """
     names = {column: column.removeprefix("signal_") for column in table.columns if column.startswith("signal_")}
     signals = table[list(names)].rename(columns=names).to_dict("records")
-    decision = pd.Series([calibration.decide(row) for row in signals], table.index)
-    decided = table.assign(decision=decision, signal_estimate=[calibration.estimate(row) for row in signals])
-    for kind in ("gain", "loss"):
-        zero = pd.Series(0.0, table.index)
-        decided[f"{kind}_final"] = zero.mask(decision == "accept", table[f"{kind}_adapted"]).mask(
-            decision == "blend", table[f"{kind}_blended"]
-        )
-    return decided
+    decision = np.array([calibration.decide(row) for row in signals])
+    chosen = _by_decision(table, decision == "accept", decision == "blend")
+    return table.assign(
+        decision=decision,
+        signal_estimate=[calibration.estimate(row) for row in signals],
+        gain_final=chosen.gain.to_numpy(),
+        loss_final=chosen.loss.to_numpy(),
+    )
 
 
 def outcome(decided: pd.DataFrame) -> dict[str, float]:

@@ -99,8 +99,7 @@ def predict_member(model: GeometryModel, image: Tensor, member: str) -> Predicti
     if member == "autocontrast":
         return model.predict(_stretched(image))
     predict = predict_mirrored if member.endswith("mirror") else type(model).predict
-    resolution = member.removesuffix("mirror").removesuffix("_")
-    with _tokens(model, RESOLUTIONS.get(resolution, 1.0)):
+    with _tokens(model, RESOLUTIONS.get(member.removesuffix("_mirror"), 1.0)):
         return predict(model, image)
 
 

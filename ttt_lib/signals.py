@@ -27,7 +27,7 @@ from ttt_lib.rasterise import build_mesh, rasterise
 PAIRS = 4000  # pixel pairs that are voted on
 EQUAL = 0.02  # relative depth within which two pixels count as equally far
 FIELDS_OF_VIEW = (15.0, 130.0)  # degrees, horizontal: outside no camera of the data sets lies
-ENSEMBLE = ("mirror", "coarser", "coarser_mirror", "finer", "finer_mirror")  # of the original weights, for their spread
+ENSEMBLE = ("coarser", "coarser_mirror", "finer", "finer_mirror")  # of the original weights, beside the mirror
 LARGEST_ERROR = 1.0  # of log depth; what is farther off counts so much
 
 
@@ -232,9 +232,11 @@ def measure(
         signals |= {f"consistency_{key}": value for key, value in found.items()}
         signals["consistency_self_gain"] = _log_ratio(found["oo"], found["aa"])
         signals["consistency_cross_gain"] = _log_ratio(found["oo"], (found["ao"] + found["oa"]) / 2)
-    if "votes" in config.signals:
+    if {"votes", "ensemble"} & set(config.signals):
         with student.weights(first):
-            experts.append(predict_mirrored(model, held.image).depth)
+            mirrored = predict_mirrored(model, held.image).depth
+    if "votes" in config.signals:
+        experts.append(mirrored)
         with student.weights(values):
             experts.append(predict_mirrored(model, held.image).depth)
         shares = vote(experts, original.mask, generator)
@@ -243,7 +245,7 @@ def measure(
     if "ensemble" in config.signals:
         with student.weights(first):
             members = [predict_member(model, held.image, member).depth for member in ENSEMBLE]
-        found = ensemble_distances(original.depth, adapted.depth, members, original.mask)
+        found = ensemble_distances(original.depth, adapted.depth, [mirrored, *members], original.mask)
         signals |= {f"ensemble_{key}": value for key, value in found.items()}
     if "reprojection" in config.signals:
         contexts = [lambda: student.weights(first), lambda: student.weights(values)]
