@@ -18,7 +18,7 @@ from ttt_lib.depth_losses import (
     silog_loss,
 )
 from ttt_lib.errors import UserError
-from ttt_lib.losses import compute_loss
+from ttt_lib.losses import compute_loss, draw_seeds
 
 ALL = torch.ones(1, 1, 5, dtype=torch.bool)
 
@@ -97,7 +97,7 @@ def test_outputs_reach_their_terms():
 
     def values(output, **terms):
         chosen = {name: LossConfig(weight=weight) for name, weight in terms.items()}
-        return compute_loss(output, target, None, camera, chosen, generator)[1]
+        return compute_loss(output, target, None, camera, chosen, draw_seeds(1, generator))[1]
 
     assert float(values({"disparity": 3 / depth + 1}, ssi=1.0)["ssi"]) < 1e-5
     assert float(values({"depth": depth}, ssi=1.0, silog=1.0)["silog"]) < 1e-4

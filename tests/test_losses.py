@@ -8,7 +8,7 @@ from moge.train import losses as moge_losses
 
 from ttt_lib.config import LossConfig
 from ttt_lib.errors import UserError
-from ttt_lib.losses import compute_loss, focal_of
+from ttt_lib.losses import LOSSES, compute_loss, draw_seeds, focal_of, unused_outputs
 
 SMALL = {"align_resolution": 8}
 
@@ -26,8 +26,8 @@ def case(picture):
 
 def run(case, terms, generator=None, **options):
     output, target, intrinsics = case
-    generator = generator or torch.Generator().manual_seed(1)
-    return compute_loss(output, target, options.pop("negative", None), intrinsics, terms, generator, **options)
+    seeds = draw_seeds(len(target), generator or torch.Generator().manual_seed(1))
+    return compute_loss(output, target, options.pop("negative", None), intrinsics, terms, seeds, **options)
 
 
 def test_global_normal_edge_and_scale_equal_moge_view_by_view(case):
@@ -113,10 +113,19 @@ def test_a_perfect_prediction_has_almost_no_loss_and_gradients_flow(case):
     output, target, intrinsics = case
     terms = {"global": LossConfig(**SMALL), "normal": LossConfig(), "mask": LossConfig()}
     perfect = target.nan_to_num(10.0).clone().requires_grad_()
-    total, values = compute_loss({"points": perfect}, target, None, intrinsics, terms, torch.Generator())
+    seeds = draw_seeds(len(target), torch.Generator())
+    total, values = compute_loss({"points": perfect}, target, None, intrinsics, terms, seeds)
     assert values["global"] < 1e-4
     total, _ = run((dict(output, points=output["points"].clone().requires_grad_()), target, intrinsics), terms)
     assert total.requires_grad
+
+
+def test_only_outputs_that_no_term_reads_are_left_out(monkeypatch):
+    assert unused_outputs({"global": LossConfig(), "mask": LossConfig()}) == ("normal",)
+    assert unused_outputs({"global": LossConfig(), "mask": LossConfig(weight=0.0)}) == ("normal", "mask")
+    monkeypatch.setitem(LOSSES, "nearness", lambda inputs: inputs.output["normal"].sum())
+    assert unused_outputs({"global": LossConfig(), "nearness": LossConfig()}) == ()
+    assert unused_outputs({"mask": LossConfig(), "nearness": LossConfig(weight=0.0)}) == ("normal",)
 
 
 def test_a_setting_that_a_term_lacks_is_named(case):

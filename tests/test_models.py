@@ -8,12 +8,14 @@ import sys
 
 import pytest
 import torch
+from conftest import small_experiment
 from moge.model.v1 import MoGeModel as MoGe1
 from moge.model.v2 import MoGeModel as MoGe2
 from PIL import Image
 
+from ttt_lib.adapt import adapt
 from ttt_lib.errors import UserError
-from ttt_lib.models import load_model, restore, select_parameters, snapshot, weights_checksum
+from ttt_lib.models import GeometryModel, load_model, restore, select_parameters, snapshot, weights_checksum
 
 
 def stack(first: int, out: int | None):
@@ -40,6 +42,32 @@ def real_moge(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("moge") / "model.pt"
     torch.save({"model_config": config, "model": network.state_dict()}, path)
     return network.eval(), path, request.param
+
+
+def test_heads_that_are_left_out_do_not_run_and_change_nothing_else(picture):
+    torch.manual_seed(0)
+    network = MoGe2(**V2, normal_head=stack(18, 3)).eval()
+    model = GeometryModel(network, "with normals", "metric", 48)
+    names, ran = [name for name, _ in network.named_parameters()], []
+    for head in ("points_head", "normal_head", "mask_head"):
+        getattr(network, head).register_forward_hook(lambda *_, head=head: ran.append(head))
+    whole = model.forward(picture.image)
+    assert {"points", "normal", "mask", "metric_scale"} == whole.keys() and len(ran) == 3
+    for left_out in (("normal",), ("normal", "mask")):
+        ran.clear()
+        with model.without(left_out):
+            fewer = model.forward(picture.image)
+        assert whole.keys() - fewer.keys() == set(left_out) and len(ran) == 3 - len(left_out)
+        assert all(torch.equal(value, whole[key]) for key, value in fewer.items())
+    with pytest.raises(ZeroDivisionError), model.without(("normal", "points")):
+        raise ZeroDivisionError
+    assert [name for name, _ in network.named_parameters()] == names
+    before = weights_checksum(model)
+    ran.clear()
+    adapted = adapt(model, picture.image[0], small_experiment(model={"name": "x"})(losses={"mask": {"weight": 0.0}}))
+    assert adapted.decision == "adapted" and adapted.adapted.normal is not None and weights_checksum(model) == before
+    # Only predictions (before, target and its refreshes, after) run the other heads, none of the four training passes.
+    assert ran.count("points_head") - ran.count("normal_head") == 4 == ran.count("points_head") - ran.count("mask_head")
 
 
 def test_moge_1_and_2_load_and_predict_as_moge_does(real_moge, picture):

@@ -11,7 +11,7 @@ from ttt_lib.augment import make_views
 from ttt_lib.config import build_experiment
 from ttt_lib.config_sections import LOSS_NAMES, LossConfig, ViewConfig
 from ttt_lib.errors import UserError
-from ttt_lib.losses import LOSSES, compute_loss
+from ttt_lib.losses import LOSSES, compute_loss, draw_seeds
 from ttt_lib.plugins import Registry, load_installed
 from ttt_lib.shifts import SHIFTS, apply_shift
 from ttt_lib.signals import held_back_views
@@ -53,13 +53,14 @@ def test_an_added_loss_counts_with_its_weight_and_trains(monkeypatch):
     points = torch.rand(2, 8, 8, 3, requires_grad=True)
     target, camera = torch.rand(2, 8, 8, 3) + 1, torch.eye(3).expand(2, 3, 3)
     terms = {"nearness": LossConfig(weight=0.25)}
-    total, values = compute_loss({"points": points}, target, None, camera, terms, torch.Generator())
+    seeds = draw_seeds(2, torch.Generator())
+    total, values = compute_loss({"points": points}, target, None, camera, terms, seeds)
     assert torch.isclose(values["nearness"], points[..., 2].mean())
     assert torch.isclose(total, 0.25 * points[..., 2].mean())
     total.backward()
     assert torch.allclose(points.grad[..., 2], torch.full((2, 8, 8), 0.25 / 128))
     off = {"nearness": LossConfig(weight=0.0), "mask": LossConfig()}
-    assert "nearness" not in compute_loss({"points": points}, target, None, camera, off, torch.Generator())[1]
+    assert "nearness" not in compute_loss({"points": points}, target, None, camera, off, seeds)[1]
 
 
 def test_modules_of_installed_distributions_are_imported_once(tmp_path, monkeypatch):

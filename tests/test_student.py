@@ -7,9 +7,12 @@ import torch
 from conftest import small_experiment
 
 from ttt_lib import gradients as gradients_module
+from ttt_lib import memory
+from ttt_lib import student as student_module
 from ttt_lib.adapt import adapt, sample_generator
+from ttt_lib.config import merge
 from ttt_lib.errors import UserError
-from ttt_lib.gradients import Student, Training, pass_gradients
+from ttt_lib.gradients import Student, Training, join_passes, pass_gradients, rows_of
 from ttt_lib.models import restore, select_parameters, snapshot, weights_checksum
 from ttt_lib.restraint import LowRank, sharpest_point
 from ttt_lib.student import draw_views
@@ -22,7 +25,7 @@ def gradients(student, image, settings, micro_batch):
     generator = sample_generator(0, "a")
     view = draw_views(image, target, settings, generator, None)
     training = Training(micro_batch=micro_batch)
-    return (*pass_gradients(student, view, settings, generator, training), training, generator)
+    return (*pass_gradients(student, rows_of(view, settings, generator), settings, training), training, generator)
 
 
 def assert_close_gradients(found, expected, rtol: float, floor: float) -> None:
@@ -70,6 +73,111 @@ def test_out_of_memory_halves_the_part_and_changes_nothing(student, image, monke
         gradients(student, image, settings, 4)
 
 
+def drawn_passes(student, image, settings, count):
+    target, generator = student.model.predict(image), sample_generator(0, "a")
+    return [rows_of(draw_views(image, target, settings, generator, None), settings, generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("cutmix", [0.0, 1.0])
+@pytest.mark.parametrize("micro_batch", [4, 6, 1])
+def test_joined_passes_have_the_sum_of_their_gradients(student, image, cutmix, micro_batch):
+    settings = config(losses=LOCAL, views={"cutmix": cutmix})
+    passes = drawn_passes(student, image, settings, 3)
+    joined = join_passes(passes)
+    assert len(joined) == 1 and len(joined[0].images) == 6
+    whole, terms = pass_gradients(student, joined[0], settings, Training(micro_batch=micro_batch))
+    total, sums = [None] * len(student.leaves), {}
+    for rows in passes:
+        one, values = pass_gradients(student, rows, settings, Training(micro_batch=2))
+        gradients_module.accumulate(total, one)
+        gradients_module.add_terms(sums, values)
+    assert_close_gradients(whole, total, rtol=1e-3, floor=1e-7)
+    assert terms.keys() == sums.keys()
+    for key in terms:
+        assert torch.allclose(terms[key], sums[key], rtol=1e-4), key
+
+
+def test_a_pass_that_compares_fewer_views_counts_by_itself(student, image):
+    settings = config(losses=LOCAL)
+    target, generator = student.model.predict(image), sample_generator(0, "a")
+    views = [draw_views(image, target, settings, generator, None) for _ in range(3)]
+    views[1].points[0] = torch.nan  # a view of which nothing is known: its pass is the mean of one view
+    passes = [rows_of(view, settings, generator) for view in views]
+    assert [rows.compared for rows in join_passes(passes)] == [2, 1, 2]
+    assert [len(rows.images) for rows in join_passes([passes[0], passes[2], passes[1]])] == [4, 2]
+
+
+MERGED = [
+    {},
+    {"losses": LOCAL, "views": {"cutmix": 0.5}},
+    {"train": {"sharpness_radius": 0.05}},
+    {"train": {"bidirectional": 0.5}},
+    {"train": {"passes": 5, "accumulation": 3}},
+    {"released": {"first_sample_only": True}},
+]
+
+
+@pytest.mark.parametrize("options", MERGED, ids=lambda options: str(options)[1:60])
+def test_passes_in_the_network_together_train_as_one_after_the_other(tiny, image, monkeypatch, options):
+    sgd = {"optimizer": {"name": "sgd", "learning_rate": 1e-3}, "accumulation": 4}  # AdamW's first step is a sign
+    apart = merge({"train": sgd}, options)
+    seen, real = [], tiny.forward
+    monkeypatch.setattr(tiny, "forward", lambda *given: (seen.append(len(given[0])), real(*given))[1])
+    plain = adapt(tiny, image, config(**apart), name="a")
+    calls, largest = len(seen), max(seen)
+    merged = adapt(tiny, image, config(**merge(apart, {"train": {"micro_batch": 8}})), name="a")
+    assert largest == 2 and merged.view_stats == plain.view_stats and merged.passes_done == plain.passes_done
+    together = "bidirectional" not in str(options)  # each of its passes looks back from its own views
+    assert (len(seen) - calls < calls and max(seen) > 2) == together
+    for one, other in zip(merged.history, plain.history, strict=True):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"seconds"}:
+            assert one[key] == pytest.approx(other[key], rel=2e-3), key
+    change = (plain.final.depth - plain.original.depth).abs().max()
+    assert change > 0 and (merged.final.depth - plain.final.depth).abs().max() < 0.02 * change
+
+
+def test_joined_passes_halve_when_memory_runs_out(tiny, image, monkeypatch):
+    settings = {"accumulation": 4, "micro_batch": 8, "optimizer": {"name": "sgd"}}
+    whole = adapt(tiny, image, config(train=settings), name="a")
+    real = tiny.forward
+
+    def small_memory(images, intrinsics=None):
+        if len(images) > 3:
+            raise gradients_module.OUT_OF_MEMORY[0]("CUDA out of memory")
+        return real(images, intrinsics)
+
+    monkeypatch.setattr(tiny, "forward", small_memory)
+    parts = adapt(tiny, image, config(train=settings), name="a")
+    assert (whole.micro_batch, parts.micro_batch) == (8, 2)
+    assert parts.history[0]["loss"] == pytest.approx(whole.history[0]["loss"], rel=1e-4)
+
+
+def test_auto_takes_what_the_memory_holds(tiny, image, monkeypatch):
+    settings = config(train={"micro_batch": "auto", "accumulation": 4})
+    assert adapt(tiny, image, settings, name="a").micro_batch == student_module.CPU_MICRO_BATCH == 4
+
+    # A GPU with 100 bytes free, 20 more held by PyTorch, and a peak of 30 for a pass of two views: 0.8 * 120 / 15.
+    cuda = {"memory_allocated": 50, "max_memory_allocated": 80, "mem_get_info": (100, 400), "memory_reserved": 70}
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.room_for(torch.device("cuda"), 2) == 6
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+    def chosen(**train):
+        asked = config(train={"micro_batch": "auto", "accumulation": 4, **train})
+        training = Training(micro_batch=student_module._first_micro_batch(asked, OnGpu))
+        return student_module._roomy_micro_batch(asked, training, OnGpu)
+
+    assert chosen() == 6
+    assert chosen(accumulation=2) == 4  # a step has no more views
+    assert chosen(batch_size=4, accumulation=1) == 4
+    run_out = Training(micro_batch=1)  # the first pass did not fit
+    assert student_module._roomy_micro_batch(settings, run_out, OnGpu) == 1
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -84,6 +192,7 @@ def test_out_of_memory_halves_the_part_and_changes_nothing(student, image, monke
         {"losses": {"ssi": {"weight": 1.0}, "gradient": {"weight": 0.5}}},
         {"ensemble": {"members": ["mirror", "finer", "finer_mirror", "coarser", "coarser_mirror", "autocontrast"]}},
         {"train": {"micro_batch": 1}},
+        {"train": {"micro_batch": "auto"}},
         {"model": {"checkpointing": True}},
     ],
     ids=lambda options: str(options)[1:60],
@@ -103,7 +212,7 @@ def test_every_option_trains_and_leaves_the_weights(tiny, image, options):
     assert not torch.equal(result.final.depth, result.original.depth)
     if "feature" in str(options):  # within its tolerance after so little training
         assert result.history[0]["feature"] == 0.0
-    elif options not in ({"train": {"micro_batch": 1}}, {"model": {"checkpointing": True}}):
+    elif "micro_batch" not in str(options) and "checkpointing" not in str(options):
         assert not torch.equal(result.final.depth, plain.final.depth)
 
 
@@ -186,14 +295,15 @@ def test_the_regions_of_a_cutmix_weigh_as_much_as_they_are_large(student, image)
         *(x[:1].repeat(2, *[1] * (x.ndim - 1)) if isinstance(x, torch.Tensor) else x for x in vars(view).values())
     )
     mixed = config(train={"batch_size": 2}, losses=LOCAL, views={"cutmix": 1.0})
-    rows = gradients_module.rows_of(twice, mixed, sample_generator(0, "b"))
+    rows = rows_of(twice, mixed, sample_generator(0, "b"))
     assert len(rows.of) == 4 and torch.allclose(rows.share[rows.of == 0].sum(), torch.ones(()))
 
     def mean_terms(one):
         values = []
         for seed in range(12):
             training = Training(micro_batch=2)
-            values.append(pass_gradients(student, twice, one, sample_generator(seed, "c"), training)[1])
+            rows = rows_of(twice, one, sample_generator(seed, "c"))
+            values.append(pass_gradients(student, rows, one, training)[1])
         return {key: sum(float(v[key]) for v in values) / len(values) for key in values[0]}
 
     whole, regions = mean_terms(config(losses=LOCAL)), mean_terms(mixed)
@@ -202,19 +312,17 @@ def test_the_regions_of_a_cutmix_weigh_as_much_as_they_are_large(student, image)
 
 
 def test_sharpness_takes_both_gradients_of_one_loss(tiny, image, monkeypatch):
-    from ttt_lib import student as student_module
-
-    states = []
+    seen = []
     real = student_module.pass_gradients
 
-    def spy(student, view, config, generator, *rest):
-        states.append((view.image.sum().item(), generator.get_state()))
-        return real(student, view, config, generator, *rest)
+    def spy(student, rows, *rest):
+        seen.append((rows.images.sum().item(), rows.seeds))
+        return real(student, rows, *rest)
 
     monkeypatch.setattr(student_module, "pass_gradients", spy)
     adapt(tiny, image, config(train={"sharpness_radius": 0.05, "passes": 2}, losses=LOCAL))
-    assert len(states) == 4
-    for first, second in ((states[0], states[2]), (states[1], states[3])):
+    assert len(seen) == 4 and not torch.equal(seen[0][1], seen[1][1])
+    for first, second in ((seen[0], seen[2]), (seen[1], seen[3])):
         assert first[0] == second[0] and torch.equal(first[1], second[1])
 
 

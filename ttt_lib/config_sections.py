@@ -80,7 +80,9 @@ class TrainConfig(Section):
     `method`: `none` predicts only, `tta` averages the predictions over the views, `ttt` trains.
     `parts`: any of `encoder`, `neck`, `heads`, `norms`, or patterns over parameter names (`encoder.*.bias`).
     `accumulation_mode`: `sum` adds the gradients of the passes (as published for SGD), `mean` averages them.
-    `micro_batch`: views in the network at a time, same result (None: all, halved whenever memory runs out).
+    `micro_batch`: views in the network at a time, same result but for rounding, halved whenever memory runs out. None:
+    those of one pass; more than `batch_size`: several passes of a step together, which is faster and takes more memory;
+    `auto`: as many as the memory of the GPU takes (on a CPU 4, where more gain nothing).
     `bidirectional`: weight of the reverse supervision, the clean prediction after the views' (Robust-Depth).
     `lora_rank`: train low-rank updates of the chosen matrices instead of these; 0: the parameters themselves.
     `l2_sp`: weight of the squared distance to the original weights. `restore_probability`: chance of each number to
@@ -99,7 +101,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     gradient_clip: NonNegative = 0.0
     predict_with: Literal["student", "teacher"] = "student"
-    micro_batch: Count | None = None
+    micro_batch: Count | Literal["auto"] | None = None
     bidirectional: NonNegative = 0.0
     lora_rank: Annotated[int, Field(ge=0, le=4096)] = 0
     l2_sp: NonNegative = 0.0

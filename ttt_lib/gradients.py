@@ -1,17 +1,18 @@
-"""The student's weights, and the gradients of one pass over its views."""
+"""The student's weights, and the gradients of a pass, or of several at once, over its views."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from ttt_lib.augment import View, carry_back, cutmix
 from ttt_lib.config import ExperimentConfig
-from ttt_lib.losses import compute_loss
+from ttt_lib.losses import compute_loss, draw_seeds, unused_outputs
 from ttt_lib.memory import OUT_OF_MEMORY
 from ttt_lib.models import GeometryModel, Prediction
 from ttt_lib.restraint import LowRank
@@ -23,7 +24,7 @@ MINIMUM_KNOWN_PIXELS = 64  # a view with fewer says nothing about scale and shif
 class Training:
     """What the training of one image leaves: a dictionary an optimizer step, passes done, counts of views.
 
-    micro_batch: views that were in the network at a time in the end (lower than asked for when memory ran out).
+    micro_batch: views in the network at a time, at the end (lower than asked for when memory ran out).
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -83,7 +84,8 @@ class Student:
 class Rows:
     """What reaches the loss: row i compares the output of picture `of[i]` with points[i] (NaN: not compared).
 
-    share: of the picture's compared pixels that are this row's; 1 where a picture is one row.
+    share: of the picture's compared pixels that are this row's; 1 where a picture is one row. seeds (rows, 3): of
+    `draw_seeds`. compared: pictures of a pass that reach the loss, which is their mean.
     """
 
     images: Tensor
@@ -92,10 +94,15 @@ class Rows:
     intrinsics: Tensor
     negative: Tensor | None
     share: Tensor
+    seeds: Tensor
+    compared: int
 
 
 def rows_of(view: View, config: ExperimentConfig, generator: torch.Generator) -> Rows:
-    """One row a view, or with CutMix one row a region; rows with hardly any known pixel are left out."""
+    """One row a view, or with CutMix one row a region; rows with hardly any known pixel are left out.
+
+    Takes every random number that the loss of this pass needs, so the loss may be computed at any later time.
+    """
     images, points, negative = view.image, view.points, view.negative
     of = torch.arange(len(images), device=images.device)
     intrinsics = view.intrinsics
@@ -110,15 +117,42 @@ def rows_of(view: View, config: ExperimentConfig, generator: torch.Generator) ->
         of, intrinsics = of.repeat(2), torch.cat([intrinsics, other.intrinsics])
     known = torch.isfinite(points).all(-1).flatten(1).sum(1)
     kept = torch.nonzero(known >= MINIMUM_KNOWN_PIXELS)[:, 0]
-    kept = kept[of[kept].argsort(stable=True)]  # picture by picture, so that parts draw the whole's random numbers
+    kept = kept[of[kept].argsort(stable=True)]  # picture by picture
     kept = kept[:1] if config.released.first_sample_only else kept
     of, known = of[kept], known[kept].float()
     share = known / torch.zeros(len(images), device=known.device).scatter_add_(0, of, known)[of]
-    return Rows(images, of, points[kept], intrinsics[kept], None if negative is None else negative[kept], share)
+    negative = None if negative is None else negative[kept]
+    seeds, compared = draw_seeds(len(of), generator), len(of.unique())
+    return Rows(images, of, points[kept], intrinsics[kept], negative, share, seeds, compared)
+
+
+def join_passes(passes: list[Rows]) -> list[Rows]:
+    """Neighbouring passes as one, where their pictures count the same: with as many of them compared in each.
+
+    The sum of the losses stays what it was; `compared` is still that of one pass.
+    """
+    joined = []
+    for compared, found in groupby(passes, key=lambda rows: rows.compared):
+        group = list(found)
+        if len(group) == 1:
+            joined += group
+            continue
+        first = [0, *torch.tensor([len(rows.images) for rows in group]).cumsum(0).tolist()]
+        joined.append(Rows(
+            images=torch.cat([rows.images for rows in group]),
+            of=torch.cat([rows.of + start for rows, start in zip(group, first)]),
+            points=torch.cat([rows.points for rows in group]),
+            intrinsics=torch.cat([rows.intrinsics for rows in group]),
+            negative=None if group[0].negative is None else torch.cat([rows.negative for rows in group]),
+            share=torch.cat([rows.share for rows in group]),
+            seeds=torch.cat([rows.seeds for rows in group]),
+            compared=compared,
+        ))  # fmt: skip
+    return joined
 
 
 def _chunk_gradients(
-    student: Student, rows: Rows, pictures: Tensor, config: ExperimentConfig, generator: torch.Generator, share: float,
+    student: Student, rows: Rows, pictures: Tensor, config: ExperimentConfig, share: float,
     dump: Callable[[dict[str, Tensor]], None] | None,
 ) -> tuple[list[Tensor | None], dict[str, Tensor]]:  # fmt: skip
     """Gradients of the loss of some pictures, and its terms, both times their share of the batch."""
@@ -133,13 +167,14 @@ def _chunk_gradients(
             frozen = model.features(images)[place]
     # The backward pass stays inside: with checkpointing it computes forward passes again.
     with student.attached():
-        output = model.forward(images, _cameras(rows, pictures))
+        with model.without(unused_outputs(config.losses)):
+            output = model.forward(images, _cameras(rows, pictures))
         if dump is not None:
             dump(output)
         output = {key: value[place] for key, value in output.items() if isinstance(value, Tensor)}
         loss, terms = compute_loss(
             output, rows.points[chosen], None if rows.negative is None else rows.negative[chosen],
-            rows.intrinsics[chosen], config.losses, generator, config.released.mask_positive_and_negative,
+            rows.intrinsics[chosen], config.losses, rows.seeds[chosen.cpu()], config.released.mask_positive_and_negative,
             (model.features(images)[place], frozen) if aligned else None,
             cheap=not config.released.full_cost_alignment, row_share=rows.share[chosen],
         )  # fmt: skip
@@ -161,9 +196,9 @@ def view_loss(model: GeometryModel, view: View, config: ExperimentConfig, genera
         output = model.forward(rows.images, view.intrinsics)
         output = {key: value[rows.of] for key, value in output.items() if isinstance(value, Tensor)}
         loss, _ = compute_loss(
-            output, rows.points, rows.negative, rows.intrinsics, config.losses, generator, row_share=rows.share
+            output, rows.points, rows.negative, rows.intrinsics, config.losses, rows.seeds, row_share=rows.share
         )
-    return float(loss * len(rows.of) / max(len(rows.of.unique()), 1))
+    return float(loss * len(rows.of) / max(rows.compared, 1))
 
 
 def add_terms(total: dict[str, Tensor], values: dict[str, Tensor]) -> None:
@@ -173,37 +208,34 @@ def add_terms(total: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 
 def pass_gradients(
-    student: Student, view: View, config: ExperimentConfig, generator: torch.Generator, training: Training,
+    student: Student, rows: Rows, config: ExperimentConfig, training: Training,
     dump: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> tuple[list[Tensor | None], dict[str, Tensor]]:  # fmt: skip
-    """Gradients of the loss of one pass with respect to `student.leaves`, and the terms of the loss (detached).
+    """Gradients of the loss of a pass with respect to `student.leaves`, and the terms of the loss (detached).
 
-    The views go through the network in parts of `training.micro_batch`, with the result of the whole: every term is a
-    mean over rows. When memory runs out, the part is halved and done again with the same random numbers. Raises the
-    error when a single view does not fit. dump: called with the output of each part.
+    For several passes that were joined: of the sum of their losses. The views go through the network in parts of
+    `training.micro_batch`, with the result of the whole: every term is a mean over rows. When memory runs out, the part
+    is halved and done again. Raises the error when a single view does not fit. dump: called with each part's output.
     """
-    rows = rows_of(view, config, generator)
     total: list[Tensor | None] = [None] * len(student.leaves)
     terms: dict[str, Tensor] = {}
-    pictures = compared = rows.of.unique()
-    if config.released.first_sample_only and len(compared):  # the release runs the whole batch, and uses one of it
+    pictures = rows.of.unique()
+    if config.released.first_sample_only and rows.compared:  # the release runs the whole batch, and uses one of it
         pictures = torch.arange(len(rows.images), device=rows.of.device)
     done = 0
     while done < len(pictures):
         part = pictures[done : done + training.micro_batch]
         count = int(torch.isin(rows.of, part).sum())
         # A mean over pictures: the regions of a CutMix, each weighted by its area, add up to one.
-        share = count / len(compared)
-        state = generator.get_state()
+        share = count / rows.compared
         try:
             gradients, values = [None] * len(student.leaves), {}
             if count:
-                gradients, values = _chunk_gradients(student, rows, part, config, generator, share, dump)
+                gradients, values = _chunk_gradients(student, rows, part, config, share, dump)
         except OUT_OF_MEMORY:
             if training.micro_batch == 1:
                 raise
             training.micro_batch = max(1, min(training.micro_batch, len(part)) // 2)
-            generator.set_state(state)
             torch.cuda.empty_cache()
             continue
         done += len(part)
@@ -237,10 +269,11 @@ def reverse_gradients(
     camera = target.intrinsics[None]
     terms = {name: term for name, term in config.losses.items() if name not in ("feature", "metric_reference")}
     with student.attached():
-        output = model.forward(image[None], camera)
+        with model.without(unused_outputs(terms)):
+            output = model.forward(image[None], camera)
         output = {key: value.expand(len(points), *value.shape[1:]) for key, value in output.items()}
         loss, _ = compute_loss(
-            output, points, None, camera.expand(len(points), 3, 3), terms, generator,
+            output, points, None, camera.expand(len(points), 3, 3), terms, draw_seeds(len(points), generator),
             cheap=not config.released.full_cost_alignment,
         )  # fmt: skip
         weighted = config.train.bidirectional * loss

@@ -68,13 +68,26 @@ def focal_of(intrinsics: Tensor) -> Tensor:
     return 1 / (1 / intrinsics[..., 0, 0].square() + 1 / intrinsics[..., 1, 1].square()).sqrt()
 
 
+def draw_seeds(rows: int, generator: torch.Generator) -> Tensor:
+    """The random numbers that the loss of each row takes, (rows, 3): seeds of the patches of the three local terms."""
+    return torch.randint(2**31, (rows, 3), generator=generator)
+
+
+def unused_outputs(terms: dict[str, LossConfig]) -> tuple[str, ...]:
+    """Which of a network's outputs no term reads, `normal` and `mask`; an added loss may read all of them."""
+    active = {name for name, config in terms.items() if config.weight > 0}
+    if active & LOSSES.keys():
+        return ()
+    return ("normal",) if "mask" in active else ("normal", "mask")
+
+
 def compute_loss(
     output: dict[str, Tensor],
     target: Tensor,
     negative: Tensor | None,
     intrinsics: Tensor,
     terms: dict[str, LossConfig],
-    generator: torch.Generator,
+    seeds: Tensor,
     mask_positive_and_negative: bool = False,
     features: tuple[Tensor, Tensor] | None = None,
     cheap: bool = True,
@@ -86,7 +99,7 @@ def compute_loss(
     them `mask` (B,H,W) and `metric_scale` (B,); or `depth` (B,H,W) in metres (with `points`); or `disparity` (B,H,W) up
     to scale and shift. target: the teacher's points (B,H,W,3) in the views' cameras, NaN where unknown. negative:
     (B,H,W) True where the teacher says there is no surface (sky); neither known nor negative: no mask loss. intrinsics
-    (B,3,3) of the views. generator (CPU) seeds the patches of the local terms, row by row; the global random state is
+    (B,3,3) of the views. seeds (B,3) of `draw_seeds` place the patches of the local terms; the global random state is
     left alone. `mask_positive_and_negative` gives the mask loss one mask for both sides, as the public release does.
     features: the student's and the frozen encoder's, (B,N,C) each. row_share (B,): part of its picture that each row is
     (regions of a CutMix), for the terms that are means over patches; the others count unknown pixels as zero. cheap:
@@ -100,7 +113,7 @@ def compute_loss(
     target = torch.where(known[..., None], target, torch.nan)
     active = {name: config for name, config in terms.items() if config.weight > 0}
     share = torch.ones(len(target), device=target.device) if row_share is None else row_share
-    values = _point_terms(output, target, intrinsics, active, terms, generator, cheap, share)
+    values = _point_terms(output, target, intrinsics, active, terms, seeds.tolist(), cheap, share)
     values |= _depth_terms(output, target, known, active)
     if "feature" in active and features is not None:
         values["feature"] = (feature_alignment_loss(*features) * share).mean()
@@ -120,10 +133,9 @@ def compute_loss(
 
 def _point_terms(
     output: dict[str, Tensor], target: Tensor, intrinsics: Tensor, active: dict[str, LossConfig],
-    terms: dict[str, LossConfig], generator: torch.Generator, cheap: bool, share: Tensor,
+    terms: dict[str, LossConfig], seeds: list[list[int]], cheap: bool, share: Tensor,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """MoGe's terms on points; the local ones' random numbers are drawn whether or not they are used."""
-    seeds = torch.randint(2**31, (len(target), 3), generator=generator).tolist()
+    """MoGe's terms on points."""
     wanted = [name for name in active if name in (*DEFAULTS, "normal", "edge", "metric_scale")]
     if not wanted:
         return {}

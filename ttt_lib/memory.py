@@ -44,6 +44,17 @@ def peak_memory_mb(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else _resident_mb("VmHWM")
 
 
+def room_for(device: torch.device, done: int) -> int:
+    """How many things like the `done` ones before fit into a CUDA device's free memory, with a fifth of it to spare.
+
+    What one of them needs is taken from the peak since `reset_peak_memory`, so it is rather too much than too little.
+    """
+    in_use = torch.cuda.memory_allocated(device)
+    each = max(torch.cuda.max_memory_allocated(device) - in_use, 1) / done
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - in_use
+    return int(0.8 * free / each)
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """`peak_memory_mb` starts again from what is in use now; does nothing where the system cannot do that."""
     if device.type == "cuda":

@@ -12,6 +12,8 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -131,6 +133,23 @@ class GeometryModel:
         with self._mixed():
             output = self.network(images, num_tokens=self.num_tokens)
         return {key: value.float() for key, value in output.items() if isinstance(value, Tensor)}
+
+    @contextmanager
+    def without(self, outputs: tuple[str, ...]) -> Iterator[None]:
+        """Inside, `forward` does not compute these outputs, where the network has a head of their own for them.
+
+        MoGe-2 runs the heads it finds, so those of `normal` and `mask` are hidden from it. Everything else is the same
+        to the last bit.
+        """
+        modules = self.network._modules
+        held = dict(modules)
+        try:
+            for output in outputs:
+                modules.pop(f"{output}_head", None)
+            yield
+        finally:
+            modules.clear()
+            modules.update(held)  # in their order, which is that of the parameters
 
     def predict(self, images: Tensor, intrinsics: Tensor | None = None) -> Prediction:
         """Camera-space prediction without gradients, as `network.infer(..., apply_mask=False, use_fp16=False)`.

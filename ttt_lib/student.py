@@ -21,7 +21,18 @@ from ttt_lib.config import ExperimentConfig
 from ttt_lib.config_sections import OptimizerConfig
 from ttt_lib.ensemble import predict_ensemble, predict_on_views
 from ttt_lib.geometry import unproject
-from ttt_lib.gradients import Student, Training, accumulate, add_terms, pass_gradients, reverse_gradients
+from ttt_lib.gradients import (
+    Rows,
+    Student,
+    Training,
+    accumulate,
+    add_terms,
+    join_passes,
+    pass_gradients,
+    reverse_gradients,
+    rows_of,
+)
+from ttt_lib.memory import room_for
 from ttt_lib.models import GeometryModel, Prediction
 from ttt_lib.references import References, reference_loss
 from ttt_lib.render import NovelViewRenderer
@@ -84,6 +95,32 @@ def _dump(folder: Path, number: int, view: View, output: dict[str, Tensor]) -> N
                 np.save(folder / f"{number}_{i}_{name}.npy", output[name][i].detach().float().cpu().numpy())
 
 
+CPU_MICRO_BATCH = 4  # views; on a CPU more at a time gained nothing (05_performance)
+
+
+def _first_micro_batch(config: ExperimentConfig, model: GeometryModel) -> int:
+    """Views in the network at a time, to begin with. On a GPU, `auto` looks at one pass first."""
+    asked, batch_size = config.train.micro_batch, config.train.batch_size
+    if asked == "auto":
+        return CPU_MICRO_BATCH if model.device.type == "cpu" else batch_size
+    return min(asked or batch_size, batch_size * config.train.accumulation)
+
+
+def _roomy_micro_batch(config: ExperimentConfig, training: Training, model: GeometryModel) -> int:
+    """How many views of a step the free memory of a GPU takes, after one pass, which has shown what a view needs."""
+    train = config.train
+    if model.device.type != "cuda" or training.micro_batch < train.batch_size:  # or memory has run out already
+        return training.micro_batch
+    return max(train.batch_size, min(room_for(model.device, train.batch_size), train.batch_size * train.accumulation))
+
+
+def _passes_at_once(config: ExperimentConfig, training: Training) -> int:
+    """Passes whose views go through the network together."""
+    if config.train.bidirectional > 0 or config.released.write_files:  # these look at each pass by itself
+        return 1
+    return max(1, training.micro_batch // config.train.batch_size)
+
+
 def train_student(
     student: Student,
     image: Tensor,
@@ -112,22 +149,34 @@ def train_student(
             return predict_ensemble(model, image, members)
 
     target, target_age = predict_target(), 0
-    training.micro_batch = min(train.micro_batch or train.batch_size, train.batch_size)
+    training.micro_batch = _first_micro_batch(config, model)
     bar = tqdm(total=train.passes, desc=config.name, leave=False, disable=not progress, mininterval=1.0)
 
-    def one_pass(view: View) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+    def draw_pass() -> tuple[View, Rows]:
+        view = draw_views(image, target, config, generator, renderer)
+        for key, value in view.stats.items():
+            training.view_stats[key] = training.view_stats.get(key, 0) + value
+        return view, rows_of(view, config, generator)
+
+    def gradients_of(passes: list[tuple[View, Rows]]) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+        """Of the sum of the losses of these passes."""
+        gradients: list[Tensor | None] = [None] * len(student.leaves)
+        terms: dict[str, Tensor] = {}
         dump = None
         if dump_folder is not None:
-            dump = partial(_dump, Path(dump_folder.name), training.passes_done, view)
-        gradients, terms = pass_gradients(student, view, config, generator, training, dump)
+            dump = partial(_dump, Path(dump_folder.name), training.passes_done, passes[0][0])
+        for rows in join_passes([rows for _, rows in passes]):
+            more, values = pass_gradients(student, rows, config, training, dump)
+            accumulate(gradients, more)
+            add_terms(terms, values)
         if train.bidirectional > 0:
-            more, values = reverse_gradients(student, view, image, target, config, generator)
+            more, values = reverse_gradients(student, passes[0][0], image, target, config, generator)
             accumulate(gradients, more)
             add_terms(terms, values)
         weight = config.losses.get("metric_reference")
         if references is not None and weight is not None and weight.weight > 0:
             with student.attached():
-                value = reference_loss(model, image, references)
+                value = reference_loss(model, image, references) * len(passes)  # the same in each of them
                 more = torch.autograd.grad(weight.weight * value, student.leaves, allow_unused=True)
             accumulate(gradients, list(more))
             add_terms(terms, {"metric_reference": value.detach()})
@@ -140,24 +189,26 @@ def train_student(
             factor = 1 / count if train.accumulation_mode == "mean" else 1.0
             total: list[Tensor | None] = [None] * len(student.leaves)
             sums: dict[str, Tensor] = {}
-            views = []
-            for _ in range(count):
-                view = draw_views(image, target, config, generator, renderer)
-                for key, value in view.stats.items():
-                    training.view_stats[key] = training.view_stats.get(key, 0) + value
+            groups, done = [], 0
+            while done < count:
+                passes = [draw_pass() for _ in range(min(_passes_at_once(config, training), count - done))]
                 if train.sharpness_radius > 0:
-                    views.append((view, generator.get_state()))
-                gradients, terms = one_pass(view)
+                    groups.append((passes, generator.get_state()))
+                gradients, terms = gradients_of(passes)
                 accumulate(total, gradients, factor)
-                add_terms(sums, {"known": view.mask.float().mean(), **terms})
-                training.passes_done += 1
-                bar.update()
+                known = torch.stack([view.mask.float().mean() for view, _ in passes]).sum()
+                add_terms(sums, {"known": known, **terms})
+                if train.micro_batch == "auto" and training.passes_done == 0:
+                    training.micro_batch = _roomy_micro_batch(config, training, model)
+                done += len(passes)
+                training.passes_done += len(passes)
+                bar.update(len(passes))
             if train.sharpness_radius > 0:
                 with sharpest_point(student.leaves, total, train.sharpness_radius):
                     total, after = [None] * len(student.leaves), generator.get_state()
-                    for view, state in views:  # the same patches and rectangles: the gradient of the same loss
+                    for passes, state in groups:  # the same patches and rectangles: the gradient of the same loss
                         generator.set_state(state)
-                        accumulate(total, one_pass(view)[0], factor)
+                        accumulate(total, gradients_of(passes)[0], factor)
                     generator.set_state(after)
             if train.l2_sp > 0:
                 accumulate(total, distance_gradients(student, train.l2_sp))

@@ -33,7 +33,7 @@ def first_views(network: GeometryModel, sample: Sample, config: ExperimentConfig
     """The views of the first passes that `adapt` makes for this sample, and the loss of each pass before any training.
 
     They are the same views, pixel by pixel, as long as the target is the original model's prediction, which it is
-    until its first refresh. The loss is computed because it takes numbers from the same generator.
+    until its first refresh. The loss takes numbers from the same generator.
     """
     image = working_image(sample.image.to(network.device), config.views.longest_side)
     target = predict_ensemble(network, image, config.ensemble.members if config.ensemble.target else [])
