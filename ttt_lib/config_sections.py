@@ -81,8 +81,8 @@ class TrainConfig(Section):
     `parts`: any of `encoder`, `neck`, `heads`, `norms`, or patterns over parameter names (`encoder.*.bias`).
     `accumulation_mode`: `sum` adds the gradients of the passes (as published for SGD), `mean` averages them.
     `micro_batch`: views in the network at a time, same result but for rounding, halved whenever memory runs out. None:
-    those of one pass; more than `batch_size`: several passes of a step together, which is faster and takes more memory;
-    `auto`: as many as the memory of the GPU takes (on a CPU 4, where more gain nothing).
+    those of one pass; more than `batch_size`: several passes of a step together, in fewer and larger operations that
+    take more memory; `auto`: as many of them as the free memory of the GPU takes (on a CPU, which gains nothing: None).
     `bidirectional`: weight of the reverse supervision, the clean prediction after the views' (Robust-Depth).
     `lora_rank`: train low-rank updates of the chosen matrices instead of these; 0: the parameters themselves.
     `l2_sp`: weight of the squared distance to the original weights. `restore_probability`: chance of each number to

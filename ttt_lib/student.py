@@ -95,19 +95,17 @@ def _dump(folder: Path, number: int, view: View, output: dict[str, Tensor]) -> N
                 np.save(folder / f"{number}_{i}_{name}.npy", output[name][i].detach().float().cpu().numpy())
 
 
-CPU_MICRO_BATCH = 4  # views; on a CPU more at a time gained nothing (05_performance)
-
-
-def _first_micro_batch(config: ExperimentConfig, model: GeometryModel) -> int:
-    """Views in the network at a time, to begin with. On a GPU, `auto` looks at one pass first."""
+def _first_micro_batch(config: ExperimentConfig) -> int:
+    """Views in the network at a time, to begin with; `auto` looks at one pass first."""
     asked, batch_size = config.train.micro_batch, config.train.batch_size
-    if asked == "auto":
-        return CPU_MICRO_BATCH if model.device.type == "cpu" else batch_size
-    return min(asked or batch_size, batch_size * config.train.accumulation)
+    return batch_size if asked in (None, "auto") else min(asked, batch_size * config.train.accumulation)
 
 
 def _roomy_micro_batch(config: ExperimentConfig, training: Training, model: GeometryModel) -> int:
-    """How many views of a step the free memory of a GPU takes, after one pass, which has shown what a view needs."""
+    """How many views of a step the free memory of a GPU takes, after one pass, which has shown what a view needs.
+
+    A CPU keeps to one pass at a time: more gained nothing there and took half as much memory again (05_performance).
+    """
     train = config.train
     if model.device.type != "cuda" or training.micro_batch < train.batch_size:  # or memory has run out already
         return training.micro_batch
@@ -149,7 +147,7 @@ def train_student(
             return predict_ensemble(model, image, members)
 
     target, target_age = predict_target(), 0
-    training.micro_batch = _first_micro_batch(config, model)
+    training.micro_batch = _first_micro_batch(config)
     bar = tqdm(total=train.passes, desc=config.name, leave=False, disable=not progress, mininterval=1.0)
 
     def draw_pass() -> tuple[View, Rows]:
