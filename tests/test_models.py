@@ -68,6 +68,13 @@ def test_heads_that_are_left_out_do_not_run_and_change_nothing_else(picture):
     assert adapted.decision == "adapted" and adapted.adapted.normal is not None and weights_checksum(model) == before
     # Only predictions (before, target and its refreshes, after) run the other heads, none of the four training passes.
     assert ran.count("points_head") - ran.count("normal_head") == 4 == ran.count("points_head") - ran.count("mask_head")
+    ran.clear()
+    everything = small_experiment(model={"name": "x"}, released={"all_heads": True})()
+    assert torch.equal(
+        adapt(model, picture.image[0], everything).final.points,
+        adapt(model, picture.image[0], small_experiment(model={"name": "x"})()).final.points,
+    )
+    assert ran.count("points_head") - ran.count("normal_head") == 4  # only the second one's
 
 
 def test_moge_1_and_2_load_and_predict_as_moge_does(real_moge, picture):

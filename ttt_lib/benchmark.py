@@ -21,8 +21,8 @@ from torch import Tensor
 from ttt_lib.adapt import adapt, sample_generator, working_image
 from ttt_lib.config import ExperimentConfig, build_experiment
 from ttt_lib.experiment import open_model
-from ttt_lib.gradients import Student
-from ttt_lib.losses import compute_loss, draw_seeds, unused_outputs
+from ttt_lib.gradients import Student, left_out
+from ttt_lib.losses import compute_loss, draw_seeds
 from ttt_lib.memory import memory_mb, peak_memory_mb, reset_peak_memory
 from ttt_lib.models import GeometryModel, restore, select_parameters, snapshot
 from ttt_lib.student import draw_views, make_optimizer, make_renderer
@@ -80,7 +80,7 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
             view = draw_views(image, target, config, generator, renderer)
             marks.append(_now(device))
             with student.attached():
-                with model.without(unused_outputs(config.losses)):
+                with model.without(left_out(config)):
                     output = model.forward(view.image, view.intrinsics)
                 marks.append(_now(device))
                 loss, _ = compute_loss(

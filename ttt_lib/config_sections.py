@@ -262,6 +262,7 @@ class ReleasedConfig(Section):
     reload_model: bool = False
     write_files: bool = False
     full_cost_alignment: bool = False
+    all_heads: bool = False
 
 
 class DataConfig(Section):

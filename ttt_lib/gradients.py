@@ -151,6 +151,11 @@ def join_passes(passes: list[Rows]) -> list[Rows]:
     return joined
 
 
+def left_out(config: ExperimentConfig) -> tuple[str, ...]:
+    """Outputs of the network that training does not compute: those that no term of the loss reads."""
+    return () if config.released.all_heads else unused_outputs(config.losses)
+
+
 def _chunk_gradients(
     student: Student, rows: Rows, pictures: Tensor, config: ExperimentConfig, share: float,
     dump: Callable[[dict[str, Tensor]], None] | None,
@@ -167,7 +172,7 @@ def _chunk_gradients(
             frozen = model.features(images)[place]
     # The backward pass stays inside: with checkpointing it computes forward passes again.
     with student.attached():
-        with model.without(unused_outputs(config.losses)):
+        with model.without(left_out(config)):
             output = model.forward(images, _cameras(rows, pictures))
         if dump is not None:
             dump(output)
@@ -269,7 +274,7 @@ def reverse_gradients(
     camera = target.intrinsics[None]
     terms = {name: term for name, term in config.losses.items() if name not in ("feature", "metric_reference")}
     with student.attached():
-        with model.without(unused_outputs(terms)):
+        with model.without(left_out(config)):
             output = model.forward(image[None], camera)
         output = {key: value.expand(len(points), *value.shape[1:]) for key, value in output.items()}
         loss, _ = compute_loss(
