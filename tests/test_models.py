@@ -16,6 +16,7 @@ from PIL import Image
 from ttt_lib.adapt import adapt
 from ttt_lib.errors import UserError
 from ttt_lib.models import GeometryModel, load_model, restore, select_parameters, snapshot, weights_checksum
+from ttt_lib.stand_in import write_stand_in
 
 
 def stack(first: int, out: int | None):
@@ -75,6 +76,15 @@ def test_heads_that_are_left_out_do_not_run_and_change_nothing_else(picture):
         adapt(model, picture.image[0], small_experiment(model={"name": "x"})()).final.points,
     )
     assert ran.count("points_head") - ran.count("normal_head") == 4  # only the second one's
+
+
+def test_the_stand_in_has_the_shape_of_the_published_network(tmp_path, picture):
+    write_stand_in(tmp_path / "vits.pt", steps=1)
+    model = load_model(str(tmp_path / "vits.pt"), "cpu", num_tokens=60)
+    sizes = {part: sum(p.numel() for _, p in named) for part, named in model.parameter_groups().items()}
+    assert 21e6 < sizes["encoder"] < 23e6 and 30e6 < sum(sizes.values()) - sizes["norms"] < 40e6
+    assert model.forward(picture.image[:1]).keys() == {"points", "normal", "mask", "metric_scale"}
+    assert model.kind == "metric"
 
 
 def test_moge_1_and_2_load_and_predict_as_moge_does(real_moge, picture):

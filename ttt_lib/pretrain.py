@@ -103,7 +103,8 @@ def new_model(seed: int, imagenet: bool = True) -> TinyMoGe:
     return model
 
 
-def _save(path: Path, content: dict) -> None:
+def save_tensors(path: Path, content: dict) -> None:
+    """`torch.save`, atomic."""
     temporary = path.with_suffix(".tmp")
     torch.save(content, temporary)
     os.replace(temporary, path)
@@ -197,7 +198,7 @@ def train(
                     if seconds is not None and step >= 300:
                         total = max(step + 1, int(step * seconds / spent))
                 if step % save_every == 0 or step == total:
-                    _save(state_path, {
+                    save_tensors(state_path, {
                         "recipe": asdict(recipe), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                         "average": average, "step": step, "spent": time.perf_counter() - begun,
                     })  # fmt: skip
@@ -227,4 +228,4 @@ def save_checkpoint(model: TinyMoGe, path: Path) -> None:
         name: (value.half() if name in parameters else value).detach().cpu().contiguous()
         for name, value in model.state_dict().items()
     }
-    _save(Path(path), {"model_config": default_config(), "model": weights})
+    save_tensors(Path(path), {"model_config": default_config(), "model": weights})
