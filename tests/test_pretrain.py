@@ -107,3 +107,13 @@ def test_the_bundled_model_beats_a_constant_plane_on_the_motorcycle():
         plane = Prediction(None, torch.ones_like(sample.depth), None, None, "scale_invariant")
         guess = evaluate(plane, sample)["depth_scale_invariant"]["delta1"]
         assert found > guess + 0.1
+
+
+def test_without_effects_a_batch_is_the_clean_pictures(plain_chunks):
+    chunk, cpu = pretrain_data.make_chunk(0, 0, 3), torch.device("cpu")
+    clean, depth, rays = pretrain_data.draw_batch([chunk], 0, 2, 5, cpu, effects=False)
+    changed, same_depth, same_rays = pretrain_data.draw_batch([chunk], 0, 2, 5, cpu)
+    assert torch.equal(depth, same_depth) and torch.equal(rays, same_rays) and not torch.equal(clean, changed)
+    pictures = torch.from_numpy(chunk.image).float() / 255
+    known = torch.cat([pictures, pictures.flip(-1)])
+    assert all(any(torch.equal(one, other) for other in known) for one in clean)

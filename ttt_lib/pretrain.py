@@ -40,6 +40,7 @@ class Recipe:
     reuse: float = 3.0  # times that a picture is drawn, on average
     average_decay: float = 0.998  # of the weights that are saved
     autocast: bool = True  # bfloat16 in the network, float32 in the loss
+    effects: bool = True  # what cameras do to a picture; False: clean renderings only
     start: str = ""  # a checkpoint of `save_checkpoint` to go on from, as a second stage; "": ImageNet's encoder
 
 
@@ -167,7 +168,8 @@ def train(
             while step < min(total, stop_at or total):
                 newest = step // steps_a_chunk
                 chunks = source.window(max(0, newest - recipe.window + 1), newest)
-                image, depth, rays = draw_batch(chunks, recipe.seed, recipe.batch_size, step, target)
+                drawn = draw_batch(chunks, recipe.seed, recipe.batch_size, step, target, recipe.effects)
+                image, depth, rays = drawn
                 image = image.contiguous(memory_format=torch.channels_last)
                 position = step if seconds is None else recipe.steps * step / total
                 for group in optimizer.param_groups:

@@ -112,9 +112,9 @@ def camera_effects(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw_batch(
-    chunks: list[Chunk], seed: int, batch_size: int, step: int, device: torch.device
+    chunks: list[Chunk], seed: int, batch_size: int, step: int, device: torch.device, effects: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The batch of `step`: image (B,3,H,W), depth (B,H,W) (inf: sky), rays (B,H,W,2) = x/z, y/z."""
+    """The batch of `step`: image (B,3,H,W), depth (B,H,W) (inf: sky), rays (B,H,W,2) = x/z, y/z; effects: `camera_effects`."""
     rng = np.random.default_rng([seed, 20, step])
     chunk = chunks[int(rng.integers(len(chunks)))]
     chosen = rng.choice(len(chunk.image), batch_size, replace=len(chunk.image) < batch_size)
@@ -128,4 +128,4 @@ def draw_batch(
     if rng.random() < 0.5:  # centred cameras: a mirrored picture has mirrored depth and the very same rays
         image, depth = image.flip(-1), depth.flip(-1)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    return camera_effects(image, generator), depth, rays
+    return camera_effects(image, generator) if effects else image, depth, rays
