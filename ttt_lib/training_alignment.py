@@ -174,7 +174,7 @@ def anchor_weights(
     """
     batch, height, width = mask.shape
     result = torch.zeros_like(points[..., 0]).flatten(1)
-    known = mask.flatten(1).float()
+    known = mask.flatten(1).to(points.dtype)
     count = min(count, height * width)
     chosen = torch.multinomial(known + 1e-12, count)  # without replacement; unknown ones only when known ones run out
     row, column = chosen // width, chosen % width
@@ -187,7 +187,7 @@ def anchor_weights(
     near = near + picture[..., None]
     distance = (F.embedding(near, rows) - F.embedding(chosen + picture, rows)[:, :, None]).norm(dim=-1)
     counted = inside & mask.flatten()[near] & (distance <= radius_3d.flatten(1).gather(1, chosen)[..., None])
-    weight = known.gather(1, chosen) / counted.float().sum(-1).clamp_min(1)
+    weight = known.gather(1, chosen) / counted.sum(-1).clamp_min(1)
     result.scatter_(1, chosen, weight)
     return (result / (result.sum(1, keepdim=True) + 1e-7)).reshape(mask.shape)
 
