@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ttt_lib.config import ExperimentConfig, build_experiment, merge
-from ttt_lib.gradients import Student
-from ttt_lib.models import GeometryModel, load_model, select_parameters
-from ttt_lib.pretrain import new_model, save_checkpoint
+from ttt_lib.adaptation.gradients import Student
+from ttt_lib.core.config import ExperimentConfig, build_experiment, merge
+from ttt_lib.models.base import GeometryModel, load_model, select_parameters
+from ttt_lib.models.pretraining.train import new_model, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -57,7 +57,7 @@ def tiny(_tiny) -> GeometryModel:
 @pytest.fixture(scope="session")
 def picture():
     """A room and a table with exact geometry, 96 x 128."""
-    from ttt_lib.synthetic import make_pictures
+    from ttt_lib.data.scenes.generate import make_pictures
 
     return make_pictures(["room", "table"], 5, (96, 128))
 

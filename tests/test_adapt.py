@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import small_experiment
 
-from ttt_lib import gradients as gradients_module
-from ttt_lib.adapt import adapt, sample_generator, working_image
-from ttt_lib.errors import UserError
-from ttt_lib.models import weights_checksum
+from ttt_lib.adaptation import gradients as gradients_module
+from ttt_lib.adaptation.adapter import adapt, sample_generator, working_image
+from ttt_lib.core.errors import UserError
+from ttt_lib.models.base import weights_checksum
 
 config = small_experiment()
 

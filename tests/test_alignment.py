@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moge.test import metrics as moge_metrics
 from moge.utils import alignment as moge
 
-from ttt_lib import alignment
+from ttt_lib.geometry import exact_alignment as alignment
 
 
 def problem(seed: int, count: int, noise: float, outliers: float):

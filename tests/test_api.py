@@ -17,9 +17,9 @@ from PIL import Image
 
 import ttt_lib
 from ttt_lib import UserError, adapt, evaluate, load_samples
-from ttt_lib.adapt import AdaptResult
-from ttt_lib.data import Sample, write_moge_layout
-from ttt_lib.models import Prediction, weights_checksum
+from ttt_lib.adaptation.adapter import AdaptResult
+from ttt_lib.data.samples import Sample, write_moge_layout
+from ttt_lib.models.base import Prediction, weights_checksum
 
 QUICK = {
     "train": {"passes": 2, "accumulation": 1},
@@ -40,22 +40,22 @@ def python(code: str, timeout: float = 240, **options) -> subprocess.CompletedPr
     "before",
     [
         "pass",
-        "import ttt_lib.adapt",
-        "from ttt_lib.adapt import AdaptResult",
-        "import ttt_lib.experiment",
-        "import importlib; importlib.import_module('ttt_lib.adapt')",
-        "from ttt_lib import adapt; import ttt_lib.adapt",
-        "import ttt_lib; ttt_lib.evaluate; import ttt_lib.adapt",
-        "import ttt_lib.adapt, importlib; importlib.reload(importlib.import_module('ttt_lib.adapt'))",
+        "import ttt_lib.adaptation.adapter",
+        "from ttt_lib.adaptation.adapter import AdaptResult",
+        "import ttt_lib.runs.experiment",
+        "import importlib; importlib.import_module('ttt_lib.adaptation.adapter')",
+        "from ttt_lib import adapt; import ttt_lib.adaptation.adapter",
+        "import ttt_lib; ttt_lib.evaluate; import ttt_lib.adaptation.adapter",
+        "import ttt_lib.adaptation.adapter, importlib; importlib.reload(importlib.import_module('ttt_lib.adaptation.adapter'))",
     ],
 )
 def test_adapt_is_the_function_in_every_order_of_imports(before):
     checks = """
 import ttt_lib, sys
 from ttt_lib import adapt, load_model
-from ttt_lib.adapt import AdaptResult, adapt as lower
+from ttt_lib.adaptation.adapter import AdaptResult, adapt as lower
 assert callable(adapt) and adapt is ttt_lib.adapt and adapt.__module__ == "ttt_lib.api", adapt
-assert sys.modules["ttt_lib.adapt"].adapt is lower and lower is not adapt
+assert sys.modules["ttt_lib.adaptation.adapter"].adapt is lower and lower is not adapt
 names = {}
 exec("from ttt_lib import *", names)
 assert names["adapt"] is adapt and set(ttt_lib.__all__) <= set(names)
@@ -86,7 +86,9 @@ def test_every_public_name_is_documented():
         assert len(getattr(ttt_lib, name).__doc__) > 100, name
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "ttt_lib").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "ttt_lib").rglob("*.py")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_what_is_public_is_typed_and_documented(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     lacking = [] if ast.get_docstring(tree) else ["the module: docstring"]
@@ -154,9 +156,9 @@ def test_a_source_that_is_none_is_said_in_one_sentence(source, options, words, m
 
 
 def test_adapt_by_names_is_the_loop_with_those_settings(tiny, picture, tmp_path):
-    from ttt_lib.adapt import adapt as loop
-    from ttt_lib.config import load_experiment
-    from ttt_lib.experiment import NOTEBOOKS, resolve_profile
+    from ttt_lib.adaptation.adapter import adapt as loop
+    from ttt_lib.core.config import load_experiment
+    from ttt_lib.runs.experiment import NOTEBOOKS, resolve_profile
 
     sample = Sample("room", "set", picture.image[0])
     before = weights_checksum(tiny)
@@ -205,7 +207,7 @@ def samples():
 
 
 def test_scores_of_models_predictions_and_results(tiny, samples):
-    from ttt_lib.metrics import evaluate as scores_of
+    from ttt_lib.evaluation.scores import evaluate as scores_of
 
     prediction = tiny.predict(samples[0].image)
     table = evaluate(prediction, samples[0])

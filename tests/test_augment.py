@@ -9,21 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ttt_lib.augment import (
-    CAMERA_SEVERITIES,
-    carry_back,
-    cutmix,
-    fill_unknown,
-    make_views,
-    sample_cameras,
+from ttt_lib.core.config import ViewConfig
+from ttt_lib.data.scenes.generate import make_scenes
+from ttt_lib.data.scenes.generate import sample_cameras as place_cameras
+from ttt_lib.data.scenes.raycast import draw, make_atlas
+from ttt_lib.geometry.cameras import (
+    MIRROR,
+    intrinsics_from_fov,
+    mirror_intrinsics,
+    mirror_points,
+    project,
+    unproject,
+    uv_map,
 )
-from ttt_lib.config import ViewConfig
-from ttt_lib.geometry import MIRROR, intrinsics_from_fov, mirror_intrinsics, mirror_points, project, unproject, uv_map
-from ttt_lib.photometric import DRAWS, SEVERITIES, photometric, recolour
-from ttt_lib.raycast import draw, make_atlas
-from ttt_lib.render import NovelViewRenderer
-from ttt_lib.synthetic import make_scenes
-from ttt_lib.synthetic import sample_cameras as place_cameras
+from ttt_lib.views.color import DRAWS, SEVERITIES, photometric, recolour
+from ttt_lib.views.draw import CAMERA_SEVERITIES, carry_back, cutmix, fill_unknown, make_views, sample_cameras
+from ttt_lib.views.renderer import NovelViewRenderer
 
 SIZE = (96, 128)
 PLAIN_COLOURS = {"photometric": {"severity": 0}}

@@ -28,16 +28,22 @@ from moge.utils import io as moge_io
 from papermill.parameterize import parameterize_notebook, parameterize_path
 from PIL import Image, PngImagePlugin
 
-from ttt_lib import batch, cli, cluster, kernel, moge_layout, photos, report
-from ttt_lib.config import build_experiment, load_experiment, load_profile
-from ttt_lib.config_sections import RESERVED
-from ttt_lib.data import open_dataset, read_photo, write_moge_layout
-from ttt_lib.errors import UserError
-from ttt_lib.gate import read_calibration
-from ttt_lib.hard_subset import write_subset_index
-from ttt_lib.models import load_model
-from ttt_lib.references import read_references
-from ttt_lib.results import read_runs
+from ttt_lib import cli
+from ttt_lib.adaptation.gate.decision import read_calibration
+from ttt_lib.adaptation.references import read_references
+from ttt_lib.core.config import build_experiment, load_experiment, load_profile
+from ttt_lib.core.errors import UserError
+from ttt_lib.core.schema import RESERVED
+from ttt_lib.data import moge_layout
+from ttt_lib.data.samples import open_dataset, read_photo, write_moge_layout
+from ttt_lib.models.base import load_model
+from ttt_lib.report import page as report
+from ttt_lib.report import photo_files as photos
+from ttt_lib.runs import cluster
+from ttt_lib.runs import jobs as batch
+from ttt_lib.runs import notebook as kernel
+from ttt_lib.runs.hard_subset import write_subset_index
+from ttt_lib.runs.results import read_runs
 
 FUZZ = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 few = settings(max_examples=25, **FUZZ)

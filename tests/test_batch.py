@@ -21,11 +21,11 @@ import nbformat
 import pandas as pd
 import pytest
 
-from ttt_lib import batch
-from ttt_lib import cluster as cluster_module
-from ttt_lib.batch import Job, job_lock, run_job, run_jobs
-from ttt_lib.cluster import visible_gpus
-from ttt_lib.errors import UserError
+from ttt_lib.core.errors import UserError
+from ttt_lib.runs import cluster as cluster_module
+from ttt_lib.runs import jobs as batch
+from ttt_lib.runs.cluster import visible_gpus
+from ttt_lib.runs.jobs import Job, job_lock, run_job, run_jobs
 
 CELL = """
 import errno, json, os, signal, time
@@ -365,8 +365,10 @@ def end(process) -> None:
 
 def check_resumed(runs, whole):
     """The tables of a run that was killed and resumed are those of an undisturbed one, and nothing else is left."""
-    from ttt_lib.results import read_runs  # takes torch along, which the processes that are killed need not wait for
-    from ttt_lib.tables import table1
+    from ttt_lib.report.tables import table1
+    from ttt_lib.runs.results import (
+        read_runs,  # takes torch along, which the processes that are killed need not wait for
+    )
 
     pd.testing.assert_frame_equal(table(runs), table(whole), check_exact=True)
     one, two = (table1(read_runs(folder)) for folder in (runs, whole))
@@ -424,7 +426,7 @@ def test_a_real_adaptation_gives_the_same_numbers_with_one_and_two_workers(tmp_p
 
     The jobs ask for the cores divided by the workers, as their maker may; on one thread more the numbers differ.
     """
-    from ttt_lib.results import read_runs
+    from ttt_lib.runs.results import read_runs
 
     settings = {
         "name": "unfreeze_encoder", "seed": 0, "data": [{"kind": "synthetic", "count": 2, "height": 64, "width": 96}],

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ttt_lib import benchmark, memory
-from ttt_lib.adapt import adapt
-from ttt_lib.benchmark import STAGES, compare_loops, growth, machine, stage_times
-from ttt_lib.config import build_experiment
-from ttt_lib.memory import memory_mb, peak_memory_mb, reset_peak_memory
-from ttt_lib.models import weights_checksum
-from ttt_lib.render import NovelViewRenderer
+from ttt_lib.adaptation.adapter import adapt
+from ttt_lib.core import memory
+from ttt_lib.core.config import build_experiment
+from ttt_lib.core.memory import memory_mb, peak_memory_mb, reset_peak_memory
+from ttt_lib.models.base import weights_checksum
+from ttt_lib.runs import benchmark
+from ttt_lib.runs.benchmark import STAGES, compare_loops, growth, machine, stage_times
+from ttt_lib.views.renderer import NovelViewRenderer
 
 BASE = {
     "name": "test",
@@ -152,6 +153,6 @@ def test_the_notebook_runs_headless(tmp_path, notebook, parameters):
         NOTEBOOKS / f"{notebook}.ipynb", tmp_path / "out.ipynb", parameters=parameters, progress_bar=False
     )
     if notebook == "04_reliability":
-        from ttt_lib.gate import read_calibration
+        from ttt_lib.adaptation.gate.decision import read_calibration
 
         assert read_calibration(tmp_path / "out" / "gate.json").about["samples"] == 4

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ttt_lib.calibration import (
+from ttt_lib.core.errors import UserError
+from ttt_lib.evaluation.calibration import (
     area_under_roc,
     calibrate,
     compare_policies,
@@ -17,7 +18,6 @@ from ttt_lib.calibration import (
     risk_coverage,
     signal_quality,
 )
-from ttt_lib.errors import UserError
 
 
 def made_up(count: int = 200, noise: float = 0.002, seed: int = 0) -> pd.DataFrame:

@@ -17,8 +17,8 @@ from moge.utils import io as moge_io
 from PIL import Image
 
 from ttt_lib.cli import app, choose_experiments, parse_data, parse_set
-from ttt_lib.data import open_dataset, write_moge_layout
-from ttt_lib.errors import UserError
+from ttt_lib.core.errors import UserError
+from ttt_lib.data.samples import open_dataset, write_moge_layout
 
 QUICK = ["--set", "model.num_tokens=48", "--set", "train.passes=2", "--set", "train.accumulation=1",
          "--set", "losses.global.align_resolution=6", "--set", "views.longest_side=96"]  # fmt: skip

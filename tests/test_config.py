@@ -6,8 +6,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from ttt_lib.config import ExperimentConfig, build_experiment, load_experiment, load_profile, merge
-from ttt_lib.errors import UserError
+from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment, load_profile, merge
+from ttt_lib.core.errors import UserError
 
 EXPERIMENTS = sorted((ROOT / "notebooks" / "experiments").glob("*.yaml"))
 MORE = sorted((ROOT / "notebooks" / "experiments" / "more").glob("*.yaml"))

@@ -13,11 +13,11 @@ from moge.test.dataloader import EvalDataLoaderPipeline
 from moge.utils import io as moge_io
 from PIL import Image
 
-from ttt_lib import moge_layout, motorcycle
-from ttt_lib.data import Sample, open_dataset, read_photo, write_moge_layout
-from ttt_lib.errors import UserError
-from ttt_lib.geometry import project, unproject
-from ttt_lib.hard_subset import select_hard, write_subset_index
+from ttt_lib.core.errors import UserError
+from ttt_lib.data import moge_layout, motorcycle
+from ttt_lib.data.samples import Sample, open_dataset, read_photo, write_moge_layout
+from ttt_lib.geometry.cameras import project, unproject
+from ttt_lib.runs.hard_subset import select_hard, write_subset_index
 
 
 @pytest.fixture

@@ -9,16 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttt_lib.config import LossConfig
-from ttt_lib.depth_losses import (
+from ttt_lib.adaptation.losses.depth_terms import (
     feature_alignment_loss,
     gradient_matching_loss,
     median_mad_normalised,
     scale_shift_invariant_loss,
     silog_loss,
 )
-from ttt_lib.errors import UserError
-from ttt_lib.losses import compute_loss, draw_seeds
+from ttt_lib.adaptation.losses.terms import compute_loss, draw_seeds
+from ttt_lib.core.config import LossConfig
+from ttt_lib.core.errors import UserError
 
 ALL = torch.ones(1, 1, 5, dtype=torch.bool)
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ttt_lib import doctor, machine, models
+from ttt_lib import doctor, machine
 from ttt_lib.doctor import CHECKS, broken, diagnose, to_json, to_text
 from ttt_lib.machine import Finding
+from ttt_lib.models import base as models
 
 
 def ttt(*arguments, **options) -> subprocess.CompletedProcess:
@@ -176,7 +177,7 @@ def test_gl_on_a_platform_that_is_not_there(monkeypatch):
 def test_the_hub_unreachable_silent_or_there(monkeypatch):
     from huggingface_hub import constants
 
-    from ttt_lib import hub
+    from ttt_lib.models import hub
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "hub_answers", lambda: True)
@@ -223,7 +224,7 @@ def test_assets_missing_damaged_or_replaced(tmp_path, monkeypatch, untrained_che
 
 
 def test_the_calibration_damaged(tmp_path, monkeypatch):
-    from ttt_lib import gate
+    from ttt_lib.adaptation.gate import decision as gate
 
     assert "tiny" in doctor.check_calibration().found
     (tmp_path / "gate.json").write_text("{}")
@@ -233,7 +234,7 @@ def test_the_calibration_damaged(tmp_path, monkeypatch):
 
 
 def test_notebooks_missing_or_incomplete(tmp_path, monkeypatch):
-    from ttt_lib import sources
+    from ttt_lib.runs import catalog as sources
 
     assert doctor.check_notebooks().state == "ok"
     monkeypatch.setattr(sources, "NOTEBOOKS", tmp_path)

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from ttt_lib import experiment as experiment_module
-from ttt_lib.config import build_experiment
-from ttt_lib.experiment import _append, load_with_profile, run_experiment
-from ttt_lib.memory import is_out_of_memory
-from ttt_lib.student import NonFiniteLoss
+from ttt_lib.adaptation.loop import NonFiniteLoss
+from ttt_lib.core.config import build_experiment
+from ttt_lib.core.memory import is_out_of_memory
+from ttt_lib.runs import experiment as experiment_module
+from ttt_lib.runs.experiment import _append, load_with_profile, run_experiment
 
 BASE = {
     "name": "test",
@@ -46,7 +46,7 @@ def test_new_columns_do_not_shift_old_rows(tmp_path):
 
 
 def test_a_first_sample_that_fails_leaves_readable_files(tmp_path, monkeypatch):
-    adapt_module = import_module("ttt_lib.adapt")  # as an attribute of the package this is the function
+    adapt_module = import_module("ttt_lib.adaptation.adapter")  # as an attribute of the package this is the function
     real, calls = adapt_module.train_student, []
 
     def fails_once(*arguments, **options):

@@ -10,11 +10,9 @@ import pytest
 import torch
 from conftest import small_experiment
 
-from ttt_lib.adapt import adapt, sample_generator
-from ttt_lib.errors import UserError
-from ttt_lib.gate import Calibration, Watcher, best_on_the_line, blend_predictions, read_calibration
-from ttt_lib.models import weights_checksum
-from ttt_lib.signals import (
+from ttt_lib.adaptation.adapter import adapt, sample_generator
+from ttt_lib.adaptation.gate.decision import Calibration, Watcher, best_on_the_line, blend_predictions, read_calibration
+from ttt_lib.adaptation.gate.signals import (  # fmt: skip
     consistency,
     disagreement_map,
     edge_agreement,
@@ -22,7 +20,9 @@ from ttt_lib.signals import (
     held_back_views,
     log_error,
     vote,
-)  # fmt: skip
+)
+from ttt_lib.core.errors import UserError
+from ttt_lib.models.base import weights_checksum
 
 config = small_experiment(
     train={"passes": 2, "accumulation": 1, "optimizer": {"learning_rate": 1e-4}}, gate={"mode": "measure", "views": 2}
@@ -213,7 +213,7 @@ def test_divergence_is_undone_by_watching(tiny, image):
 
 
 def test_the_gate_fails_closed(tiny, image, monkeypatch):
-    from ttt_lib import signals
+    from ttt_lib.adaptation.gate import signals
 
     real, calls = signals._on_views, []
 

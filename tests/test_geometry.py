@@ -8,7 +8,7 @@ import utils3d
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttt_lib import geometry as g
+from ttt_lib.geometry import cameras as g
 
 unit = st.floats(0.2, 0.8)
 quick = settings(max_examples=30, deadline=None)

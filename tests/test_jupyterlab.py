@@ -28,7 +28,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from ttt_lib.kernel import own_kernel, thread_limits
+from ttt_lib.runs.notebook import own_kernel, thread_limits
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL = "apt-get install --no-install-recommends chromium chromium-driver"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from moge.test.metrics import compute_metrics
 
-from ttt_lib.data import Sample
-from ttt_lib.metrics import (
+from ttt_lib.data.samples import Sample
+from ttt_lib.evaluation.scores import (
     TABLE1_COLUMNS,
     disparity_aligned_metrics,
     evaluate,
@@ -19,7 +19,7 @@ from ttt_lib.metrics import (
     to_truth,
     zoedepth_metrics,
 )
-from ttt_lib.models import Prediction
+from ttt_lib.models.base import Prediction
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from moge.model.v1 import MoGeModel as MoGe1
 from moge.model.v2 import MoGeModel as MoGe2
 from PIL import Image
 
-from ttt_lib.adapt import adapt
-from ttt_lib.errors import UserError
-from ttt_lib.models import GeometryModel, load_model, restore, select_parameters, snapshot, weights_checksum
-from ttt_lib.stand_in import write_stand_in
+from ttt_lib.adaptation.adapter import adapt
+from ttt_lib.core.errors import UserError
+from ttt_lib.models.base import GeometryModel, load_model, restore, select_parameters, snapshot, weights_checksum
+from ttt_lib.models.pretraining.stand_in import write_stand_in
 
 
 def stack(first: int, out: int | None):
@@ -203,7 +203,7 @@ def test_unknown_names_and_an_unreachable_hub(tmp_path):
     with pytest.raises(UserError, match="model.device: 'cuda:99'"):
         load_model("tiny", "cuda:99")
     code = (
-        "from ttt_lib.models import load_model\nfrom ttt_lib.errors import UserError\n"
+        "from ttt_lib.models.base import load_model\nfrom ttt_lib.core.errors import UserError\n"
         "try: load_model('Ruicheng/moge-2-vits-normal', 'cpu')\nexcept UserError as e: print(e)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
@@ -217,7 +217,7 @@ def test_a_torchvision_that_cannot_be_imported_counts_as_absent(tmp_path):
     (tmp_path / "torchvision" / "__init__.py").write_text(
         "raise RuntimeError('operator torchvision::nms does not exist')"
     )
-    code = "import ttt_lib.models, sys; assert sys.modules['torchvision'] is None\n" \
+    code = "import ttt_lib.models.base, sys; assert sys.modules['torchvision'] is None\n" \
            "from transformers import AutoModelForDepthEstimation; print('fine')"  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)

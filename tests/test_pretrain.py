@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ttt_lib import pretrain, pretrain_data
-from ttt_lib.models import ASSETS, load_model
+from ttt_lib.models.base import ASSETS, load_model
+from ttt_lib.models.pretraining import pictures as pretrain_data
+from ttt_lib.models.pretraining import train as pretrain
 
 SMALL = dict(batch_size=2, chunk_size=2, window=2, reuse=2.0, warmup=2, learning_rate=1e-3)
 
@@ -97,9 +98,9 @@ def test_the_bundled_checkpoint_is_trained_small_and_described():
 
 
 def test_the_bundled_model_beats_a_constant_plane_on_the_motorcycle():
-    from ttt_lib.data import open_dataset
-    from ttt_lib.metrics import evaluate
-    from ttt_lib.models import Prediction
+    from ttt_lib.data.samples import open_dataset
+    from ttt_lib.evaluation.scores import evaluate
+    from ttt_lib.models.base import Prediction
 
     model = load_model("tiny", "cpu", num_tokens=192)
     for sample in open_dataset(kind="motorcycle").readable():

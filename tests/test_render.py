@@ -15,10 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ttt_lib import gl as gl_module
-from ttt_lib.augment import sample_cameras
-from ttt_lib.errors import UserError
-from ttt_lib.geometry import (
+from ttt_lib.core.errors import UserError
+from ttt_lib.data.scenes.generate import KINDS, make_scenes
+from ttt_lib.data.scenes.generate import sample_cameras as scene_cameras
+from ttt_lib.data.scenes.raycast import Picture, draw
+from ttt_lib.geometry.cameras import (
     MIRROR,
     mirror_intrinsics,
     mirror_points,
@@ -27,12 +28,11 @@ from ttt_lib.geometry import (
     unproject,
     uv_map,
 )
-from ttt_lib.gl import egl_device, gl_renderer
-from ttt_lib.rasterise import build_mesh
-from ttt_lib.raycast import Picture, draw
-from ttt_lib.render import NovelViewRenderer
-from ttt_lib.synthetic import KINDS, make_scenes
-from ttt_lib.synthetic import sample_cameras as scene_cameras
+from ttt_lib.views import pyrender_backend as gl_module
+from ttt_lib.views.draw import sample_cameras
+from ttt_lib.views.pyrender_backend import egl_device, gl_renderer
+from ttt_lib.views.renderer import NovelViewRenderer
+from ttt_lib.views.torch_backend import build_mesh
 
 SIZE = (240, 320)
 
@@ -366,8 +366,8 @@ def test_auto_says_what_it_chose_and_mistakes_are_named():
 
 def test_without_gl_auto_falls_back_and_pyrender_says_what_to_install():
     code = (
-        "from ttt_lib.render import NovelViewRenderer\n"
-        "from ttt_lib.errors import UserError\n"
+        "from ttt_lib.views.renderer import NovelViewRenderer\n"
+        "from ttt_lib.core.errors import UserError\n"
         "r = NovelViewRenderer('auto'); assert r.backend == 'torch', r.reason; print(r.reason)\n"
         "try: NovelViewRenderer('pyrender')\n"
         "except UserError as e: assert 'install' in str(e); print('named')\n"

@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from ttt_lib import results, study_figures, tables
-from ttt_lib.errors import UserError
-from ttt_lib.metrics import TABLE1_COLUMNS
-from ttt_lib.report import write_report
-from ttt_lib.statistics import bootstrap_interval, paired_gains, paired_summary, summarise
+from ttt_lib.core.errors import UserError
+from ttt_lib.evaluation.paired import bootstrap_interval, paired_gains, paired_summary, summarise
+from ttt_lib.evaluation.scores import TABLE1_COLUMNS
+from ttt_lib.report import study_figures, tables
+from ttt_lib.report.page import write_report
+from ttt_lib.runs import results
 
 BASE = np.random.default_rng(0).random((8, 12))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ttt_lib.residual_field import residual_field
+from ttt_lib.adaptation.residual_field import residual_field
 
 SIZE = (48, 64)
 

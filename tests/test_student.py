@@ -9,16 +9,16 @@ import pytest
 import torch
 from conftest import small_experiment
 
-from ttt_lib import gradients as gradients_module
-from ttt_lib import memory
-from ttt_lib import student as student_module
-from ttt_lib.adapt import adapt, sample_generator
-from ttt_lib.config import merge
-from ttt_lib.errors import UserError
-from ttt_lib.gradients import Student, Training, join_passes, pass_gradients, rows_of
-from ttt_lib.models import GeometryModel, restore, select_parameters, snapshot, weights_checksum
-from ttt_lib.restraint import LowRank, sharpest_point
-from ttt_lib.student import draw_views
+from ttt_lib.adaptation import gradients as gradients_module
+from ttt_lib.adaptation import loop as student_module
+from ttt_lib.adaptation.adapter import adapt, sample_generator
+from ttt_lib.adaptation.gradients import Student, Training, join_passes, pass_gradients, rows_of
+from ttt_lib.adaptation.loop import draw_views
+from ttt_lib.adaptation.regularizers import LowRank, sharpest_point
+from ttt_lib.core import memory
+from ttt_lib.core.config import merge
+from ttt_lib.core.errors import UserError
+from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot, weights_checksum
 
 config = small_experiment(train={"optimizer": {"learning_rate": 1e-4}})
 
@@ -311,7 +311,7 @@ def test_a_sequence_goes_on_from_the_last_image(tiny, image):
 
 def test_the_regions_of_a_cutmix_weigh_as_much_as_they_are_large(student, image):
     """With one and the same view twice, the mixture is the view, and its two regions must add up to it."""
-    from ttt_lib.augment import View
+    from ttt_lib.views.draw import View
 
     settings = config(views={"crop": {"probability": 0.0}})
     target = student.model.predict(image)

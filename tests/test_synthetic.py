@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ttt_lib.data import open_dataset
-from ttt_lib.errors import UserError
-from ttt_lib.geometry import fov_from_intrinsics, project, transform_points
-from ttt_lib.raycast import draw
-from ttt_lib.shifts import SHIFTS, apply_shift
-from ttt_lib.solids import FAR, Solids, intersect
-from ttt_lib.synthetic import KINDS, make_pictures, make_scenes, sample_cameras
+from ttt_lib.core.errors import UserError
+from ttt_lib.data.samples import open_dataset
+from ttt_lib.data.scenes.generate import KINDS, make_pictures, make_scenes, sample_cameras
+from ttt_lib.data.scenes.raycast import draw
+from ttt_lib.data.scenes.solids import FAR, Solids, intersect
+from ttt_lib.data.shifts import SHIFTS, apply_shift
+from ttt_lib.geometry.cameras import fov_from_intrinsics, project, transform_points
 
 
 def one_solid(kind: int, half) -> Solids:

@@ -5,8 +5,8 @@ import torch
 from moge.train import losses as moge_losses
 from moge.utils import alignment as moge_alignment
 
-from ttt_lib import training_alignment
-from ttt_lib.training_alignment import anchor_weights, cheap_alignment
+from ttt_lib.geometry import fast_alignment as training_alignment
+from ttt_lib.geometry.fast_alignment import anchor_weights, cheap_alignment
 
 ONLY_Z, ALL = torch.tensor([0.0, 0.0, 1.0]), torch.ones(3)
 

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 
-from ttt_lib.errors import UserError
-from ttt_lib.models import load_model, restore, select_parameters, snapshot, weights_checksum
-from ttt_lib.preprocessing import BICUBIC, BILINEAR, resize_as_pillow
-from ttt_lib.transformers_models import DEPTH_RATIO, depth_from_disparity
+from ttt_lib.core.errors import UserError
+from ttt_lib.models.base import load_model, restore, select_parameters, snapshot, weights_checksum
+from ttt_lib.models.preprocessing import BICUBIC, BILINEAR, resize_as_pillow
+from ttt_lib.models.transformers_models import DEPTH_RATIO, depth_from_disparity
 
 TRANSFORMER = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
 NECK = {"neck_hidden_sizes": [8, 12, 16, 24], "fusion_hidden_size": 16}
@@ -600,11 +600,11 @@ TERMS = {
 
 @pytest.mark.parametrize("family", TERMS)
 def test_adaptation_runs_on_every_family_and_leaves_the_weights(load, family):
-    from ttt_lib.adapt import adapt
-    from ttt_lib.config import build_experiment
-    from ttt_lib.data import open_dataset
-    from ttt_lib.metrics import evaluate
-    from ttt_lib.references import sample_references
+    from ttt_lib.adaptation.adapter import adapt
+    from ttt_lib.adaptation.references import sample_references
+    from ttt_lib.core.config import build_experiment
+    from ttt_lib.data.samples import open_dataset
+    from ttt_lib.evaluation.scores import evaluate
 
     model = load(family)
     sample = next(iter(open_dataset(kind="synthetic", count=1, width=80, height=60).readable()))

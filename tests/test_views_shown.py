@@ -7,15 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ttt_lib import student
-from ttt_lib.adapt import adapt
+from ttt_lib.adaptation import loop as student
+from ttt_lib.adaptation.adapter import adapt
 from ttt_lib.api import adapt as adapt_image
-from ttt_lib.augment import make_views
-from ttt_lib.config import ExperimentConfig, ViewConfig
-from ttt_lib.data import Sample
-from ttt_lib.exact import TARGETS, compare_targets, exact_scene, score_targets, target_views
-from ttt_lib.models import Prediction, load_model
-from ttt_lib.view_figures import (
+from ttt_lib.core.config import ExperimentConfig, ViewConfig
+from ttt_lib.data.samples import Sample
+from ttt_lib.models.base import Prediction, load_model
+from ttt_lib.report.view_figures import (
     SKY,
     UNKNOWN,
     first_views,
@@ -26,7 +24,9 @@ from ttt_lib.view_figures import (
     plot_row,
     plot_views,
 )
-from ttt_lib.widgets import VIEW_TYPES, ViewExplorer
+from ttt_lib.report.widgets import VIEW_TYPES, ViewExplorer
+from ttt_lib.views.draw import make_views
+from ttt_lib.views.exact_targets import TARGETS, compare_targets, exact_scene, score_targets, target_views
 
 
 def target(kind, seed=1):

@@ -10,7 +10,7 @@ A first result needs four names, and `help` on each says the rest:
     print(evaluate(result, sample))
 
 They are loaded when they are first asked for, so `import ttt_lib` costs nothing. `adapt` is that function, also after
-`import ttt_lib.adapt`; what else the module of this name holds comes by `from ttt_lib.adapt import ...`.
+`import ttt_lib.adaptation.adapter`; what else the module of this name holds comes by `from ttt_lib.adaptation.adapter import ...`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ttt_lib.api import adapt, evaluate, load_samples
-    from ttt_lib.errors import UserError
-    from ttt_lib.models import load_model
+    from ttt_lib.core.errors import UserError
+    from ttt_lib.models.base import load_model
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "adapt", "evaluate", "load_model", "load_samples"]
-_MODULES = {"UserError": "errors", "adapt": "api", "evaluate": "api", "load_model": "models", "load_samples": "api"}
+_MODULES = {
+    "UserError": "core.errors", "adapt": "api", "evaluate": "api", "load_model": "models.base", "load_samples": "api",
+}  # fmt: skip
 
 
 class _Package(ModuleType):

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ttt_lib.errors import UserError, printable, reason
-from ttt_lib.sources import NOTEBOOKS, describe_sources, experiment_file, experiment_files, notebooks_folder
+from ttt_lib.core.errors import UserError, printable, reason
+from ttt_lib.runs.catalog import NOTEBOOKS, describe_sources, experiment_file, experiment_files, notebooks_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,12 +19,13 @@ app = typer.Typer(
     help="Test-time training of monocular geometry models: adapt to photographs, run the ablation, look at this machine.",
     epilog="Example: ttt-depth adapt photo.jpg -o outputs",
 )
-# Modules that decide no number: a change in them does not make finished runs old.
+# Rooms and modules that decide no number: a change in them does not make finished runs old.
 SHOWING = (
-    "api", "batch", "benchmark", "calibration", "cli", "cluster", "doctor", "figures", "hard_subset", "html_views",
-    "kernel", "machine", "photos", "pretrain", "pretrain_data", "progress", "provenance", "reliability_figures",
-    "report", "results", "statistics", "study_figures", "tables", "view_figures", "widgets", "zeroshot",
+    "api", "cli", "doctor", "machine", "core/provenance", "models/pretraining", "evaluation/calibration",
+    "evaluation/paired", "evaluation/zero_shot", "report", "runs/benchmark", "runs/cluster", "runs/hard_subset",
+    "runs/jobs", "runs/notebook", "runs/progress", "runs/results",
 )  # fmt: skip
+SHOWING_FOLDERS = tuple(f"{name}/" for name in SHOWING)
 
 
 def parse_data(entries: list[str]) -> list[dict[str, Any]]:
@@ -34,7 +35,7 @@ def parse_data(entries: list[str]) -> list[dict[str, Any]]:
 
 def parse_set(entries: list[str]) -> dict[str, Any]:
     """`--set train.passes=4` as nested overrides; values are YAML."""
-    from ttt_lib.text_files import parse_yaml
+    from ttt_lib.core.files import parse_yaml
 
     overrides: dict[str, Any] = {}
     for entry in entries:
@@ -86,11 +87,11 @@ def make_jobs(
     files: list[Path], profile: str, overrides: dict[str, Any], shards: int, limit: int | None, views: bool
 ) -> list:
     """One job an experiment and shard. Raises `UserError` for anything wrong in files, profile, data or model."""
-    from ttt_lib.batch import Job
-    from ttt_lib.experiment import load_with_profile, open_samples
-    from ttt_lib.models import load_model, weights_checksum
-    from ttt_lib.plugins import load_installed
-    from ttt_lib.provenance import environment, file_hash, fingerprint
+    from ttt_lib.core.provenance import environment, file_hash, fingerprint
+    from ttt_lib.core.registry import load_installed
+    from ttt_lib.models.base import load_model, weights_checksum
+    from ttt_lib.runs.experiment import load_with_profile, open_samples
+    from ttt_lib.runs.jobs import Job
 
     folder = notebooks_folder()
     notebooks = tuple(
@@ -98,8 +99,12 @@ def make_jobs(
         for name in (("01_augmentation.ipynb",) if views else ()) + ("02_adaptation.ipynb",)
         if (folder / name).is_file()
     )
-    sources = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in SHOWING]
-    code = fingerprint([file_hash(path) for path in sources] + list(load_installed()))
+    package = Path(__file__).parent
+    files_of_code = {
+        path.relative_to(package).with_suffix("").as_posix(): path for path in sorted(package.rglob("*.py"))
+    }
+    hashes = [file_hash(path) for name, path in files_of_code.items() if not f"{name}/".startswith(SHOWING_FOLDERS)]
+    code = fingerprint(hashes + list(load_installed()))
     models: dict[str, str] = {}
     versions = environment()["packages"]["torch"]
     jobs = []
@@ -159,7 +164,7 @@ def ablation(
     views: Annotated[bool, typer.Option(help="Also run 01_augmentation for every experiment.")] = True,
 ) -> None:
     """Run every experiment through the notebooks, then make Table 1, the figures and the report."""
-    from ttt_lib.batch import run_jobs
+    from ttt_lib.runs.jobs import run_jobs
 
     overrides = parse_set(set_ or [])
     if data:
@@ -188,10 +193,10 @@ def ablation(
 
 def summarise(runs: Path) -> None:
     """Execute 03_ablation on a runs folder into `runs/summary`, and print the table."""
-    from ttt_lib.batch import one_line
-    from ttt_lib.kernel import execute, own_kernel
-    from ttt_lib.results import read_runs
-    from ttt_lib.tables import table1, to_text
+    from ttt_lib.report.tables import table1, to_text
+    from ttt_lib.runs.jobs import one_line
+    from ttt_lib.runs.notebook import execute, own_kernel
+    from ttt_lib.runs.results import read_runs
 
     output = runs / "summary"
     output.mkdir(parents=True, exist_ok=True)
@@ -232,8 +237,8 @@ def adapt(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,
 ) -> None:
     """Adapt to photographs: depth (PNG, NPY), point cloud (PLY), a before/after figure and a JSON record for each."""
-    from ttt_lib.experiment import load_with_profile, open_model
-    from ttt_lib.photos import adapt_photo
+    from ttt_lib.report.photo_files import adapt_photo
+    from ttt_lib.runs.experiment import load_with_profile, open_model
 
     overrides = parse_set(set_ or [])
     if model:
@@ -275,8 +280,8 @@ def hard_subset(
     model: Annotated[str | None, typer.Option(help="tiny, a MoGe hub name, or a checkpoint file.")] = None,
 ) -> None:
     """Choose the samples on which the original model does worst, as the published study did."""
-    from ttt_lib.experiment import load_with_profile, run_experiment
-    from ttt_lib.hard_subset import select_hard, write_subset_index
+    from ttt_lib.runs.experiment import load_with_profile, run_experiment
+    from ttt_lib.runs.hard_subset import select_hard, write_subset_index
 
     entries = parse_data(data)
     names = [entry.get("name") or Path(entry.get("path", "")).name for entry in entries]
@@ -304,7 +309,7 @@ def hard_subset(
 @app.command(epilog="Example: ttt-depth models")
 def models() -> None:
     """List what --model takes."""
-    from ttt_lib.models import HUB_NAMES, TRANSFORMERS_PREFIXES
+    from ttt_lib.models.base import HUB_NAMES, TRANSFORMERS_PREFIXES
 
     print("tiny  (bundled, works offline)")
     print("\n".join(HUB_NAMES))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from ttt_lib.errors import UserError, reason
+from ttt_lib.core.errors import UserError, reason
 from ttt_lib.machine import (
     REINSTALL,
     Finding,
@@ -32,7 +32,7 @@ from ttt_lib.machine import (
     check_transformers,
     version_of,
 )
-from ttt_lib.sources import experiment_files, notebooks_folder
+from ttt_lib.runs.catalog import experiment_files, notebooks_folder
 
 LEAST_SPACE = 1.0  # GiB; MoGe-2's largest checkpoint alone takes more
 NOTEBOOK_FILES = tuple(f"{name}.ipynb" for name in ("00_base_model", "01_augmentation", "02_adaptation", "03_ablation"))
@@ -60,7 +60,7 @@ def check_requirements() -> Finding:
 
 def check_model() -> Finding:
     """The bundled model is the file that its card describes, loads, and predicts."""
-    from ttt_lib.models import ASSETS
+    from ttt_lib.models.base import ASSETS
 
     path, advice = ASSETS / "tiny.pt", "restore ttt_lib/assets from the repository (`git checkout -- ttt_lib/assets`)"
     if not path.is_file():
@@ -73,7 +73,7 @@ def check_model() -> Finding:
     try:
         import torch
 
-        from ttt_lib.models import load_model
+        from ttt_lib.models.base import load_model
 
         prediction = load_model("tiny", "cpu", num_tokens=48).predict(torch.rand(3, 48, 64))
         if not bool(torch.isfinite(prediction.depth).all()):
@@ -85,7 +85,7 @@ def check_model() -> Finding:
 
 def check_calibration() -> Finding:
     """The gate's bundled calibration."""
-    from ttt_lib.gate import read_calibration
+    from ttt_lib.adaptation.gate.decision import read_calibration
 
     try:
         about = read_calibration().about

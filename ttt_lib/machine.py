@@ -16,7 +16,7 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
-from ttt_lib.errors import reason
+from ttt_lib.core.errors import reason
 
 GL_TIMEOUT = 120.0  # seconds, with the import of torch on a slow disk
 HUB_PATIENCE = 15.0  # seconds; name servers may be slower to fail than the hub's own time limit
@@ -110,7 +110,7 @@ def check_torchvision() -> Finding:
     version = version_of("torchvision")
     if version is None:
         return Finding("torchvision", "ok", "absent; nothing needs it")
-    from ttt_lib.models import hide_broken_torchvision
+    from ttt_lib.models.base import hide_broken_torchvision
 
     hide_broken_torchvision()
     if sys.modules.get("torchvision") is not None:
@@ -164,7 +164,7 @@ def check_gl() -> Finding:
         return Finding("GL", "problem", f"{why}; the picture is wrong", "set views.novel_view.backend=torch")
     if backend == "pyrender":
         return Finding("GL", "ok", why)
-    from ttt_lib.gl import INSTALL_GL
+    from ttt_lib.views.pyrender_backend import INSTALL_GL
 
     install = INSTALL_GL.split(", or use")[0]
     return Finding(
@@ -176,7 +176,7 @@ def check_hub() -> Finding:
     """Whether models can be downloaded, and which are in the cache."""
     from huggingface_hub import constants, scan_cache_dir
 
-    from ttt_lib.hub import hub_answers
+    from ttt_lib.models.hub import hub_answers
 
     try:
         cached = sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")

@@ -1,0 +1,110 @@
+"""Averages of predictions: of the same image seen differently, and of its augmented views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ttt_lib.geometry.cameras import mirror_intrinsics, mirror_points, unproject
+from ttt_lib.geometry.exact_alignment import align_affine_lstsq
+from ttt_lib.models.base import GeometryModel, Prediction
+from ttt_lib.views.draw import View, carry_back
+
+RESOLUTIONS = {"finer": 4 / 3, "coarser": 3 / 4}  # of the tokens
+
+
+@contextmanager
+def _tokens(model: GeometryModel, factor: float) -> Iterator[None]:
+    own = model.num_tokens
+    model.num_tokens = round(own * factor) if own else own
+    try:
+        yield
+    finally:
+        model.num_tokens = own
+
+
+def predict_mirrored(model: GeometryModel, image: Tensor, intrinsics: Tensor | None = None) -> Prediction:
+    """The prediction on the mirrored image (3,H,W), mirrored back: columns flipped, x negated. `intrinsics` (3,3)."""
+    found = model.predict(image.flip(-1), None if intrinsics is None else mirror_intrinsics(intrinsics))
+    return replace(
+        found,
+        points=mirror_points(found.points),
+        depth=found.depth.flip(-1),
+        mask=found.mask.flip(-1),
+        normal=None if found.normal is None else mirror_points(found.normal),
+        disparity=None if found.disparity is None else found.disparity.flip(-1),
+        intrinsics=mirror_intrinsics(found.intrinsics),
+    )
+
+
+def _stretched(image: Tensor) -> Tensor:
+    """Contrast stretched so that 1 and 99 % of the values are black and white, (3,H,W)."""
+    low, high = torch.quantile(
+        image.flatten()[:: max(1, image.numel() // 100_000)], torch.tensor([0.01, 0.99]).to(image)
+    )
+    return ((image - low) / (high - low).clamp_min(0.05)).clamp(0, 1)
+
+
+def fitted_disparity(disparity: Tensor, reference: Tensor) -> Tensor:
+    """a * disparity + b nearest to `reference` in least squares; maps (H,W)."""
+    scale, shift = align_affine_lstsq(disparity.flatten().double(), reference.flatten().double())
+    return (scale * disparity + shift).to(disparity)
+
+
+def log_difference(depth: Tensor, reference: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """log depth - log reference (...,H,W), and its median over the known finite pixels (...), 0 where none is.
+
+    The median is the offset by which the logarithm of one map is brought to that of the other: a scale of the depth.
+    """
+    difference = depth.clamp_min(1e-6).log() - reference.clamp_min(1e-6).log()
+    usable = torch.where(known & torch.isfinite(difference), difference, torch.nan)
+    return difference, usable.flatten(-2).nanmedian(-1).values.nan_to_num(0.0)
+
+
+def mean_prediction(first: Prediction, others: list[Prediction]) -> Prediction:
+    """Mean of log depth, each after its median ratio to `first`, with the camera, mask and scale of `first`.
+
+    For models of disparity the mean of the disparities, each fitted to the first by least squares. Fields have no
+    batch dimension.
+    """
+    depth = first.depth
+    if others:
+        logs = [first.depth.clamp_min(1e-6).log()]
+        for other in others:
+            difference, offset = log_difference(other.depth, first.depth, first.mask)
+            logs.append(torch.where(torch.isfinite(difference), logs[0] + difference - offset, logs[0]))
+        depth = torch.stack(logs).mean(0).exp()
+    disparity = first.disparity
+    if disparity is not None and others:
+        disparity = torch.stack([disparity, *(fitted_disparity(other.disparity, disparity) for other in others)]).mean(
+            0
+        )
+    return replace(first, depth=depth, points=unproject(depth, first.intrinsics), disparity=disparity)
+
+
+def predict_on_views(model: GeometryModel, view: View, target: Prediction) -> tuple[Tensor, Tensor]:
+    """Predict on views of the image that `target` is of, and carry the points back: (B,H,W,3), and where a view shows
+    them in front of the camera, (B,H,W) bool."""
+    predicted = model.predict(view.image, view.intrinsics)
+    points, seen = carry_back(view, predicted.points, target.points, target.intrinsics)
+    return points, seen & (points[..., 2] > 0) & torch.isfinite(points).all(-1)
+
+
+def predict_member(model: GeometryModel, image: Tensor, member: str) -> Prediction:
+    """One of the predictions that `config.EnsembleConfig` names, on `image` (3,H,W), as a prediction of that image."""
+    if member == "autocontrast":
+        return model.predict(_stretched(image))
+    predict = predict_mirrored if member.endswith("mirror") else type(model).predict
+    with _tokens(model, RESOLUTIONS.get(member.removesuffix("_mirror"), 1.0)):
+        return predict(model, image)
+
+
+def predict_ensemble(model: GeometryModel, image: Tensor, members: Sequence[str]) -> Prediction:
+    """The mean of the plain prediction on `image` (3,H,W) and those that `members` names (`config.EnsembleConfig`)."""
+    first = model.predict(image)
+    found = [predict_member(model, image, member) for member in members]
+    return mean_prediction(first, found) if found else first

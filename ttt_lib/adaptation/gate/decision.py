@@ -1,0 +1,144 @@
+"""Label-free acceptance: what becomes of an adapted prediction, by the signals of `signals.py`.
+
+A calibration turns them into a decision, a blend takes each region from where the predictions can be trusted, and
+during training the held-back views choose among the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ttt_lib.adaptation.ensemble import fitted_disparity, log_difference
+from ttt_lib.adaptation.gate.signals import HeldBack, consistency, consistency_now
+from ttt_lib.adaptation.gradients import Student
+from ttt_lib.core.config import GateConfig
+from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.files import read_json
+from ttt_lib.geometry.cameras import unproject
+from ttt_lib.models.base import Prediction
+
+BUNDLED = Path(__file__).parents[2] / "assets" / "gate.json"
+DISAGREEMENT = 0.1  # of log depth between experts, at which a pixel of a blend is half original, half adapted
+
+
+@dataclass
+class Calibration:
+    """How signals become a decision: a linear estimate, and two thresholds on it.
+
+    estimate = bias + sum of weights * clip((signal - mean) / deviation, -3, 3); a missing signal counts as its mean. It
+    is the gain in delta1, or an order in which adapting is safer (`about["order"]`).
+    At or above `accept` the adapted prediction is taken, at or above `blend` a mixture, else the original. `about`:
+    model, settings, samples, date and what the thresholds gave on the calibration set.
+    """
+
+    signals: list[str]
+    mean: list[float]
+    deviation: list[float]
+    weights: list[float]
+    bias: float
+    accept: float
+    blend: float
+    about: dict = field(default_factory=dict)
+
+    def estimate(self, signals: dict[str, float]) -> float:
+        """By the signals of one image: the higher, the sooner it is adapted."""
+        found = np.array([signals.get(name, math.nan) for name in self.signals], dtype=float)
+        z = (found - np.array(self.mean)) / np.array(self.deviation)
+        return float(self.bias + np.clip(np.nan_to_num(z), -3, 3) @ np.array(self.weights))
+
+    def decide(self, signals: dict[str, float]) -> str:
+        """`accept`, `blend` or `reject`.
+
+        Whatever the estimate, rejected is what has an implausible camera or none of the signals that the estimate uses.
+        """
+        value = self.estimate(signals)
+        decision = "accept" if value >= self.accept else "blend" if value >= self.blend else "reject"
+        used = [name for name, weight in zip(self.signals, self.weights) if weight]
+        blind = bool(used) and not any(math.isfinite(signals.get(name, math.nan)) for name in used)
+        return "reject" if blind or signals.get("camera_implausible", 0.0) > 0 else decision
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def read_calibration(path: str | Path | None = None) -> Calibration:
+    """The calibration in a JSON file, or the bundled one. Raises `UserError` for a file that is not one."""
+    path = Path(path) if path else BUNDLED
+    try:
+        calibration = Calibration(**read_json(path))
+        calibration.decide({})  # lengths and types fit
+        return calibration
+    except (UserError, TypeError, ValueError) as error:
+        raise UserError(
+            f"gate.calibration: {path} is no calibration file ({reason(error)}); write one with 04_reliability."
+        ) from error
+
+
+def blend_predictions(original: Prediction, adapted: Prediction, disagreement: Tensor) -> Prediction:
+    """By region: adapted where the experts agree, original where they do not, half and half at `DISAGREEMENT`.
+
+    disagreement (h,w) of any size. Depths are mixed as logarithms, the adapted one after its median ratio to the
+    original; camera, mask and scale are the original's.
+    """
+    size = original.depth.shape
+    spread = F.interpolate(disagreement[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+    share = 1 / (1 + (spread / DISAGREEMENT).square())
+    difference, offset = log_difference(adapted.depth, original.depth, original.mask)
+    change = torch.where(torch.isfinite(difference), share * (difference - offset), 0.0)
+    depth = original.depth * change.exp()
+    disparity = None
+    if original.disparity is not None:
+        disparity = torch.lerp(original.disparity, fitted_disparity(adapted.disparity, original.disparity), share)
+    return replace(original, depth=depth, points=unproject(depth, original.intrinsics), disparity=disparity)
+
+
+class Watcher:
+    """Looks at the held-back views during training, keeps the best weights, and says when to stop.
+
+    The measure is `consistency`'s score; the original weights, whose score is their own inconsistency, take part: when
+    no step beats them, they are the best.
+    """
+
+    def __init__(self, student: Student, held: HeldBack, config: GateConfig) -> None:
+        self.student, self.held, self.config = student, held, config
+        self.best, self.best_step = consistency(held)["oo"], 0
+        self.weights = [value.clone() for value in student.values()]
+        self.scores = [(0, self.best)]
+
+    def __call__(self, step: int, last: bool = False) -> bool:
+        """Called after each step, and looks at every `check_every`-th and at the last; True: training should stop."""
+        if step % self.config.check_every and not last:
+            return False
+        with self.student.weights():
+            score = consistency_now(self.student.model, self.held)["score"]
+        self.scores.append((step, score))
+        if score < self.best:
+            self.best, self.best_step = score, step
+            self.weights = [value.clone() for value in self.student.values()]
+        return step - self.best_step >= self.config.patience * self.config.check_every
+
+
+def best_on_the_line(
+    student: Student, held: HeldBack, values: list[Tensor], shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+) -> tuple[list[Tensor], float]:
+    """Weights original + share * (values - original) with the smallest consistency score, and the share.
+
+    The original itself (0) takes part with its own inconsistency.
+    """
+    best, chosen = consistency(held)["oo"], 0.0
+    for share in shares:
+        between = [torch.lerp(a, b, share) for a, b in zip(student.original, values)]
+        with student.weights(between):
+            score = consistency_now(student.model, held)["score"]
+        if score < best:
+            best, chosen = score, share
+    return [torch.lerp(a, b, chosen) for a, b in zip(student.original, values)], chosen

@@ -1,0 +1,113 @@
+"""Training that stays near the original: low-rank updates, L2-SP, stochastic restore, sharpness-aware steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ttt_lib.core.errors import UserError
+
+if TYPE_CHECKING:
+    from ttt_lib.adaptation.gradients import Student
+
+
+class LowRank:
+    """Updates W + B A of rank r for the matrices among `named` (LoRA, Hu et al. 2021); the rest stays as it is.
+
+    Convolutions count as matrices of (outputs, inputs * kernel). B is zero at first, so training starts from W; A is
+    drawn from a fixed seed. Raises `UserError` when no parameter is large enough.
+    """
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]], rank: int) -> None:
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.weights: dict[str, Tensor] = {}
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in named:
+            outputs = parameter.shape[0] if parameter.ndim >= 2 else 0
+            inputs = parameter.numel() // max(outputs, 1)
+            if min(outputs, inputs) <= rank:
+                parameter.requires_grad_(False)
+                continue
+            down = torch.randn(rank, inputs, generator=generator).to(parameter) / inputs**0.5
+            up = torch.zeros(outputs, rank, device=parameter.device, dtype=parameter.dtype)
+            self.factors[name] = (up.requires_grad_(), down.requires_grad_())
+            self.weights[name] = parameter.detach()
+            parameter.requires_grad_(False)
+        if not self.factors:
+            raise UserError(f"train.lora_rank {rank}: none of the chosen parts has a matrix of a higher rank.")
+
+    def leaves(self) -> list[Tensor]:
+        """The factors, B and A of each matrix."""
+        return [factor for pair in self.factors.values() for factor in pair]
+
+    def merged(self) -> dict[str, Tensor]:
+        """W + B A by name, with gradients to the factors."""
+        return {
+            name: weight + (up @ down).reshape(weight.shape)
+            for (name, weight), (up, down) in zip(self.weights.items(), self.factors.values())
+        }
+
+    @contextmanager
+    def attached(self, network: nn.Module) -> Iterator[None]:
+        """Inside, the modules of `network` compute with the merged weights."""
+        places = []
+        try:
+            for name, value in self.merged().items():
+                path, _, leaf = name.rpartition(".")
+                held = network.get_submodule(path)._parameters
+                places.append((held, leaf, held[leaf]))
+                held[leaf] = value  # the dictionary takes any tensor, and keeps its order
+            yield
+        finally:
+            for held, leaf, parameter in places:
+                held[leaf] = parameter
+
+
+def distance_gradients(student: Student, weight: float) -> list[Tensor]:
+    """Gradient of `weight * sum (theta - theta_0)^2` (L2-SP, Li et al. 2018) for each leaf.
+
+    For low-rank updates the distance is that of the factors from a zero update: B's, since A alone changes nothing.
+    """
+    if student.low_rank is not None:
+        pairs = student.low_rank.factors.values()
+        return [g for up, down in pairs for g in (2 * weight * up.detach(), torch.zeros_like(down))]
+    return [2 * weight * (p.detach() - o) for p, o in zip(student.parameters, student.original)]
+
+
+def restore_some(student: Student, probability: float, generator: torch.Generator) -> None:
+    """Each number returns to its original with `probability` (CoTTA, Wang et al. 2022, equation 8).
+
+    For low-rank updates whole columns of B return to zero. Draws come from `generator` (CPU).
+    """
+    with torch.no_grad():
+        if student.low_rank is not None:
+            for up, _ in student.low_rank.factors.values():
+                up[:, (torch.rand(up.shape[1], generator=generator) < probability).to(up.device)] = 0.0
+            return
+        for parameter, original in zip(student.parameters, student.original):
+            back = (torch.rand(parameter.shape, generator=generator) < probability).to(parameter.device)
+            parameter.copy_(torch.where(back, original, parameter))
+
+
+@contextmanager
+def sharpest_point(leaves: list[Tensor], gradients: list[Tensor | None], radius: float) -> Iterator[None]:
+    """Inside, the weights stand where the loss is worst within `radius`, to first order: theta + radius g / |g|.
+
+    Sharpness-aware minimisation (Foret et al. 2021, equation 2), which SAR uses at test time. Exactly undone after.
+    """
+    norm = torch.stack([g.square().sum() for g in gradients if g is not None] or [torch.zeros(())]).sum().sqrt()
+    own = [leaf.detach().clone() for leaf in leaves]
+    try:
+        with torch.no_grad():
+            for leaf, gradient in zip(leaves, gradients):
+                if gradient is not None:
+                    leaf.add_(gradient * (radius / norm.clamp_min(1e-12)))
+        yield
+    finally:
+        with torch.no_grad():
+            for leaf, value in zip(leaves, own):
+                leaf.copy_(value)

@@ -1,0 +1,207 @@
+"""The experiment as validated data: YAML file <-> pydantic model.
+
+An experiment file is one row of the ablation. Its top-level keys are also the parameters of
+`notebooks/02_adaptation.ipynb`, so `papermill ... -f experiments/NAME.yaml` and `ttt-depth ablation` read the
+same thing. A *profile* is laid over an experiment: it sets keys (`set`) and multiplies rates and counts (`scale`),
+which keeps the relations between the rows while their size changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import reprlib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticSerializationError
+
+from ttt_lib.core.errors import UserError, printable
+from ttt_lib.core.files import read_yaml
+from ttt_lib.core.schema import (
+    DEFAULT_LOSSES,
+    RESERVED,
+    DataConfig,
+    EnsembleConfig,
+    GateConfig,
+    LossConfig,
+    LossName,
+    ModelConfig,
+    ReleasedConfig,
+    Section,
+    Seed,
+    TeacherConfig,
+    TrainConfig,
+    ViewConfig,
+)
+
+COMPLAINTS = 5  # of one file in one sentence; the others follow when these are mended
+
+
+class ExperimentConfig(Section):
+    """One row of the ablation, complete. Every random draw comes from (`seed`, name of the sample).
+
+    `references`: pixels of each sample whose true distance is given to the method (`references.py`); they do not count
+    in the scores.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=100)]
+    description: str = ""
+    seed: Seed = 0
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    views: ViewConfig = ViewConfig()
+    losses: dict[LossName, LossConfig] = DEFAULT_LOSSES
+    released: ReleasedConfig = ReleasedConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
+    gate: GateConfig = GateConfig()
+    references: Annotated[int, Field(ge=0)] = 0
+    data: list[DataConfig] = []
+
+    @field_validator("name")
+    @classmethod
+    def _no_other_folder(cls, value: str) -> str:
+        if value in RESERVED:
+            raise ValueError("a folder of runs needs this name for something else; choose another one")
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> ExperimentConfig:
+        if self.gate.check_every and self.train.predict_with == "teacher":
+            raise ValueError("gate.check_every keeps the best of the student; set train.predict_with to student")
+        return self
+
+    def as_parameters(self) -> dict[str, Any]:
+        """Plain values for YAML, JSON and papermill."""
+        return json.loads(self.model_dump_json())
+
+
+Factor = Annotated[float, Field(gt=0.0, le=1e6)]
+
+
+class ScaleConfig(Section):
+    """Factors of a profile on rates and counts. Counts round to the nearest, never below 1."""
+
+    learning_rate: Annotated[float, Field(ge=0.0, le=1e6)] = 1.0
+    passes: Factor = 1.0
+    accumulation: Factor = 1.0
+
+
+class ProfileConfig(Section):
+    """What a profile file holds: `scale` and `set`."""
+
+    name: str
+    description: str = ""
+    scale: ScaleConfig = ScaleConfig()
+    set: dict[str, Any] = {}
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, dictionaries key by key, everything else replaced. Inputs stay as they are."""
+    result = copy.deepcopy(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = copy.deepcopy(value)
+    return result
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold keys and values at its top level, not {type(content).__name__}.")
+    return content
+
+
+def _validate(kind: type[Section], content: dict[str, Any], source: str) -> Any:
+    """Pydantic's list of complaints as one sentence a complaint: file, key, what is allowed."""
+    try:
+        config = kind.model_validate(content)
+        if isinstance(config, ExperimentConfig):
+            config.as_parameters()
+        return config
+    except PydanticSerializationError as error:
+        raise UserError(f"{source}: holds a name or text that is not Unicode; rename the file or folder.") from error
+    except ValidationError as error:
+        parts, found = [], error.errors()
+        for item in found[:COMPLAINTS]:
+            key = printable(".".join(str(place) for place in item["loc"]) or "(top level)", 100)
+            if item["type"] == "extra_forbidden":
+                parts.append(f"{key}: unknown key; allowed here: {', '.join(_keys_beside(kind, item['loc']))}")
+            else:
+                parts.append(f"{key}: {item['msg']} (got {_shown(item['input'])})")
+        more = f"; and {len(found) - COMPLAINTS} more" if len(found) > COMPLAINTS else ""
+        raise UserError(f"{source}: " + "; ".join(parts) + f"{more}.") from error
+
+
+def _shown(value: Any) -> str:
+    """A value as the user wrote it, the first parts of a large one (which YAML's references can make without end)."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    short.maxlevel = 3
+    try:
+        return printable(short.repr(value), 120)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
+
+
+def _keys_beside(kind: type[Section], place: tuple) -> list[str]:
+    """The keys that are allowed where an unknown one was found."""
+    current: Any = kind
+    for key in place[:-1]:
+        annotation = current.model_fields[key].annotation if key in getattr(current, "model_fields", {}) else current
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), current)
+    return sorted(getattr(current, "model_fields", {}))
+
+
+def load_profile(path: str | Path) -> ProfileConfig:
+    """Read a profile file. Raises `UserError` naming file and key."""
+    path = Path(path)
+    return _validate(ProfileConfig, {"name": path.stem, **_read_yaml(path)}, str(path))
+
+
+def build_experiment(
+    content: dict[str, Any],
+    profile: ProfileConfig | None = None,
+    overrides: dict[str, Any] | None = None,
+    source: str = "experiment",
+) -> ExperimentConfig:
+    """Validate `content`, lay `profile` over it, then `overrides` (which win). Raises `UserError`.
+
+    The experiment is validated before the profile touches it, so an error names the file that holds it.
+    """
+    config = _validate(ExperimentConfig, content, source)
+    if profile is not None:
+        values = merge(config.model_dump(exclude_unset=True), profile.set)
+        config = _validate(ExperimentConfig, values, f"{source} with profile {profile.name}")
+        train, scale = config.train, profile.scale
+        scaled = {
+            "train": {
+                "passes": max(1, round(train.passes * scale.passes)) if train.passes else 0,
+                "accumulation": max(1, round(train.accumulation * scale.accumulation)),
+                "optimizer": {"learning_rate": train.optimizer.learning_rate * scale.learning_rate},
+            }
+        }
+        config = _validate(ExperimentConfig, merge(config.model_dump(exclude_unset=True), scaled), source)
+    if overrides:
+        values = merge(config.model_dump(exclude_unset=True), overrides)
+        config = _validate(ExperimentConfig, values, f"{source} with the given overrides")
+    return config
+
+
+def load_experiment(
+    path: str | Path, profile: str | Path | ProfileConfig | None = None, overrides: dict[str, Any] | None = None
+) -> ExperimentConfig:
+    """Read an experiment file, with a profile (file or object) and overrides laid over it. Raises `UserError`."""
+    path = Path(path)
+    if profile is not None and not isinstance(profile, ProfileConfig):
+        profile = load_profile(profile)
+    content = _read_yaml(path)
+    config = build_experiment(content, profile, overrides, source=str(path))
+    if config.name != path.stem:
+        raise UserError(f"{path}: name is {config.name!r} but the file is called {path.stem!r}; make them equal.")
+    return config

@@ -1,0 +1,74 @@
+"""Losses, shifts and models that others add, found by name in experiment files.
+
+What the package itself has is registered where it is written. Yours is registered by the same decorators: in a notebook,
+or, so that the jobs of a batch in other processes know it too, in a module that an installed distribution names under
+the entry-point group `ttt_depth` (pyproject.toml: `[project.entry-points.ttt_depth]`, `mine = "my_package.my_module"`).
+A string in an experiment file never imports anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ttt_lib.core.errors import UserError, reason
+
+GROUP = "ttt_depth"
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Registry(dict[str, Callable[..., Any]]):
+    """Functions by name. `reserved`: names that are taken otherwise."""
+
+    def __init__(self, what: str, reserved: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.what, self.reserved = what, reserved
+
+    def knows(self, name: str) -> bool:
+        """Whether the name is there, looking among installed modules (`load_installed`) only if it is not."""
+        return name in self or (bool(load_installed()) and name in self)
+
+    def register(self, name: str) -> Callable[[Function], Function]:
+        """Decorator. Registering the same function again (a cell that runs twice) replaces it.
+
+        Raises `UserError` for a name that something else has.
+        """
+
+        def keep(function: Function) -> Function:
+            held = self.get(name)
+            same = held is function or (held is not None and _place(held) == _place(function) != ("", ""))
+            if name in self.reserved or (held is not None and not same):
+                raise UserError(f"{self.what} {name!r}: this name is taken; choose another one.")
+            self[name] = function
+            return function
+
+        return keep
+
+
+def _place(function: Callable[..., Any]) -> tuple[str, str]:
+    """Where a function was defined; empty for callables that do not say."""
+    return getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
+
+
+@cache
+def load_installed() -> tuple[str, ...]:
+    """Import the modules of the entry-point group `ttt_depth`, once; what was loaded, as `name version module SHA-256`.
+
+    Raises `UserError` that names the distribution when one of them fails to import.
+    """
+    loaded = []
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "?"
+        try:
+            entry.load()
+        except Exception as error:  # anything at all may go wrong in other people's modules
+            raise UserError(f"plugin {entry.value!r} of {origin} cannot be imported ({reason(error)}).") from error
+        source = Path(getattr(sys.modules.get(entry.module), "__file__", None) or "")
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16] if source.is_file() else ""
+        loaded.append(f"{origin} {entry.value} {digest}")
+    return tuple(loaded)

@@ -1,0 +1,300 @@
+"""The sections of an experiment's configuration: every key with its type, its range and its default.
+
+`config.py` puts them together and reads them from files.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Severity = Annotated[int, Field(ge=0, le=5)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]  # more is a slip, and would fill the memory
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Side = Annotated[int, Field(ge=16, le=16384)]  # pixels that a network can make something of
+# Folders in a folder of runs that are no experiment's.
+RESERVED = ("summary", "superseded", "failed")
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """Which network, on which device.
+
+    `name`: `tiny` (bundled), a hub name such as `Ruicheng/moge-2-vits-normal`, or the path of a `.pt` file.
+    `num_tokens`: base tokens of a forward pass; None takes the model's own default.
+    `autocast`: `bfloat16` runs the network's training passes (not losses, alignment and predictions) in mixed precision.
+    `fov_x`: horizontal field of view in degrees, for models that predict no camera (None: 60 is assumed, and said).
+    `checkpointing`: keep fewer activations and compute them again in the backward pass: less memory, more time.
+    """
+
+    name: str = "tiny"
+    num_tokens: Annotated[int, Field(ge=16, le=10000)] | None = None
+    device: str = "auto"
+    autocast: Literal["none", "bfloat16"] = "none"
+    fov_x: Annotated[float, Field(gt=0.0, lt=180.0)] | None = None
+    checkpointing: bool = False
+
+
+class OptimizerConfig(Section):
+    """AdamW or SGD, with PyTorch's options. `learning_rate: 0` is allowed: it is the control of the evaluation."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: NonNegative = 5e-4
+    weight_decay: NonNegative = 0.01
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    momentum: Probability = 0.0
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> OptimizerConfig:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class TeacherConfig(Section):
+    """The slow copy whose prediction is the target.
+
+    After every `refresh_every` optimizer steps the teacher moves, `teacher = ema_decay * teacher + (1 - ema_decay) *
+    student`, and predicts a new target. `refresh_every: 0` keeps the target of the original model.
+    """
+
+    ema_decay: Probability = 0.999
+    refresh_every: Annotated[int, Field(ge=0)] = 3
+
+
+class TrainConfig(Section):
+    """The loop. One pass is one forward and backward over `batch_size` views; `accumulation` passes make one step.
+
+    `method`: `none` predicts only, `tta` averages the predictions over the views, `ttt` trains.
+    `parts`: any of `encoder`, `neck`, `heads`, `norms`, or patterns over parameter names (`encoder.*.bias`).
+    `accumulation_mode`: `sum` adds the gradients of the passes (as published for SGD), `mean` averages them.
+    `micro_batch`: views in the network at a time, same result but for rounding, halved whenever memory runs out. None:
+    those of one pass; more than `batch_size`: several passes of a step together, in fewer and larger operations that
+    take more memory; `auto`: as many of them as the free memory of the GPU takes (on a CPU, which gains nothing: None).
+    `bidirectional`: weight of the reverse supervision, the clean prediction after the views' (Robust-Depth).
+    `lora_rank`: train low-rank updates of the chosen matrices instead of these; 0: the parameters themselves.
+    `l2_sp`: weight of the squared distance to the original weights. `restore_probability`: chance of each number to
+    return to its original after a step (CoTTA). `sharpness_radius`: gradients at a worst point so far away (SAM, SAR).
+    `reset`: where training starts: each image from the original weights, or where the last one ended (`never`; a number
+    N: original again at every N-th image), for sequences from one camera. Anything but `per_image` ties the result to
+    the order of the samples within a shard.
+    """
+
+    method: Literal["none", "tta", "ttt"] = "ttt"
+    parts: list[str] = ["encoder", "neck", "heads"]
+    passes: Annotated[int, Field(ge=0, le=1_000_000)] = 512
+    batch_size: Count = 2
+    accumulation: Count = 32
+    accumulation_mode: Literal["mean", "sum"] = "mean"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    gradient_clip: NonNegative = 0.0
+    predict_with: Literal["student", "teacher"] = "student"
+    micro_batch: Count | Literal["auto"] | None = None
+    bidirectional: NonNegative = 0.0
+    lora_rank: Annotated[int, Field(ge=0, le=4096)] = 0
+    l2_sp: NonNegative = 0.0
+    restore_probability: Probability = 0.0
+    sharpness_radius: NonNegative = 0.0
+    reset: Literal["per_image", "never"] | Count = "per_image"
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainConfig:
+        if self.lora_rank and self.reset != "per_image":
+            raise ValueError("lora_rank starts from the original weights at each image; leave reset at per_image")
+        return self
+
+
+class CropConfig(Section):
+    """Random crops. `scale`: side of the crop relative to the image. `recentred` turns the camera, `plain` does not."""
+
+    kind: Literal["recentred", "plain"] = "recentred"
+    probability: Probability = 1.0
+    scale: tuple[Positive, Positive] = (0.6, 1.0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CropConfig:
+        if not 0.05 <= self.scale[0] <= self.scale[1] <= 1.0:
+            raise ValueError("scale must be two numbers low <= high, both in [0.05, 1]")
+        return self
+
+
+class NovelViewConfig(Section):
+    """Views from another camera. A view with less than `minimum_known` known pixels is drawn again, `tries` times."""
+
+    probability: Probability = 0.0
+    severity: Severity = 2
+    minimum_known: Probability = 0.5
+    tries: Count = 5
+    backend: Literal["auto", "pyrender", "torch"] = "auto"
+
+
+class PhotometricConfig(Section):
+    """Colour changes: strength from 0 (none) to 5; `blur` is the chance of a Gaussian blur on top."""
+
+    probability: Probability = 1.0
+    severity: Severity = 3
+    blur: Probability = 0.0
+
+
+def _known_shift(name: str) -> str:
+    from ttt_lib.data.shifts import SHIFTS
+
+    if not SHIFTS.knows(name):
+        raise ValueError(f"there is no such shift; there are {', '.join(SHIFTS)}")
+    return name
+
+
+class ShiftConfig(Section):
+    """Bad weather, light and sensors in views (DepthAnything-AC), one of `names` at a time; see `shifts.py`.
+
+    A set of `shifted` scenes has the very same changes: what is trained on them knows that set's kinds of shift.
+    """
+
+    names: list[Annotated[str, AfterValidator(_known_shift)]] = []
+    probability: Probability = 0.5
+    severity: Severity = 2
+
+
+class ViewConfig(Section):
+    """What the student sees.
+
+    `longest_side`: images are shrunk to this before views are made (the final prediction is at full size).
+    `size`: (height, width) of a view; None keeps the (shrunk) image's own.
+    `cutmix`: chance that a rectangle of a view shows another view of the batch (which must hold two at least).
+    """
+
+    longest_side: Side | None = None
+    size: tuple[Side, Side] | None = None
+    mirror: Probability = 0.5
+    cutmix: Probability = 0.0
+    crop: CropConfig = CropConfig()
+    novel_view: NovelViewConfig = NovelViewConfig()
+    photometric: PhotometricConfig = PhotometricConfig()
+    shift: ShiftConfig = ShiftConfig()
+
+
+class EnsembleConfig(Section):
+    """Further predictions of the same image whose mean (of log depth, after the median ratio) is more reliable.
+
+    `members`, beside the plain one: `mirror`, `finer` and `coarser` (4/3 and 3/4 of the tokens), `finer_mirror` and
+    `coarser_mirror` (both), `autocontrast`.
+    `target`: the teacher's target is the mean. `final`: the adapted prediction is the mean.
+    """
+
+    members: list[Literal["mirror", "finer", "finer_mirror", "coarser", "coarser_mirror", "autocontrast"]] = []
+    target: bool = True
+    final: bool = True
+
+
+class GateConfig(Section):
+    """What becomes of the adapted prediction, decided without truth. See `gate.py`.
+
+    `mode`: `off` keeps it; `measure` too, but stores the signals; `decide` accepts, blends or rejects by the thresholds
+    of `calibration` (a JSON file; None: the bundled one). `views`: held-back views, never trained on. `severity`: of
+    their colours and cameras. `signals`: those that are computed. `interpolate`: also look for the best weights on the
+    line from the original to the adapted ones. `check_every`: optimizer steps between looks at the held-back views
+    during training (0: none); `patience`: looks without improvement after which training stops; the best are kept.
+    """
+
+    mode: Literal["off", "measure", "decide"] = "off"
+    calibration: str | None = None
+    views: Annotated[int, Field(ge=1, le=64)] = 4
+    severity: Severity = 2
+    signals: list[Literal["consistency", "votes", "ensemble", "reprojection", "edges", "drift", "loss", "camera"]] = [
+        "consistency", "votes", "ensemble", "reprojection", "edges", "drift", "loss", "camera",
+    ]  # fmt: skip
+    interpolate: bool = False
+    check_every: Annotated[int, Field(ge=0)] = 0
+    patience: Count = 2
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return "off" if value is False else value
+
+
+LOSS_NAMES = (
+    "global", "local_4", "local_16", "local_64", "normal", "edge", "mask", "metric_scale",
+    "ssi", "gradient", "silog", "feature", "metric_reference",
+)  # fmt: skip
+
+
+def _known_loss(name: str) -> str:
+    if name not in LOSS_NAMES:
+        from ttt_lib.adaptation.losses.terms import LOSSES  # above this module; only added losses need it
+
+        if not LOSSES.knows(name):
+            raise ValueError(f"there is no such loss; there are {', '.join((*LOSS_NAMES, *LOSSES))}")
+    return name
+
+
+LossName = Annotated[str, AfterValidator(_known_loss)]
+
+
+class LossConfig(Section):
+    """One term of the loss. Unset parameters take the term's own default (see `losses.py`)."""
+
+    weight: NonNegative = 1.0
+    align_resolution: Annotated[int, Field(ge=2, le=256)] | None = None
+    num_patches: Count | None = None
+    beta: NonNegative | None = None
+    trunc: Positive | None = None
+
+
+class ReleasedConfig(Section):
+    """Behaviour of the authors' public release, each switch on its own; all off unless `as_released` turns them on."""
+
+    mirror_keeps_x: bool = False
+    first_sample_only: bool = False
+    mask_positive_and_negative: bool = False
+    reload_model: bool = False
+    write_files: bool = False
+    full_cost_alignment: bool = False
+    all_heads: bool = False
+
+
+class DataConfig(Section):
+    """One set of samples; the keys of MoGe's `configs/eval/*.json` plus `kind` and `name`. See `data.open_dataset`."""
+
+    kind: Literal["moge", "images", "motorcycle", "synthetic", "shifted"] = "moge"
+    name: str | None = None
+    path: str | None = None
+    split: str = ".index.txt"
+    width: Side | None = None
+    height: Side | None = None
+    depth_unit: Positive | None = None
+    drop_max_depth: Positive = 1000.0
+    has_sharp_boundary: bool = False
+    include_segmentation: bool = False
+    max_segments: Count = 100
+    min_seg_area: Count = 1000
+    subset: Count | None = None
+    count: Count | None = None
+    seed: Seed = 0
+    shifts: list[str] | None = None
+    severities: list[Severity] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What differs from the defaults, as keyword arguments for `data.open_dataset`."""
+        return self.model_dump(exclude_defaults=True, exclude={"kind"})
+
+
+DEFAULT_LOSSES = {
+    "global": LossConfig(),
+    "local_4": LossConfig(),
+    "local_16": LossConfig(),
+    "local_64": LossConfig(),
+    "mask": LossConfig(),
+}

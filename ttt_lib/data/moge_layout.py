@@ -1,0 +1,297 @@
+"""MoGe's evaluation layout on disk: read it as MoGe's own evaluation does, write it, and read its configuration.
+
+A folder holds `.index.txt` (one sample's folder a line) and in each sample's folder `image.jpg`, `depth.png` (16-bit,
+logarithmic), `meta.json` (normalised intrinsics) and optionally `segmentation.png`. Reading makes the target view of
+`moge.test.dataloader.EvalDataLoaderPipeline`: turned to the image centre, field of view restricted to what the image
+covers, resized. (That class cannot run in the packaged release: it calls an undefined `read_meta`.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import cv2
+import numpy as np
+import utils3d
+from moge.utils import io as moge_io
+from PIL import Image
+
+from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.files import read_json, read_text
+
+INDEX = ".index.txt"
+LONGEST_SIDE = 640  # of samples whose configuration gives no size
+LARGEST = 2**26  # pixels of an enlarged frame; intrinsics that ask for more are wrong
+# Evaluation settings of MoGe's ten benchmarks (its configs/eval); a JSON file in that format overrides them.
+BENCHMARKS: dict[str, dict[str, Any]] = {
+    "NYUv2": {"width": 640, "height": 480, "depth_unit": 1.0},
+    "KITTI": {"width": 750, "height": 375, "depth_unit": 1.0},
+    "ETH3D": {"width": 2048, "height": 1365, "depth_unit": 1.0, "include_segmentation": True},
+    "iBims-1": {
+        "width": 640, "height": 480, "depth_unit": 1.0, "has_sharp_boundary": True, "include_segmentation": True,
+    },
+    "GSO": {"width": 512, "height": 512},
+    "Sintel": {"width": 872, "height": 436, "has_sharp_boundary": True, "include_segmentation": True},
+    "DDAD": {"width": 1400, "height": 700, "depth_unit": 1.0, "include_segmentation": True},
+    "DIODE": {"width": 1024, "height": 768, "depth_unit": 1.0, "include_segmentation": True},
+    "Spring": {"width": 1920, "height": 1080, "has_sharp_boundary": True},
+    "HAMMER": {"width": 1664, "height": 832, "depth_unit": 1.0, "has_sharp_boundary": True},
+}  # fmt: skip
+
+
+class SampleError(UserError):
+    """A sample that cannot be read; the message names the file."""
+
+
+@dataclass
+class Raw:
+    """A frame as it is on disk: image uint8 (H,W,3), depth float32 (H,W) with NaN unknown and inf for no surface,
+    intrinsics (3,3) normalised, segmentation (H,W) with its labels or None."""
+
+    image: np.ndarray
+    depth: np.ndarray
+    intrinsics: np.ndarray
+    segmentation: np.ndarray | None = None
+    labels: dict[str, int] | None = None
+    meta: dict[str, Any] | None = None
+
+
+def read_raw(folder: Path, include_segmentation: bool = False) -> Raw:
+    """Read one sample's files. Raises `SampleError` naming the file that is missing or broken."""
+
+    def attempt(name: str, read):
+        path = folder / name
+        try:
+            if not path.is_file():
+                raise SampleError(f"{path}: the file is missing.")
+            return read(path)
+        except UserError as error:
+            raise SampleError(error) from error
+        except Exception as error:  # of Pillow, OpenCV and NumPy, which differ by format and damage
+            raise SampleError(f"{path}: cannot be read ({reason(error)}).") from error
+
+    image = attempt("image.jpg", _read_image)
+    depth = attempt("depth.png", _read_depth)
+    meta = attempt("meta.json", read_json)
+    try:
+        intrinsics = np.array(meta["intrinsics"], dtype=np.float32)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise SampleError(f"{folder / 'meta.json'}: has no 3x3 `intrinsics`.") from error
+    usable = intrinsics.shape == (3, 3) and np.isfinite(intrinsics).all() and intrinsics[2].tolist() == [0, 0, 1]
+    if not usable or min(intrinsics[0, 0], intrinsics[1, 1]) <= 0 or np.abs(intrinsics[:2, 2] - 0.5).max() > 1.5:
+        raise SampleError(
+            f"{folder / 'meta.json'}: `intrinsics` must be a 3x3 camera matrix divided by the image's width and height."
+        )
+    if image.shape[:2] != depth.shape[:2] or depth.ndim != 2:
+        raise SampleError(f"{folder / 'depth.png'}: its size {depth.shape} is not that of the image {image.shape[:2]}.")
+    if not np.isfinite(depth).any():
+        raise SampleError(f"{folder / 'depth.png'}: no pixel has a depth.")
+    segmentation, labels = None, None
+    if include_segmentation and (folder / "segmentation.png").exists():
+        segmentation, labels = attempt("segmentation.png", _read_segmentation)
+        if not 0.95 < segmentation.shape[0] * depth.shape[1] / (segmentation.shape[1] * depth.shape[0]) < 1.05:
+            raise SampleError(f"{folder / 'segmentation.png'}: its shape is not that of the image.")
+    return Raw(image, depth, intrinsics, segmentation, labels, meta)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        image.load()  # OpenCV fills what a truncated file lacks with gray; PIL refuses
+    return moge_io.read_image(path)
+
+
+def _read_depth(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        if "near" not in image.info or "far" not in image.info:
+            raise ValueError("no near and far in the file: not MoGe's depth encoding")
+        if not image.mode.startswith("I"):
+            raise ValueError(f"one channel of 16 bits is needed, this is Pillow's mode {image.mode}")
+        near, far = float(image.info["near"]), float(image.info["far"])
+    if not (0 < near <= far and math.isfinite(far)):
+        raise ValueError(f"near {near} and far {far} are no range of depths")
+    with np.errstate(over="ignore"):  # of a far beyond all numbers
+        depth = moge_io.read_depth(path)
+    if (depth <= 0).any():
+        raise ValueError("a depth is not above 0")
+    return depth
+
+
+def _read_segmentation(path: Path) -> tuple[np.ndarray, dict[str, int]]:
+    segmentation, labels = moge_io.read_segmentation(path)
+    if segmentation.ndim != 2:
+        raise ValueError("one channel is needed")
+    labels = labels or {str(i): int(i) for i in np.unique(segmentation)}
+    if not isinstance(labels, dict) or not all(isinstance(number, int) for number in labels.values()):
+        raise ValueError("its labels are not names with a whole number each")
+    return segmentation, labels
+
+
+def target_view(
+    raw: Raw,
+    width: int | None = None,
+    height: int | None = None,
+    depth_unit: float | None = None,
+    drop_max_depth: float = 1000.0,
+    max_segments: int = 100,
+    min_seg_area: int = 1000,
+) -> dict[str, Any]:
+    """MoGe's evaluation view of a frame, step by step as `EvalDataLoaderPipeline._process_instance`.
+
+    Returns image uint8 (h,w,3), depth float32 (h,w) and its mask (h,w), points (h,w,3), intrinsics (3,3) centred,
+    segmentation and labels. Depth is multiplied by `depth_unit` (metres a unit) where that is given.
+    """
+    raw_height, raw_width = raw.image.shape[:2]
+    if width is None or height is None:
+        factor = min(1.0, LONGEST_SIDE / max(raw_height, raw_width))
+        width, height = width or max(1, round(raw_width * factor)), height or max(1, round(raw_height * factor))
+    intrinsics = raw.intrinsics
+    mask = np.isfinite(raw.depth)
+    depth = np.nan_to_num(raw.depth, nan=1, posinf=1, neginf=1)
+    raw_horizontal, raw_vertical = abs(1.0 / intrinsics[0, 0]), abs(1.0 / intrinsics[1, 1])
+    aspect = width / height
+    horizontal = min(raw_horizontal, raw_vertical * aspect)
+    vertical = horizontal / aspect
+
+    # Turn so that the middle of the image is on the axis.
+    middle = utils3d.np.unproject_cv(
+        np.array([[0.5, 0.5]], dtype=np.float32), np.array([1.0], dtype=np.float32), intrinsics=intrinsics
+    )[0]
+    rotation = utils3d.np.rotation_matrix_from_vectors(middle, np.array([0, 0, 1], dtype=np.float32))
+
+    # Restrict the field of view to what the frame covers after the turn.
+    corners = np.array([[0, 0], [0, 1], [1, 1], [1, 0]], dtype=np.float32)
+    corners = np.concatenate([corners, np.ones((4, 1), dtype=np.float32)], axis=1)
+    corners = corners @ (np.linalg.inv(intrinsics).T @ rotation.T)
+    corners = corners[:, :2] / corners[:, 2:3]
+    covered_w, covered_h = raw_horizontal, raw_vertical
+    for i in range(4):
+        crossing, _ = utils3d.np.ray_intersection(
+            np.array([0.0, 0.0]), np.array([[aspect, 1.0], [aspect, -1.0]]), corners[i - 1], corners[i] - corners[i - 1]
+        )
+        covered_w = min(covered_w, 2 * np.abs(crossing[:, 0]).min())
+        covered_h = min(covered_h, 2 * np.abs(crossing[:, 1]).min())
+    horizontal, vertical = min(horizontal, covered_w), min(vertical, covered_h)
+    new = utils3d.np.intrinsics_from_focal_center(1.0 / horizontal, 1.0 / vertical, 0.5, 0.5).astype(np.float32)
+
+    # Bring the frame to about the target's pixel size first (anti-aliased image, nearest depth), then warp.
+    pixel_w, pixel_h = horizontal / width, vertical / height
+    scaled_w = int(raw_width * (raw_horizontal / raw_width) / pixel_w)
+    scaled_h = int(raw_height * (raw_vertical / raw_height) / pixel_h)
+    if max(scaled_w * scaled_h, width * height) > LARGEST:
+        raise ValueError(f"the intrinsics and the size {width} x {height} ask for {scaled_w} x {scaled_h} pixels")
+    image = np.array(Image.fromarray(raw.image).resize((scaled_w, scaled_h), Image.Resampling.LANCZOS))
+    depth, mask = utils3d.np.masked_nearest_resize(depth, mask=mask, size=(scaled_h, scaled_w))
+    distance = np.linalg.norm(utils3d.np.depth_map_to_point_map(depth, intrinsics=intrinsics), axis=-1)
+    uv = utils3d.np.uv_map(height, width)
+    transform = intrinsics @ np.linalg.inv(rotation) @ np.linalg.inv(new)
+    place = np.concatenate([uv, np.ones((height, width, 1), dtype=np.float32)], axis=-1) @ transform.T
+    place = place[:, :, :2] / (place[:, :, 2:3] + 1e-12)
+    place = utils3d.np.uv_to_pixel(place, (scaled_h, scaled_w)).astype(np.float32)
+
+    def warp(array: np.ndarray, how: int) -> np.ndarray:
+        return cv2.remap(array, place[:, :, 0], place[:, :, 1], how)
+
+    image = warp(image, cv2.INTER_LINEAR)
+    distance = warp(distance, cv2.INTER_NEAREST)
+    ray = utils3d.np.unproject_cv(uv, np.ones_like(uv[:, :, 0]), intrinsics=new)
+    length = (ray[:, :, 0] ** 2 + ray[:, :, 1] ** 2 + ray[:, :, 2] ** 2) ** 0.5
+    depth = distance / (length + 1e-12)
+    mask = warp(mask.astype(np.uint8), cv2.INTER_NEAREST) > 0
+    if mask.any():
+        mask &= depth <= np.nanquantile(np.where(mask, depth, np.nan), 0.01) * drop_max_depth
+    depth = np.nan_to_num(depth, nan=0.0)
+    depth = depth * depth_unit if depth_unit is not None else depth
+
+    segmentation, labels = None, None
+    if raw.segmentation is not None:
+        segmentation = cv2.resize(raw.segmentation, (scaled_w, scaled_h), interpolation=cv2.INTER_NEAREST)
+        segmentation = warp(segmentation, cv2.INTER_NEAREST)
+        labels = {k: v for k, v in raw.labels.items() if k not in ("undefined", "unannotated", "background", "sky")}
+        counts = dict(zip(*np.unique(segmentation, return_counts=True)))
+        largest = sorted(labels, key=lambda k: counts.get(labels[k], 0), reverse=True)[:max_segments]
+        labels = {k: labels[k] for k in largest if counts.get(labels[k], 0) >= min_seg_area}
+    return {
+        "image": image,
+        "depth": depth.astype(np.float32),
+        "mask": mask,
+        "points": utils3d.np.unproject_cv(uv, depth, intrinsics=new).astype(np.float32),
+        "intrinsics": new,
+        "segmentation": segmentation,
+        "labels": labels,
+    }
+
+
+def read_index(folder: Path, split: str = INDEX) -> list[str]:
+    """Names listed in the index: relative paths that stay in the folder, each once (links in it are followed).
+
+    Raises `UserError` if folder or index is missing, the index is empty, or a name is not such a path.
+    """
+    path = folder / check_name(split, "split")
+    if not os.path.isdir(folder):  # os.path also answers for names that no file system takes
+        raise UserError(f"{folder}: there is no such folder; give the folder of a set in the MoGe layout.")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: the index is missing; it lists the folder of one sample a line.")
+    lines = [(i, line.strip()) for i, line in enumerate(read_text(path).splitlines(), start=1)]
+    names = [check_name(line, f"{path}: line {i}") for i, line in lines if line]
+    if not names:
+        raise UserError(f"{path}: the index lists no sample.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path}: lists {twice!r} twice; remove one of the lines.")
+    return names
+
+
+def check_name(name: str, where: str) -> str:
+    """The name of a sample, set or index, if it is a path that stays in its folder. Raises `UserError`."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or not name.isprintable():
+        raise UserError(f"{where}: {name!r} is no path inside the set's folder.")
+    return path.as_posix()
+
+
+def write_frame(folder: Path, image: np.ndarray, depth: np.ndarray, intrinsics: np.ndarray, **meta: Any) -> None:
+    """Write one frame: image uint8 (H,W,3), depth (H,W) with NaN and inf, normalised intrinsics (3,3).
+
+    The folder appears at once with all its files, or not at all; one that is there is replaced.
+    """
+    temporary = folder.with_name(folder.name + ".partial")
+    temporary.mkdir(parents=True, exist_ok=True)
+    moge_io.write_image(temporary / "image.jpg", np.ascontiguousarray(image), quality=98)
+    moge_io.write_depth(temporary / "depth.png", depth)
+    content = {"intrinsics": np.asarray(intrinsics, dtype=float).tolist(), **meta}
+    (temporary / "meta.json").write_text(json.dumps(content), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def write_index(folder: Path, names: list[str]) -> None:
+    """Write `.index.txt` in one step."""
+    temporary = folder / (INDEX + ".partial")
+    temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    os.replace(temporary, folder / INDEX)
+
+
+def read_eval_config(path: Path) -> list[dict[str, Any]]:
+    """A JSON file in the format of MoGe's `configs/eval`: {"NAME": {"path": ..., "width": ...}, ...}.
+
+    Returns one dictionary a set, with `name` and `kind: moge`; relative paths are taken from the file's folder (or,
+    where nothing is there, from the working folder), and the settings of a known benchmark fill what the file leaves out.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not content or not all(isinstance(v, dict) for v in content.values()):
+        raise UserError(f"{path}: is not a JSON file of sets, name by name, each with its `path`.")
+    entries = [{"kind": "moge", **BENCHMARKS.get(name, {}), **values, "name": name} for name, values in content.items()]
+    for entry in entries:
+        if not isinstance(entry.get("path"), str) or entry["kind"] != "moge":
+            raise UserError(f"{path}: set {entry['name']!r} needs a `path`, the folder of a set in the MoGe layout.")
+        check_name(entry["name"], str(path))
+        beside = Path(path).parent / entry["path"]
+        # MoGe's own files name paths from the folder that its script is started in.
+        entry["path"] = entry["path"] if not os.path.isdir(beside) and os.path.isdir(entry["path"]) else str(beside)
+    return entries

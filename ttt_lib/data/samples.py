@@ -1,0 +1,291 @@
+"""Samples and where they come from: MoGe's evaluation layout and folders of photographs; the names of all sets."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ttt_lib.core.errors import UserError, printable, reason
+from ttt_lib.data import moge_layout
+from ttt_lib.data.moge_layout import SampleError, check_name
+from ttt_lib.report import html as html_views
+
+FRAME_FILES = ("image.jpg", "depth.png", "meta.json", "segmentation.png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+ENDS = 32768  # bytes at each end of a file that its fingerprint reads
+
+
+@dataclass
+class Sample:
+    """One image and what is known of it.
+
+    image (3,H,W) float32 in [0,1]; depth (H,W) float32, NaN where unknown; points (H,W,3), NaN where unknown; mask
+    (H,W) bool, True where the truth is known; intrinsics (3,3) normalised. Without truth these are None. is_metric:
+    depth and points are in metres. segmentation (H,W) long with labels name -> id, for local metrics.
+    """
+
+    name: str
+    dataset: str
+    image: Tensor
+    depth: Tensor | None = None
+    points: Tensor | None = None
+    mask: Tensor | None = None
+    intrinsics: Tensor | None = None
+    is_metric: bool = False
+    has_sharp_boundary: bool = False
+    segmentation: Tensor | None = None
+    segmentation_labels: dict[str, int] | None = None
+
+    def __repr__(self) -> str:
+        return html_views.sample_text(self)
+
+    def _repr_html_(self) -> str:
+        return html_views.sample_html(self)
+
+
+@dataclass
+class SampleSet:
+    """A named list of samples that are read when they are asked for.
+
+    `readable()` passes over those that cannot be read and notes them in `left_out`, (name, reason). `fingerprint`
+    stands for the content in `data_hash`.
+    """
+
+    name: str
+    names: list[str]
+    load: Callable[[str], Sample]
+    fingerprint: str = ""
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int | slice) -> Sample | SampleSet:
+        if isinstance(index, slice):
+            return SampleSet(self.name, self.names[index], self.load, self.fingerprint)
+        return self.load(self.names[index])
+
+    def __repr__(self) -> str:
+        shown = ", ".join(self.names[:3]) + (", ..." if len(self) > 3 else "")
+        return f"SampleSet({self.name}: {len(self)} samples, {shown})"
+
+    def readable(self) -> Iterator[Sample]:
+        """Samples in order; what fails goes to `left_out` with its reason and the others follow."""
+        self.left_out.clear()
+        for name in self.names:
+            try:
+                yield self.load(name)
+            except UserError as error:
+                self.left_out.append((name, str(error)))
+
+    def shard(self, index: int, count: int) -> SampleSet:
+        """Every `count`-th sample from `index`: the shards 0..count-1 are disjoint and together the whole set."""
+        if not 0 <= index < count:
+            raise UserError(f"shard {index} of {count}: the index must be from 0 to {count - 1}.")
+        return SampleSet(self.name, self.names[index::count], self.load, self.fingerprint)
+
+    def data_hash(self) -> str:
+        """Hash of the set's name, the names of its samples and its fingerprint (for files: sizes and times)."""
+        content = "\n".join([self.name, self.fingerprint, *self.names])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def to_sample(name: str, dataset: str, view: dict[str, Any], is_metric: bool, has_sharp_boundary: bool) -> Sample:
+    """A `Sample` from the arrays of `moge_layout.target_view`."""
+    mask = torch.from_numpy(view["mask"])
+    depth, points = torch.from_numpy(view["depth"]), torch.from_numpy(view["points"])
+    segmentation = view["segmentation"]
+    return Sample(
+        name=name,
+        dataset=dataset,
+        image=torch.from_numpy(view["image"].astype(np.float32) / 255).permute(2, 0, 1).contiguous(),
+        depth=torch.where(mask, depth, torch.nan),
+        points=torch.where(mask[..., None], points, torch.nan),
+        mask=mask,
+        intrinsics=torch.from_numpy(view["intrinsics"]).float(),
+        is_metric=is_metric,
+        has_sharp_boundary=has_sharp_boundary,
+        segmentation=torch.from_numpy(segmentation.astype(np.int64)) if segmentation is not None else None,
+        segmentation_labels=view["labels"],
+    )
+
+
+def _file_fingerprint(paths: Iterable[Path]) -> str:
+    """Names, sizes, and the first and last `ENDS` bytes: content that survives a copy, without reading gigabytes."""
+    parts = []
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                ends = file.read(ENDS)
+                size = file.seek(0, 2)
+                file.seek(max(size - ENDS, 0))
+                ends += file.read(ENDS)
+            parts.append(f"{printable(path.name)}:{size}:{hashlib.sha256(ends).hexdigest()}")
+        except OSError:
+            parts.append(f"{printable(path.name)}:missing")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def open_moge(
+    path: str | Path,
+    name: str | None = None,
+    split: str = moge_layout.INDEX,
+    width: int | None = None,
+    height: int | None = None,
+    depth_unit: float | None = None,
+    drop_max_depth: float = 1000.0,
+    has_sharp_boundary: bool = False,
+    include_segmentation: bool = False,
+    max_segments: int = 100,
+    min_seg_area: int = 1000,
+    subset: int | None = None,
+    count: int | None = None,
+) -> SampleSet:
+    """A set in MoGe's evaluation layout, configured as MoGe's `configs/eval/*.json`.
+
+    width, height of the evaluated view (None: the image's own shape, longer side at most 640). depth_unit: metres a
+    unit; None: not metric, unless a sample's `meta.json` says `"is_metric": true` as this package's writer does.
+    subset: every n-th sample; count: only the first ones. Raises `UserError` if folder or index is missing.
+    """
+    folder = Path(path)
+    names = moge_layout.read_index(folder, split)[::subset][:count]
+    title = name or printable(folder.resolve().name)
+
+    def load(sample: str) -> Sample:
+        raw = moge_layout.read_raw(folder / sample, include_segmentation)
+        unit = depth_unit if depth_unit is not None else 1.0 if (raw.meta or {}).get("is_metric") is True else None
+        try:
+            view = moge_layout.target_view(raw, width, height, unit, drop_max_depth, max_segments, min_seg_area)
+        except Exception as error:  # e.g. intrinsics so far off that nothing of the image is left
+            raise SampleError(f"{folder / sample}: no view can be made of it ({reason(error)}).") from error
+        known = view["depth"][view["mask"]]
+        if not len(known):
+            raise SampleError(f"{folder / sample / 'depth.png'}: the evaluated part of the image has no depth.")
+        if not (np.isfinite(known).all() and (known > 0).all()):
+            raise SampleError(f"{folder / sample / 'depth.png'}: holds depths that are no numbers above 0.")
+        return to_sample(sample, title, view, unit is not None, has_sharp_boundary)
+
+    files = (folder / sample / file for sample in names for file in FRAME_FILES)
+    options = f"{width}x{height} {depth_unit} {drop_max_depth} {has_sharp_boundary} {include_segmentation} {max_segments} {min_seg_area}"
+    return SampleSet(title, names, load, f"{options} {_file_fingerprint(files)}")
+
+
+def _formats() -> list[str]:
+    """What Pillow may read: PostScript is a program, which it would hand to Ghostscript."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
+def read_photo(path: str | Path) -> Tensor:
+    """Any photograph as (3,H,W) float32 in [0,1].
+
+    Turned as its EXIF orientation says; gray becomes three equal channels; 16-bit keeps its precision; transparency
+    is laid over white; of several frames the first counts. Raises `UserError` naming the file when it cannot be read.
+    """
+    path = Path(path)
+    try:
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: there is no such file.")
+        with Image.open(path, formats=_formats()) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+                array = np.asarray(image, dtype=np.float32)
+                if not np.isfinite(array).all():
+                    raise ValueError("it has pixels that are not finite")
+                top = 65535.0 if image.mode != "F" else max(float(array.max()), 1e-6)
+                array = np.repeat((array / top).clip(0, 1)[..., None], 3, axis=-1)
+            else:
+                if "A" in image.getbands() or "transparency" in image.info:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path}: is not an image this can read; convert it to JPEG or PNG.") from error
+    except UserError:
+        raise
+    except Exception as error:  # what a decoder makes of damaged bytes differs by format
+        raise UserError(f"{path}: the image is damaged or too large ({reason(error)}).") from error
+    if min(array.shape[:2]) < 16:
+        raise UserError(
+            f"{path}: the image has {array.shape[1]} x {array.shape[0]} pixels; at least 16 x 16 are needed."
+        )
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def open_images(path: str | Path, name: str | None = None, count: int | None = None) -> SampleSet:
+    """A folder of plain images (or one image), without truth. Raises `UserError` if there are none."""
+    folder = Path(path)
+    if os.path.isdir(folder):  # os.path also answers for names that no file system takes
+        files = {printable(p.name): p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+    elif os.path.isfile(folder):
+        files = {printable(folder.name): folder}
+    else:
+        raise UserError(f"{folder}: there is no such folder or image.")
+    if not files:
+        raise UserError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+    title, names = name or printable(folder.resolve().stem), list(files)[:count]
+    load = lambda sample: Sample(sample, title, read_photo(files[sample]))  # noqa: E731
+    return SampleSet(title, names, load, _file_fingerprint(files.values()))
+
+
+# ------------------------------------------------------------------------------------------------ opening, writing
+
+
+def open_dataset(kind: str = "moge", **options: Any) -> SampleSet:
+    """Open a set: `moge`, `images`, `motorcycle`, `synthetic` or `shifted`; options as of the `open_*` functions.
+
+    Raises `UserError` for an unknown kind, an option the kind lacks, or a folder that is not there.
+    """
+    if kind in ("synthetic", "shifted"):
+        from ttt_lib.data.shifts import open_synthetic
+
+        opener: Callable[..., SampleSet] = lambda **rest: open_synthetic(kind, **rest)  # noqa: E731
+    else:
+        from ttt_lib.data.motorcycle import open_motorcycle
+
+        openers = {"moge": open_moge, "images": open_images, "motorcycle": open_motorcycle}
+        if kind not in openers:
+            raise UserError(f"data kind {kind!r}: use one of {', '.join([*openers, 'synthetic', 'shifted'])}.")
+        opener = openers[kind]
+    if kind in ("moge", "images") and "path" not in options:
+        raise UserError(f"data: a set of kind {kind!r} needs a `path`.")
+    if kind == "moge" and options.get("name") in moge_layout.BENCHMARKS:
+        options = {**moge_layout.BENCHMARKS[options["name"]], **options}
+    try:
+        return opener(**options)
+    except TypeError as error:
+        raise UserError(f"data: a set of kind {kind!r} does not take these options ({error}).") from error
+
+
+def write_moge_layout(samples: Iterable[Sample], folder: str | Path) -> list[str]:
+    """Convert samples with truth to MoGe's layout; returns the names written. The index is written last.
+
+    Unknown depth (NaN) and no surface (inf) survive; depth is rounded to MoGe's 16-bit logarithmic steps.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for sample in samples:
+        if sample.depth is None or sample.intrinsics is None:
+            raise UserError(f"sample {sample.name!r}: has no depth or intrinsics, so it cannot be written.")
+        image = (sample.image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
+        moge_layout.write_frame(
+            folder / check_name(sample.name, f"sample {sample.name!r}"),
+            image,
+            sample.depth.cpu().numpy(),
+            sample.intrinsics.cpu().numpy(),
+            is_metric=sample.is_metric,
+        )
+        names.append(sample.name)
+    moge_layout.write_index(folder, names)
+    return names

@@ -1,0 +1,118 @@
+"""Procedural scenes with exact geometry: rooms, streets, open ground and tables, from any camera.
+
+A scene is a few dozen solids (`solids.py`), placed by `layouts.py`, with textures (`textures.py`), light and a camera
+that fit it; `raycast.py` draws it. Everything follows from an integer seed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ttt_lib.data.scenes.layouts import LAYOUTS, Layout, tilt_matrix, yaw_matrix
+from ttt_lib.data.scenes.raycast import Lighting, Picture, Scenes, draw, make_atlas
+from ttt_lib.data.scenes.solids import Solids
+from ttt_lib.data.scenes.textures import make_textures
+
+KINDS = tuple(LAYOUTS)
+PITCH_DOWN = {"room": (-0.12, 0.45), "street": (-0.1, 0.15), "ground": (-0.08, 0.35), "table": (0.25, 0.8)}  # radians
+
+
+def _lighting(rng: np.random.Generator, kind: str, camera: np.ndarray) -> dict[str, np.ndarray]:
+    indoors = kind in ("room", "table")
+    warm = 1 + rng.uniform(-0.18, 0.18) * np.array([1, 0, -1])
+    level = rng.uniform(0.5, 1.4)
+    sun_up = np.array([rng.uniform(-1, 1), -rng.uniform(0.25, 1.2), rng.uniform(-1, 1)])
+    overcast = rng.random() < 0.4
+    sky = np.array([0.45, 0.62, 0.9]) * rng.uniform(0.4, 1.1) if not overcast else np.full(3, rng.uniform(0.4, 0.95))
+    fog = 0.0 if indoors or rng.random() < 0.7 else rng.uniform(0.001, 0.02)
+    horizon = np.clip(sky * 0.5 + rng.uniform(0.3, 0.55), 0, 1)
+    return {
+        "horizon": horizon,
+        "zenith": sky,
+        "sun_direction": sun_up / np.linalg.norm(sun_up),
+        "sun": warm * level * (0.0 if indoors else 0.15 if overcast else rng.uniform(0.6, 1.3)),
+        "lamp_position": camera + np.array([rng.uniform(-1.2, 1.2), -rng.uniform(0.3, 1.0), rng.uniform(0, 2.5)]),
+        "lamp": warm * level * (rng.uniform(0.3, 1.4) if indoors else 0.0),
+        "ambient": warm[::-1] * level * (rng.uniform(0.4, 1.0) if indoors or overcast else rng.uniform(0.25, 0.6)),
+        "evenness": np.array(rng.uniform(0.5, 0.9) if indoors else 0.0),
+        "fog": np.array(fog),
+        "fog_colour": horizon,
+        "exposure": np.array(rng.uniform(0.12, 0.32)),
+    }
+
+
+def make_scenes(kinds: list[str], seed: int, atlas: list[Tensor] | None = None) -> tuple[Scenes, Tensor]:
+    """One scene for each entry of `kinds`, from `seed`.
+
+    Returns the scenes and the place of a camera that fits each, (B, 3) metres in the world. `atlas` reuses textures
+    (`make_atlas(make_textures(seed))` otherwise, about a second). Raises `ValueError` for an unknown kind.
+    """
+    unknown = set(kinds) - set(KINDS)
+    if unknown:
+        raise ValueError(f"unknown scene kind {sorted(unknown)}; there are {list(KINDS)}")
+    atlas = make_atlas(make_textures(seed)) if atlas is None else atlas
+    layouts, lights = [], []
+    for i, kind in enumerate(kinds):
+        layout = Layout(np.random.default_rng([seed, 2, i]))
+        LAYOUTS[kind](layout)
+        layouts.append(layout)
+        lights.append(_lighting(layout.rng, kind, layout.camera))
+
+    by_kind = [[[s for s in layout.solids if s[0] == kind] for layout in layouts] for kind in range(4)]
+    counts = tuple(max(len(scene) for scene in group) for group in by_kind)
+    absent = (0, np.zeros(3), np.eye(3), np.zeros(3), np.ones((6, 3)), 0, 1.0, np.ones(3))
+    rows = [
+        [s for kind in range(4) for s in by_kind[kind][i] + [absent] * (counts[kind] - len(by_kind[kind][i]))]
+        for i in range(len(layouts))
+    ]
+
+    def stack(place: int) -> Tensor:
+        return torch.from_numpy(np.array([[solid[place] for solid in row] for row in rows]))
+
+    floats = [stack(place).float() for place in (1, 2, 3, 4)]
+    solids = Solids(*floats, texture=stack(5).long(), tile=stack(6).float(), tint=stack(7).float(), counts=counts)
+    lighting = Lighting(**{k: torch.from_numpy(np.stack([light[k] for light in lights])).float() for k in lights[0]})
+    cameras = torch.from_numpy(np.stack([layout.camera for layout in layouts])).float()
+    return Scenes(solids, lighting, atlas), cameras
+
+
+def sample_cameras(kinds: list[str], places: Tensor, seed: int, aspect_ratio: float) -> tuple[Tensor, Tensor]:
+    """A tilted camera with a field of view from 30 to 100 degrees at each place.
+
+    The angle is that of the longer side of the image. Returns transform (B,4,4) world to camera and intrinsics
+    (B,3,3), normalised, principal point in the middle.
+    """
+    transforms, intrinsics = [], []
+    for i, kind in enumerate(kinds):
+        rng = np.random.default_rng([seed, 3, i])
+        fov = math.radians(rng.uniform(30, 100) if rng.random() < 0.3 else rng.normal(62, 10))
+        fov = min(max(fov, math.radians(30)), math.radians(100))
+        pitch = rng.uniform(*PITCH_DOWN[kind])
+        yaw = rng.uniform(-0.25, 0.25) if kind in ("street", "table") else rng.uniform(-0.7, 0.7)
+        roll = rng.normal(0, 0.035)
+        if kind == "table":  # look at the middle of the table
+            ahead = np.array([0, 0, 0.25]) - places[i].numpy() + rng.uniform(-0.15, 0.15, 3)
+            pitch = math.atan2(ahead[1], math.hypot(ahead[0], ahead[2]))
+            yaw = math.atan2(ahead[0], ahead[2])
+        rotation = tilt_matrix(0, roll).T @ tilt_matrix(-pitch, 0).T @ yaw_matrix(yaw).T
+        matrix = np.eye(4)
+        matrix[:3, :3] = rotation
+        matrix[:3, 3] = -rotation @ places[i].numpy()
+        focal = 0.5 / math.tan(fov / 2)
+        fx, fy = (focal, focal * aspect_ratio) if aspect_ratio >= 1 else (focal / aspect_ratio, focal)
+        transforms.append(matrix)
+        intrinsics.append(np.array([[fx, 0, 0.5], [0, fy, 0.5], [0, 0, 1]]))
+    return torch.from_numpy(np.stack(transforms)).float(), torch.from_numpy(np.stack(intrinsics)).float()
+
+
+def make_pictures(
+    kinds: list[str], seed: int, size: tuple[int, int], atlas: list[Tensor] | None = None, shadows: bool = True
+) -> Picture:
+    """Scenes of the given kinds, each seen once by a camera of its own: what training and the test sets consume."""
+    scenes, places = make_scenes(kinds, seed, atlas)
+    transform, intrinsics = sample_cameras(kinds, places, seed, size[1] / size[0])
+    return draw(scenes, transform, intrinsics, size, shadows)

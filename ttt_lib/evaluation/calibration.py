@@ -1,0 +1,244 @@
+"""The gate's calibration, and how reliable it is: what its signals predict, what it keeps and what it avoids.
+
+Everything works on a table with a row a sample: the signals (`signal_*`), `gain_adapted` and `gain_blended` (mean change
+of delta1 of affine-invariant depth and points) and `loss_adapted`, `loss_blended` (the worse of these two changes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+from ttt_lib.adaptation.gate.decision import Calibration
+from ttt_lib.core.errors import UserError
+from ttt_lib.runs.results import IDENTITY
+
+MEASURES = ("depth_affine_invariant", "points_affine_invariant")
+RELATIVE = "disparity_affine_invariant"  # of models that predict neither
+TOLERANCE, FORBIDDEN = 0.01, 0.03  # losses in delta1: that only few samples may have, that none may have
+RIDGE = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+FOLDS = 10
+CALM = "ensemble_spread"  # of `signals.measure`
+
+
+def gain_table(metrics: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
+    """One row a sample from the tables of runs with `gate.mode: measure` or `decide` (`experiment.RunSummary`).
+
+    Columns experiment, dataset, sample, gain_* and loss_* for the predictions adapted, blended and final, and the
+    signals. Raises `UserError` when no sample has signals and truth.
+    """
+    measures = MEASURES if metrics.metric.isin(MEASURES).any() else (RELATIVE,)
+    wanted = metrics[metrics.metric.isin(measures) & (metrics.score == "delta1")]
+    wide = wanted.pivot_table(index=IDENTITY, columns=["prediction", "metric"], values="value")
+    signals = [name for name in samples.columns if name.startswith("signal_")]
+    told = samples.set_index(IDENTITY)[[*signals, "decision", "seconds"]].dropna(how="all", subset=signals)
+    wide, decision = wide.reindex(wide.index.intersection(told.index)), told.decision
+    table = pd.DataFrame(index=wide.index)
+    # What a decision made the final prediction is not listed twice.
+    is_final = {"final": list(decision.unique()), "adapted": ["accept", "adapted"], "blended": ["blend"]}
+    for prediction, decisions in is_final.items():
+        change = wide["final"] - wide["original"]
+        own = wide.get(prediction, pd.DataFrame(np.nan, wide.index, change.columns)) - wide["original"]
+        as_final = decision.reindex(wide.index).isin(decisions)
+        change = own.where(~as_final, change) if prediction != "final" else change
+        table[f"gain_{prediction}"], table[f"loss_{prediction}"] = change.mean(axis=1), change.min(axis=1)
+    joined = table.join(told, how="inner").reset_index().dropna(subset=["gain_adapted", "gain_blended"])
+    if joined.empty or not signals:
+        raise UserError("gate: no sample has both signals and truth; run with gate.mode measure on a set with truth.")
+    return joined
+
+
+def _design(table: pd.DataFrame, names: list[str], mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    z = (table[[f"signal_{name}" for name in names]].to_numpy(float) - mean) / deviation
+    return np.clip(np.nan_to_num(z), -3, 3)
+
+
+def _ridge(z: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
+    centre, bias = z.mean(0), y.mean()
+    weights = np.linalg.solve(
+        (z - centre).T @ (z - centre) + strength * np.eye(z.shape[1]), (z - centre).T @ (y - bias)
+    )
+    return weights, float(bias - centre @ weights)
+
+
+def calibrate(
+    table: pd.DataFrame, allowed: float = 0.02, signals: Iterable[str] | None = None, seed: int = 0
+) -> Calibration:
+    """Which samples first, and thresholds on that order: the safe choice with the largest mean gain.
+
+    Two orders compete: the gain as a ridge regression on the signals estimates it (its strength the one with the smallest
+    10-fold error, its estimates out of fold), and the calmest first, where the original model's own predictions lie close
+    together (`CALM`). Of all pairs of thresholds those that are safe (`is_safe`) take part; rejecting everything always
+    qualifies. signals: names without `signal_` (default: all that vary).
+    """
+    names = [name.removeprefix("signal_") for name in table.columns if name.startswith("signal_")]
+    names = [n for n in names if n not in ("estimate", "camera_implausible")] if signals is None else list(signals)
+    names = [n for n in names if table[f"signal_{n}"].notna().any()]
+    values = table[[f"signal_{name}" for name in names]].to_numpy(float)
+    deviation = np.nanstd(values, axis=0)
+    names = [name for name, d in zip(names, deviation) if np.isfinite(d) and d > 1e-9]
+    values = table[[f"signal_{name}" for name in names]].to_numpy(float)
+    mean, deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+    z, y = _design(table, names, mean, deviation), table.gain_adapted.to_numpy(float)
+    folds = np.random.default_rng(seed).permutation(len(y)) % min(FOLDS, len(y))
+
+    def out_of_fold(strength: float) -> np.ndarray:
+        estimate = np.empty_like(y)
+        for fold in np.unique(folds):
+            weights, bias = _ridge(z[folds != fold], y[folds != fold], strength)
+            estimate[folds == fold] = z[folds == fold] @ weights + bias
+        return estimate
+
+    strength = min(RIDGE, key=lambda s: float(np.square(out_of_fold(s) - y).mean()))
+    estimates = {"estimated gain": (out_of_fold(strength), *_ridge(z, y, strength))}
+    if CALM in names:  # nothing is fitted to this one, so it is its own out-of-fold estimate
+        alone = -np.eye(len(names))[names.index(CALM)]
+        estimates[f"small {CALM}"] = (z @ alone, alone, 0.0)
+    best = None
+    for order, (estimate, weights, bias) in estimates.items():
+        accept, blend = _thresholds(table, estimate, allowed)
+        found = outcome(apply_thresholds(table, estimate, accept, blend))
+        if best is None or found["gain"] > best.about["gain"]:
+            about = {
+                "samples": len(table), "order": order, "ridge": strength, "allowed": allowed,
+                "correlation_out_of_fold": _correlation(estimates["estimated gain"][0], y), **found,
+            }  # fmt: skip
+            best = Calibration(
+                names, mean.tolist(), deviation.tolist(), weights.tolist(), bias, float(accept), float(blend), about
+            )
+    return best
+
+
+def is_safe(found: dict[str, float], count: int, allowed: float) -> bool:
+    """Whether an `outcome` on `count` samples lets expect at most `allowed` of new ones to lose more than `TOLERANCE`.
+
+    One more such loss than was seen is counted among one more sample (Angelopoulos et al., Conformal Risk Control, 2022,
+    eq. 4), and no sample may lose more than `FORBIDDEN`. Fewer than 1 / `allowed` - 1 samples can show this of nothing.
+    """
+    return found["worst"] >= -FORBIDDEN and (found["worse"] * count + 1) / (count + 1) <= allowed
+
+
+def _thresholds(table: pd.DataFrame, estimate: np.ndarray, allowed: float) -> tuple[float, float]:
+    above = float(estimate.max()) + 1.0
+    levels = np.unique(np.quantile(estimate, np.linspace(0, 1, 41)))
+    best, chosen = 0.0, (above, above)
+    for blend in [*levels, above]:
+        for accept in [level for level in [*levels, above] if level >= blend]:
+            found = outcome(apply_thresholds(table, estimate, accept, blend))
+            if is_safe(found, len(table), allowed) and found["gain"] > best:
+                best, chosen = found["gain"], (accept, blend)
+    return chosen
+
+
+def apply_thresholds(table: pd.DataFrame, estimate: np.ndarray, accept: float, blend: float) -> pd.DataFrame:
+    """Gain and loss of each sample (columns gain, loss) after decisions by these estimates and thresholds."""
+    return _by_decision(table, estimate >= accept, (estimate >= blend) & (estimate < accept))
+
+
+def _by_decision(table: pd.DataFrame, accepted: np.ndarray, mixed: np.ndarray) -> pd.DataFrame:
+    """Columns gain, loss: of the adapted prediction where accepted, of the blended where mixed, else 0."""
+    return pd.DataFrame({
+        kind: np.where(accepted, table[f"{kind}_adapted"], np.where(mixed, table[f"{kind}_blended"], 0.0))
+        for kind in ("gain", "loss")
+    })  # fmt: skip
+
+
+def decide(table: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
+    """The table of a run that measured (`gate.mode: measure`) as if this calibration had decided.
+
+    Sets decision, signal_estimate, gain_final and loss_final.
+    """
+    names = {column: column.removeprefix("signal_") for column in table.columns if column.startswith("signal_")}
+    signals = table[list(names)].rename(columns=names).to_dict("records")
+    decision = np.array([calibration.decide(row) for row in signals])
+    chosen = _by_decision(table, decision == "accept", decision == "blend")
+    return table.assign(
+        decision=decision,
+        signal_estimate=[calibration.estimate(row) for row in signals],
+        gain_final=chosen.gain.to_numpy(),
+        loss_final=chosen.loss.to_numpy(),
+    )
+
+
+def outcome(decided: pd.DataFrame) -> dict[str, float]:
+    """Mean gain, share of samples that lose more than `TOLERANCE` in depth or points, and the worst loss."""
+    return {
+        "gain": float(decided.gain.mean()),
+        "worse": float((decided.loss < -TOLERANCE).mean()),
+        "worst": float(decided.loss.min()),
+    }
+
+
+def compare_policies(table: pd.DataFrame, seed: int = 0, draws: int = 2000) -> pd.DataFrame:
+    """Never, always, blend always, the gate as it decided (`final`), and the oracle that knows the truth.
+
+    Rows: policy, samples, gain with its 95 % bootstrap interval (low, high), worse, worst, and `kept`, the share of the
+    oracle's mean gain.
+    """
+    zero = pd.DataFrame({"gain": np.zeros(len(table)), "loss": np.zeros(len(table))})
+    choices = {"never": zero}
+    for policy, prediction in (("always", "adapted"), ("blend always", "blended"), ("gate", "final")):
+        choices[policy] = pd.DataFrame({"gain": table[f"gain_{prediction}"], "loss": table[f"loss_{prediction}"]})
+    better = table.gain_adapted > 0
+    choices["oracle"] = pd.DataFrame(
+        {"gain": np.where(better, table.gain_adapted, 0.0), "loss": np.where(better, table.loss_adapted, 0.0)}
+    )
+    rng = np.random.default_rng(seed)
+    rows = []
+    for policy, decided in choices.items():
+        values = decided.gain.to_numpy()
+        means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        rows.append({"policy": policy, "samples": len(values), **outcome(decided), "low": low, "high": high})
+    result = pd.DataFrame(rows)
+    best = float(result.gain[result.policy == "oracle"].iloc[0])
+    result["kept"] = result.gain / best if best > 0 else np.nan
+    return result[["policy", "samples", "gain", "low", "high", "worse", "worst", "kept"]]
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    return pd.Series(values).rank().to_numpy()
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else float("nan")
+
+
+def area_under_roc(score: np.ndarray, positive: np.ndarray) -> float:
+    """Chance that a positive has the higher score (ties count half); NaN without both kinds."""
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not positives or not negatives:
+        return float("nan")
+    ranks = _ranks(score)
+    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def signal_quality(table: pd.DataFrame) -> pd.DataFrame:
+    """How well each signal, and their estimate, predicts the true gain of adapting: columns signal, spearman, auc.
+
+    spearman: rank correlation with the gain; auc: area under the ROC curve for "the adapted prediction is better". A
+    signal that is smaller where adapting helps has a negative correlation and an area below one half.
+    """
+    rows = []
+    for name in [n for n in table.columns if n.startswith("signal_")]:
+        usable = table[[name, "gain_adapted"]].dropna()
+        score, gain = usable[name].to_numpy(float), usable.gain_adapted.to_numpy(float)
+        if len(usable) > 2 and score.std() > 0:
+            rows.append({
+                "signal": name.removeprefix("signal_"), "spearman": _correlation(_ranks(score), _ranks(gain)),
+                "auc": area_under_roc(score, gain > 0),
+            })  # fmt: skip
+    result = pd.DataFrame(rows, columns=["signal", "spearman", "auc"])
+    return result.reindex(result.spearman.abs().sort_values(ascending=False).index).reset_index(drop=True)
+
+
+def risk_coverage(table: pd.DataFrame, score: str = "signal_estimate") -> pd.DataFrame:
+    """Adapt only the samples with the highest scores: columns coverage, gain (mean over all samples) and worse (share of
+    all samples that lose more than `TOLERANCE`), for every coverage from 0 to 1."""
+    ordered = table.sort_values(score, ascending=False)
+    count = len(ordered)
+    gain = np.concatenate([[0.0], ordered.gain_adapted.cumsum().to_numpy() / count])
+    worse = np.concatenate([[0.0], (ordered.loss_adapted < -TOLERANCE).cumsum().to_numpy() / count])
+    return pd.DataFrame({"coverage": np.arange(count + 1) / count, "gain": gain, "worse": worse})

@@ -1,0 +1,169 @@
+"""Scores of a prediction against a sample's truth: MoGe's evaluation, ZoeDepth's set, Depth Anything's alignment.
+
+The twelve columns of the published Table 1 and what else `moge.test.metrics.compute_metrics` gives come from that very
+function, with its two slow alignments replaced by ones that find the same optimum (`alignment.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+import utils3d
+from moge.test.metrics import compute_metrics
+from torch import Tensor
+from torch.nn import functional as F
+
+from ttt_lib.geometry.exact_alignment import align_affine_lstsq, fast_alignment
+
+if TYPE_CHECKING:
+    from ttt_lib.data.samples import Sample
+    from ttt_lib.models.base import Prediction
+
+# (metric, score) of the published table's columns, in its order.
+TABLE1_COLUMNS = [
+    (f"{quantity}_{alignment}", score)
+    for quantity in ("depth", "points")
+    for alignment in ("metric", "scale_invariant", "affine_invariant")
+    for score in ("rel", "delta1")
+]
+MINIMUM_TRUTH = 16  # known pixels; fewer cannot determine the alignments
+
+Scores = dict[str, dict[str, float]]
+
+
+def _sliding_window_2d(x: Tensor, window_size: int, stride: int, dim: tuple[int, int]) -> Tensor:
+    """(..., H, W) -> (..., H', W', k, k). MoGe's boundary score calls this; the packaged utils3d has lost it."""
+    first, second = (d % x.ndim for d in dim)
+    return x.unfold(first, window_size, stride).unfold(second, window_size, stride)
+
+
+if not hasattr(utils3d.pt, "sliding_window_2d"):
+    utils3d.pt.sliding_window_2d = _sliding_window_2d
+
+
+def to_moge(prediction: Prediction, size: tuple[int, int]) -> dict[str, Tensor]:
+    """The prediction under the names that MoGe's evaluation expects for its kind, on the CPU, at `size` (H, W).
+
+    As MoGe's own baselines: a metric model's outputs are `points_metric` and `depth_metric`, from which the function
+    derives the other alignments; a scale-invariant one's are `*_scale_invariant`; and so on.
+    """
+
+    def fit(map_: Tensor, channels_last: bool) -> Tensor:
+        map_ = map_.detach().float().cpu()
+        if map_.shape[:2] == size:
+            return map_.clone()
+        maps = map_.permute(2, 0, 1) if channels_last else map_[None]
+        maps = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
+        return maps.permute(1, 2, 0) if channels_last else maps[0]
+
+    named = {}
+    if prediction.kind == "disparity":
+        named["disparity_affine_invariant"] = fit(prediction.disparity, False)
+    else:
+        if prediction.points is not None:
+            named[f"points_{prediction.kind}"] = fit(prediction.points, True)
+        named[f"depth_{prediction.kind}"] = fit(prediction.depth, False)
+    if prediction.intrinsics is not None:
+        named["intrinsics"] = prediction.intrinsics.detach().float().cpu()
+    return named
+
+
+def to_truth(sample: Sample) -> dict:
+    """The sample's truth as MoGe's evaluation expects it; unknown pixels hold 1 and are masked."""
+    mask = sample.mask.cpu()
+    truth = {
+        "depth": torch.where(mask, sample.depth.cpu(), 1.0),
+        "points": torch.where(mask[..., None], sample.points.cpu(), 1.0),
+        "depth_mask": mask,
+        "is_metric": sample.is_metric,
+        "has_sharp_boundary": sample.has_sharp_boundary,
+    }
+    if sample.intrinsics is not None:
+        truth["intrinsics"] = sample.intrinsics.cpu()
+    if sample.segmentation is not None and sample.segmentation_labels:
+        truth["segmentation_mask"] = sample.segmentation.cpu()
+        truth["segmentation_labels"] = sample.segmentation_labels
+    return truth
+
+
+def evaluate(prediction: Prediction, sample: Sample) -> Scores:
+    """All scores of one prediction: {"depth_metric": {"rel": ..., "delta1": ...}, ...}.
+
+    `moge.test.metrics.compute_metrics` on the same tensors, plus `zoedepth` (after one scale by the median) and, for
+    metric predictions of metric truth, `zoedepth_metric` (as predicted), and `disparity_aligned` (scale and shift fitted
+    in disparity, as Depth Anything reports). Where the truth has fewer than
+    `MINIMUM_TRUTH` known pixels, the result is empty. The prediction is not modified.
+    """
+    if sample.mask is None or int(sample.mask.sum()) < MINIMUM_TRUTH:
+        return {}
+    named, truth = to_moge(prediction, tuple(sample.mask.shape)), to_truth(sample)
+    with torch.no_grad(), fast_alignment():
+        scores, _ = compute_metrics(named, truth)
+    mask = truth["depth_mask"]
+    disparity = named.get("disparity_affine_invariant")
+    if disparity is None and prediction.depth is not None:
+        disparity = 1 / next(v for k, v in named.items() if k.startswith("depth_")).clamp_min(1e-6)
+    if disparity is not None:
+        scores["disparity_aligned"] = disparity_aligned_metrics(disparity[mask], truth["depth"][mask])
+    depth = next((value for key, value in named.items() if key.startswith("depth_")), None)
+    if depth is not None:
+        predicted, known = depth[mask], truth["depth"][mask]
+        scores["zoedepth"] = zoedepth_metrics(predicted * (known.median() / predicted.median()), known)
+        if prediction.kind == "metric" and sample.is_metric:
+            scores["zoedepth_metric"] = zoedepth_metrics(predicted, known)
+    return scores
+
+
+def zoedepth_metrics(predicted: Tensor, truth: Tensor) -> dict[str, float]:
+    """ZoeDepth's table columns (Bhat et al. 2023) for known pixels (N,), in the same units, no alignment here.
+
+    delta1-3: share with max(p/t, t/p) < 1.25^k; abs_rel: mean |p - t| / t; rmse: root of the mean square; log10: mean
+    |log10 p - log10 t|; rmse_log and silog as in Eigen et al. 2014. Predictions at or below zero count as 1e-3.
+    """
+    predicted, truth = predicted.double().clamp_min(1e-3), truth.double()
+    ratio = torch.maximum(predicted / truth, truth / predicted)
+    logs = predicted.log() - truth.log()
+    return {
+        **{f"delta{k}": float((ratio < 1.25**k).double().mean()) for k in (1, 2, 3)},
+        "abs_rel": float(((predicted - truth).abs() / truth).mean()),
+        "rmse": float((predicted - truth).square().mean().sqrt()),
+        "log10": float(logs.abs().mean() / math.log(10)),
+        "rmse_log": float(logs.square().mean().sqrt()),
+        "silog": float(100 * (logs.square().mean() - logs.mean().square()).clamp_min(0).sqrt()),
+    }
+
+
+def disparity_aligned_metrics(disparity: Tensor, truth: Tensor) -> dict[str, float]:
+    """AbsRel and delta1 as Depth Anything reports them: scale and shift fitted in disparity by least squares.
+
+    disparity (N,) predicted, truth (N,) depth of the same known pixels. Fitted disparities below that of the farthest
+    truth are raised to it, as MoGe's evaluation does too.
+    """
+    scale, shift = align_affine_lstsq(disparity, 1 / truth)
+    depth = 1 / (disparity * scale + shift).clamp_min(float(1 / truth.max()))
+    scores = zoedepth_metrics(depth, truth)
+    return {"abs_rel": scores["abs_rel"], "delta1": scores["delta1"]}
+
+
+def mean_relative_improvement(scores: dict[str, dict[str, float]], baseline: dict[str, dict[str, float]]) -> float:
+    """ZoeDepth's mRI over data sets and metrics, in percent; positive is better.
+
+    scores and baseline: {data set: {metric: value}}. For deltas the improvement is (s - b) / b, for errors (b - s) / b;
+    the mean over metrics of the means over data sets. Raises `KeyError` when the two do not hold the same metrics.
+    """
+    per_metric: dict[str, list[float]] = {}
+    for dataset, values in baseline.items():
+        for metric, value in values.items():
+            sign = 1.0 if metric.startswith("delta") else -1.0
+            per_metric.setdefault(metric, []).append(sign * (scores[dataset][metric] - value) / value)
+    means = [sum(values) / len(values) for values in per_metric.values()]
+    return 100 * sum(means) / len(means)
+
+
+def tidy_rows(scores: Scores) -> pd.DataFrame:
+    """One row a score: columns metric, score, value."""
+    rows = [(metric, score, value) for metric, group in scores.items() for score, value in group.items()]
+    return pd.DataFrame(rows, columns=["metric", "score", "value"])

@@ -1,0 +1,208 @@
+"""MoGe's truncated alignments and patch sampling at a small part of their cost: what makes a step cheap.
+
+`moge.utils.alignment` solves for the best scale with *every* point as anchor, O(N^2 log N). Nearly every anchor gives
+nearly the same scale, though, and at one scale the objective of all anchors is a sum over pairs without any sorting.
+So a few anchors are solved, all anchors are compared at the best scale found, the best of those are solved, and that
+once more. An anchor is solved with one sort: from the best of a few quantiles the scale goes down, step by step, to a
+local optimum of the truncated objective. What comes out is an optimum of one anchor in MoGe's set; how rarely it is
+not the very best one is measured in `tests/test_training_alignment.py`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from moge.train import losses as moge_losses
+from torch import Tensor
+from torch.nn import functional as F
+
+from ttt_lib.geometry.exact_alignment import replaced
+
+FIRST, NEXT = 6, (3, 3)  # anchors solved at the start and in each round after it
+FEW = 32  # points; up to here every anchor is solved, which costs no more
+QUANTILES, STEPS = (0.2, 0.35, 0.5, 0.65, 0.8), 2  # of target / source, where a search begins; steps down from there
+TIE = 1e-5  # relative difference of objectives that is taken for rounding
+PAIRS = 2**24  # elements (problem, anchor, point, coordinate) compared at a time
+CANDIDATES = (8, 1, 4096)  # pixels drawn uniformly for a patch, of which importance sampling chooses: 8, or fewer
+# (not below 1) where that would be more than 4096 in all
+
+
+def _argsort(x: Tensor) -> Tensor:
+    """Order along the last dimension. On a CPU NumPy's vectorised sort takes a quarter of torch's time."""
+    return x.argsort(-1) if x.device.type != "cpu" else torch.from_numpy(np.argsort(x.numpy(), -1))
+
+
+def _solve(
+    source: Tensor, target: Tensor, weight: Tensor, anchors: Tensor, shifts: Tensor, trunc: float | None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """A good scale with each anchor: (P,N,3), (P,N,3), (P,N), (P,M) -> scale, loss, index of the second point (P,M).
+
+    The best of a few quantiles of target / source (and of `start`, (P,)) goes down: the points within `trunc` of it
+    decide the next scale, their weighted median. A truncated point costs at most `trunc` anywhere, so no step raises
+    the truncated objective. Without `trunc` the first step is exact.
+    """
+    picked = anchors[..., None].expand(-1, -1, 3)
+    x = (source[:, None] - (source.gather(1, picked) * shifts)[:, :, None]).flatten(2)
+    y = (target[:, None] - (target.gather(1, picked) * shifts)[:, :, None]).flatten(2)
+    w = weight[:, None, :, None].expand(-1, anchors.shape[1], -1, 3).flatten(2)
+    ratio = torch.where(x != 0, y / x, 0.0)
+    order = _argsort(ratio)
+    ratio = ratio.gather(2, order)
+    pull = (w * x.abs()).gather(2, order)
+    reach = trunc / pull.clamp_min(1e-12) if trunc is not None else torch.inf
+
+    def loss_at(scale: Tensor) -> Tensor:
+        """(P,M,K) -> (P,M,K), but for what no scale changes."""
+        loss = (ratio[:, :, None] - scale[..., None]).abs_().mul_(pull[:, :, None])
+        return (loss if trunc is None else loss.clamp_max_(trunc)).sum(-1)
+
+    def quantile(pull: Tensor, shares: Tensor | float) -> Tensor:
+        total = pull.cumsum(-1)
+        return torch.searchsorted(total, total[..., -1:] * shares).clamp_max(total.shape[-1] - 1)
+
+    place = quantile(pull, 0.5 if trunc is None else torch.tensor(QUANTILES, device=pull.device))
+    scale = ratio.gather(2, place)
+    if trunc is not None:
+        if start is not None:
+            scale = torch.cat([scale, start[:, None, None].expand(-1, scale.shape[1], 1)], -1)
+        scale = scale.gather(2, loss_at(scale).argmin(-1, keepdim=True))
+        for _ in range(STEPS):
+            place = quantile(torch.where((ratio - scale).abs() < reach, pull, 0.0), 0.5)
+            scale = ratio.gather(2, place)
+    fixed = torch.where(x == 0, w * y.abs(), 0.0)
+    loss = loss_at(scale)[..., 0] + (fixed if trunc is None else fixed.clamp_max(trunc)).sum(-1)
+    # An anchor without weight is no anchor.
+    loss = loss.masked_fill(weight.gather(1, anchors) <= 0, torch.inf)
+    return scale[..., 0], loss, order.gather(2, place)[..., 0]
+
+
+def _compare(source: Tensor, target: Tensor, weight: Tensor, scale: Tensor, shifts: Tensor, trunc: float | None):
+    """Objective of every anchor at one scale a problem: (P,N,3), (P,N,3), (P,N), (P,) -> (P,N)."""
+    residual = scale[:, None, None] * source - target
+    total = torch.zeros_like(weight)
+    for axis in range(3):
+        r = residual[..., axis]
+        moved = r[:, :, None] if shifts[axis] else torch.zeros_like(r[:, :1, None])
+        error = (r[:, None, :] - moved).abs_().mul_(weight[:, None, :])
+        total += (error if trunc is None else error.clamp_max_(trunc)).sum(-1)
+    return total.masked_fill(weight <= 0, torch.inf)
+
+
+def _spread(weight: Tensor, count: int) -> Tensor:
+    """`count` anchors evenly over the points that have weight, (P,N) -> (P,count)."""
+    order = (weight > 0).long().cumsum(-1)  # 1, 2, ... over the points with weight
+    ranks = (torch.arange(count, device=weight.device) + 0.5) / count * order[:, -1:] + 1
+    return torch.searchsorted(order, ranks.floor().long().clamp_max(order[:, -1:])).clamp_max(weight.shape[1] - 1)
+
+
+def _best_pair(source: Tensor, target: Tensor, weight: Tensor, shifts: Tensor, trunc: float | None):
+    """Anchor (P,) and second point, an index into N * 3, (P,), of the best alignment found."""
+    points = source.shape[1]
+
+    def best_of(anchors: Tensor, scale: Tensor, loss: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        # Of anchors that are equally good (the median of an even number is an interval) the first, not one by rounding.
+        place = (loss <= loss.amin(1, keepdim=True) * (1 + TIE)).int().argmax(1, keepdim=True)
+        return tuple(value.gather(1, place)[:, 0] for value in (anchors, scale, loss, index))
+
+    problem = (source, target, weight)
+    if points <= FEW:
+        every = torch.arange(points, device=weight.device).expand(len(weight), -1)
+        held = best_of(every, *_solve(*problem, every, shifts, trunc))
+        return held[0], held[3]
+    anchors = _spread(weight, FIRST)
+    held = best_of(anchors, *_solve(*problem, anchors, shifts, trunc))
+    for count in NEXT:
+        anchors = _compare(*problem, held[1], shifts, trunc).topk(count, largest=False)[1]
+        found = best_of(anchors, *_solve(*problem, anchors, shifts, trunc, held[1]))
+        better = found[2] < held[2] * (1 - TIE)
+        held = tuple(torch.where(better, new, old) for new, old in zip(found, held))
+    return held[0], held[3]
+
+
+def _align(source: Tensor, target: Tensor, weight: Tensor, trunc: float | None, shifts: Tensor):
+    batch_shape, points = source.shape[:-2], source.shape[-2]
+    source, target = source.reshape(-1, points, 3), target.reshape(-1, points, 3)
+    weight = weight.reshape(-1, points)
+    with torch.no_grad():
+        size = max(1, PAIRS // (points * points + FIRST * points * 3))
+        pairs = [
+            _best_pair(s, t, w, shifts, trunc)
+            for s, t, w in zip(source.split(size), target.split(size), weight.split(size))
+        ]
+        anchor, second = (torch.cat(part) for part in zip(*pairs))
+    # Written out again by indexing, with the gradient that MoGe's functions have.
+    first = anchor[:, None, None].expand(-1, 1, 3)
+    source_1, target_1 = (map_.gather(1, first)[:, 0] * shifts for map_ in (source, target))
+    axis = (second % 3)[:, None]
+    rise = target.flatten(1).gather(1, second[:, None])[:, 0] - target_1.gather(1, axis)[:, 0]
+    run = source.flatten(1).gather(1, second[:, None])[:, 0] - source_1.gather(1, axis)[:, 0]
+    scale = rise / torch.where(run != 0, run, 1.0)
+    usable = (weight > 0).any(-1)
+    scale = torch.where(usable, scale, 0.0)
+    shift = torch.where(usable[:, None], target_1 - scale[:, None] * source_1, 0.0)
+    return scale.reshape(batch_shape), shift.reshape(*batch_shape, 3)
+
+
+def align_points_scale_z_shift(
+    points_src: Tensor, points_tgt: Tensor, weight: Tensor, trunc: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `moge.utils.alignment.align_points_scale_z_shift`: (...,N,3) x 2, (...,N) -> scale (...), shift (...,3)."""
+    return _align(points_src, points_tgt, weight, trunc, torch.tensor([0.0, 0.0, 1.0], device=points_src.device))
+
+
+def align_points_scale_xyz_shift(
+    points_src: Tensor, points_tgt: Tensor, weight: Tensor, trunc: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `moge.utils.alignment.align_points_scale_xyz_shift`: (...,N,3) x 2, (...,N) -> scale (...), shift (...,3).
+
+    0 for both where nothing has weight.
+    """
+    return _align(points_src, points_tgt, weight, trunc, torch.ones(3, device=points_src.device))
+
+
+def anchor_weights(
+    points: Tensor, mask: Tensor, radius_2d: int, radius_3d: Tensor, num_test: int, count: int
+) -> Tensor:
+    """Sampling weights of patch centres as `moge.train.losses.compute_anchor_sampling_weight` gives them, for `count`
+    known pixels drawn uniformly, and 0 elsewhere: sampling importance resampling.
+
+    points (B,H,W,3), mask (B,H,W), radius_3d (B,H,W) -> (B,H,W), each picture's sum is 1. A pixel counts with one over
+    the number of the `num_test` pixels drawn around it that lie within radius_3d in space.
+    """
+    batch, height, width = mask.shape
+    result = torch.zeros_like(points[..., 0]).flatten(1)
+    known = mask.flatten(1).to(points.dtype)
+    count = min(count, height * width)
+    chosen = torch.multinomial(known + 1e-12, count)  # without replacement; unknown ones only when known ones run out
+    row, column = chosen // width, chosen % width
+    shape = (batch, count, num_test)
+    i = row[..., None] + torch.randint(-radius_2d, radius_2d + 1, shape, device=points.device)
+    j = column[..., None] + torch.randint(-radius_2d, radius_2d + 1, shape, device=points.device)
+    inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
+    near = i.clamp(0, height - 1) * width + j.clamp(0, width - 1)
+    rows, picture = points.reshape(-1, 3), torch.arange(batch, device=points.device)[:, None] * (height * width)
+    near = near + picture[..., None]
+    distance = (F.embedding(near, rows) - F.embedding(chosen + picture, rows)[:, :, None]).norm(dim=-1)
+    counted = inside & mask.flatten()[near] & (distance <= radius_3d.flatten(1).gather(1, chosen)[..., None])
+    weight = known.gather(1, chosen) / counted.sum(-1).clamp_min(1)
+    result.scatter_(1, chosen, weight)
+    return (result / (result.sum(1, keepdim=True) + 1e-7)).reshape(mask.shape)
+
+
+def cheap_alignment(num_patches: int = 0) -> AbstractContextManager[None]:
+    """Inside, the loss functions of `moge.train.losses` use this module; `num_patches`: of the local loss."""
+
+    def weights(points: Tensor, mask: Tensor, radius_2d: int, radius_3d: Tensor, num_test: int = 64) -> Tensor:
+        most, least, enough = CANDIDATES
+        count = max(least * num_patches, min(most * num_patches, enough))
+        return anchor_weights(points, mask, radius_2d, radius_3d, num_test, count)
+
+    return replaced(
+        moge_losses,
+        align_points_scale_z_shift=align_points_scale_z_shift,
+        align_points_scale_xyz_shift=align_points_scale_xyz_shift,
+        compute_anchor_sampling_weight=weights,
+    )

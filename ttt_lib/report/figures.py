@@ -1,0 +1,105 @@
+"""Pictures of single results: before and after, loss curves, point clouds. A study's are in `study_figures.py`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from ttt_lib.adaptation.adapter import AdaptResult
+
+
+def to_array(image: Tensor) -> np.ndarray:
+    """(3,H,W) in [0,1] -> (H,W,3) for matplotlib."""
+    return image.detach().cpu().permute(1, 2, 0).clamp(0, 1).numpy()
+
+
+def inverse_depth(depth: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None) -> np.ndarray:
+    """1/depth scaled to its 98th percentile, NaN where unknown: near is bright, and scale does not matter."""
+    depth = np.asarray(depth.detach().cpu() if isinstance(depth, Tensor) else depth, dtype=np.float32)
+    known = np.isfinite(depth) & (depth > 0)
+    if mask is not None:
+        known &= np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
+    values = np.where(known, 1 / np.where(known, depth, 1), np.nan)
+    top = np.nanpercentile(values, 98) if known.any() else 1.0
+    return np.clip(values / max(float(top), 1e-12), 0, 1)
+
+
+def relative_error(depth: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> np.ndarray:
+    """|d - t| / t after scaling the prediction by the median ratio; NaN where the truth is unknown."""
+    depth, truth = (np.asarray(d.cpu() if isinstance(d, Tensor) else d, dtype=np.float32) for d in (depth, truth))
+    ratio = np.nanmedian(truth / depth)
+    return np.abs(depth * ratio - truth) / truth
+
+
+def plot_before_after(image: Tensor, result: AdaptResult, truth: Tensor | None = None) -> Figure:
+    """Image, inverse depth before and after, and their relative change; with truth also the truth and both errors."""
+    before, after = result.original, result.final
+    panels = [
+        ("image", to_array(image), {}),
+        ("before", inverse_depth(before.depth, before.mask), {"cmap": "magma"}),
+        (f"after ({result.decision})", inverse_depth(after.depth, after.mask), {"cmap": "magma"}),
+        ("after / before", (after.depth / before.depth).cpu().numpy(), {"cmap": "coolwarm", "vmin": 0.8, "vmax": 1.2}),
+    ]
+    if truth is not None:
+        limits = {"cmap": "viridis", "vmin": 0, "vmax": 0.5}
+        panels += [
+            ("truth", inverse_depth(truth), {"cmap": "magma"}),
+            ("error before", relative_error(before.depth, truth), limits),
+            ("error after", relative_error(after.depth, truth), limits),
+        ]
+    columns = 4
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.4 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, picture, options) in zip(axes.flat, panels):
+        axis.imshow(picture, **options)
+        axis.set_title(title, fontsize=9)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def plot_history(history: pd.DataFrame) -> Figure:
+    """The loss of each sample over the optimizer steps (`history.csv`)."""
+    figure, axis = plt.subplots(figsize=(6, 3))
+    for (_, sample), rows in history.groupby(["dataset", "sample"]):
+        axis.plot(rows["step"], rows["loss"], marker=".", label=sample)
+    axis.set(xlabel="optimizer step", ylabel="loss on the views")
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def point_cloud(image: Tensor, points: Tensor, mask: Tensor | None = None, most: int = 8000) -> go.Figure:
+    """An interactive plotly point cloud; image (3,H,W), points (H,W,3), mask (H,W); at most `most` points.
+
+    Axes as the camera sees them: x right, z forward, -y up.
+    """
+    import plotly.graph_objects as go
+
+    height, width = points.shape[:2]
+    step = max(1, int(np.ceil((height * width / most) ** 0.5)))
+    image = F.interpolate(image[None], (height, width), mode="area")[0] if image.shape[1:] != (height, width) else image
+    cloud, colour = points[::step, ::step].reshape(-1, 3), image.permute(1, 2, 0)[::step, ::step].reshape(-1, 3)
+    keep = torch.isfinite(cloud).all(-1) & (cloud[:, 2] > 0)
+    keep &= cloud[:, 2] < 20 * cloud[keep][:, 2].median() if bool(keep.any()) else keep
+    if mask is not None:
+        keep &= mask[::step, ::step].reshape(-1)
+    cloud, colour = cloud[keep].cpu().numpy().round(3), (colour[keep].cpu().numpy() * 255).astype(int)
+    marker = {"size": 2, "color": [f"rgb({r},{g},{b})" for r, g, b in colour]}
+    scatter = go.Scatter3d(x=cloud[:, 0], y=cloud[:, 2], z=-cloud[:, 1], mode="markers", marker=marker)
+    figure = go.Figure(scatter)
+    figure.update_layout(scene_aspectmode="data", margin={"l": 0, "r": 0, "t": 0, "b": 0}, height=380)
+    return figure

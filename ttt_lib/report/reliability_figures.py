@@ -1,0 +1,72 @@
+"""Figures of `04_reliability.ipynb`: estimated against true gains, risk against coverage, failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ttt_lib.report.figures import inverse_depth
+from ttt_lib.runs.results import prediction_name
+
+COLOURS = {"accept": "tab:green", "blend": "tab:orange", "reject": "tab:red"}
+
+
+def plot_estimates(table: pd.DataFrame) -> Figure:
+    """The gate's estimate of each sample against the true gain of adapting, coloured by decision."""
+    figure, axes = plt.subplots(figsize=(5.2, 4))
+    for decision, part in table.groupby("decision"):
+        axes.scatter(part.signal_estimate, part.gain_adapted, s=14, label=decision, color=COLOURS.get(decision))
+    axes.axhline(0, color="0.7", lw=0.8)
+    axes.axvline(0, color="0.7", lw=0.8)
+    axes.set(xlabel="estimate", ylabel="true gain of the adapted prediction")
+    axes.legend()
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def plot_risk_coverage(curves: dict[str, pd.DataFrame]) -> Figure:
+    """Gain and harm against the share of samples that are adapted; curves: of `calibration.risk_coverage`, by name."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for name, curve in curves.items():
+        axes[0].plot(curve.coverage, curve.gain, label=name)
+        axes[1].plot(curve.coverage, curve.worse, label=name)
+    last = next(iter(curves.values())).gain.iloc[-1]
+    axes[0].plot([0, 1], [0, last], color="0.7", ls=":", label="at random")
+    axes[0].set(xlabel="share adapted", ylabel="mean gain in delta1")
+    axes[1].set(xlabel="share adapted", ylabel="share losing more than 0.01")
+    axes[0].legend()
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def plot_failures(rows: pd.DataFrame, shards: list[Path]) -> Figure:
+    """Image, original and adapted inverse depth and where they differ, of the samples in `rows` (dataset, sample).
+
+    shards: folders of results of runs that measured (`gate.mode: measure`), whose final prediction is the adapted one.
+    """
+    figure, axes = plt.subplots(max(len(rows), 1), 4, figsize=(11, 2.3 * max(len(rows), 1)), squeeze=False)
+    for line, (_, row) in zip(axes, rows.iterrows()):
+        name = prediction_name(row.dataset, row["sample"])
+        places = [Path(shard) / "predictions" / name for shard in shards]
+        with np.load(next(place for place in places if place.exists())) as content:
+            before, after = (content[f"depth_{name}"].astype(np.float32) for name in ("original", "final"))
+            ratio = np.log(np.maximum(after, 1e-6) / np.maximum(before, 1e-6))
+            ratio -= np.nanmedian(ratio)
+            pictures = (content["image"], inverse_depth(before), inverse_depth(after))
+        for axis, picture, title in zip(line, pictures, ("image", "original", f"adapted (gate: {row.decision})")):
+            axis.imshow(picture, cmap=None if title == "image" else "magma")
+            axis.set_title(title, fontsize=9)
+        limit = max(float(np.nanquantile(np.abs(ratio), 0.99)), 1e-3)
+        line[3].imshow(ratio, cmap="RdBu", vmin=-limit, vmax=limit)
+        line[3].set_title(f"change of log depth, within {limit:.2f}", fontsize=9)
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.tight_layout()
+    plt.close(figure)
+    return figure

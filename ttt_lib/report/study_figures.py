@@ -1,0 +1,146 @@
+"""Figures of a study: Figure 4, loss curves, gain against seconds, and the gallery of single samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from ttt_lib.evaluation.paired import summarise
+from ttt_lib.geometry.cameras import unproject
+from ttt_lib.report.figures import inverse_depth, point_cloud, relative_error
+from ttt_lib.report.tables import in_order
+from ttt_lib.runs.results import Runs, prediction_name
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+def figure4(gains: pd.DataFrame, tolerance: float = 1e-3, title: str = "") -> Figure:
+    """Per-sample before and after of every experiment, and how many improved and got worse."""
+    experiments = [name for name in in_order(gains["experiment"]) if name != "original"]
+    columns = min(5, max(len(experiments), 1))
+    rows = -(-len(experiments) // columns)
+    figure = plt.figure(figsize=(2.4 * columns, 2.4 * rows + 3))
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1] * rows + [1.2], hspace=0.6, wspace=0.35)
+    for i, name in enumerate(experiments):
+        axis = figure.add_subplot(grid[i // columns, i % columns])
+        group = gains[gains.experiment == name]
+        axis.scatter(group["before"], group["after"], s=8, c=np.where(group["gain"] >= 0, "tab:green", "tab:red"))
+        values = group[["before", "after"]].to_numpy(float)
+        low, high = values.min(), values.max()
+        axis.plot([low, high], [low, high], "k--", linewidth=0.6)
+        axis.set_title(name.replace("unfreeze_encoder", "unfreeze"), fontsize=7)
+        axis.tick_params(labelsize=6)
+    axis = figure.add_subplot(grid[rows, :])
+    table = summarise(gains[gains.experiment != "original"], tolerance, samples=2).set_index("experiment")
+    table = table.reindex(experiments)
+    axis.bar(range(len(table)), table["improved"], color="tab:green", label="improved")
+    axis.bar(range(len(table)), -table["worse"], color="tab:red", label="worse")
+    axis.axhline(0, color="k", linewidth=0.6)
+    axis.set_xticks(range(len(table)), table.index, rotation=40, ha="right", fontsize=7)
+    axis.legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    plt.close(figure)
+    return figure
+
+
+def loss_curves(history: pd.DataFrame) -> Figure:
+    """Mean loss over the samples, by passes, relative to each sample's first step."""
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    for name in in_order(history["experiment"]):
+        rows = history[history.experiment == name].dropna(subset=["loss"])
+        first = rows.groupby(["dataset", "sample"])["loss"].transform("first")  # rows are in the order of the steps
+        curve = (rows["loss"] / first).groupby(rows["passes"]).mean()
+        axis.plot(curve.index, curve.to_numpy(), marker=".", label=name)
+    axis.set(xlabel="passes", ylabel="loss / loss of the first step")
+    if axis.lines:
+        axis.legend(fontsize=6, ncol=2)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def pareto(gains: pd.DataFrame, samples: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Mean gain against seconds an image, and the table with those that nothing beats in both (`front`)."""
+    table = pd.DataFrame({
+        "gain": gains.groupby("experiment")["gain"].mean(),
+        "seconds": samples.groupby("experiment")["seconds"].mean(),
+    }).astype(float).dropna()  # fmt: skip
+    beaten = [
+        ((table.gain >= row.gain) & (table.seconds <= row.seconds) & ((table.gain > row.gain) | (table.seconds < row.seconds))).any()
+        for row in table.itertuples()
+    ]  # fmt: skip
+    table["front"] = ~np.array(beaten, dtype=bool)
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    axis.scatter(table.seconds, table.gain, c=np.where(table.front, "tab:orange", "tab:gray"))
+    front = table[table.front].sort_values("seconds")
+    axis.plot(front.seconds, front.gain, "tab:orange", linewidth=1)
+    for row in table.itertuples():
+        axis.annotate(row.Index, (row.seconds, row.gain), fontsize=6)
+    axis.set(xlabel="seconds an image", ylabel="mean gain")
+    if len(table):
+        axis.set_xscale("log")
+    axis.axhline(0, color="k", linewidth=0.5)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure, table
+
+
+def best_row(front: pd.DataFrame) -> str | None:
+    """The trained experiment of `pareto`'s table with the highest mean gain; None if there is none."""
+    trained = front.drop(index=["original", "control_lr0"], errors="ignore")
+    return trained["gain"].idxmax() if len(trained) else None
+
+
+def gallery_samples(gains: pd.DataFrame, experiment: str, count: int = 2) -> pd.DataFrame:
+    """The best and the worst samples of an experiment, `count` each, best first."""
+    rows = gains[gains.experiment == experiment].sort_values("gain", ascending=False)
+    return pd.concat([rows.head(count), rows.tail(count)]).drop_duplicates(["dataset", "sample"])
+
+
+def prediction_file(runs: Runs, experiment: str, dataset: str, sample: str) -> Path | None:
+    """Where the small copies of a sample's prediction lie."""
+    files = (s / "predictions" / prediction_name(dataset, sample) for s in runs.shards if s.parent.name == experiment)
+    return next((path for path in files if path.exists()), None)
+
+
+def gallery(runs: Runs, chosen: pd.DataFrame) -> Figure:
+    """Image, both depths and both error maps of each chosen row (experiment, dataset, sample, gain)."""
+    titles = ("image", "before", "after", "error before", "error after")
+    figure, axes = plt.subplots(max(len(chosen), 1), 5, figsize=(12, 2.1 * max(len(chosen), 1)), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for line, row in zip(axes, chosen.itertuples()):
+        path = prediction_file(runs, row.experiment, row.dataset, row.sample)
+        if path is None:
+            continue
+        data = {
+            key: value.astype(np.float32) if value.dtype == np.float16 else value
+            for key, value in np.load(path).items()
+        }
+        pictures = [data["image"], inverse_depth(data["depth_original"]), inverse_depth(data["depth_final"])]
+        if "depth_truth" in data:
+            pictures += [relative_error(data[key], data["depth_truth"]) for key in ("depth_original", "depth_final")]
+        for i, (axis, picture) in enumerate(zip(line, pictures)):
+            axis.imshow(picture, **({} if i == 0 else {"cmap": "magma"} if i < 3 else {"vmin": 0, "vmax": 0.5}))
+            axis.set_title(titles[i] if i else f"{row.sample}: {row.gain:+.3f}", fontsize=8)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def gallery_cloud(runs: Runs, row: Any, which: str = "final") -> go.Figure | None:
+    """Plotly point cloud of a gallery row; which: `original`, `final` or `truth`. None if it was not kept."""
+    path = prediction_file(runs, row.experiment, row.dataset, row.sample)
+    data = np.load(path) if path is not None else {}
+    if f"depth_{which}" not in data:
+        return None
+    depth = torch.from_numpy(data[f"depth_{which}"].astype(np.float32))
+    points = unproject(depth, torch.from_numpy(data["intrinsics"]).float())
+    return point_cloud(torch.from_numpy(data["image"]).permute(2, 0, 1).float() / 255, points)

@@ -1,0 +1,163 @@
+"""Table 1 and what is beside it, as data frames and as text: Markdown, LaTeX, HTML cells, a terminal.
+
+Everything is computed from the runs; nothing is remembered from elsewhere but the published table, marked as such.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ttt_lib.evaluation.paired import is_better_high
+from ttt_lib.evaluation.scores import TABLE1_COLUMNS
+from ttt_lib.runs.results import Runs
+
+PUBLISHED = Path(__file__).parents[1] / "assets" / "published_table1.csv"
+PUBLISHED_SOURCE = (
+    "Herald of Khmelnytskyi National University, 2025, issue 6 part 2 (MoGe-2 ViT-S, 50 samples, RTX 3080)"
+)
+COLUMN_NAMES = [f"{metric}_{score}" for metric, score in TABLE1_COLUMNS]
+ORDER = (
+    "original", "control_lr0", "tta", "freeze_encoder", "unfreeze_encoder", "unfreeze_encoder_normal_loss",
+    "unfreeze_encoderSGD", "unfreeze_encoderSGD_lower_lr", "unfreeze_encoderSGD_higher_lr", "unfreeze_encoder_lower_lr",
+    "unfreeze_encoder_higher_lr", "unfreeze_encoder_shorter", "unfreeze_encoder_longer", "freeze_encoder_render",
+    "unfreeze_encoder_render", "recommended",
+)  # fmt: skip
+
+
+def in_order(names: pd.Series | pd.Index) -> list[str]:
+    """Names of experiments, each once, in the order of the paper's table; others follow by name."""
+    known = {name: i for i, name in enumerate(ORDER)}
+    return sorted(set(names), key=lambda name: (known.get(name, len(known)), name))
+
+
+def published_table() -> pd.DataFrame:
+    """The published Table 1, one row an experiment; the last column is seconds an image."""
+    return pd.read_csv(PUBLISHED, comment="#").set_index("experiment")
+
+
+def table1(runs: Runs) -> pd.DataFrame:
+    """Means over the samples, in the published columns, and seconds an image; NaN where nothing was measured.
+
+    One row an experiment, also for one without any score.
+    """
+    final = runs.metrics[runs.metrics.prediction == "final"]
+    wide = final.assign(column=final.metric + "_" + final.score).pivot_table(
+        index="experiment", columns="column", values="value", aggfunc="mean"
+    )
+    experiments = in_order([*runs.metrics["experiment"], *runs.samples["experiment"]])
+    table = wide.reindex(index=pd.Index(experiments, name="experiment"), columns=COLUMN_NAMES).astype(float)
+    table.columns.name = None
+    table["seconds"] = runs.samples.groupby("experiment")["seconds"].mean().astype(float)
+    return table
+
+
+def printed(value: float, decimals: int) -> str:
+    """A number as every table prints it; nothing for NaN."""
+    return "" if pd.isna(value) else f"{value:.{decimals}f}"
+
+
+def best_cells(table: pd.DataFrame, decimals: int = 2) -> pd.DataFrame:
+    """Which cells are the best of their column as printed (ties count), seconds excepted: a frame of booleans.
+
+    The printed text decides, because rounding a frame can differ from it (1.115 prints as 1.11 and rounds to 1.12).
+    """
+    best = pd.DataFrame(False, index=table.index, columns=table.columns)
+    for column in COLUMN_NAMES:
+        values = pd.to_numeric(table[column].map(lambda value: printed(value, decimals)), errors="coerce")
+        target = values.max() if is_better_high(column.rsplit("_", 1)[-1]) else values.min()
+        best[column] = values == target
+    return best
+
+
+def cells(table: pd.DataFrame, decimals: int, bold: str) -> pd.DataFrame:
+    """The table as text, the best cells put into `bold` (a format with one place); seconds to three decimals."""
+    best = best_cells(table, decimals)
+    text = pd.DataFrame("", index=table.index, columns=table.columns, dtype=object)
+    for column in table.columns:
+        digits = decimals if column in COLUMN_NAMES else 3
+        text[column] = [
+            bold.format(printed(value, digits)) if chosen else printed(value, digits)
+            for value, chosen in zip(table[column], best[column])
+        ]
+    return text
+
+
+def _headers() -> list[str]:
+    short = {"metric": "metric", "scale_invariant": "scale-inv.", "affine_invariant": "affine-inv."}
+    names = []
+    for metric, score in TABLE1_COLUMNS:
+        quantity, alignment = metric.split("_", 1)
+        names.append(f"{quantity} {short[alignment]} {'Rel ↓' if score == 'rel' else 'δ1 ↑'}")
+    return [*names, "s / image"]
+
+
+def to_markdown(table: pd.DataFrame, decimals: int = 2) -> str:
+    """The table with the best cells in bold."""
+    text = cells(table, decimals, "**{}**")
+    lines = ["| experiment | " + " | ".join(_headers()) + " |", "|---" * (len(text.columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in zip(text.index, text.to_numpy())]
+    return "\n".join(lines) + "\n"
+
+
+def to_latex(table: pd.DataFrame, decimals: int = 2) -> str:
+    """A `tabular` with the best cells in bold; needs booktabs."""
+    text = cells(table, decimals, r"\textbf{{{}}}")
+    arrows = {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "δ1": r"$\delta_1$"}
+    head = " & ".join(["experiment", *_headers()])
+    for symbol, code in arrows.items():
+        head = head.replace(symbol, code)
+    names = [re.sub(r"([&%$#_{}])", r"\\\1", name) for name in text.index]
+    rows = [" & ".join([name, *row]) + r" \\" for name, row in zip(names, text.to_numpy())]
+    columns = "l" + "r" * len(text.columns)
+    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head + r" \\", r"\midrule", *rows,
+                      r"\bottomrule", r"\end{tabular}", ""])  # fmt: skip
+
+
+def to_text(table: pd.DataFrame, decimals: int = 3) -> str:
+    """The table for a terminal: short column names, one row an experiment."""
+    short = table.copy()
+    alignments = {"metric": "met", "scale_invariant": "sc", "affine_invariant": "aff"}
+    short.columns = [
+        *(f"{m.split('_', 1)[0][0]}.{alignments[m.split('_', 1)[1]]}.{'rel' if s == 'rel' else 'd1'}" for m, s in TABLE1_COLUMNS),
+        "seconds",
+    ]  # fmt: skip
+    legend = (
+        "d: depth, p: points; met: metric, sc: scale-invariant, aff: affine-invariant; rel: lower, d1: higher is better"
+    )
+    return f"{short.round(decimals).to_string(na_rep='-')}\n({legend})"
+
+
+def confound(table: pd.DataFrame) -> pd.DataFrame:
+    """The part of a gain that is not training, on the published numbers or ours.
+
+    `unfreeze_encoderSGD_lower_lr` hardly changes the model: its metric columns equal `original`'s. Where its aligned
+    columns differ from `original`'s all the same, so does the evaluation. Returns original, the near-zero row, their
+    difference, and the best row's difference, one row a column; what the table lacks is left out.
+    """
+    rows = [name for name in ("original", "unfreeze_encoderSGD_lower_lr", "control_lr0") if name in table.index]
+    view = table.loc[rows, COLUMN_NAMES].T
+    if "original" not in rows:
+        return view
+    for name in rows[1:]:
+        view[f"{name} - original"] = view[name] - view["original"]
+    if "unfreeze_encoder" in table.index:
+        view["unfreeze_encoder - original"] = table.loc["unfreeze_encoder", COLUMN_NAMES] - view["original"]
+    return view
+
+
+def control_is_exact(runs: Runs) -> bool | None:
+    """Whether `control_lr0` gives exactly the numbers of `original` on the samples that both have; None if no such."""
+    final = runs.metrics[runs.metrics.prediction == "final"]
+    keys = ["dataset", "sample", "metric", "score"]
+    both = [final[final.experiment == name].set_index(keys)["value"] for name in ("original", "control_lr0")]
+    samples = [part.index.droplevel(["metric", "score"]) for part in both]
+    original, control = (part[own.isin(other)].sort_index() for part, own, other in zip(both, samples, samples[::-1]))
+    if not len(original):
+        return None
+    return original.index.equals(control.index) and np.array_equal(
+        original.to_numpy(float), control.to_numpy(float), equal_nan=True
+    )

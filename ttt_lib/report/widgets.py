@@ -1,0 +1,125 @@
+"""Explorers for JupyterLab, made of ipywidgets: they choose settings and show what comes of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import display
+from torch import Tensor
+
+from ttt_lib.core.schema import ViewConfig
+from ttt_lib.models.base import Prediction
+from ttt_lib.report.view_figures import plot_views
+from ttt_lib.views.draw import make_views
+from ttt_lib.views.renderer import NovelViewRenderer
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+# What a view type switches on: mirror, crop, novel view, photometric probabilities (the sliders say how much).
+VIEW_TYPES: dict[str, dict[str, Any]] = {
+    "everything": {"mirror": 0.5, "crop": {}, "novel_view": 0.7, "photometric": 1.0},
+    "colours": {"photometric": 1.0},
+    "mirror": {"mirror": 1.0},
+    "crop, recentred": {"crop": {"kind": "recentred"}},
+    "crop, plain": {"crop": {"kind": "plain"}},
+    "other camera": {"novel_view": 1.0},
+}
+
+
+def _text(picture: bytes) -> str:
+    """Bytes as a notebook stores them."""
+    return base64.b64encode(picture).decode("ascii")
+
+
+def show_cloud(figure: go.Figure) -> None:
+    """Display a plotly point cloud, first seen from near its camera, with a picture for viewers that run no scripts."""
+    cloud = figure.data[0]
+    figure.update_layout(scene_camera={"eye": {"x": 0.5, "y": -1.6, "z": 0.5}})
+    points = [np.asarray(values, dtype=float) for values in (cloud.x, cloud.y, cloud.z)]
+    colours = [[int(part) / 255 for part in re.findall(r"\d+", text)] for text in cloud.marker.color]
+    still = plt.figure(figsize=(6, 4))
+    axis = still.add_subplot(projection="3d")
+    axis.scatter(*points, c=colours, s=6, linewidths=0, depthshade=False)
+    axis.set_box_aspect([max(float(np.ptp(values)), 1e-6) for values in points])
+    axis.set(xlabel="x", ylabel="z, forward", zlabel="up")
+    axis.view_init(elev=15, azim=-75)
+    buffer = io.BytesIO()
+    still.savefig(buffer, format="jpeg", dpi=85)
+    plt.close(still)
+    bundle = {"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "image/jpeg": _text(buffer.getvalue())}
+    display(bundle, raw=True)
+
+
+class ViewExplorer(ipywidgets.VBox):
+    """Pick a picture, a kind of view, severities and a seed, and see three views with targets and masks.
+
+    targets: name -> (image (3,H,W), prediction of it), e.g. `{"room": (image, model.predict(image))}`. The picture is
+    drawn anew when a control changes; `config` is what the controls say, to be copied into an experiment.
+    """
+
+    def __init__(self, targets: dict[str, tuple[Tensor, Prediction]], count: int = 3) -> None:
+        self.targets, self.count = targets, count
+        self.renderer = NovelViewRenderer("auto", device=next(iter(targets.values()))[0].device)
+        wide = {"style": {"description_width": "9em"}, "layout": {"width": "26em"}}
+        slow = {"continuous_update": False, **wide}
+        self.picture = ipywidgets.Dropdown(options=list(targets), description="picture", **wide)
+        self.view_type = ipywidgets.Dropdown(options=list(VIEW_TYPES), description="view", **wide)
+        self.colour = ipywidgets.IntSlider(3, 0, 5, description="colour severity", **slow)
+        self.blur = ipywidgets.FloatSlider(0.0, min=0, max=1, step=0.25, description="chance of blur", **slow)
+        self.camera = ipywidgets.IntSlider(3, 0, 5, description="camera severity", **slow)
+        self.crop = ipywidgets.FloatSlider(0.6, min=0.2, max=1, step=0.05, description="smallest crop", **slow)
+        self.seed = ipywidgets.IntSlider(0, 0, 99, description="seed", **slow)
+        self.image = ipywidgets.Image(format="jpeg", layout={"align_self": "flex-start"})  # at its own size
+        self.status = ipywidgets.HTML()
+        controls = [self.picture, self.view_type, self.seed, self.colour, self.blur, self.camera, self.crop]
+        for control in controls:
+            control.observe(self.update, names="value")
+        left, right = ipywidgets.VBox(controls[:3]), ipywidgets.VBox(controls[3:])
+        super().__init__([ipywidgets.HBox([left, right], layout={"flex_flow": "row wrap"}), self.image, self.status])
+        self.update()
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        """With the picture as it is now, for viewers that run no scripts."""
+        return {**super()._repr_mimebundle_(**options), "image/jpeg": _text(self.image.value)}
+
+    @property
+    def config(self) -> ViewConfig:
+        """The `views` section of an experiment that the controls stand for."""
+        chosen = VIEW_TYPES[self.view_type.value]
+        crop = chosen.get("crop")
+        return ViewConfig(
+            mirror=chosen.get("mirror", 0.0),
+            crop={"probability": 0.0} if crop is None else {"scale": (self.crop.value, 1.0), **crop},
+            novel_view={"probability": chosen.get("novel_view", 0.0), "severity": self.camera.value},
+            photometric={
+                "probability": chosen.get("photometric", 0.0), "severity": self.colour.value, "blur": self.blur.value
+            },
+        )  # fmt: skip
+
+    def update(self, _change: dict | None = None) -> None:
+        """Draw the views that the controls ask for and show them."""
+        image, target = self.targets[self.picture.value]
+        generator = torch.Generator().manual_seed(self.seed.value)
+        begun = time.perf_counter()
+        view = make_views(
+            image, target.points, target.mask, target.intrinsics, self.config, self.count, generator, self.renderer
+        )
+        spent = (time.perf_counter() - begun) * 1000 / self.count
+        buffer = io.BytesIO()
+        plot_views(view).savefig(buffer, format="jpeg", dpi=85)
+        self.image.value = buffer.getvalue()
+        known = ", ".join(f"{share:.0%}" for share in view.mask.flatten(1).float().mean(1).tolist())
+        self.status.value = (
+            f"known: {known} of the pixels; {view.stats['redrawn']} drawn again, {view.stats['identity']} stayed in "
+            f"place; {spent:.0f} ms a view; {self.renderer.reason}"
+        )

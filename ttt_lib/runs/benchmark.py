@@ -1,0 +1,220 @@
+"""Time and memory of adaptation: each stage of a step, whole loops side by side, and how the cost grows.
+
+Every comparison runs on one machine in one call, as medians of interleaved repeats; each loop runs in a process of its
+own, so that its peak memory is its own. Nothing here is asserted in a test: times belong in `05_performance.ipynb`.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ttt_lib.adaptation.adapter import adapt, sample_generator, working_image
+from ttt_lib.adaptation.gradients import Student, left_out
+from ttt_lib.adaptation.loop import draw_views, make_optimizer, make_renderer
+from ttt_lib.adaptation.losses.terms import compute_loss, draw_seeds
+from ttt_lib.core.config import ExperimentConfig, build_experiment
+from ttt_lib.core.memory import memory_mb, peak_memory_mb, reset_peak_memory
+from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot
+from ttt_lib.runs.experiment import open_model
+
+STAGES = ("augment", "render", "forward", "loss", "backward", "optimizer", "teacher")
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What a table of times must say of where it was made."""
+    about = {"torch": torch.__version__, "threads": str(torch.get_num_threads()), "processor": _processor()}
+    if device.type == "cuda":
+        about["device"] = torch.cuda.get_device_name(device)
+        about["driver"] = str(torch.version.cuda)
+    return about
+
+
+def _processor() -> str:
+    try:
+        lines = open("/proc/cpuinfo", encoding="utf-8").read().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, repeats: int = 5) -> pd.DataFrame:
+    """Median seconds of each stage of one pass on `image` (3,H,W), and its share: columns stage, seconds, share.
+
+    All views are of one target, as between two refreshes of the teacher. The teacher, the optimizer and, within
+    `render`, making the scene of a new target count as often as the configuration runs them. The first repeat warms up
+    and does not count. The weights are as before afterwards.
+    """
+    device = model.device
+    image = working_image(image.to(device), config.views.longest_side)
+    named = select_parameters(model, config.train.parts)
+    before = snapshot(model, named)
+    times: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    try:
+        student = Student(model, named, config.train.lora_rank)
+        optimizer = make_optimizer(student.leaves, config.train.optimizer)
+        renderer, spare = make_renderer(config, device), make_renderer(config, device)
+        drawing = [0.0]
+        if renderer is not None:
+            renderer.render = _timed(renderer.render, drawing, device)
+        generator = sample_generator(0, "benchmark")
+        target = model.predict(image)
+        for _ in range(repeats + 1):
+            drawing[0] = 0.0
+            marks = [_now(device)]
+            view = draw_views(image, target, config, generator, renderer)
+            marks.append(_now(device))
+            with student.attached():
+                with model.without(left_out(config)):
+                    output = model.forward(view.image, view.intrinsics)
+                marks.append(_now(device))
+                loss, _ = compute_loss(
+                    output, view.points, view.negative, view.intrinsics, config.losses,
+                    draw_seeds(len(view.image), generator),
+                    cheap=not config.released.full_cost_alignment,
+                )  # fmt: skip
+                marks.append(_now(device))
+                gradients = torch.autograd.grad(loss, student.leaves, allow_unused=True)
+            marks.append(_now(device))
+            for leaf, gradient in zip(student.leaves, gradients):
+                leaf.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            marks.append(_now(device))
+            fresh = model.predict(image)
+            marks.append(_now(device))
+            if spare is not None and drawing[0] > 0:
+                surface = fresh.mask & torch.isfinite(fresh.points).all(-1) & (fresh.points[..., 2] > 0)
+                spare.set_scene(image, fresh.points, surface, fresh.intrinsics)
+            marks.append(_now(device))
+            spent = [b - a for a, b in zip(marks, marks[1:])]
+            steps = 1 / config.train.accumulation
+            refresh = config.teacher.refresh_every
+            refreshes = steps / refresh if refresh else 0.0
+            scene = spent[6] if drawing[0] > 0 else 0.0
+            for stage, seconds in {
+                "augment": spent[0] - drawing[0], "render": drawing[0] + scene * refreshes, "forward": spent[1], "loss": spent[2],
+                "backward": spent[3], "optimizer": spent[4] * steps,
+                "teacher": spent[5] * refreshes,
+            }.items():  # fmt: skip
+                times[stage].append(seconds)
+    finally:
+        restore(model, before)
+    medians = {stage: statistics.median(values[1:]) for stage, values in times.items()}
+    total = sum(medians.values())
+    rows = [{"stage": stage, "seconds": seconds, "share": seconds / total} for stage, seconds in medians.items()]
+    return pd.DataFrame(rows)
+
+
+def _timed(function: Callable, total: list[float], device: torch.device) -> Callable:
+    def wrapped(*arguments: Any) -> Any:
+        begun = _now(device)
+        result = function(*arguments)
+        total[0] += _now(device) - begun
+        return result
+
+    return wrapped
+
+
+def _adapt_once(settings: dict[str, Any], image: Tensor, repeats: int, threads: int) -> dict[str, float]:
+    """In a process of its own: median seconds an image, peak memory of adapting (MiB), and how much of it adapting
+    added to the loaded model after a plain prediction."""
+    torch.set_num_threads(threads)
+    config = build_experiment(settings)
+    model = open_model(config)
+    model.predict(image.to(model.device))
+    idle = memory_mb(model.device)
+    reset_peak_memory(model.device)  # loading took more for a while
+    adapt(model, image, config.model_copy(update={"train": config.train.model_copy(update={"passes": 1})}))
+    seconds, reload_seconds, peak = [], [], 0.0
+    for i in range(repeats):
+        begun = _now(model.device)
+        if config.released.reload_model:
+            model = None  # not two of them at a time
+            model = open_model(config)
+        reload_seconds.append(_now(model.device) - begun)
+        peak = max(peak, peak_memory_mb(model.device))  # of reloading: `adapt` starts again
+        result = adapt(model, image, config, name=str(i))
+        seconds.append(_now(model.device) - begun)
+        peak = max(peak, result.peak_memory_mb)
+    return {
+        "seconds": statistics.median(seconds), "reload": statistics.median(reload_seconds), "passes": result.passes_done,
+        "peak_mb": peak, "idle_mb": idle, "added_mb": max(peak - idle, 0.0),
+        "cuda": float(model.device.type == "cuda"),
+    }  # fmt: skip
+
+
+def compare_loops(
+    configs: dict[str, ExperimentConfig], image: Tensor, repeats: int = 3, rounds: int = 1
+) -> pd.DataFrame:
+    """Seconds and peak memory of adapting to one image (3,H,W) by each configuration, and ratios to the first.
+
+    Columns loop, passes, seconds, ms_a_pass, peak_mb (MiB of the whole process, or allocated on a CUDA device),
+    added_mb (peak less what the loaded model had after a plain prediction: what adapting added), faster (first's
+    seconds over these), memory (on a CUDA device peak_mb over the first's; on a CPU, where libraries would hide the
+    difference, added_mb over the first's). Each loop runs `rounds` times in turn, `repeats` images a time, in a fresh process.
+    """
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in configs}
+    for _ in range(rounds):
+        for name, config in configs.items():
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                arguments = (config.as_parameters(), image.cpu(), repeats, torch.get_num_threads())
+                found[name].append(pool.submit(_adapt_once, *arguments).result())
+    rows = []
+    for name, results in found.items():
+        row = {key: statistics.median(result[key] for result in results) for key in results[0]}
+        rows.append({
+            "loop": name, "passes": int(row["passes"]), "seconds": row["seconds"],
+            "ms_a_pass": 1000 * row["seconds"] / max(row["passes"], 1), "peak_mb": row["peak_mb"],
+            "added_mb": row["added_mb"],
+        })  # fmt: skip
+    table = pd.DataFrame(rows)
+    table["faster"] = table.seconds[0] / table.seconds
+    compared = table.peak_mb if next(iter(found.values()))[0]["cuda"] else table.added_mb
+    table["memory"] = compared / compared[0]
+    return table
+
+
+def growth(model: GeometryModel, image: Tensor, config: ExperimentConfig, key: str, values: list[Any]) -> pd.DataFrame:
+    """Seconds of adapting to one image as one setting grows: columns key, seconds, images_a_minute.
+
+    key: a dotted setting (`train.passes`), or `model.num_tokens` or `images` (how many are adapted one after the other).
+    """
+    rows = []
+    own = model.num_tokens
+    for value in values:
+        changed, count = config, 1
+        if key == "images":
+            count = int(value)
+        elif key == "model.num_tokens":
+            model.num_tokens = int(value)
+        else:
+            overrides: dict[str, Any] = {}
+            place = overrides
+            *parents, last = key.split(".")
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[last] = value
+            changed = build_experiment(config.as_parameters(), overrides=overrides)
+        begun = _now(model.device)
+        for i in range(count):
+            adapt(model, image, changed, name=str(i))
+        seconds = _now(model.device) - begun
+        rows.append({key: value, "seconds": seconds, "images_a_minute": 60 * count / seconds})
+        model.num_tokens = own
+    return pd.DataFrame(rows)

@@ -1,0 +1,126 @@
+"""Where jobs run: processes of this machine, a running dask scheduler, or a batch system through dask-jobqueue."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.files import read_yaml
+
+ANSWER_WITHIN = 20  # seconds for a scheduler that is said to run
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection while a client starts: dask closes a forgotten client when it is collected, which takes the
+    lock that starting and stopping hold, and the process would wait for itself for ever."""
+    gc.collect()  # clients that failed earlier, so that none is left for the time when this one stops
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _local(workers: int) -> Any:
+    """One process a worker; each job starts a kernel of its own, so the workers themselves stay small."""
+    from distributed import LocalCluster
+
+    return LocalCluster(
+        n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50,
+        memory_limit=0,
+    )  # fmt: skip
+
+
+def _batch_system(description: str, workers: int) -> Any:
+    """The dask-jobqueue cluster of a YAML file with `class` and `options`."""
+    try:
+        import dask_jobqueue
+    except ImportError as error:
+        raise UserError('--cluster: needs dask-jobqueue; `pip install -e ".[cluster]"`.') from error
+    settings = read_yaml(description)
+    where, known = f"--cluster {description}", sorted(name for name in dir(dask_jobqueue) if name.endswith("Cluster"))
+    if not isinstance(settings, dict) or not isinstance(settings.get("options", {}), dict):
+        raise UserError(f"{where}: must hold `class` and `options`.")
+    kind = settings.pop("class", "SLURMCluster")
+    if kind not in known:
+        raise UserError(f"{where}: class {kind!r} is not known; use one of {', '.join(known)}.")
+    try:
+        cluster = getattr(dask_jobqueue, kind)(**settings.get("options", settings))
+    except Exception as error:  # whatever the batch system's class makes of the options
+        raise UserError(f"{where}: {kind} does not start with these options ({reason(error)}).") from error
+    cluster.scale(jobs=workers)
+    return cluster
+
+
+def _existing(scheduler: str) -> Any:
+    from distributed import Client
+
+    try:
+        return Client(scheduler, timeout=f"{ANSWER_WITHIN}s")
+    except Exception as error:  # an address of any shape ends in nearly any exception
+        raise UserError(f"--scheduler {scheduler}: no scheduler answers there ({reason(error)}).") from error
+
+
+def _require_single_threads(client: Any, scheduler: str) -> None:
+    """A job sets its process's environment (threads, GPU); two in one process would run with each other's."""
+    threads = max((worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()), default=1)
+    if threads > 1:
+        raise UserError(
+            f"--scheduler {scheduler}: has a worker with {threads} threads, and jobs need a process each; start the workers"
+            " with `dask worker --nthreads 1 --nworkers N`."
+        )
+
+
+@contextmanager
+def open_client(
+    workers: int, scheduler: str | None, cluster_file: str | None, announce: Callable[[str], None]
+) -> Iterator[Any]:
+    """A dask client of `scheduler` (an address), of the cluster that `cluster_file` describes, or of local processes."""
+    from distributed import Client
+
+    with _collector_paused():
+        if scheduler:
+            cluster, client = None, _existing(scheduler)
+        else:
+            cluster = _batch_system(cluster_file, workers) if cluster_file else _local(workers)
+            client = Client(cluster)
+    try:
+        if scheduler:
+            _require_single_threads(client, scheduler)
+        announce(f"dashboard: {client.dashboard_link}")
+        if not scheduler and not cluster_file:
+            _pin_gpus(client)
+        yield client
+    finally:
+        client.close()
+        if cluster is not None:
+            cluster.close()
+
+
+def _set_device(name: str) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = name
+
+
+def _pin_gpus(client: Any) -> None:
+    """One GPU a worker, where there are GPUs; more workers than GPUs share them in turn."""
+    devices = visible_gpus()
+    for i, address in enumerate(client.scheduler_info(n_workers=-1)["workers"] if devices else []):
+        client.run(_set_device, devices[i % len(devices)], workers=[address])
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them; asked without starting CUDA here."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if told is not None:
+        return [name.strip() for name in told.split(",") if name.strip()]
+    listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return [str(i) for i in range(sum(line.startswith("GPU") for line in (listed or "").splitlines()))]

@@ -1,0 +1,47 @@
+"""The samples on which a model does worst, as a set of their own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from ttt_lib.core.errors import UserError
+from ttt_lib.data import moge_layout
+from ttt_lib.data.moge_layout import check_name
+
+
+def select_hard(scores: pd.DataFrame, metric: str, below: float, count: int) -> pd.DataFrame:
+    """The samples of lowest score: tidy metric rows in, at most `count` rows (dataset, sample, value) out.
+
+    metric as `points_scale_invariant/delta1`; only values under `below`; ties and order by (value, dataset, sample),
+    so the choice does not depend on the order of the input. Raises `UserError` for a metric that is not there.
+    """
+    name, _, score = metric.partition("/")
+    rows = scores[(scores["metric"] == name) & (scores["score"] == score)]
+    if rows.empty:
+        known = sorted({f"{m}/{s}" for m, s in zip(scores["metric"], scores["score"])})
+        raise UserError(f"--metric {metric!r}: was not measured; there are {', '.join(known)}.")
+    rows = rows[rows["value"] < below].sort_values(["value", "dataset", "sample"])
+    return rows[["dataset", "sample", "value"]].head(count).reset_index(drop=True)
+
+
+def write_subset_index(chosen: pd.DataFrame, folders: dict[str, Path], output: str | Path) -> Path:
+    """A set in MoGe's layout that links to the chosen samples: `output/<dataset>/<sample>` and `.index.txt`.
+
+    folders: dataset -> its folder. Links are relative. Raises `UserError` if `output` holds another index already.
+    """
+    output = Path(output)
+    names = [check_name(f"{row.dataset}/{row.sample}", "the hard subset") for row in chosen.itertuples()]
+    for row, name in zip(chosen.itertuples(), names):
+        link = output / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        target = os.path.relpath((folders[row.dataset] / row.sample).resolve(), link.parent.resolve())
+        if link.is_symlink() and os.readlink(link) == target:
+            continue
+        if link.exists() or link.is_symlink():
+            raise UserError(f"{link}: is there already and is something else; choose another output folder.")
+        link.symlink_to(target)
+    moge_layout.write_index(output, names)
+    return output / moge_layout.INDEX

@@ -1,0 +1,300 @@
+"""Experiments x shards of samples as papermill jobs: in this process, or on dask.distributed.
+
+A job works in a folder of its own and moves it to `runs/<experiment>/<shard>/` in one step, with a manifest. What has
+a manifest with the same settings, model, data and code is done and is never run again; what was made with other
+settings is moved aside, never mixed and never deleted.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.provenance import environment
+from ttt_lib.core.schema import RESERVED
+from ttt_lib.runs.cluster import open_client
+from ttt_lib.runs.notebook import ENVIRONMENT, execute, own_kernel, thread_limits
+from ttt_lib.runs.progress import Progress
+from ttt_lib.runs.results import MANIFEST, read_manifest
+
+# Sums over another number of threads differ in the last bits and training amplifies that, so the count is part of what
+# a result depends on and must not follow from the number of workers. One is the only count that fits any number.
+THREADS = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One experiment on one shard. parameters: as papermill takes them (plain values). identity: what the result
+    depends on (hashes of settings, model, data); equal identities mean equal results. samples: how many, for the
+    progress. threads: of the kernel; `run_jobs` sets it, and makes it part of the identity."""
+
+    experiment: str
+    shard_index: int
+    shard_count: int
+    parameters: dict[str, Any]
+    identity: dict[str, str]
+    notebooks: tuple[str, ...]
+    samples: int = 0
+    threads: int = THREADS
+
+    @property
+    def shard(self) -> str:
+        """Folder name of the shard."""
+        return f"{self.shard_index:03d}-of-{self.shard_count:03d}"
+
+    @property
+    def name(self) -> str:
+        """What its lock and its work folders are called."""
+        return f"{self.experiment}.{self.shard}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: `done`, `skipped` (was done before) or `failed`, with the reason and where the rest lies."""
+
+    experiment: str
+    shard: str
+    status: str
+    reason: str = ""
+    seconds: float = 0.0
+
+
+# ------------------------------------------------------------------------------------------------- places on disk
+
+
+def is_done(job: Job, runs: Path) -> bool:
+    """Whether this very job (same identity) has finished."""
+    manifest = read_manifest(runs / job.experiment / job.shard)
+    return manifest is not None and manifest.get("identity") == job.identity
+
+
+def set_aside(folder: Path, runs: Path) -> None:
+    """Move results of other settings out of the way: `runs/superseded/<experiment>/<shard>.<n>`."""
+    for n in range(10_000):
+        target = runs / "superseded" / folder.parent.name / f"{folder.name}.{n}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if not target.exists():
+                os.rename(folder, target)
+                return
+        except FileNotFoundError:
+            return  # another run has moved it
+        except OSError as error:  # another run has taken this number
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def clear_outdated(jobs: Iterable[Job], runs: Path) -> None:
+    """Set aside finished shards of these experiments that do not belong to these jobs (other settings or shards)."""
+    wanted = {(job.experiment, job.shard): job for job in jobs}
+    for experiment in {job.experiment for job in wanted.values()}:
+        for folder in sorted((runs / experiment).glob("*-of-*")):
+            job = wanted.get((experiment, folder.name))
+            if job is None or not is_done(job, runs):
+                set_aside(folder, runs)
+
+
+@contextmanager
+def job_lock(path: Path) -> Iterator[bool]:
+    """Hold the lock of a job; yields False if another process has it. `UserError` where there are no locks.
+
+    The kernel frees an flock when its holder ends, however it ends, so there is no stale lock to take over. The file
+    stays: if it were removed, one process could hold the old file and another a new one of the same name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise UserError(f"{path.parent}: this file system has no locks ({error.strerror}).") from error
+        yield True
+
+
+def _lock_of(runs: Path, name: str) -> Path:
+    return runs / ".locks" / name
+
+
+def _sync(folder: Path) -> None:
+    """Force a folder's files to the disk, so that a power loss after the move cannot leave empty ones."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _keep(work: Path, kept: Path) -> str:
+    """Move what a failed job left to `kept`; says where it is."""
+    try:
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(work, kept)
+        return f" (what it left is in {kept})"
+    except OSError:  # the disk is full, or there is nothing
+        return ""
+
+
+def _clean_work(runs: Path) -> None:
+    """Remove what killed runs left: work folders whose lock nobody holds."""
+    for folder in (runs / ".work").glob("*"):
+        with job_lock(_lock_of(runs, folder.name.rpartition(".")[0])) as abandoned:
+            if abandoned:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------- one job
+
+
+def run_job(job: Job, runs: str | Path) -> Outcome:
+    """Do one job, unless it is done; never raises. Results appear in one step, or not at all.
+
+    What a failed job had produced is kept in `runs/failed/<experiment>/<shard>`, its notebook with the error in it.
+    """
+    runs, begun = Path(runs), time.time()
+    final, kept = (folder / job.experiment / job.shard for folder in (runs, runs / "failed"))
+    work = runs / ".work" / f"{job.name}.{uuid.uuid4().hex}"  # nobody else's, not even an orphaned kernel's
+
+    def ended(status: str, reason: str = "") -> Outcome:
+        return Outcome(job.experiment, job.shard, status, reason, time.time() - begun)
+
+    try:
+        with job_lock(_lock_of(runs, job.name)) as mine:
+            if not mine:
+                return ended("failed", "another run is working on it; run the same command again when that has ended")
+            if is_done(job, runs):
+                return ended("skipped")
+            try:
+                _fill(job, work, begun)
+                if final.exists():
+                    set_aside(final, runs)
+                final.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(work, final)
+                shutil.rmtree(kept, ignore_errors=True)  # of an earlier try
+                return ended("done")
+            except BaseException as error:
+                left = _keep(work, kept)
+                if not isinstance(error, Exception):
+                    raise
+                return ended("failed", one_line(error) + left)
+    except Exception as error:  # a folder without write permission, a file system without locks
+        return ended("failed", one_line(error))
+
+
+def _fill(job: Job, work: Path, begun: float) -> None:
+    """Execute the job's notebooks into `work` and write the manifest; all of it is on the disk when this returns."""
+    work.mkdir(parents=True)
+    parameters = {
+        **job.parameters, "output_dir": str(work.resolve()), "shard_index": job.shard_index,
+        "shard_count": job.shard_count, "threads": job.threads,
+    }  # fmt: skip
+    with ENVIRONMENT, own_kernel(), thread_limits(job.threads):
+        for notebook in job.notebooks:
+            execute(Path(notebook), work / Path(notebook).name, parameters)
+    manifest = {
+        "experiment": job.experiment, "shard": job.shard, "identity": job.identity, "settings": job.parameters,
+        "threads": job.threads, **environment(), "started": begun, "finished": time.time(),
+        "seconds": time.time() - begun,
+    }  # fmt: skip
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync(work)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says; of a notebook's cell, the exception inside it."""
+    name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", None)
+    text = f"{name}: {value}" if value is not None else "".join(traceback.format_exception_only(error))
+    return " ".join(text.split())[:400]
+
+
+# --------------------------------------------------------------------------------------------------- many jobs
+
+
+def run_jobs(
+    jobs: list[Job],
+    runs: str | Path,
+    workers: int = 1,
+    scheduler: str | None = None,
+    cluster_file: str | None = None,
+    announce: Callable[[str], None] = print,
+    threads: int = THREADS,
+    every: float = 30.0,
+) -> list[Outcome]:
+    """Run all jobs and report each; a failing one does not stop the others.
+
+    workers: 1 works in this process; more start a `LocalCluster`; with `scheduler` (an address) or `cluster_file` (a
+    dask-jobqueue description) the jobs go there, and all see `runs` under the same path. announce: gets one line an
+    event, without control characters. threads: of every job, whatever the number of workers. every: seconds between
+    looks at the samples done. Returns an outcome a job, in the order of `jobs`. Raises `UserError` if two jobs are the
+    same or the folder cannot be written.
+    """
+    jobs = [replace(job, threads=threads, identity={**job.identity, "threads": str(threads)}) for job in jobs]
+    names = [(job.experiment, job.shard) for job in jobs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)[0]
+        raise UserError(f"experiment {twice}: is there twice; give each a name of its own.")
+    for name in {job.experiment for job in jobs}:
+        if not name or name.startswith(".") or "/" in name or name in RESERVED:
+            raise UserError(f"experiment {name!r}: cannot be the name of a folder of results; choose another one.")
+    try:
+        runs = Path(runs).resolve()
+        runs.mkdir(parents=True, exist_ok=True)
+        _clean_work(runs)
+        clear_outdated(jobs, runs)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise UserError(f"--runs {runs}: cannot be written ({reason(error)}).") from error
+    outcomes = {name: Outcome(*name, "skipped") for name, job in zip(names, jobs) if is_done(job, runs)}
+    waiting = [job for name, job in zip(names, jobs) if name not in outcomes]
+    if outcomes:
+        announce(f"{len(outcomes)} of {len(jobs)} jobs were done before and are skipped")
+    if waiting:
+        samples = {job.name: job.samples for job in waiting}
+        with Progress(samples, len(jobs), runs / ".work", announce, every) as progress:
+            for job, outcome in _finish(waiting, runs, workers, scheduler, cluster_file, announce):
+                outcomes[(job.experiment, job.shard)] = outcome
+                line = f"{outcome.status:7s} {job.experiment} {job.shard}: {outcome.seconds:.0f} s; "
+                progress.job_ended(job.name, line, f"\n  {outcome.reason}" if outcome.reason else "")
+    with suppress(OSError):  # of a disk that is full by now; the next run cleans up
+        _clean_work(runs)
+    return [outcomes[name] for name in names]
+
+
+def _finish(
+    jobs: list[Job], runs: Path, workers: int, scheduler: str | None, cluster_file: str | None,
+    announce: Callable[[str], None],
+) -> Iterator[tuple[Job, Outcome]]:  # fmt: skip
+    """Do the jobs here or on a cluster; each with its outcome as it ends."""
+    if workers <= 1 and not scheduler and not cluster_file:
+        yield from ((job, run_job(job, runs)) for job in jobs)
+        return
+    with open_client(min(max(workers, 1), len(jobs)), scheduler, cluster_file, announce) as client:
+        from distributed import as_completed
+
+        futures = {client.submit(run_job, job, str(runs), pure=False, retries=1): job for job in jobs}
+        for future in as_completed(list(futures)):
+            job, error = futures.pop(future), future.exception()
+            if error is None:
+                yield job, future.result()
+            else:
+                yield job, Outcome(job.experiment, job.shard, "failed", f"the worker died: {one_line(error)}")
+            future.release()
+
+
+def as_dict(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    """Plain values for JSON."""
+    return [asdict(outcome) for outcome in outcomes]

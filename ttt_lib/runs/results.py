@@ -1,0 +1,193 @@
+"""A folder of runs read back: what is there, in an order that does not depend on how it was run, and what is missing.
+
+An experiment's shards are used as one set or not at all: results of another shard count or of other settings that lie
+in the same folder are named and left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ttt_lib.core.errors import UserError
+from ttt_lib.core.schema import RESERVED
+from ttt_lib.evaluation.scores import TABLE1_COLUMNS
+
+MANIFEST = "manifest.json"  # of a finished job
+IDENTITY = ["experiment", "dataset", "sample"]
+KEYS = {  # what names a row, and the columns that are there even when no run has any row
+    "metrics": ([*IDENTITY, "prediction", "metric", "score"], ["value"]),
+    "samples": (IDENTITY, ["seconds"]),
+    "history": ([*IDENTITY, "step"], ["passes", "loss"]),
+    "left_out": (["dataset", "sample", "reason"], []),
+}
+COMPARABLE = ("data", "limit", "model", "code", "torch")  # parts of an identity that experiments have in common
+SHARD = re.compile(r"(\d+)-of-(0*[1-9]\d*)", re.ASCII)
+
+
+def prediction_name(dataset: str, sample: str) -> str:
+    """Name of the file with the small copies of a sample's prediction, in a shard's folder `predictions`."""
+    return f"{dataset}__{sample}".replace("/", "_") + ".npz"
+
+
+@dataclass
+class Runs:
+    """All results of a runs folder: metrics, samples, history, left_out as tables, and the shards' folders.
+
+    notes: one line for each thing that is missing or was not used.
+    """
+
+    folder: Path
+    metrics: pd.DataFrame
+    samples: pd.DataFrame
+    history: pd.DataFrame
+    left_out: pd.DataFrame
+    shards: list[Path]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_runs(folder: str | Path) -> Runs:
+    """Read every finished shard (those with a manifest); what is missing or not used is in `notes`.
+
+    Raises `UserError` if the folder is missing, holds no finished shard, or a result file cannot be read.
+    """
+    folder = Path(folder)
+    finished, notes = _finished_shards(folder)
+    if not finished:
+        raise UserError(f"{folder}: holds no finished run; run `ttt-depth ablation` first or name another folder.")
+    chosen: dict[str, dict[Path, dict[str, Any]]] = {}
+    for experiment, shards in finished.items():
+        chosen[experiment], said = _one_set(experiment, shards)
+        notes += said
+    places = [place for shards in chosen.values() for place in shards]
+    tables = {}
+    for name in KEYS:
+        tables[name], repeated = _table(name, places)
+        if repeated and name == "metrics":
+            notes.append(f"{repeated} scores are there twice (two data sets or samples of one name); the first counts")
+    runs = Runs(folder, **tables, shards=places)
+    runs.notes = notes + _incomparable(chosen) + _missing(runs, sorted(chosen))
+    return runs
+
+
+def _finished_shards(folder: Path) -> tuple[dict[str, dict[Path, dict[str, Any]]], list[str]]:
+    """Manifests by experiment and shard folder; a line for each experiment that was begun and has none."""
+    finished, notes = {}, []
+    begun = {p.parent.name for p in folder.glob("failed/*/*")}
+    for place in sorted(p for p in folder.glob("*") if p.is_dir() and p.name not in RESERVED):
+        if place.name.startswith("."):  # .work holds unfinished ones
+            continue
+        shards = {
+            p: m for p in sorted(place.iterdir()) if SHARD.fullmatch(p.name) and (m := read_manifest(p)) is not None
+        }
+        if shards:
+            finished[place.name] = shards
+        elif not any(place.iterdir()) or any(SHARD.fullmatch(p.name) for p in place.iterdir()):
+            begun.add(place.name)
+    for name in sorted(begun - set(finished)):
+        kept = folder / "failed" / name
+        notes.append(f"{name}: no finished shard" + (f"; what failed is in {kept}" if kept.exists() else ""))
+    return finished, notes
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished job; None if there is none, or none that can be read."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    usable = isinstance(content, dict) and isinstance(content.get("identity", {}), dict)
+    return content if usable else None
+
+
+def _finished(manifest: dict[str, Any]) -> float:
+    value = manifest.get("finished")
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _one_set(experiment: str, shards: dict[Path, dict[str, Any]]) -> tuple[dict[Path, dict[str, Any]], list[str]]:
+    """The shards of one run: the newest complete set, or else the fullest one. What it leaves alone is said."""
+    sets: dict[tuple[int, str], dict[Path, dict[str, Any]]] = {}
+    for place, manifest in shards.items():
+        count = int(SHARD.fullmatch(place.name).group(2))
+        sets.setdefault((count, json.dumps(manifest.get("identity"), sort_keys=True)), {})[place] = manifest
+
+    def rank(key: tuple[int, str]) -> tuple:
+        share = len(sets[key]) / key[0]
+        return share >= 1, share, max(_finished(m) for m in sets[key].values()), key
+
+    best = max(sets, key=rank)
+    notes = []
+    if len(sets) > 1:
+        others = ", ".join(place.name for place in shards if place not in sets[best])
+        notes.append(f"{experiment}: results of {len(sets)} different runs lie in one folder; not used: {others}")
+    if len(sets[best]) < best[0]:
+        kept = next(iter(shards)).parent.parent / "failed" / experiment
+        failed = f"; what failed is in {kept}" if kept.exists() and any(kept.iterdir()) else ""
+        notes.append(f"{experiment}: {len(sets[best])} of {best[0]} shards are finished{failed}")
+    return sets[best], notes
+
+
+def _read(path: Path) -> pd.DataFrame:
+    """A result file; names stay text (a sample may be called 0007 or NA), and only numbers can be missing."""
+    try:
+        columns = pd.read_csv(path, nrows=0).columns
+        missing = {column: ["", "nan", "NaN"] for column in columns if column not in IDENTITY}
+        names = {column: str for column in columns if column in IDENTITY}
+        return pd.read_csv(path, dtype=names, keep_default_na=False, na_values=missing)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a table ({' '.join(str(error).split())[:200]}).") from error
+
+
+def _table(name: str, shards: list[Path]) -> tuple[pd.DataFrame, int]:
+    """One table of all shards, sorted, every row once; and how many repeated rows were dropped."""
+    keys, values = KEYS[name]
+    parts = [_read(path) for shard in shards if (path := shard / f"{name}.csv").exists() and path.stat().st_size > 1]
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return pd.DataFrame(columns=[*keys, *values]), 0
+    joined = pd.concat(parts, ignore_index=True)
+    joined = joined.reindex(columns=[*joined.columns, *(c for c in [*keys, *values] if c not in joined)])
+    once = joined.drop_duplicates(keys).sort_values(keys, kind="stable").reset_index(drop=True)
+    return once, len(joined) - len(once)
+
+
+def _incomparable(chosen: dict[str, dict[Path, dict[str, Any]]]) -> list[str]:
+    """A line for each experiment that ran on other data, another model or other code than the reference."""
+    identities = {name: next(iter(shards.values())).get("identity") or {} for name, shards in chosen.items()}
+    reference = "original" if "original" in identities else next(iter(identities))
+    notes = []
+    for name, identity in identities.items():
+        other = [key for key in COMPARABLE if identity.get(key) != identities[reference].get(key)]
+        if other:
+            notes.append(f"{name}: ran with other {', '.join(other)} than {reference}; compare them with care")
+    return notes
+
+
+def _missing(runs: Runs, experiments: list[str]) -> list[str]:
+    """One line for each thing that the tables lack."""
+    notes = []
+    done = runs.samples.groupby("experiment").size()
+    everything = len(runs.samples.drop_duplicates(["dataset", "sample"]))
+    for name in experiments:
+        if done.get(name, 0) < everything:
+            notes.append(f"{name}: {done.get(name, 0)} of {everything} samples; its means are over fewer samples")
+    if "original" not in experiments:
+        notes.append("original: not run, so there are no paired differences")
+    if "control_lr0" not in experiments:
+        notes.append("control_lr0: not run, so the evaluation is not checked")
+    if not len(runs.metrics):
+        notes.append("no sample has a truth, so there are no scores")
+    else:
+        known = set(runs.metrics.dropna(subset=["value"])["metric"])
+        absent = [m for m in dict.fromkeys(metric for metric, _ in TABLE1_COLUMNS) if m not in known]
+        if absent:
+            notes.append(f"no scores for {', '.join(absent)}: the samples' truth does not allow them")
+    if not len(runs.history):
+        notes.append("no experiment trained, so there are no loss curves")
+    return notes

@@ -1,0 +1,343 @@
+"""Views of an image with the target carried into them: crop, mirror, another camera, other colours.
+
+The geometry of a view is one camera: a rigid transform (with a reflection for a mirror) and intrinsics. Crop, mirror
+and novel view are factors of that transform, so they compose by multiplication. Cameras that stay in place are one
+homography warp; cameras that move go through the renderer.
+
+Each view takes one row of random numbers of its own, whatever is switched on: with one seed, the first views of a
+batch do not depend on how many follow, and a higher severity means more of the same change.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt_lib.core.schema import CropConfig, ShiftConfig, ViewConfig
+from ttt_lib.data.shifts import SHIFTS
+from ttt_lib.geometry.cameras import (
+    EDGE_RTOL,
+    MIRROR,
+    look_at_transform,
+    mirror_intrinsics,
+    plain_crop,
+    project,
+    recentred_crop,
+    transform_points,
+    unproject,
+    uv_map,
+    warp_view,
+)
+from ttt_lib.views.color import DRAWS as COLOUR_DRAWS
+from ttt_lib.views.color import recolour
+from ttt_lib.views.renderer import NovelViewRenderer
+
+# Largest translation along x, y and z, as fractions of the scene's median depth, and largest roll in degrees.
+CAMERA_SEVERITIES = {
+    0: (0.0, 0.0, 0.0, 0.0),
+    1: (0.02, 0.01, 0.02, 0.5),
+    2: (0.05, 0.025, 0.05, 1.0),
+    3: (0.08, 0.04, 0.08, 2.0),
+    4: (0.12, 0.06, 0.12, 3.0),
+    5: (0.18, 0.09, 0.18, 5.0),
+}
+CROP_DRAWS, CAMERA_DRAWS, FLAG_DRAWS = 4, 4, 2  # random numbers a view takes; cameras: for each try
+OCCLUSION_TOLERANCE = 0.05  # relative depth by which a carried-back pixel may lie behind what the view shows
+OUTSIDE = 9.0  # a sampling position (the image is -1 to 1) for directions that the image does not hold
+
+
+@dataclass
+class View:
+    """B views and what they should give.
+
+    image (B,3,h,w) in [0,1]; points (B,h,w,3) the target in each view's camera, NaN where unknown; mask (B,h,w) True
+    where the target is known; negative (B,h,w) True where the target says that nothing is there (sky); intrinsics
+    (B,3,3); transform (B,4,4) original camera -> view camera; kind: e.g. "novel+crop+mirror+photometric", or "whole";
+    stats: counts of views `drawn`, `novel`, `redrawn` (drawn again because too little was known) and `identity` (their
+    camera stayed in place after all tries).
+    """
+
+    image: Tensor
+    points: Tensor
+    mask: Tensor
+    negative: Tensor | None
+    intrinsics: Tensor
+    transform: Tensor
+    kind: list[str]
+    stats: dict[str, int] = field(default_factory=dict)
+
+
+def sample_cameras(median_depth: Tensor | float, severity: int, count: int, generator: torch.Generator) -> Tensor:
+    """Cameras near the original one that keep looking at the scene: (count, 4, 4), original camera -> new camera.
+
+    The new camera stands at an offset drawn uniformly up to `CAMERA_SEVERITIES[severity]` times `median_depth`, turned
+    so that the point on the old optical axis at the median depth stays on the axis, and rolled a little.
+    """
+    return _cameras(median_depth, severity, torch.rand(count, CAMERA_DRAWS, generator=generator))
+
+
+def _cameras(median_depth: Tensor | float, severity: int, draws: Tensor) -> Tensor:
+    *reach, roll = CAMERA_SEVERITIES[severity]
+    signed = 2 * draws - 1
+    depth = torch.as_tensor(median_depth, dtype=torch.float32).cpu()
+    offset = signed[:, :3] * torch.tensor(reach) * depth
+    target = torch.stack([torch.zeros(()), torch.zeros(()), depth]).expand(len(draws), 3)
+    return look_at_transform(offset, target, roll=torch.deg2rad(signed[:, 3] * roll))
+
+
+def sample_crops(
+    intrinsics: Tensor, config: CropConfig, count: int, generator: torch.Generator, aspect: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random crops: rotation (count,4,4), intrinsics (count,3,3) and which are crops at all, (count,) bool.
+
+    A crop's side is uniform in `config.scale` (of the image), its place uniform where it fits. `aspect`: width over
+    height of the crop, relative to the image's; the crop is narrowed about its centre to get there, so that pixels
+    stay square.
+    """
+    return _crops(intrinsics, config, torch.rand(count, CROP_DRAWS, generator=generator), aspect)
+
+
+def _crops(intrinsics: Tensor, config: CropConfig, draws: Tensor, aspect: float) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = config.scale
+    scale = low + (high - low) * draws[:, 0]
+    centre = 0.5 + (draws[:, 1:3] - 0.5) * (1 - scale[:, None])
+    chosen = draws[:, 3] < config.probability
+    rotation = torch.eye(4).repeat(len(draws), 1, 1)
+    original = intrinsics.cpu().expand(len(draws), 3, 3)
+    if config.kind == "plain":
+        cropped = plain_crop(original, centre, scale)
+    else:
+        turn, cropped = recentred_crop(original, centre, scale)
+        rotation[:, :3, :3] = torch.where(chosen[:, None, None], turn, rotation[:, :3, :3])
+    cropped = torch.where(chosen[:, None, None], cropped, original)
+    zoom = torch.tensor([max(1.0, 1 / aspect), max(1.0, aspect)])
+    narrow = torch.diag(torch.cat([zoom, torch.ones(1)]))
+    narrow[:2, 2] = (1 - zoom) / 2
+    return rotation, narrow @ cropped, chosen
+
+
+def fill_unknown(image: Tensor, mask: Tensor) -> Tensor:
+    """Fill unknown pixels with a smooth blend of the known ones around them (coarser with distance).
+
+    image (B,3,h,w), mask (B,h,w) bool. The network should see neither holes of a made-up colour nor hard edges where
+    the scene has none. Gray where nothing at all is known.
+    """
+    weight = mask[:, None].to(image)
+    levels = [(image * weight, weight)]
+    while max(levels[-1][0].shape[-2:]) > 1:
+        colour, share = levels[-1]
+        levels.append((F.avg_pool2d(colour, 2, ceil_mode=True), F.avg_pool2d(share, 2, ceil_mode=True)))
+    filled = torch.full_like(levels[-1][0], 0.5)
+    for colour, share in reversed(levels):
+        filled = F.interpolate(filled, colour.shape[-2:], mode="bilinear", align_corners=False)
+        filled = torch.where(share > 0, colour / share.clamp_min(1e-6), filled)
+    return filled.clamp(0, 1)
+
+
+def _sky_seen(sky: Tensor, intrinsics: Tensor, transform: Tensor, new: Tensor, size: tuple[int, int]) -> tuple:
+    """Which view pixels look into the sky, (B,h,w) bool, and where they do in the original image, (B,h,w,2).
+
+    sky (H,W) bool. It is infinitely far, so only the rotation counts, also for cameras that move. The positions are
+    those of `F.grid_sample`.
+    """
+    rays = unproject(torch.ones(*size, device=sky.device), new)
+    back = rays @ transform[:, None, :3, :3]  # rows times R: the inverse rotation
+    grid = torch.where(back[..., 2:] > 1e-6, 2 * project(back, intrinsics) - 1, OUTSIDE)
+    source = sky.float().expand(len(transform), 1, -1, -1)
+    return F.grid_sample(source, grid, mode="nearest", align_corners=False)[:, 0] > 0.5, grid
+
+
+def _render(
+    renderer: NovelViewRenderer, image: Tensor, sky: Tensor, intrinsics: Tensor, transform: Tensor, new: Tensor, size
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Views from cameras that moved: image without holes, points, mask, and where the sky is seen."""
+    rendered = renderer.render(transform, new, size)
+    if not bool(sky.any()):
+        return (
+            fill_unknown(rendered.image, rendered.mask),
+            rendered.points,
+            rendered.mask,
+            torch.zeros_like(rendered.mask),
+        )
+    is_sky, grid = _sky_seen(sky, intrinsics, transform, new, size)
+    is_sky &= ~rendered.mask
+    colours = F.grid_sample(image.expand(len(transform), -1, -1, -1), grid, align_corners=False)
+    seen = torch.where(is_sky[:, None], colours, rendered.image)
+    return fill_unknown(seen, rendered.mask | is_sky), rendered.points, rendered.mask, is_sky
+
+
+def _set_scene(renderer: NovelViewRenderer, image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor) -> None:
+    """Hand a target to the renderer, unless it holds that very one."""
+    held = getattr(renderer, "made_from", None)
+    if held is None or any(a is not b for a, b in zip(held, (renderer.mesh, image, points))):
+        renderer.set_scene(image, points, mask, intrinsics)
+        renderer.made_from = (renderer.mesh, image, points)
+
+
+def _shift(images: Tensor, depth: Tensor, config: ShiftConfig, draws: Tensor) -> tuple[Tensor, list[str]]:
+    """Each view under one of the shifts, or as it is: images (B,3,h,w), depth (B,h,w), and the names ("": none).
+
+    The seed of a view is made of its own `draws` (B,n): what other views use does not change with the shifts.
+    """
+    shifted, names = images.clone(), []
+    for i, row in enumerate(draws):
+        generator = torch.Generator().manual_seed(zlib.crc32(row.numpy().tobytes()))
+        chance, which = torch.rand(2, generator=generator).tolist()
+        active = chance < config.probability and config.severity > 0
+        names.append(config.names[int(which * len(config.names))] if active else "")
+        if active:
+            shifted[i] = SHIFTS[names[-1]](images[i], depth[i], config.severity, generator).clamp(0, 1)
+    return shifted, names
+
+
+def make_views(
+    image: Tensor,
+    points: Tensor,
+    mask: Tensor | None,
+    intrinsics: Tensor,
+    config: ViewConfig,
+    count: int,
+    generator: torch.Generator,
+    renderer: NovelViewRenderer | None = None,
+    mirror_keeps_x: bool = False,
+) -> View:
+    """Draw `count` views of one image, on its device, with the target carried into each.
+
+    image (3,H,W); points (H,W,3) the target in the image's camera; mask (H,W) bool, False where the target says there
+    is no surface (None: all is surface); intrinsics (3,3). All randomness comes from `generator` (CPU). `renderer` is
+    needed when `config.novel_view.probability` is above zero; its scene is set here when the target is a new one.
+    `mirror_keeps_x` reproduces the public release: mirrored targets keep the sign of x.
+
+    What a novel view shows and nobody has seen is unknown; its colours are blended in from around (`fill_unknown`).
+    The sky counts as infinitely far and keeps its colours. A view of which less than `minimum_known` is surface or sky
+    is drawn again, and its camera stays in place after `tries` attempts. Raises `ValueError` without a renderer.
+    """
+    device, novel, colour = image.device, config.novel_view, config.photometric
+    height, width = image.shape[-2:]
+    size = tuple(config.size) if config.size is not None else (height, width)
+    mask = torch.ones(height, width, dtype=torch.bool, device=device) if mask is None else mask
+    surface = mask & torch.isfinite(points).all(-1) & (points[..., 2] > 0)
+
+    parts = [CROP_DRAWS, FLAG_DRAWS, COLOUR_DRAWS, CAMERA_DRAWS * novel.tries]
+    draws = torch.rand(count, sum(parts), generator=generator)
+    crop_draws, flags, colour_draws, camera_draws = draws.split(parts, 1)
+    fixed, lens, cropped = _crops(intrinsics, config.crop, crop_draws, (size[1] * height) / (size[0] * width))
+    mirrored = flags[:, 0] < config.mirror
+    moved = (flags[:, 1] < novel.probability) & (novel.severity > 0)
+    coloured = (colour_draws[:, 0] < colour.probability) & (colour.severity > 0)
+    fixed = torch.where(mirrored[:, None, None], MIRROR @ fixed, fixed).to(device)
+    lens = torch.where(mirrored[:, None, None], mirror_intrinsics(lens), lens).to(device)
+    transform = fixed.clone()
+    stats = {"drawn": count, "novel": int(moved.sum()), "redrawn": 0, "identity": 0}
+
+    out_image = torch.empty(count, 3, *size, device=device, dtype=image.dtype)
+    out_points = torch.empty(count, *size, 3, device=device, dtype=points.dtype)
+    out_mask = torch.zeros(count, *size, dtype=torch.bool, device=device)
+    negative = torch.zeros_like(out_mask)
+
+    waiting = torch.nonzero(moved)[:, 0]
+    if waiting.numel():
+        if renderer is None:
+            raise ValueError("views from other cameras are asked for, but there is no renderer")
+        _set_scene(renderer, image, points, surface, intrinsics)
+        median = points[..., 2][surface].median() if bool(surface.any()) else torch.ones(())
+    for attempt, draw in enumerate(camera_draws.split(CAMERA_DRAWS, 1)):
+        if not waiting.numel():
+            break
+        stats["redrawn"] += int(waiting.numel()) if attempt else 0
+        rows = waiting.to(device)
+        transform[rows] = fixed[rows] @ _cameras(median, novel.severity, draw[waiting]).to(device)
+        rendered = _render(renderer, image, ~mask, intrinsics, transform[rows], lens[rows], size)
+        out_image[rows], out_points[rows], out_mask[rows], negative[rows] = rendered
+        waiting = waiting[(out_mask | negative)[rows].flatten(1).float().mean(1).cpu() < novel.minimum_known]
+    if waiting.numel():
+        stats["identity"] = int(waiting.numel())
+        transform[waiting.to(device)], moved[waiting] = fixed[waiting.to(device)], False
+
+    still = torch.nonzero(~moved)[:, 0].to(device)
+    if still.numel():
+        n = len(still)
+        maps = image.expand(n, -1, -1, -1), points.expand(n, -1, -1, -1), surface.expand(n, -1, -1)
+        warped = warp_view(*maps, intrinsics.expand(n, 3, 3), fixed[still], lens[still], size)
+        out_image[still], out_points[still], out_mask[still] = warped
+        if not bool(mask.all()):
+            negative[still] = _sky_seen(~mask, intrinsics, fixed[still], lens[still], size)[0] & ~warped[2]
+
+    out_points = torch.where(out_mask[..., None], out_points, torch.nan)
+    if mirror_keeps_x:
+        wrong = out_points * MIRROR.diagonal()[:3].to(out_points)
+        out_points = torch.where(mirrored.to(device)[:, None, None, None], wrong, out_points)
+    shifts = [""] * count
+    if config.shift.names:
+        out_image, shifts = _shift(out_image, out_points[..., 2], config.shift, colour_draws)
+    out_image = recolour(out_image, colour.severity, colour_draws, colour.probability, colour.blur)
+    names = (("novel", moved), ("crop", cropped), ("mirror", mirrored), ("photometric", coloured))
+    kinds = [[name for name, which in names if bool(which[i])] + [shifts[i]] for i in range(count)]
+    kind = ["+".join(filter(None, parts)) or "whole" for parts in kinds]
+    return View(out_image, out_points, out_mask, negative, lens, transform, kind, stats)
+
+
+def carry_back(view: View, predicted: Tensor, points: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring predictions on the views back to the original camera.
+
+    predicted (B,h,w,3): points in each view's camera; points (H,W,3): the geometry that says where each original pixel
+    lies in the view, NaN where unknown (cameras that stay in place do not need it); intrinsics (3,3) of the original
+    camera. Returns points (B,H,W,3) in the original camera and mask (B,H,W): True where the pixel lies inside the
+    view, is not hidden there, and is not at a depth edge of the prediction, where interpolation would make up a point.
+    """
+    batch, height, width = predicted.shape[:3]
+    known = torch.isfinite(points).all(-1) & (points[..., 2] > 0)
+    rays = unproject(torch.ones_like(points[..., 2]), intrinsics)
+    placed = transform_points(torch.where(known[..., None], points, rays), view.transform[:, None, None])
+    grid = torch.where(placed[..., 2:] > 1e-6, 2 * project(placed, view.intrinsics[:, None, None]) - 1, OUTSIDE)
+    # Beyond the outermost pixel centres there would be extrapolation.
+    inside = (grid.abs() <= 1 - 1 / torch.tensor([width, height]).to(grid) + 1e-5).all(-1)
+
+    # Points over depth, and one over depth, are linear in the pixel on planes: interpolation is exact there.
+    usable = torch.isfinite(predicted).all(-1) & (predicted[..., 2] > 0)
+    z = torch.where(usable, predicted[..., 2], 1.0)
+    packed = torch.cat([torch.where(usable[..., None], predicted, 0.0) / z[..., None], 1 / z[..., None]], -1)
+    sampled = F.grid_sample(packed.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=False)
+    found = (sampled[:, :3] / sampled[:, 3:]).permute(0, 2, 3, 1)
+
+    # Nearest and farthest of the four pixels around each position; an unknown one spoils both.
+    nearest = -F.max_pool2d(F.pad(-torch.where(usable, z, 0.0), (0, 1, 0, 1), mode="replicate"), 2, 1)
+    farthest = F.max_pool2d(F.pad(torch.where(usable, z, torch.inf), (0, 1, 0, 1), mode="replicate"), 2, 1)
+    column = ((grid[..., 0] + 1) * width / 2 - 0.5).clamp(0, width - 1).long()
+    row = ((grid[..., 1] + 1) * height / 2 - 0.5).clamp(0, height - 1).long()
+    place = (row * width + column).flatten(1)
+    smooth = (farthest <= nearest * (1 + EDGE_RTOL)).flatten(1).gather(1, place).reshape(batch, *points.shape[:2])
+
+    target = view.points[:, None, :, :, 2].nan_to_num(0.0)
+    surface = F.grid_sample(target, grid, mode="nearest", align_corners=False)[:, 0]
+    shown = known & (placed[..., 2] <= surface * (1 + OCCLUSION_TOLERANCE))
+    moved = view.transform[:, :3, 3].abs().amax(-1)[:, None, None] > 0
+    back = transform_points(found, torch.linalg.inv(view.transform)[:, None, None])
+    return back, inside & smooth & (~moved | shown)
+
+
+def cutmix(view: View, other: View, generator: torch.Generator, probability: float = 1.0) -> tuple[Tensor, Tensor]:
+    """CutMix (Yun et al. 2019), as Depth Anything uses it: a rectangle of each image shows the other view.
+
+    view and other: the same number B of views of one size (of two images, or of one: `view` with its rows rolled).
+    Returns the mixed images (B,3,h,w) and the region (B,h,w) bool, True where `other` shows. The student sees the
+    mixture; its loss is taken on each region with that view's target, aligned apart, and weighted by area. The
+    rectangle's area is uniform in 10 to 60 % of the image, its shape in 3:4 to 4:3 of the image's. With 1 -
+    `probability` a view stays as it is, and its region is empty.
+    """
+    draws = torch.rand(len(view.image), 5, generator=generator).to(view.image)
+    height, width = view.image.shape[-2:]
+    area, stretch = 0.1 + 0.5 * draws[:, 0], (4 / 3) ** (draws[:, 1] - 0.5)
+    tall, wide = area.sqrt() * stretch, area.sqrt() / stretch
+    top, left = draws[:, 2] * (1 - tall), draws[:, 3] * (1 - wide)
+    u, v = uv_map(height, width, device=draws.device, dtype=draws.dtype).unbind(-1)
+
+    def between(value: Tensor, start: Tensor, extent: Tensor) -> Tensor:
+        return (value >= start[:, None, None]) & (value < (start + extent)[:, None, None])
+
+    region = between(u, left, wide) & between(v, top, tall) & (draws[:, 4] < probability)[:, None, None]
+    return torch.where(region[:, None], other.image, view.image), region

@@ -1,0 +1,264 @@
+"""Drawing through OpenGL: the process's contexts, chosen by device, and one scene of pyrender."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ttt_lib.core.errors import UserError
+from ttt_lib.views.torch_backend import BEYOND, NEAR, Mesh
+
+INSTALL_GL = (
+    "install a GL library (Debian: `apt-get install libegl1 libgl1-mesa-dri` or `libosmesa6`), or use backend 'torch'"
+)
+EGL_CUDA_DEVICE = 0x323A  # attribute of EGL_NV_device_cuda: the CUDA device of an EGL device, numbered as in CUDA
+_drawing = threading.RLock()  # a context is bound to one thread at a time
+_context: dict[str, Any] = {}  # pid, platform, renderers: one for each EGL device that draws
+
+# Unlit colours; alpha says whether the front of the surface is seen, so that no reversed copy of the mesh is drawn.
+SHADERS = {
+    "vertex": """#version 330 core
+        layout(location = 0) in vec3 position;
+        layout(location = 1) in vec4 colour;
+        uniform mat4 V;
+        uniform mat4 P;
+        out vec4 shade;
+        void main() { gl_Position = P * (V * vec4(position, 1.0)); shade = colour; }""",
+    "fragment": """#version 330 core
+        in vec4 shade;
+        out vec4 frag_color;
+        void main() { frag_color = gl_FrontFacing ? shade : vec4(0.0); }""",
+}
+
+
+def _view_renderer(width: int, height: int) -> Any:
+    """pyrender's renderer with the shaders above, one sample a pixel (four mix colours and depths at silhouettes), and
+    the depth buffer as it is, (h,w) in [0,1], so that one read of each buffer does."""
+    import pyrender.renderer as base
+    from OpenGL import GL
+    from pyrender.shader_program import ShaderProgram, ShaderProgramCache
+
+    class Program(ShaderProgram):
+        def _load(self, shader_filename: str) -> str:
+            return SHADERS[shader_filename]
+
+    class Programs(ShaderProgramCache):
+        def get_program(self, *_: Any, **__: Any) -> ShaderProgram:
+            return self._program_cache.setdefault("view", Program("vertex", "fragment"))
+
+    class ViewRenderer(base.Renderer):
+        def _read_main_framebuffer(self, scene: Any, flags: int) -> tuple[np.ndarray, np.ndarray]:
+            width, height = self._main_fb_dims
+            GL.glBindFramebuffer(GL.GL_READ_FRAMEBUFFER, self._main_fb_ms)
+            colour = GL.glReadPixels(0, 0, width, height, GL.GL_RGBA, GL.GL_UNSIGNED_BYTE)
+            depth = GL.glReadPixels(0, 0, width, height, GL.GL_DEPTH_COMPONENT, GL.GL_FLOAT)
+            colour = np.frombuffer(colour, np.uint8).reshape(height, width, 4)
+            return colour[::-1], np.frombuffer(depth, np.float32).reshape(height, width)[::-1]
+
+    original = base.glRenderbufferStorageMultisample
+    if not getattr(original, "single_sample", False):
+
+        def storage(target: int, samples: int, form: int, width: int, height: int) -> None:
+            original(target, 0, form, width, height)
+
+        storage.single_sample = True
+        base.glRenderbufferStorageMultisample = storage
+    renderer = ViewRenderer(width, height)
+    renderer._program_cache = Programs()
+    return renderer
+
+
+def egl_device(wanted: int, ordinals: list[int | None]) -> int:
+    """Which EGL device draws for CUDA device `wanted`, given the CUDA device of each EGL device (None: not one).
+
+    EGL has its own order, and software devices too. Where no driver tells, the orders are taken to be the same; a
+    device that EGL does not offer is replaced by the first.
+    """
+    if wanted in ordinals:
+        return ordinals.index(wanted)
+    told = any(ordinal is not None for ordinal in ordinals)
+    return wanted if wanted < len(ordinals) and not told else 0
+
+
+def _cuda_ordinals() -> list[int | None]:
+    """The CUDA device of each EGL device, None for others. Imports pyrender's EGL platform."""
+    from OpenGL.EGL import eglGetProcAddress
+    from pyrender.platforms import egl
+
+    address = ctypes.cast(eglGetProcAddress("eglQueryDeviceAttribEXT"), ctypes.c_void_p).value
+    if not address or egl._eglQueryDevicesEXT is None:
+        return []
+    pointer = ctypes.POINTER(ctypes.c_ssize_t)
+    query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, pointer)(address)
+    ordinals = []
+    for device in egl.query_devices():
+        value = ctypes.c_ssize_t(-1)
+        told = query(ctypes.cast(device._display, ctypes.c_void_p), EGL_CUDA_DEVICE, ctypes.byref(value))
+        ordinals.append(value.value if told else None)
+    return ordinals
+
+
+def _gl_device(platform: str, wanted: int) -> int:
+    """The EGL device to draw on: `EGL_DEVICE_ID`, or else that of the CUDA device `wanted`. OSMesa has one, 0."""
+    if platform != "egl":
+        return 0
+    chosen = os.environ.get("EGL_DEVICE_ID")
+    return egl_device(wanted, _cuda_ordinals()) if chosen is None else int(chosen)
+
+
+def _make_context(device: int) -> Any:
+    """An `OffscreenRenderer` on the platform that `PYOPENGL_PLATFORM` names; with EGL, on that EGL device."""
+    import pyrender
+
+    before = os.environ.get("EGL_DEVICE_ID")
+    os.environ["EGL_DEVICE_ID"] = str(device)
+    try:
+        renderer = pyrender.OffscreenRenderer(64, 64)
+    finally:
+        os.environ.pop("EGL_DEVICE_ID") if before is None else os.environ.update(EGL_DEVICE_ID=before)
+    renderer._renderer = _view_renderer(64, 64)
+    _let_go(renderer)
+    return renderer
+
+
+def _let_go(renderer: Any) -> None:
+    """Unbind the context from this thread, so that another may draw (JupyterLab calls widgets from a thread of its own).
+
+    pyrender binds it before drawing and leaves it bound.
+    """
+    display = getattr(renderer._platform, "_egl_display", None)
+    if display is not None:
+        from OpenGL.EGL import EGL_NO_CONTEXT, EGL_NO_SURFACE, eglMakeCurrent
+
+        eglMakeCurrent(display, EGL_NO_SURFACE, EGL_NO_SURFACE, EGL_NO_CONTEXT)
+
+
+def gl_renderer(device: torch.device | str = "cpu") -> Any:
+    """The `pyrender.OffscreenRenderer` of this process for a device, made on first use.
+
+    A CUDA device draws on its own EGL device, the CPU on that of the first CUDA device or whatever EGL has. EGL is
+    tried first, then OSMesa, unless `PYOPENGL_PLATFORM` chooses. Raises `UserError` when neither works, and in a child
+    forked from a process that had a context: GL drivers do not survive a fork.
+    """
+    with _drawing:
+        return _gl_renderer(torch.device(device))
+
+
+def _gl_renderer(device: torch.device) -> Any:
+    wanted = 0
+    if device.type == "cuda":
+        wanted = torch.cuda.current_device() if device.index is None else device.index
+    if _context and _context["pid"] != os.getpid():
+        raise UserError(
+            "backend 'pyrender': this process was forked from one that draws; start it by spawn, or use 'torch'."
+        )
+    asked = _context.get("platform", os.environ.get("PYOPENGL_PLATFORM"))
+    held = _context.get("renderers", {})  # by EGL device: two contexts on one would share, and free, its display
+    loaded = "OpenGL" in sys.modules
+    problems = []
+    for platform in [asked] if asked else ["egl", "osmesa"]:
+        os.environ["PYOPENGL_PLATFORM"] = platform
+        try:
+            index = _gl_device(platform, wanted)
+            if index not in held:
+                held[index] = _make_context(index)
+            _context.update(pid=os.getpid(), platform=platform, renderers=held)
+            return held[index]
+        except Exception as error:
+            problems.append(f"{platform}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            if not loaded:
+                for name in [n for n in sys.modules if n.split(".")[0] in ("OpenGL", "pyrender")]:
+                    del sys.modules[name]  # PyOpenGL binds to a platform at import
+        finally:
+            if asked is None and not _context:
+                os.environ.pop("PYOPENGL_PLATFORM", None)
+    raise UserError(f"backend 'pyrender': no GL context could be made ({'; '.join(problems)}); {INSTALL_GL}.")
+
+
+@atexit.register
+def free_gl() -> None:
+    """Free this process's GL contexts, if it has any."""
+    if _context.get("pid") == os.getpid():
+        for renderer in _context.pop("renderers").values():
+            renderer.delete()
+        _context.clear()
+
+
+def platform() -> str:
+    """What the process's contexts draw through, e.g. `egl`; only after `gl_renderer`."""
+    return _context["platform"]
+
+
+# -------------------------------------------------------------------------------------------------- pyrender scene
+
+
+class GLScene:
+    """One mesh on the GPU and a camera that moves."""
+
+    def __init__(self, mesh: Mesh, device: torch.device) -> None:
+        import pyrender
+
+        self.renderer, self.pid = gl_renderer(device), os.getpid()
+        vertices = mesh.vertices.cpu().numpy() * np.array([1, -1, -1], dtype=np.float32)  # OpenGL: y up, z backwards
+        colours = np.concatenate([mesh.colours.cpu().numpy(), np.ones((len(vertices), 1), np.float32)], 1)
+        faces, solid = mesh.faces.cpu().numpy()[:, ::-1], mesh.solid.cpu().numpy()  # counter-clockwise from the front
+        front = faces[solid]
+        # Both triangles of a pixel together: a vertex that was just used need not be transformed again.
+        front = front[np.argsort(front.min(1), kind="stable")]
+        used, curtains = np.unique(faces[~solid], return_inverse=True)
+        hidden = np.zeros((len(used), 4), np.float32)  # alpha 0: drawn, hides what is behind, and is unknown
+        parts = (vertices, colours, front), (vertices[used], hidden, curtains.reshape(-1, 3))
+        material = pyrender.MetallicRoughnessMaterial(alphaMode="OPAQUE", baseColorFactor=[1.0] * 4, doubleSided=True)
+        primitives = [
+            pyrender.Primitive(positions=place, color_0=colour, indices=np.ascontiguousarray(faces), material=material)
+            for place, colour, faces in parts
+            if len(faces)
+        ]
+        self.near, self.far = NEAR * mesh.nearest, 2 * BEYOND * mesh.farthest
+        self.scene = pyrender.Scene(bg_color=[0.0] * 4, ambient_light=[1.0] * 3)
+        if primitives:
+            self.scene.add(pyrender.Mesh(primitives))
+        self.camera = pyrender.IntrinsicsCamera(1, 1, 0, 0, znear=self.near, zfar=self.far)
+        self.node = self.scene.add(self.camera)
+
+    def draw(self, transform: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int]) -> tuple:
+        """Colour uint8 (h,w,4) and depth buffer (h,w) from one camera, OpenCV transform (4,4)."""
+        import pyrender
+
+        height, width = size
+        flip = np.diag([1.0, -1.0, -1.0, 1.0])
+        self.scene.set_pose(self.node, flip @ np.linalg.inv(transform) @ flip)
+        self.camera.fx, self.camera.fy = intrinsics[0, 0] * width, intrinsics[1, 1] * height
+        self.camera.cx, self.camera.cy = intrinsics[0, 2] * width, intrinsics[1, 2] * height
+        with _drawing:
+            self.renderer.viewport_width, self.renderer.viewport_height = width, height
+            try:
+                return self.renderer.render(self.scene, flags=pyrender.RenderFlags.FLAT | pyrender.RenderFlags.RGBA)
+            finally:
+                _let_go(self.renderer)
+
+    def depth(self, buffer: Tensor) -> Tensor:
+        """Depth buffer, float32 in [0,1] -> depth, 0 where nothing is drawn."""
+        left = 1 - buffer  # exact, and no cancellation below: far things keep their digits
+        return torch.where(left > 0, self.near / (left + buffer * (self.near / self.far)), 0.0)
+
+    def free(self) -> None:
+        """Delete the mesh's buffers, unless this is a forked child, where they are the parent's."""
+        if self.pid != os.getpid() or _context.get("pid") != self.pid:
+            return
+        with _drawing:
+            self.renderer._platform.make_current()
+            for mesh in list(self.scene.meshes):
+                for primitive in mesh.primitives:
+                    primitive.delete()
+                self.renderer._renderer._meshes.discard(mesh)  # other scenes' meshes stay
+            _let_go(self.renderer)
+        self.scene.clear()

@@ -1,0 +1,146 @@
+"""Novel views: the predicted scene seen from another camera, with the pixels nobody has seen masked out.
+
+Two backends draw the same mesh (`rasterise.build_mesh`): pyrender, offscreen through EGL or OSMesa, and a z-buffer in
+torch that needs no GL and stays on the tensors' device.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ttt_lib.core.errors import UserError
+from ttt_lib.geometry.cameras import EDGE_RTOL, MIRROR, mirror_intrinsics, mirror_points, uv_map
+from ttt_lib.views.pyrender_backend import GLScene, gl_renderer, platform
+from ttt_lib.views.torch_backend import Mesh, build_mesh, rasterise
+
+
+@dataclass
+class RenderedView:
+    """B views: image (B,3,h,w) in [0,1] (0 where nothing is drawn), points (B,h,w,3) in each view's camera, NaN where
+    unknown, mask (B,h,w) True where known, intrinsics (B,3,3), transform (B,4,4) original camera -> view camera."""
+
+    image: Tensor
+    points: Tensor
+    mask: Tensor
+    intrinsics: Tensor
+    transform: Tensor
+
+
+def _place(depth: Tensor, intrinsics: Tensor) -> Tensor:
+    """Depth (B,h,w) to points (B,h,w,3) in cameras (B,3,3) without skew, which `unproject` would allow for."""
+    u, v = uv_map(*depth.shape[-2:], device=depth.device, dtype=depth.dtype).unbind(-1)
+    focal, centre = intrinsics.diagonal(dim1=1, dim2=2)[:, :2, None], intrinsics[:, :2, 2, None]
+    x = (u[0] - centre[:, 0]) / focal[:, 0]  # (B, w)
+    y = (v[:, 0] - centre[:, 1]) / focal[:, 1]  # (B, h)
+    points = torch.empty(*depth.shape, 3, device=depth.device, dtype=depth.dtype)
+    points[..., 0], points[..., 1], points[..., 2] = depth * x[:, None], depth * y[..., None], depth
+    return points
+
+
+class NovelViewRenderer:
+    """Draws the scene of one target from other cameras.
+
+    backend: `pyrender`, `torch`, or `auto`: torch on a CUDA device (the views stay there) and where no GL context can
+    be made, else pyrender. `backend` is the one that draws, and `reason` says in one line why: in a child forked from
+    a process that draws through GL, torch, whatever was chosen before the fork. device: pyrender draws on that GPU.
+    edge_rtol: relative depth step that cuts the mesh. Raises `UserError` when `pyrender` is asked for and no GL is to
+    be had.
+    """
+
+    def __init__(
+        self,
+        backend: Literal["auto", "pyrender", "torch"] = "auto",
+        device: torch.device | str | None = None,
+        edge_rtol: float = EDGE_RTOL,
+    ) -> None:
+        self.device, self.edge_rtol = torch.device(device or "cpu"), edge_rtol
+        self._chosen, self._why = backend, f"{backend}: as asked for"
+        if backend == "auto":
+            if self.device.type == "cuda":
+                self._chosen, self._why = "torch", "torch: the tensors are on a GPU and the views stay there"
+            else:
+                try:
+                    gl_renderer(self.device)
+                    self._chosen, self._why = "pyrender", f"pyrender: drawing through {platform()}"
+                except UserError as error:
+                    self._chosen, self._why = "torch", f"torch: {error}"
+        elif backend == "pyrender":
+            gl_renderer(self.device)
+        elif backend != "torch":
+            raise UserError(f"novel_view.backend {backend!r}: use 'auto', 'pyrender' or 'torch'.")
+        self.pid = os.getpid()
+        self.mesh: Mesh | None = None
+        self._scene: GLScene | None = None
+
+    @property
+    def _forked(self) -> bool:
+        return self._chosen == "pyrender" and self.pid != os.getpid()
+
+    @property
+    def backend(self) -> str:
+        """What draws: `pyrender` or `torch`."""
+        return "torch" if self._forked else self._chosen
+
+    @property
+    def reason(self) -> str:
+        """Why it is that one, in one line."""
+        return "torch: this process was forked from one that draws through GL" if self._forked else self._why
+
+    def set_scene(self, image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor | None = None) -> None:
+        """Make the mesh of a target (it is uploaded once, at the first view): image (3,H,W), points (H,W,3) in the
+        original camera, mask (H,W) bool, intrinsics (3,3); without these, silhouettes against the sky stay open."""
+        self.free()
+        self.mesh = build_mesh(image, points, mask, intrinsics, self.edge_rtol)
+
+    def render(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> RenderedView:
+        """The scene from B cameras: transform (B,4,4) rigid, possibly with a mirror; intrinsics (B,3,3); size (h,w).
+
+        Known are pixels whose centre sees the front of a surface that the original camera saw. The points are the
+        rendered depth unprojected in the new camera. Raises `ValueError` before `set_scene`.
+        """
+        if self.mesh is None:
+            raise ValueError("set_scene comes before render")
+        # A mirrored camera is drawn unmirrored, with mirrored intrinsics, and its picture flipped.
+        mirrored = torch.linalg.det(transform[:, :3, :3]) < 0
+        proper = torch.where(mirrored[:, None, None], MIRROR.to(transform) @ transform, transform)
+        lens = torch.where(mirrored[:, None, None], mirror_intrinsics(intrinsics), intrinsics)
+        if self.backend == "torch":
+            image, depth, mask = rasterise(self.mesh, proper, lens, size)
+        else:
+            image, depth, mask = self._render_gl(proper, lens, size)
+        points = _place(torch.where(mask, depth, torch.nan), lens)
+        if bool(mirrored.any()):
+            image[mirrored] = image[mirrored].flip(-1)
+            mask[mirrored] = mask[mirrored].flip(-1)
+            points[mirrored] = mirror_points(points[mirrored])
+        return RenderedView(image, points, mask, intrinsics, transform)
+
+    def _render_gl(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        if self._scene is None:
+            self._scene = GLScene(self.mesh, self.device)
+        drawn = [
+            self._scene.draw(t, k, size)
+            for t, k in zip(transform.double().cpu().numpy(), intrinsics.double().cpu().numpy())
+        ]
+        colour = torch.from_numpy(np.stack([c for c, _ in drawn])).to(transform.device)
+        depth = self._scene.depth(torch.from_numpy(np.stack([d for _, d in drawn])).to(transform))
+        mask = (colour[..., 3] > 127) & (depth > 0)
+        return colour.permute(0, 3, 1, 2)[:, :3].contiguous().to(transform).div_(255), depth, mask
+
+    def free(self) -> None:
+        """Forget the scene and free its buffers."""
+        if self._scene is not None:
+            self._scene.free()
+        self.mesh, self._scene = None, None
+
+    def __del__(self) -> None:
+        try:
+            self.free()
+        except Exception:  # the interpreter may be going down, and GL with it
+            pass
