@@ -25,7 +25,7 @@ REINSTALL = "install the package again in a fresh environment: `pip install -e .
 # What `NovelViewRenderer("auto")` does in a run: make the context, upload a mesh, draw it.
 DRAW = """
 import json, torch
-from ttt_lib.render import NovelViewRenderer
+from ttt_lib.views.renderer import NovelViewRenderer
 renderer = NovelViewRenderer("auto")
 rows, columns = torch.meshgrid(torch.arange(16) / 16 - 0.47, torch.arange(16) / 16 - 0.47, indexing="ij")
 points = torch.stack([columns, rows, torch.ones(16, 16)], -1) * 2

@@ -260,7 +260,7 @@ def test_a_lock_file_that_nobody_holds_stops_nobody(tmp_path, owner):
 HOLD = """
 import builtins, fcntl, os, random, sys, time
 from pathlib import Path
-from ttt_lib.batch import job_lock
+from ttt_lib.runs.jobs import job_lock
 
 def slow(owner, name):
     real = getattr(owner, name)
@@ -309,7 +309,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
     code = f"""
 import time
 from pathlib import Path
-from ttt_lib.batch import job_lock
+from ttt_lib.runs.jobs import job_lock
 with job_lock(Path({str(tmp_path / "lock")!r})) as mine:
     print(mine, flush=True)
     time.sleep(60)
@@ -335,10 +335,10 @@ def test_folders_of_killed_runs_are_removed_and_those_of_running_ones_are_not(no
 
 SCRIPT = """
 import sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_batch import job, write_without_kernel
-from ttt_lib import batch
-from ttt_lib.batch import run_jobs
+from ttt_lib.runs import jobs as batch
+from ttt_lib.runs.jobs import run_jobs
 if __name__ == "__main__":
     if not {kernel}:
         batch.execute, batch.environment = write_without_kernel, dict
@@ -351,7 +351,12 @@ if __name__ == "__main__":
 
 def start(notebook, tmp_path, runs, workers=1, names="ab", kernel=True) -> subprocess.Popen:
     """`run_jobs` in a process of its own: two shards of each name; says `ready` when it begins."""
-    values = {"tests": str(Path(__file__).parent), "notebook": notebook, "runs": str(runs), "workers": workers}
+    values = {
+        "tests": [str(folder) for folder in Path(__file__).parents[:2]],
+        "notebook": notebook,
+        "runs": str(runs),
+        "workers": workers,
+    }
     path = tmp_path / f"run{workers}.py"
     path.write_text(SCRIPT.format(**values, names=names, kernel=kernel))
     return subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -433,7 +438,7 @@ def test_a_real_adaptation_gives_the_same_numbers_with_one_and_two_workers(tmp_p
         "model": {"name": "tiny", "num_tokens": 48}, "train": {"passes": 2, "accumulation": 1, "optimizer": {"learning_rate": 1e-3}},
         "losses": {"global": {"align_resolution": 6}}, "views": {"longest_side": 96}, "profile": "",
     }  # fmt: skip
-    notebook = str(Path(__file__).parent.parent / "notebooks" / "02_adaptation.ipynb")
+    notebook = str(Path(__file__).parents[2] / "notebooks" / "02_adaptation.ipynb")
     tables = []
     for workers in (1, 2):
         jobs = [

@@ -537,8 +537,8 @@ def _elsewhere(code: str, **environment: str) -> str:
 def test_an_unreachable_hub_is_one_sentence(tmp_path):
     code = """
 import time
-from ttt_lib.models import load_model
-from ttt_lib.errors import UserError
+from ttt_lib.models.base import load_model
+from ttt_lib.core.errors import UserError
 import transformers
 start = time.monotonic()
 try: load_model("depth-anything/Depth-Anything-V2-Small-hf", "cpu")
@@ -557,8 +557,8 @@ def test_a_cached_model_loads_offline(folder, tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     code = """
-from ttt_lib.models import load_model
-from ttt_lib.errors import UserError
+from ttt_lib.models.base import load_model
+from ttt_lib.core.errors import UserError
 from pathlib import Path
 import sys, torch
 model = load_model("depth-anything/Tiny-hf", "cpu")
@@ -580,7 +580,7 @@ def test_transformers_does_not_need_torchvision(folder):
     code = f"""
 import sys; sys.modules["torchvision"] = None
 import torch
-from ttt_lib.models import load_model
+from ttt_lib.models.base import load_model
 for folder in {[str(folder(f)) for f in ("da_relative", "zoe_n", "dpt")]!r}:
     print(load_model(folder, "cpu").predict(torch.rand(3, 40, 50)).depth.shape)
 """

@@ -30,7 +30,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from ttt_lib.runs.notebook import own_kernel, thread_limits
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "apt-get install --no-install-recommends chromium chromium-driver"
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "

@@ -653,8 +653,8 @@ def test_wrong_addresses_one_after_another():
     """dask closes a client that failed when it is collected; within the start of the next, that never ended."""
     script = """
 import gc
-from ttt_lib import cluster
-from ttt_lib.errors import UserError
+from ttt_lib.runs import cluster
+from ttt_lib.core.errors import UserError
 gc.set_threshold(1)
 for attempt in range(3):
     try:

@@ -211,7 +211,7 @@ PARTIAL = {  # what lies in the folder, and what must be said about it
 
 def run_notebook(runs, output):
     """The code cells of 03_ablation, in this process."""
-    cells = json.loads((Path(__file__).parent.parent / "notebooks" / "03_ablation.ipynb").read_text())["cells"]
+    cells = json.loads((Path(__file__).parents[2] / "notebooks" / "03_ablation.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     space = {}
     exec(sources[0], space)
