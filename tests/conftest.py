@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ttt_lib.adaptation.gradients import Student
+from ttt_lib.adaptation.student import Student
 from ttt_lib.core.config import ExperimentConfig, build_experiment, merge
-from ttt_lib.models.base import GeometryModel, load_model, select_parameters
+from ttt_lib.models.base import GeometryModel, select_parameters
+from ttt_lib.models.load import load_model
 from ttt_lib.models.pretraining.train import new_model, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

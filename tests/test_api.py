@@ -17,9 +17,11 @@ from PIL import Image
 
 import ttt_lib
 from ttt_lib import UserError, adapt, evaluate, load_samples
-from ttt_lib.adaptation.adapter import AdaptResult
-from ttt_lib.data.samples import Sample, write_moge_layout
-from ttt_lib.models.base import Prediction, weights_checksum
+from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.core.types import Prediction, Sample
+from ttt_lib.data.samples import write_moge_layout
+from ttt_lib.models.base import weights_checksum
+from ttt_lib.report import html
 
 QUICK = {
     "train": {"passes": 2, "accumulation": 1},
@@ -34,36 +36,6 @@ def python(code: str, timeout: float = 240, **options) -> subprocess.CompletedPr
 
 
 # ------------------------------------------------------------------------------------------------------- names
-
-
-@pytest.mark.parametrize(
-    "before",
-    [
-        "pass",
-        "import ttt_lib.adaptation.adapter",
-        "from ttt_lib.adaptation.adapter import AdaptResult",
-        "import ttt_lib.runs.experiment",
-        "import importlib; importlib.import_module('ttt_lib.adaptation.adapter')",
-        "from ttt_lib import adapt; import ttt_lib.adaptation.adapter",
-        "import ttt_lib; ttt_lib.evaluate; import ttt_lib.adaptation.adapter",
-        "import ttt_lib.adaptation.adapter, importlib; importlib.reload(importlib.import_module('ttt_lib.adaptation.adapter'))",
-    ],
-)
-def test_adapt_is_the_function_in_every_order_of_imports(before):
-    checks = """
-import ttt_lib, sys
-from ttt_lib import adapt, load_model
-from ttt_lib.adaptation.adapter import AdaptResult, adapt as lower
-assert callable(adapt) and adapt is ttt_lib.adapt and adapt.__module__ == "ttt_lib.api", adapt
-assert sys.modules["ttt_lib.adaptation.adapter"].adapt is lower and lower is not adapt
-names = {}
-exec("from ttt_lib import *", names)
-assert names["adapt"] is adapt and set(ttt_lib.__all__) <= set(names)
-import pickle
-assert pickle.loads(pickle.dumps(adapt)) is adapt and pickle.loads(pickle.dumps(AdaptResult)) is AdaptResult
-"""
-    done = python(before + checks)
-    assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_package_loads_nothing_heavy():
@@ -254,8 +226,10 @@ def test_the_first_result_of_the_readme_runs(tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search(r"<!-- first result -->\s*```python\n(.*?)```", readme, re.S).group(1)
     assert len([line for line in block.splitlines() if line.strip()]) <= 6
-    shown = "\nfrom IPython.core.formatters import HTMLFormatter\nassert '<img' in HTMLFormatter()(result)"
-    done = python(block + shown, timeout=600, cwd=tmp_path)
+    shell = "from IPython.core.interactiveshell import InteractiveShell\nshell = InteractiveShell.instance()\n"
+    shown = "\nfor each in (sample, result.original, result):"
+    shown += "\n    assert '<img' in shell.display_formatter.format(each)[0]['text/html']"
+    done = python(shell + block + shown, timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for word in ("before", "after", "depth_metric", "delta1"):
         assert word in done.stdout
@@ -264,8 +238,13 @@ def test_the_first_result_of_the_readme_runs(tmp_path):
 # ---------------------------------------------------------------------------------------------------- appearance
 
 
-def pictures(html: str) -> list[Image.Image]:
-    found = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', html)
+def shown_in_notebooks(value) -> str:
+    kinds = {Sample: html.sample_html, Prediction: html.prediction_html, AdaptResult: html.result_html}
+    return kinds[type(value)](value)
+
+
+def pictures(page: str) -> list[Image.Image]:
+    found = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
     return [Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB") for data in found]
 
 
@@ -292,7 +271,7 @@ def test_text_says_sizes_units_and_ranges_and_dumps_no_tensors(prediction):
 
 
 def test_a_prediction_in_a_notebook_near_is_bright_and_unknown_is_gray(prediction):
-    shown = pictures(prediction._repr_html_())
+    shown = pictures(shown_in_notebooks(prediction))
     assert [image.size for image in shown] == [(64, 48), (64, 48)]  # depth and normals
     near, far, nothing = (shown[0].getpixel(place) for place in ((16, 2), (16, 45), (50, 10)))
     assert sum(near) > sum(far) + 100
@@ -302,12 +281,12 @@ def test_a_prediction_in_a_notebook_near_is_bright_and_unknown_is_gray(predictio
 def test_a_result_in_a_notebook(prediction):
     closer = Prediction(prediction.points, prediction.depth * 1.1, prediction.mask, prediction.intrinsics, "metric")
     kept = AdaptResult(prediction, closer, closer, "accept", seconds=2.0, image=torch.rand(3, 48, 64))
-    html = kept._repr_html_()
-    assert len(pictures(html)) == 4 and "after (accept)" in html and "after / before" in html and "2.0 s" in html
+    page = shown_in_notebooks(kept)
+    assert len(pictures(page)) == 4 and "after (accept)" in page and "after / before" in page and "2.0 s" in page
     rejected = AdaptResult(prediction, closer, prediction, "reject", reason="<b>& unsafe")
-    html = rejected._repr_html_()
-    assert len(pictures(html)) == 3 and "adapted, not used" in html
-    assert "&lt;b&gt;&amp; unsafe" in html and "<b>& unsafe" not in html
+    page = shown_in_notebooks(rejected)
+    assert len(pictures(page)) == 3 and "adapted, not used" in page
+    assert "&lt;b&gt;&amp; unsafe" in page and "<b>& unsafe" not in page
 
 
 def test_pages_stay_small_whatever_the_picture(prediction):
@@ -318,23 +297,23 @@ def test_pages_stay_small_whatever_the_picture(prediction):
     )
     result = AdaptResult(noisy, noisy, Prediction(None, maps * 1.1, maps > 0, None, "metric"), "blend", image=noise)
     for each in (Sample("a", "b", noise, maps, mask=maps > 0), noisy, result):
-        html = each._repr_html_()
-        assert len(html) < 200_000 and all(max(image.size) <= 280 for image in pictures(html))
-        assert "http" not in html and "<script" not in html
+        page = shown_in_notebooks(each)
+        assert len(page) < 200_000 and all(max(image.size) <= 280 for image in pictures(page))
+        assert "http" not in page and "<script" not in page
 
 
 def test_batches_relative_and_empty_predictions_are_shown(tiny, picture):
     batch = tiny.predict(picture.image)
-    assert "2 images, of the first" in repr(batch) and len(pictures(batch._repr_html_())) >= 1
+    assert "2 images, of the first" in repr(batch) and len(pictures(shown_in_notebooks(batch))) >= 1
     relative = Prediction(None, None, None, None, "disparity", disparity=torch.rand(20, 30) * 5 + 0.1)
-    assert "disparity" in repr(relative) and len(pictures(relative._repr_html_())) == 1
+    assert "disparity" in repr(relative) and len(pictures(shown_in_notebooks(relative))) == 1
     assert "empty" in repr(Prediction(None, None, None, None, "metric"))
-    assert pictures(Prediction(None, None, None, None, "metric")._repr_html_()) == []
+    assert pictures(shown_in_notebooks(Prediction(None, None, None, None, "metric"))) == []
 
 
 def test_adapt_keeps_the_image_for_the_picture(tiny, image):
     result = adapt(tiny, image, small(train={"passes": 0}))
-    assert torch.equal(result.image, image) and len(pictures(result._repr_html_())) == 3
+    assert torch.equal(result.image, image) and len(pictures(shown_in_notebooks(result))) == 3
 
 
 def test_the_bundled_model_runs_at_the_size_it_was_trained_at():

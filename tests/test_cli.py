@@ -16,9 +16,11 @@ import typer
 from moge.utils import io as moge_io
 from PIL import Image
 
-from ttt_lib.cli import app, choose_experiments, parse_data, parse_set
+from ttt_lib.cli import app, parse_data
 from ttt_lib.core.errors import UserError
-from ttt_lib.data.samples import open_dataset, write_moge_layout
+from ttt_lib.data.catalog import open_dataset
+from ttt_lib.data.samples import write_moge_layout
+from ttt_lib.runs.plan import choose_experiments, parse_set
 
 QUICK = ["--set", "model.num_tokens=48", "--set", "train.passes=2", "--set", "train.accumulation=1",
          "--set", "losses.global.align_resolution=6", "--set", "views.longest_side=96"]  # fmt: skip

@@ -9,35 +9,28 @@ A first result needs four names, and `help` on each says the rest:
     result = adapt(model, sample)
     print(evaluate(result, sample))
 
-They are loaded when they are first asked for, so `import ttt_lib` costs nothing. `adapt` is that function, also after
-`import ttt_lib.adaptation.adapter`; what else the module of this name holds comes by `from ttt_lib.adaptation.adapter import ...`.
+They are loaded when they are first asked for, so `import ttt_lib` costs nothing. Rooms, each of which imports only those
+before it: core, geometry, data, models and views (not each other), adaptation, evaluation, runs, report; above them `api`,
+`cli` and `doctor`. Each room's `__init__` says what comes in, what goes out and where to start reading.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ttt_lib.api import adapt, evaluate, load_samples
     from ttt_lib.core.errors import UserError
-    from ttt_lib.models.base import load_model
+    from ttt_lib.models.load import load_model
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "adapt", "evaluate", "load_model", "load_samples"]
 _MODULES = {
-    "UserError": "core.errors", "adapt": "api", "evaluate": "api", "load_model": "models.base", "load_samples": "api",
+    "UserError": "core.errors", "adapt": "api", "evaluate": "api", "load_model": "models.load", "load_samples": "api",
 }  # fmt: skip
-
-
-class _Package(ModuleType):
-    """A package whose public names are not hidden by a submodule of the same name when that is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
@@ -52,4 +45,19 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-sys.modules[__name__].__class__ = _Package
+def _show_in_notebooks() -> None:
+    """Tell IPython, where it runs, how samples, predictions and results look: what travels knows nothing of HTML."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is None:
+        return
+
+    def later(function: str) -> Callable[[Any], str]:
+        return lambda value: getattr(import_module(f"{__name__}.report.html"), function)(value)
+
+    formatter = shell.display_formatter.formatters["text/html"]
+    formatter.for_type_by_name(f"{__name__}.core.types", "Sample", later("sample_html"))
+    formatter.for_type_by_name(f"{__name__}.core.types", "Prediction", later("prediction_html"))
+    formatter.for_type_by_name(f"{__name__}.adaptation.result", "AdaptResult", later("result_html"))
+
+
+_show_in_notebooks()

@@ -13,16 +13,19 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from ttt_lib.adaptation.adapter import AdaptResult
 from ttt_lib.adaptation.adapter import adapt as adapt_to_image
 from ttt_lib.adaptation.references import References
+from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError
-from ttt_lib.data.samples import Sample, SampleSet, open_dataset, read_photo
+from ttt_lib.core.types import Prediction, Sample
+from ttt_lib.data.catalog import describe_sources, open_dataset
+from ttt_lib.data.images import read_photo
+from ttt_lib.data.samples import SampleSet
 from ttt_lib.evaluation import scores as metrics
 from ttt_lib.evaluation.paired import is_better_high
-from ttt_lib.models.base import GeometryModel, Prediction
-from ttt_lib.runs.catalog import describe_sources, experiment_file
+from ttt_lib.models.base import GeometryModel
+from ttt_lib.runs.catalog import experiment_file
 from ttt_lib.runs.experiment import default_profile, load_with_profile
 
 Source = str | Path

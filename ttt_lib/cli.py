@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from ttt_lib.core.errors import UserError, printable, reason
-from ttt_lib.runs.catalog import NOTEBOOKS, describe_sources, experiment_file, experiment_files, notebooks_folder
+from ttt_lib.runs.catalog import NOTEBOOKS, experiment_file, experiment_files, notebooks_folder
+from ttt_lib.runs.plan import choose_experiments, make_jobs, parse_set, put
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,51 +20,13 @@ app = typer.Typer(
     help="Test-time training of monocular geometry models: adapt to photographs, run the ablation, look at this machine.",
     epilog="Example: ttt-depth adapt photo.jpg -o outputs",
 )
-# Rooms and modules that decide no number: a change in them does not make finished runs old.
-SHOWING = (
-    "api", "cli", "doctor", "machine", "core/provenance", "models/pretraining", "evaluation/calibration",
-    "evaluation/paired", "evaluation/zero_shot", "report", "runs/benchmark", "runs/cluster", "runs/hard_subset",
-    "runs/jobs", "runs/notebook", "runs/progress", "runs/results",
-)  # fmt: skip
-SHOWING_FOLDERS = tuple(f"{name}/" for name in SHOWING)
 
 
 def parse_data(entries: list[str]) -> list[dict[str, Any]]:
     """`--data` values as configuration: a built-in name, a JSON file of sets, a MoGe folder, images or one image."""
+    from ttt_lib.data.catalog import describe_sources
+
     return describe_sources(entries, "--data")
-
-
-def parse_set(entries: list[str]) -> dict[str, Any]:
-    """`--set train.passes=4` as nested overrides; values are YAML."""
-    from ttt_lib.core.files import parse_yaml
-
-    overrides: dict[str, Any] = {}
-    for entry in entries:
-        key, separator, value = entry.partition("=")
-        if not separator or not key:
-            raise UserError(f"--set {entry}: must look like train.passes=4.")
-        put(overrides, key, parse_yaml(value, f"--set {printable(entry, 100)}"))
-    return overrides
-
-
-def put(overrides: dict[str, Any], key: str, value: Any) -> None:
-    """`train.passes` into nested overrides. Raises `UserError` where `train` itself was given a value."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        overrides = overrides.setdefault(parent, {})
-        if not isinstance(overrides, dict):
-            raise UserError(f"--set {key}: {parent} was given the value {overrides!r} before; leave one of them out.")
-    overrides[last] = value
-
-
-def choose_experiments(names: str | None) -> list[Path]:
-    """Files of the named experiments (also of those in `more/`), or of all rows of the table, `original` first."""
-    if names is not None:
-        wanted = [name.strip() for name in names.split(",") if name.strip()]
-        if not wanted:
-            raise UserError(f"--experiments {names!r}: names no experiment; leave it out for all.")
-        return [experiment_file(name, "--experiments") for name in wanted]
-    return sorted(experiment_files(more=False).values(), key=lambda path: (path.stem != "original", path.stem))
 
 
 def _complete_experiments(incomplete: str) -> list[str]:
@@ -81,59 +44,6 @@ def default_workers() -> int:
     import torch
 
     return torch.cuda.device_count() or len(os.sched_getaffinity(0))
-
-
-def make_jobs(
-    files: list[Path], profile: str, overrides: dict[str, Any], shards: int, limit: int | None, views: bool
-) -> list:
-    """One job an experiment and shard. Raises `UserError` for anything wrong in files, profile, data or model."""
-    from ttt_lib.core.provenance import environment, file_hash, fingerprint
-    from ttt_lib.core.registry import load_installed
-    from ttt_lib.models.base import load_model, weights_checksum
-    from ttt_lib.runs.experiment import load_with_profile, open_samples
-    from ttt_lib.runs.jobs import Job
-
-    folder = notebooks_folder()
-    notebooks = tuple(
-        str(folder / name)
-        for name in (("01_augmentation.ipynb",) if views else ()) + ("02_adaptation.ipynb",)
-        if (folder / name).is_file()
-    )
-    package = Path(__file__).parent
-    files_of_code = {
-        path.relative_to(package).with_suffix("").as_posix(): path for path in sorted(package.rglob("*.py"))
-    }
-    hashes = [file_hash(path) for name, path in files_of_code.items() if not f"{name}/".startswith(SHOWING_FOLDERS)]
-    code = fingerprint(hashes + list(load_installed()))
-    models: dict[str, str] = {}
-    versions = environment()["packages"]["torch"]
-    jobs = []
-    for file in files:
-        config = load_with_profile(file, profile, overrides)
-        sets = open_samples(config)
-        if config.model.name not in models:
-            loaded = load_model(config.model.name, "cpu")  # for its checksum only: GPUs are for the jobs
-            models[config.model.name] = weights_checksum(loaded)[:16]
-        settings = config.as_parameters()
-        identity = {
-            "settings": fingerprint({key: value for key, value in settings.items() if key != "description"}),
-            "limit": str(limit or 0),
-            "shards": str(shards),
-            "model": models[config.model.name],
-            "data": fingerprint([s.data_hash() for s in sets]),
-            "code": code,
-            "torch": versions,
-        }
-        # The settings are complete, so the notebook lays no profile over them.
-        parameters = {**settings, "profile": "", "limit": limit or 0}
-        total = min(sum(len(s) for s in sets), (limit or 10**9) * shards)
-        if shards > max(total, 1):
-            raise UserError(f"--shards {shards}: the data of {config.name} has only {total} samples.")
-        jobs += [
-            Job(config.name, i, shards, parameters, identity, notebooks, -(-(total - i) // shards))
-            for i in range(shards)
-        ]
-    return jobs
 
 
 @app.command(epilog="Example: ttt-depth ablation --data path/to/set --experiments original,recommended --runs runs")

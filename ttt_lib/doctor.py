@@ -60,7 +60,7 @@ def check_requirements() -> Finding:
 
 def check_model() -> Finding:
     """The bundled model is the file that its card describes, loads, and predicts."""
-    from ttt_lib.models.base import ASSETS
+    from ttt_lib.models.load import ASSETS
 
     path, advice = ASSETS / "tiny.pt", "restore ttt_lib/assets from the repository (`git checkout -- ttt_lib/assets`)"
     if not path.is_file():
@@ -73,7 +73,7 @@ def check_model() -> Finding:
     try:
         import torch
 
-        from ttt_lib.models.base import load_model
+        from ttt_lib.models.load import load_model
 
         prediction = load_model("tiny", "cpu", num_tokens=48).predict(torch.rand(3, 48, 64))
         if not bool(torch.isfinite(prediction.depth).all()):

@@ -110,7 +110,7 @@ def check_torchvision() -> Finding:
     version = version_of("torchvision")
     if version is None:
         return Finding("torchvision", "ok", "absent; nothing needs it")
-    from ttt_lib.models.base import hide_broken_torchvision
+    from ttt_lib.models.torchvision import hide_broken_torchvision
 
     hide_broken_torchvision()
     if sys.modules.get("torchvision") is not None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from moge.train import losses as moge_losses
 
-from ttt_lib.adaptation.losses.terms import LOSSES, compute_loss, draw_seeds, focal_of, unused_outputs
+from ttt_lib.adaptation.losses.terms import compute_loss, draw_seeds, focal_of, unused_outputs
 from ttt_lib.core.config import LossConfig
 from ttt_lib.core.errors import UserError
+from ttt_lib.core.registry import LOSSES
 
 SMALL = {"align_resolution": 8}
 

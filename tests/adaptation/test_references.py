@@ -13,9 +13,10 @@ from ttt_lib.adaptation.adapter import adapt
 from ttt_lib.adaptation.references import References, correct, read_references, reference_loss, sample_references
 from ttt_lib.core.config import build_experiment
 from ttt_lib.core.errors import UserError
-from ttt_lib.data.samples import open_dataset
+from ttt_lib.core.types import Prediction
+from ttt_lib.data.catalog import open_dataset
 from ttt_lib.geometry.cameras import unproject
-from ttt_lib.models.base import Prediction, weights_checksum
+from ttt_lib.models.base import weights_checksum
 
 CAMERA = torch.tensor([[0.8, 0, 0.5], [0, 1.0, 0.5], [0, 0, 1.0]])
 

@@ -12,9 +12,11 @@ from conftest import small_experiment
 from ttt_lib.adaptation import gradients as gradients_module
 from ttt_lib.adaptation import loop as student_module
 from ttt_lib.adaptation.adapter import adapt, sample_generator
-from ttt_lib.adaptation.gradients import Student, Training, join_passes, pass_gradients, rows_of
+from ttt_lib.adaptation.gradients import Training, join_passes, pass_gradients, rows_of
 from ttt_lib.adaptation.loop import draw_views
-from ttt_lib.adaptation.regularizers import LowRank, sharpest_point
+from ttt_lib.adaptation.low_rank import LowRank
+from ttt_lib.adaptation.regularizers import sharpest_point
+from ttt_lib.adaptation.student import Student
 from ttt_lib.core import memory
 from ttt_lib.core.config import merge
 from ttt_lib.core.errors import UserError
@@ -311,7 +313,7 @@ def test_a_sequence_goes_on_from_the_last_image(tiny, image):
 
 def test_the_regions_of_a_cutmix_weigh_as_much_as_they_are_large(student, image):
     """With one and the same view twice, the mixture is the view, and its two regions must add up to it."""
-    from ttt_lib.views.draw import View
+    from ttt_lib.views.carry import View
 
     settings = config(views={"crop": {"probability": 0.0}})
     target = student.model.predict(image)

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from ttt_lib.adaptation.gate.signals import held_back_views
-from ttt_lib.adaptation.losses.terms import LOSSES, compute_loss, draw_seeds
+from ttt_lib.adaptation.losses.terms import compute_loss, draw_seeds
 from ttt_lib.core import registry as plugins
 from ttt_lib.core.config import build_experiment
 from ttt_lib.core.errors import UserError
-from ttt_lib.core.registry import Registry, load_installed
-from ttt_lib.core.schema import LOSS_NAMES, LossConfig, ViewConfig
-from ttt_lib.data.shifts import SHIFTS, apply_shift
+from ttt_lib.core.registry import LOSS_NAMES, LOSSES, SHIFTS, Registry, load_installed
+from ttt_lib.core.schema import LossConfig, ViewConfig
+from ttt_lib.data.shifts import apply_shift
 from ttt_lib.views.draw import make_views
 
 
 def test_a_name_belongs_to_one_function_and_may_be_registered_again():
-    registry = Registry("loss", ("global",))
+    registry = Registry("loss", reserved=("global",))
 
     def define(value):
         @registry.register("mine")
@@ -65,7 +65,7 @@ def test_an_added_loss_counts_with_its_weight_and_trains(monkeypatch):
 
 def test_modules_of_installed_distributions_are_imported_once(tmp_path, monkeypatch):
     (tmp_path / "their_losses.py").write_text(
-        "from ttt_lib.adaptation.losses.terms import LOSSES\n"
+        "from ttt_lib.core.registry import LOSSES\n"
         "@LOSSES.register('theirs')\ndef theirs(inputs):\n    return inputs.target.sum()\n"
     )
     record = tmp_path / "theirs-1.2.dist-info"

@@ -14,8 +14,11 @@ from moge.utils import io as moge_io
 from PIL import Image
 
 from ttt_lib.core.errors import UserError
+from ttt_lib.core.types import Sample
 from ttt_lib.data import moge_layout, motorcycle
-from ttt_lib.data.samples import Sample, open_dataset, read_photo, write_moge_layout
+from ttt_lib.data.catalog import open_dataset
+from ttt_lib.data.images import read_photo
+from ttt_lib.data.samples import write_moge_layout
 from ttt_lib.geometry.cameras import project, unproject
 from ttt_lib.runs.hard_subset import select_hard, write_subset_index
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from ttt_lib.core.errors import UserError
-from ttt_lib.data.samples import open_dataset
+from ttt_lib.core.registry import SHIFTS
+from ttt_lib.data.catalog import open_dataset
 from ttt_lib.data.scenes.generate import KINDS, make_pictures, make_scenes, sample_cameras
 from ttt_lib.data.scenes.raycast import draw
 from ttt_lib.data.scenes.solids import FAR, Solids, intersect
-from ttt_lib.data.shifts import SHIFTS, apply_shift
+from ttt_lib.data.shifts import apply_shift
 from ttt_lib.geometry.cameras import fov_from_intrinsics, project, transform_points
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from moge.test.metrics import compute_metrics
 
-from ttt_lib.data.samples import Sample
+from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.evaluation.scores import (
     TABLE1_COLUMNS,
     disparity_aligned_metrics,
@@ -19,7 +19,6 @@ from ttt_lib.evaluation.scores import (
     to_truth,
     zoedepth_metrics,
 )
-from ttt_lib.models.base import Prediction
 
 
 @pytest.fixture(scope="module")

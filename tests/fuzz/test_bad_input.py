@@ -35,8 +35,10 @@ from ttt_lib.core.config import build_experiment, load_experiment, load_profile
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.schema import RESERVED
 from ttt_lib.data import moge_layout
-from ttt_lib.data.samples import open_dataset, read_photo, write_moge_layout
-from ttt_lib.models.base import load_model
+from ttt_lib.data.catalog import open_dataset
+from ttt_lib.data.images import read_photo
+from ttt_lib.data.samples import write_moge_layout
+from ttt_lib.models.load import load_model
 from ttt_lib.report import page as report
 from ttt_lib.report import photo_files as photos
 from ttt_lib.runs import cluster

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_lib.geometry import cameras as g
+from ttt_lib.geometry import warp as w
 
 unit = st.floats(0.2, 0.8)
 quick = settings(max_examples=30, deadline=None)
@@ -98,7 +99,7 @@ def test_a_plane_is_carried_exactly_into_a_crop(mirrored):
     points = plane(intrinsics, size)
     image = g.uv_map(*size).permute(2, 0, 1)
     image = torch.cat([image, torch.zeros_like(image[:1])])
-    warped, found, mask = g.warp_view(
+    warped, found, mask = w.warp_view(
         image[None], points[None], torch.ones(1, *size, dtype=torch.bool), intrinsics[None], transform[None],
         cropped[None], (40, 56),
     )  # fmt: skip
@@ -121,7 +122,7 @@ def test_a_warp_knows_neither_unknown_pixels_nor_edges_nor_outside():
     points = g.unproject(depth, intrinsics)[None]
     shift = g.plain_crop(intrinsics, torch.tensor([0.5, 0.5]), torch.tensor(1.0))
     shift[0, 2] += 0.1  # the window slides out of the image
-    _, found, known = g.warp_view(
+    _, found, known = w.warp_view(
         torch.zeros(1, 3, *size), points, mask, intrinsics[None], torch.eye(4)[None], shift[None], size
     )
     assert not known[0, :7].any() and not known[0, :, :3].any()
@@ -132,7 +133,7 @@ def test_a_warp_knows_neither_unknown_pixels_nor_edges_nor_outside():
 def test_depth_edges_agree_with_utils3d():
     depth = 1 + torch.rand(20, 30, generator=torch.Generator().manual_seed(0))
     mask = torch.rand(20, 30, generator=torch.Generator().manual_seed(1)) > 0.2
-    assert torch.equal(g.depth_edges(depth, mask, 0.3), utils3d.pt.depth_map_edge(depth, mask=mask, rtol=0.3))
+    assert torch.equal(w.depth_edges(depth, mask, 0.3), utils3d.pt.depth_map_edge(depth, mask=mask, rtol=0.3))
 
 
 @quick
@@ -159,20 +160,20 @@ def test_a_step_is_broken_at_a_cliff_and_not_on_a_slanted_plane():
     """By hand: depths 2 2 2 | 3 3 3, a plane whose steps exceed the tolerance, and a gap in what is known."""
     cliff = 1 / torch.tensor([2.0, 2, 2, 3, 3, 3])
     everywhere = torch.ones(6, dtype=torch.bool)
-    assert g.broken_steps(cliff, everywhere).tolist() == [False, False, True, False, False]
+    assert w.broken_steps(cliff, everywhere).tolist() == [False, False, True, False, False]
     # Inverse depth falls evenly: a plane, each step 6 to 10 % in depth. The two steps at each end have no two
     # neighbours on both sides to tell them from a cliff, and are cut.
     plane = torch.linspace(1.0, 0.5, 8)
-    assert g.broken_steps(plane, torch.ones(8, dtype=torch.bool)).tolist() == [True] * 2 + [False] * 3 + [True] * 2
+    assert w.broken_steps(plane, torch.ones(8, dtype=torch.bool)).tolist() == [True] * 2 + [False] * 3 + [True] * 2
     # A small step is none, however uneven; a tolerance that the cliff does not reach lets it pass.
-    assert not g.broken_steps(1 / torch.tensor([2.0, 2, 2, 2.07, 2, 2]), everywhere).any()
-    assert not g.broken_steps(cliff, everywhere, rtol=0.6).any()
+    assert not w.broken_steps(1 / torch.tensor([2.0, 2, 2, 2.07, 2, 2]), everywhere).any()
+    assert not w.broken_steps(cliff, everywhere, rtol=0.6).any()
     # Steps to and from an unknown pixel are broken, and along columns the same as along rows.
     gap = everywhere.clone()
     gap[1] = False
-    assert g.broken_steps(torch.ones(6), gap).tolist() == [True, True, False, False, False]
+    assert w.broken_steps(torch.ones(6), gap).tolist() == [True, True, False, False, False]
     both = torch.stack([cliff, torch.ones(6)]), torch.stack([everywhere, gap])
-    assert g.broken_steps(*both)[0].tolist() == g.broken_steps(cliff, everywhere).tolist()
+    assert w.broken_steps(*both)[0].tolist() == w.broken_steps(cliff, everywhere).tolist()
 
 
 def test_a_view_does_not_depend_on_the_others_of_its_batch():
@@ -182,9 +183,9 @@ def test_a_view_does_not_depend_on_the_others_of_its_batch():
     points = plane(near, (24, 32))
     maps = [part.expand(2, *part.shape) for part in (image, points, torch.ones(24, 32, dtype=torch.bool), near)]
     new = torch.stack([near, wide])
-    together = g.warp_view(*maps, torch.eye(4).expand(2, 4, 4), new, (24, 32))
+    together = w.warp_view(*maps, torch.eye(4).expand(2, 4, 4), new, (24, 32))
     for i in range(2):
-        alone = g.warp_view(*(m[i : i + 1] for m in maps), torch.eye(4)[None], new[i : i + 1], (24, 32))
+        alone = w.warp_view(*(m[i : i + 1] for m in maps), torch.eye(4)[None], new[i : i + 1], (24, 32))
         assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together))
     assert (together[0][0] - image).abs().max() < 1e-4  # the one that stays as it is, is not blurred
     inner = together[0][1][:, together[2][1]]

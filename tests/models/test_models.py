@@ -15,7 +15,8 @@ from PIL import Image
 
 from ttt_lib.adaptation.adapter import adapt
 from ttt_lib.core.errors import UserError
-from ttt_lib.models.base import GeometryModel, load_model, restore, select_parameters, snapshot, weights_checksum
+from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot, weights_checksum
+from ttt_lib.models.load import load_model
 from ttt_lib.models.pretraining.stand_in import write_stand_in
 
 
@@ -203,7 +204,7 @@ def test_unknown_names_and_an_unreachable_hub(tmp_path):
     with pytest.raises(UserError, match="model.device: 'cuda:99'"):
         load_model("tiny", "cuda:99")
     code = (
-        "from ttt_lib.models.base import load_model\nfrom ttt_lib.core.errors import UserError\n"
+        "from ttt_lib.models.load import load_model\nfrom ttt_lib.core.errors import UserError\n"
         "try: load_model('Ruicheng/moge-2-vits-normal', 'cpu')\nexcept UserError as e: print(e)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ttt_lib.models.base import ASSETS, load_model
+from ttt_lib.models.load import ASSETS, load_model
 from ttt_lib.models.pretraining import pictures as pretrain_data
 from ttt_lib.models.pretraining import train as pretrain
 
@@ -98,9 +98,9 @@ def test_the_bundled_checkpoint_is_trained_small_and_described():
 
 
 def test_the_bundled_model_beats_a_constant_plane_on_the_motorcycle():
-    from ttt_lib.data.samples import open_dataset
+    from ttt_lib.core.types import Prediction
+    from ttt_lib.data.catalog import open_dataset
     from ttt_lib.evaluation.scores import evaluate
-    from ttt_lib.models.base import Prediction
 
     model = load_model("tiny", "cpu", num_tokens=192)
     for sample in open_dataset(kind="motorcycle").readable():

@@ -19,7 +19,8 @@ import transformers
 from PIL import Image
 
 from ttt_lib.core.errors import UserError
-from ttt_lib.models.base import load_model, restore, select_parameters, snapshot, weights_checksum
+from ttt_lib.models.base import restore, select_parameters, snapshot, weights_checksum
+from ttt_lib.models.load import load_model
 from ttt_lib.models.preprocessing import BICUBIC, BILINEAR, resize_as_pillow
 from ttt_lib.models.transformers_models import DEPTH_RATIO, depth_from_disparity
 
@@ -537,7 +538,7 @@ def _elsewhere(code: str, **environment: str) -> str:
 def test_an_unreachable_hub_is_one_sentence(tmp_path):
     code = """
 import time
-from ttt_lib.models.base import load_model
+from ttt_lib.models.load import load_model
 from ttt_lib.core.errors import UserError
 import transformers
 start = time.monotonic()
@@ -557,7 +558,7 @@ def test_a_cached_model_loads_offline(folder, tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     code = """
-from ttt_lib.models.base import load_model
+from ttt_lib.models.load import load_model
 from ttt_lib.core.errors import UserError
 from pathlib import Path
 import sys, torch
@@ -580,7 +581,7 @@ def test_transformers_does_not_need_torchvision(folder):
     code = f"""
 import sys; sys.modules["torchvision"] = None
 import torch
-from ttt_lib.models.base import load_model
+from ttt_lib.models.load import load_model
 for folder in {[str(folder(f)) for f in ("da_relative", "zoe_n", "dpt")]!r}:
     print(load_model(folder, "cpu").predict(torch.rand(3, 40, 50)).depth.shape)
 """
@@ -603,7 +604,7 @@ def test_adaptation_runs_on_every_family_and_leaves_the_weights(load, family):
     from ttt_lib.adaptation.adapter import adapt
     from ttt_lib.adaptation.references import sample_references
     from ttt_lib.core.config import build_experiment
-    from ttt_lib.data.samples import open_dataset
+    from ttt_lib.data.catalog import open_dataset
     from ttt_lib.evaluation.scores import evaluate
 
     model = load(family)

@@ -11,8 +11,8 @@ from ttt_lib.adaptation import loop as student
 from ttt_lib.adaptation.adapter import adapt
 from ttt_lib.api import adapt as adapt_image
 from ttt_lib.core.config import ExperimentConfig, ViewConfig
-from ttt_lib.data.samples import Sample
-from ttt_lib.models.base import Prediction, load_model
+from ttt_lib.core.types import Prediction, Sample
+from ttt_lib.models.load import load_model
 from ttt_lib.report.view_figures import (
     SKY,
     UNKNOWN,

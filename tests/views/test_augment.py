@@ -22,8 +22,9 @@ from ttt_lib.geometry.cameras import (
     unproject,
     uv_map,
 )
+from ttt_lib.views.carry import carry_back, cutmix
 from ttt_lib.views.color import DRAWS, SEVERITIES, photometric, recolour
-from ttt_lib.views.draw import CAMERA_SEVERITIES, carry_back, cutmix, fill_unknown, make_views, sample_cameras
+from ttt_lib.views.draw import CAMERA_SEVERITIES, fill_unknown, make_views, sample_cameras
 from ttt_lib.views.renderer import NovelViewRenderer
 
 SIZE = (96, 128)

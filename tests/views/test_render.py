@@ -30,9 +30,9 @@ from ttt_lib.geometry.cameras import (
 )
 from ttt_lib.views import pyrender_backend as gl_module
 from ttt_lib.views.draw import sample_cameras
+from ttt_lib.views.mesh import build_mesh
 from ttt_lib.views.pyrender_backend import egl_device, gl_renderer
 from ttt_lib.views.renderer import NovelViewRenderer
-from ttt_lib.views.torch_backend import build_mesh
 
 SIZE = (240, 320)
 

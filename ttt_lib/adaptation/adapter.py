@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,53 +18,14 @@ from torch.nn import functional as F
 from ttt_lib.adaptation.ensemble import predict_ensemble
 from ttt_lib.adaptation.gate.decision import Calibration, Watcher, best_on_the_line, blend_predictions, read_calibration
 from ttt_lib.adaptation.gate.signals import HeldBack, disagreement_map, held_back_views, measure
-from ttt_lib.adaptation.gradients import Student, Training
+from ttt_lib.adaptation.gradients import Training
 from ttt_lib.adaptation.loop import NonFiniteLoss, average_views, train_student
 from ttt_lib.adaptation.references import References, correct
+from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.adaptation.student import Student
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
-from ttt_lib.models.base import GeometryModel, Prediction, restore, select_parameters, snapshot
-from ttt_lib.report import html as html_views
-
-
-@dataclass
-class AdaptResult:
-    """What one image gave.
-
-    original: before; adapted: after the last step (None if training failed); final: the one to use; blended: what
-    `blend` gives or would give, with a gate. decision: `original`, `adapted`, `averaged`, and with a gate `accept`,
-    `blend` or `reject`; reason: a sentence when the decision is not the expected one. history: one dictionary an
-    optimizer step: step, passes, loss, each term, gradient_norm, known (share of known target pixels), seconds.
-    signals: of the gate. seconds: wall time of everything here; peak_memory_mb: during this adaptation, see
-    `memory.peak_memory_mb`. micro_batch: views in the network at a time. weights: of the trained parameters, for the
-    next image of a sequence (`train.reset`). image: (3,H,W), what was adapted to.
-    """
-
-    original: Prediction
-    adapted: Prediction | None
-    final: Prediction
-    decision: str
-    reason: str = ""
-    history: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    peak_memory_mb: float = 0.0
-    passes_done: int = 0
-    view_stats: dict[str, int] = field(default_factory=dict)
-    signals: dict[str, float] = field(default_factory=dict)
-    micro_batch: int = 0
-    blended: Prediction | None = None
-    weights: list[Tensor] | None = None
-    image: Tensor | None = None
-
-    def __repr__(self) -> str:
-        return html_views.result_text(self)
-
-    def _repr_html_(self) -> str:
-        return html_views.result_html(self)
-
-    def add_reason(self, said: str) -> None:
-        """Add a sentence to `reason`; an empty one adds nothing."""
-        self.reason = "; ".join(filter(None, [self.reason, said]))
+from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot
 
 
 def sample_generator(seed: int, name: str) -> torch.Generator:

@@ -9,10 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import mirror_intrinsics, mirror_points, unproject
 from ttt_lib.geometry.exact_alignment import align_affine_lstsq
-from ttt_lib.models.base import GeometryModel, Prediction
-from ttt_lib.views.draw import View, carry_back
+from ttt_lib.models.base import GeometryModel
+from ttt_lib.views.carry import View, carry_back
 
 RESOLUTIONS = {"finer": 4 / 3, "coarser": 3 / 4}  # of the tokens
 

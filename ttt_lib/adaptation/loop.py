@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from ttt_lib.adaptation.ensemble import predict_ensemble, predict_on_views
 from ttt_lib.adaptation.gradients import (
     Rows,
-    Student,
     Training,
     accumulate,
     add_terms,
@@ -30,12 +29,15 @@ from ttt_lib.adaptation.gradients import (
 )
 from ttt_lib.adaptation.references import References, reference_loss
 from ttt_lib.adaptation.regularizers import distance_gradients, restore_some, sharpest_point
+from ttt_lib.adaptation.student import Student
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.memory import room_for
 from ttt_lib.core.schema import OptimizerConfig
+from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import unproject
-from ttt_lib.models.base import GeometryModel, Prediction
-from ttt_lib.views.draw import View, make_views
+from ttt_lib.models.base import GeometryModel
+from ttt_lib.views.carry import View
+from ttt_lib.views.draw import make_views
 from ttt_lib.views.renderer import NovelViewRenderer
 
 

@@ -22,12 +22,13 @@ from torch.nn import functional as F
 
 from ttt_lib.adaptation.residual_field import residual_field
 from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import unproject
 from ttt_lib.geometry.exact_alignment import align_depth_affine
-from ttt_lib.models.base import GeometryModel, Prediction
+from ttt_lib.models.base import GeometryModel
 
 if TYPE_CHECKING:
-    from ttt_lib.data.samples import Sample
+    from ttt_lib.core.types import Sample
 
 ENOUGH_FOR_SHIFT = 6  # points; fewer fix the scale alone
 FOLDS = 5

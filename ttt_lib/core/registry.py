@@ -1,9 +1,10 @@
-"""Losses, shifts and models that others add, found by name in experiment files.
+"""What experiment files name: losses, shifts, models. The package's own and yours enter by the same decorators.
 
-What the package itself has is registered where it is written. Yours is registered by the same decorators: in a notebook,
-or, so that the jobs of a batch in other processes know it too, in a module that an installed distribution names under
-the entry-point group `ttt_depth` (pyproject.toml: `[project.entry-points.ttt_depth]`, `mine = "my_package.my_module"`).
-A string in an experiment file never imports anything.
+The package's own are in the module that its registry calls home, which is imported when a name is first looked for: this
+room knows names, not what they stand for. Yours are registered in a notebook, or, so that the jobs of a batch in other
+processes know them too, in a module that an installed distribution names under the entry-point group `ttt_depth`
+(pyproject.toml: `[project.entry-points.ttt_depth]`, `mine = "my_package.my_module"`). A string in an experiment file never
+imports anything.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,14 +25,16 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Registry(dict[str, Callable[..., Any]]):
-    """Functions by name. `reserved`: names that are taken otherwise."""
+    """Functions by name. home: the module that registers the package's own. reserved: names that are taken otherwise."""
 
-    def __init__(self, what: str, reserved: tuple[str, ...] = ()) -> None:
+    def __init__(self, what: str, home: str = "", reserved: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.what, self.reserved = what, reserved
+        self.what, self.home, self.reserved = what, home, reserved
 
     def knows(self, name: str) -> bool:
-        """Whether the name is there, looking among installed modules (`load_installed`) only if it is not."""
+        """Whether the name is there, at home or among installed modules (`load_installed`), which are asked last."""
+        if self.home:
+            import_module(self.home)
         return name in self or (bool(load_installed()) and name in self)
 
     def register(self, name: str) -> Callable[[Function], Function]:
@@ -72,3 +76,17 @@ def load_installed() -> tuple[str, ...]:
         digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16] if source.is_file() else ""
         loaded.append(f"{origin} {entry.value} {digest}")
     return tuple(loaded)
+
+
+LOSS_NAMES = (
+    "global", "local_4", "local_16", "local_64", "normal", "edge", "mask", "metric_scale",
+    "ssi", "gradient", "silog", "feature", "metric_reference",
+)  # fmt: skip
+
+# `LossInputs` -> (B,) or a scalar
+LOSSES = Registry("loss", reserved=LOSS_NAMES)
+# image (3,H,W) in [0,1], depth (H,W) with inf or NaN where there is none, severity 1 to 5, generator -> image (3,H,W)
+SHIFTS = Registry("shift", home="ttt_lib.data.shifts")
+# Families: `register("mine")` makes `load_model("mine:REST", ...)` call `loader(REST, device=..., num_tokens=...,
+# autocast=..., fov_x=...)`, which gives a `GeometryModel`.
+MODELS = Registry("model", reserved=("tiny", "hf", "http", "https", "file"))

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ttt_lib.core.registry import LOSS_NAMES, LOSSES, SHIFTS
+
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Severity = Annotated[int, Field(ge=0, le=5)]
@@ -149,8 +151,6 @@ class PhotometricConfig(Section):
 
 
 def _known_shift(name: str) -> str:
-    from ttt_lib.data.shifts import SHIFTS
-
     if not SHIFTS.knows(name):
         raise ValueError(f"there is no such shift; there are {', '.join(SHIFTS)}")
     return name
@@ -225,18 +225,9 @@ class GateConfig(Section):
         return "off" if value is False else value
 
 
-LOSS_NAMES = (
-    "global", "local_4", "local_16", "local_64", "normal", "edge", "mask", "metric_scale",
-    "ssi", "gradient", "silog", "feature", "metric_reference",
-)  # fmt: skip
-
-
 def _known_loss(name: str) -> str:
-    if name not in LOSS_NAMES:
-        from ttt_lib.adaptation.losses.terms import LOSSES  # above this module; only added losses need it
-
-        if not LOSSES.knows(name):
-            raise ValueError(f"there is no such loss; there are {', '.join((*LOSS_NAMES, *LOSSES))}")
+    if name not in LOSS_NAMES and not LOSSES.knows(name):
+        raise ValueError(f"there is no such loss; there are {', '.join((*LOSS_NAMES, *LOSSES))}")
     return name
 
 

@@ -6,8 +6,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from ttt_lib.core.types import Sample
 from ttt_lib.data import moge_layout
-from ttt_lib.data.samples import Sample, SampleSet, to_sample
+from ttt_lib.data.samples import SampleSet, to_sample
 
 FOCAL = 994.978  # pixels, of the images scikit-image ships (a quarter of the original's)
 PRINCIPAL_POINT = (311.193, 254.877)  # left camera, pixels with the centre of the first pixel at 0

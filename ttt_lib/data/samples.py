@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,46 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from ttt_lib.core.errors import UserError, printable, reason
+from ttt_lib.core.types import Sample
 from ttt_lib.data import moge_layout
 from ttt_lib.data.moge_layout import SampleError, check_name
-from ttt_lib.report import html as html_views
 
 FRAME_FILES = ("image.jpg", "depth.png", "meta.json", "segmentation.png")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 ENDS = 32768  # bytes at each end of a file that its fingerprint reads
-
-
-@dataclass
-class Sample:
-    """One image and what is known of it.
-
-    image (3,H,W) float32 in [0,1]; depth (H,W) float32, NaN where unknown; points (H,W,3), NaN where unknown; mask
-    (H,W) bool, True where the truth is known; intrinsics (3,3) normalised. Without truth these are None. is_metric:
-    depth and points are in metres. segmentation (H,W) long with labels name -> id, for local metrics.
-    """
-
-    name: str
-    dataset: str
-    image: Tensor
-    depth: Tensor | None = None
-    points: Tensor | None = None
-    mask: Tensor | None = None
-    intrinsics: Tensor | None = None
-    is_metric: bool = False
-    has_sharp_boundary: bool = False
-    segmentation: Tensor | None = None
-    segmentation_labels: dict[str, int] | None = None
-
-    def __repr__(self) -> str:
-        return html_views.sample_text(self)
-
-    def _repr_html_(self) -> str:
-        return html_views.sample_html(self)
 
 
 @dataclass
@@ -180,91 +148,7 @@ def open_moge(
     return SampleSet(title, names, load, f"{options} {_file_fingerprint(files)}")
 
 
-def _formats() -> list[str]:
-    """What Pillow may read: PostScript is a program, which it would hand to Ghostscript."""
-    Image.init()
-    return [name for name in Image.ID if name != "EPS"]
-
-
-def read_photo(path: str | Path) -> Tensor:
-    """Any photograph as (3,H,W) float32 in [0,1].
-
-    Turned as its EXIF orientation says; gray becomes three equal channels; 16-bit keeps its precision; transparency
-    is laid over white; of several frames the first counts. Raises `UserError` naming the file when it cannot be read.
-    """
-    path = Path(path)
-    try:
-        if not os.path.isfile(path):
-            raise UserError(f"{path}: there is no such file.")
-        with Image.open(path, formats=_formats()) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-                array = np.asarray(image, dtype=np.float32)
-                if not np.isfinite(array).all():
-                    raise ValueError("it has pixels that are not finite")
-                top = 65535.0 if image.mode != "F" else max(float(array.max()), 1e-6)
-                array = np.repeat((array / top).clip(0, 1)[..., None], 3, axis=-1)
-            else:
-                if "A" in image.getbands() or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path}: is not an image this can read; convert it to JPEG or PNG.") from error
-    except UserError:
-        raise
-    except Exception as error:  # what a decoder makes of damaged bytes differs by format
-        raise UserError(f"{path}: the image is damaged or too large ({reason(error)}).") from error
-    if min(array.shape[:2]) < 16:
-        raise UserError(
-            f"{path}: the image has {array.shape[1]} x {array.shape[0]} pixels; at least 16 x 16 are needed."
-        )
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
-
-
-def open_images(path: str | Path, name: str | None = None, count: int | None = None) -> SampleSet:
-    """A folder of plain images (or one image), without truth. Raises `UserError` if there are none."""
-    folder = Path(path)
-    if os.path.isdir(folder):  # os.path also answers for names that no file system takes
-        files = {printable(p.name): p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
-    elif os.path.isfile(folder):
-        files = {printable(folder.name): folder}
-    else:
-        raise UserError(f"{folder}: there is no such folder or image.")
-    if not files:
-        raise UserError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}).")
-    title, names = name or printable(folder.resolve().stem), list(files)[:count]
-    load = lambda sample: Sample(sample, title, read_photo(files[sample]))  # noqa: E731
-    return SampleSet(title, names, load, _file_fingerprint(files.values()))
-
-
 # ------------------------------------------------------------------------------------------------ opening, writing
-
-
-def open_dataset(kind: str = "moge", **options: Any) -> SampleSet:
-    """Open a set: `moge`, `images`, `motorcycle`, `synthetic` or `shifted`; options as of the `open_*` functions.
-
-    Raises `UserError` for an unknown kind, an option the kind lacks, or a folder that is not there.
-    """
-    if kind in ("synthetic", "shifted"):
-        from ttt_lib.data.shifts import open_synthetic
-
-        opener: Callable[..., SampleSet] = lambda **rest: open_synthetic(kind, **rest)  # noqa: E731
-    else:
-        from ttt_lib.data.motorcycle import open_motorcycle
-
-        openers = {"moge": open_moge, "images": open_images, "motorcycle": open_motorcycle}
-        if kind not in openers:
-            raise UserError(f"data kind {kind!r}: use one of {', '.join([*openers, 'synthetic', 'shifted'])}.")
-        opener = openers[kind]
-    if kind in ("moge", "images") and "path" not in options:
-        raise UserError(f"data: a set of kind {kind!r} needs a `path`.")
-    if kind == "moge" and options.get("name") in moge_layout.BENCHMARKS:
-        options = {**moge_layout.BENCHMARKS[options["name"]], **options}
-    try:
-        return opener(**options)
-    except TypeError as error:
-        raise UserError(f"data: a set of kind {kind!r} does not take these options ({error}).") from error
 
 
 def write_moge_layout(samples: Iterable[Sample], folder: str | Path) -> list[str]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ttt_lib.adaptation.gate.decision import Calibration
 from ttt_lib.core.errors import UserError
-from ttt_lib.runs.results import IDENTITY
+from ttt_lib.core.types import IDENTITY
 
 MEASURES = ("depth_affine_invariant", "points_affine_invariant")
 RELATIVE = "disparity_affine_invariant"  # of models that predict neither

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from ttt_lib.geometry.exact_alignment import align_affine_lstsq, fast_alignment
 
 if TYPE_CHECKING:
-    from ttt_lib.data.samples import Sample
-    from ttt_lib.models.base import Prediction
+    from ttt_lib.core.types import Prediction, Sample
 
 # (metric, score) of the published table's columns, in its order.
 TABLE1_COLUMNS = [

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from ttt_lib.data.samples import Sample, SampleSet, open_dataset
+from ttt_lib.core.types import Prediction, Sample
+from ttt_lib.data.catalog import open_dataset
+from ttt_lib.data.samples import SampleSet
 from ttt_lib.evaluation.scores import evaluate
-from ttt_lib.models.base import GeometryModel, Prediction
+from ttt_lib.models.base import GeometryModel
 
 SHOWN = (("depth_scale_invariant", "delta1"), ("depth_affine_invariant", "delta1"), ("depth_affine_invariant", "rel"),
          ("points_affine_invariant", "delta1"))  # fmt: skip

@@ -8,28 +8,20 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import importlib.util
-import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from moge.utils.geometry_torch import recover_focal_shift
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ttt_lib.core.errors import UserError, reason
-from ttt_lib.core.registry import Registry
-from ttt_lib.models.moge import HUB_NAMES, TRANSFORMERS_PREFIXES, download_checkpoint, load_network
-from ttt_lib.report import html as html_views
+from ttt_lib.core.errors import UserError
+from ttt_lib.core.types import Kind, Prediction
 
-ASSETS = Path(__file__).parents[1] / "assets"
-TINY_TOKENS = 192  # the bundled model was trained at no more, and is far worse at the most of its range
 PARTS = ("encoder", "neck", "heads", "norms")
 NORMS = (
     nn.LayerNorm,
@@ -37,65 +29,6 @@ NORMS = (
     nn.modules.batchnorm._NormBase,  # batch and instance normalisation of every dimension
     nn.RMSNorm,
 )
-# Added families: `register("mine")` makes `load_model("mine:REST", ...)` call `loader(REST, device=..., num_tokens=...,
-# autocast=..., fov_x=...)`, which gives a `GeometryModel`.
-MODELS = Registry("model", ("tiny", "hf", "http", "https", "file"))
-Kind = Literal["metric", "scale_invariant", "affine_invariant", "disparity"]
-
-
-def hide_broken_torchvision() -> None:
-    """Make a torchvision that cannot be imported count as absent.
-
-    PyPI's torchvision is built for CUDA; beside a CPU build of torch its import fails. MoGe never imports it, but
-    transformers does when it finds it. `None` in `sys.modules` makes every later import fail as for a missing
-    package, and `find_spec` find nothing, which transformers reads as "not installed"; what a transformers imported
-    earlier remembers of it is forgotten.
-    """
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        import torchvision  # noqa: F401
-    except Exception:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        sys.modules["torchvision"] = None  # type: ignore[assignment]
-        remembered = sys.modules.get("transformers.utils.import_utils")
-        for name in ("is_torchvision_available", "is_torchvision_v2_available"):
-            getattr(getattr(remembered, name, None), "cache_clear", lambda: None)()
-        for name in ("_torchvision_available", "_torchvision_v2_available"):  # transformers 4
-            if hasattr(remembered, name):
-                setattr(remembered, name, False)
-
-
-hide_broken_torchvision()
-
-
-@dataclass
-class Prediction:
-    """What a model says of an image (or of B images: all fields with a leading B).
-
-    points (H,W,3) in the camera's frame and depth (H,W), not masked: also where `mask` (H,W) bool says that there is
-    no surface; intrinsics (3,3) normalised; normal (H,W,3) or None; disparity (H,W) for models that predict it up to
-    scale and shift, else None. kind: `metric` (metres), `scale_invariant`, `affine_invariant` or `disparity`. note:
-    assumptions made, in words; extra: what only some models say: `assumed_fov` (degrees, horizontal) where the model
-    predicts no camera, `domain` (of ZoeDepth NK: the head that was chosen, one a picture for a batch).
-    """
-
-    points: Tensor | None
-    depth: Tensor | None
-    mask: Tensor | None
-    intrinsics: Tensor | None
-    kind: Kind
-    normal: Tensor | None = None
-    disparity: Tensor | None = None
-    note: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return html_views.prediction_text(self)
-
-    def _repr_html_(self) -> str:
-        return html_views.prediction_html(self)
 
 
 class GeometryModel:
@@ -302,70 +235,3 @@ def weights_checksum(model: GeometryModel) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ loading
-
-
-def _choose_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).item()  # what cannot be read back, as from `meta`, is no device for results
-        return chosen
-    except Exception as error:  # a device that PyTorch knows by name only fails in its own way
-        raise UserError(f"model.device: {device!r} cannot be used here ({reason(error)}).") from error
-
-
-def load_model(
-    name: str = "tiny",
-    device: str = "auto",
-    num_tokens: int | None = None,
-    autocast: str = "none",
-    fov_x: float | None = None,
-) -> GeometryModel:
-    """Load a geometry model, frozen and in evaluation mode.
-
-    name: `tiny` (bundled, offline); a MoGe hub name (`HUB_NAMES`) or the path of a MoGe checkpoint; the hub name of a
-    Depth Anything, ZoeDepth or DPT/MiDaS model (`TRANSFORMERS_PREFIXES`) or its local folder; `FAMILY:REST` for one that
-    is registered in `MODELS`. device: `auto`, `cpu`, `cuda`, `cuda:1`. num_tokens: base tokens of a picture (None: `tiny`
-    what it was trained at, MoGe the most of its range, transformers models the size that their own rules give).
-    autocast: `none`, or `bfloat16` for mixed precision of training passes. fov_x: horizontal field of view in degrees,
-    for models that predict no camera (None: 60 is assumed, and said).
-
-    Raises `UserError`, one sentence, for a hub that cannot be reached, an unknown name, a wrong or truncated file.
-    """
-    if autocast not in ("none", "bfloat16"):
-        raise UserError(f"model.autocast: {autocast!r} is not known; use none or bfloat16.")
-    target, path = _choose_device(device), Path(os.path.expanduser(name))
-    family, added, rest = name.partition(":")
-    if added and MODELS.knows(family):
-        return MODELS[family](rest, device=target, num_tokens=num_tokens, autocast=autocast, fov_x=fov_x)
-    hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix not in (".pt", ".pth")
-    if name == "tiny":
-        path = ASSETS / "tiny.pt"
-        if not path.exists():
-            raise UserError(f"model 'tiny': {path} is missing; install the package again.")
-        num_tokens = num_tokens or TINY_TOKENS
-    # `os.path` also answers for names that no file system takes.
-    elif os.path.isfile(path / "config.json") or (not os.path.exists(path) and name.startswith(TRANSFORMERS_PREFIXES)):
-        from ttt_lib.models.transformers_loading import load_transformers_model
-
-        return load_transformers_model(name, target, num_tokens, autocast, fov_x)
-    elif os.path.isdir(path):
-        path = path / "model.pt"
-        if not path.is_file():
-            raise UserError(f"model {name!r}: the folder holds neither config.json (transformers) nor model.pt (MoGe).")
-    elif not os.path.isfile(path):
-        if not hub_name:
-            raise UserError(
-                f"model {name!r}: neither 'tiny', nor a file that exists, nor a hub name such as {HUB_NAMES[-1]!r}."
-            )
-        path = download_checkpoint(name)
-    if fov_x is not None:
-        raise UserError(f"model {name!r}: it predicts the camera itself; leave the field of view out.")
-    network = load_network(path, name).to(target)
-    kind: Kind = "metric" if hasattr(network, "scale_head") else "scale_invariant"
-    if target.type == "cpu" and name == "tiny":  # a third less time for its convolutions there; ViTs gain nothing
-        network = network.to(memory_format=torch.channels_last)
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-    return GeometryModel(network, name, kind, num_tokens, autocast)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_lib.core.errors import UserError
+from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import intrinsics_from_fov, unproject
-from ttt_lib.models.base import GeometryModel, Prediction
+from ttt_lib.models.base import GeometryModel
 from ttt_lib.models.preprocessing import BICUBIC, BILINEAR, Rules, resize_as_pillow, zoedepth_border
 
 ASSUMED_FOV = 60.0  # degrees, horizontal

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from ttt_lib.adaptation.adapter import AdaptResult
+    from ttt_lib.adaptation.result import AdaptResult
 
 
 def to_array(image: Tensor) -> np.ndarray:

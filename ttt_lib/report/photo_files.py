@@ -14,14 +14,16 @@ import utils3d
 from moge.utils import io as moge_io
 from torch.nn import functional as F
 
-from ttt_lib.adaptation.adapter import AdaptResult, adapt
+from ttt_lib.adaptation.adapter import adapt
 from ttt_lib.adaptation.references import read_references
+from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, printable, reason
 from ttt_lib.core.memory import is_out_of_memory
-from ttt_lib.data.samples import read_photo
-from ttt_lib.geometry.cameras import EDGE_RTOL, depth_edges
-from ttt_lib.models.base import GeometryModel, Prediction, weights_checksum
+from ttt_lib.core.types import Prediction
+from ttt_lib.data.images import read_photo
+from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges
+from ttt_lib.models.base import GeometryModel, weights_checksum
 from ttt_lib.report.figures import plot_before_after
 
 LONGEST_CLOUD = 1024  # pixels of the longer side from which the point cloud is made

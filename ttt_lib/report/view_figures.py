@@ -12,18 +12,22 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ttt_lib.adaptation.adapter import AdaptResult, adapt, sample_generator, working_image
+from ttt_lib.adaptation.adapter import adapt, sample_generator, working_image
 from ttt_lib.adaptation.ensemble import predict_ensemble
 from ttt_lib.adaptation.gradients import view_loss
 from ttt_lib.adaptation.loop import draw_views, make_renderer
+from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.schema import ViewConfig
-from ttt_lib.data.samples import Sample, open_dataset
-from ttt_lib.models.base import GeometryModel, Prediction, load_model
+from ttt_lib.core.types import Prediction, Sample
+from ttt_lib.data.catalog import open_dataset
+from ttt_lib.models.base import GeometryModel
+from ttt_lib.models.load import load_model
 from ttt_lib.report.figures import inverse_depth, to_array
 from ttt_lib.runs.catalog import NOTEBOOKS
 from ttt_lib.runs.experiment import load_with_profile
-from ttt_lib.views.draw import View, make_views
+from ttt_lib.views.carry import View
+from ttt_lib.views.draw import make_views
 from ttt_lib.views.renderer import NovelViewRenderer
 
 UNKNOWN, SKY = (0.85, 0.1, 0.55), (0.45, 0.7, 0.95)

@@ -17,7 +17,7 @@ from IPython.display import display
 from torch import Tensor
 
 from ttt_lib.core.schema import ViewConfig
-from ttt_lib.models.base import Prediction
+from ttt_lib.core.types import Prediction
 from ttt_lib.report.view_figures import plot_views
 from ttt_lib.views.draw import make_views
 from ttt_lib.views.renderer import NovelViewRenderer

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ttt_lib.adaptation.adapter import adapt, sample_generator, working_image
-from ttt_lib.adaptation.gradients import Student, left_out
+from ttt_lib.adaptation.gradients import left_out
 from ttt_lib.adaptation.loop import draw_views, make_optimizer, make_renderer
 from ttt_lib.adaptation.losses.terms import compute_loss, draw_seeds
+from ttt_lib.adaptation.student import Student
 from ttt_lib.core.config import ExperimentConfig, build_experiment
 from ttt_lib.core.memory import memory_mb, peak_memory_mb, reset_peak_memory
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot

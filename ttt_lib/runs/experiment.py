@@ -14,15 +14,19 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ttt_lib.adaptation.adapter import AdaptResult, adapt, sample_generator
+from ttt_lib.adaptation.adapter import adapt, sample_generator
 from ttt_lib.adaptation.gate.decision import read_calibration
 from ttt_lib.adaptation.references import sample_references
+from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment, load_profile
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.memory import is_out_of_memory
-from ttt_lib.data.samples import Sample, SampleSet, open_dataset
+from ttt_lib.core.types import Prediction, Sample
+from ttt_lib.data.catalog import open_dataset
+from ttt_lib.data.samples import SampleSet
 from ttt_lib.evaluation.scores import evaluate, tidy_rows
-from ttt_lib.models.base import GeometryModel, Prediction, load_model
+from ttt_lib.models.base import GeometryModel
+from ttt_lib.models.load import load_model
 from ttt_lib.runs.catalog import NOTEBOOKS
 from ttt_lib.runs.results import prediction_name
 

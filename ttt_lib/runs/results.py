@@ -16,16 +16,10 @@ import pandas as pd
 
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.schema import RESERVED
+from ttt_lib.core.types import IDENTITY, KEYS
 from ttt_lib.evaluation.scores import TABLE1_COLUMNS
 
 MANIFEST = "manifest.json"  # of a finished job
-IDENTITY = ["experiment", "dataset", "sample"]
-KEYS = {  # what names a row, and the columns that are there even when no run has any row
-    "metrics": ([*IDENTITY, "prediction", "metric", "score"], ["value"]),
-    "samples": (IDENTITY, ["seconds"]),
-    "history": ([*IDENTITY, "step"], ["passes", "loss"]),
-    "left_out": (["dataset", "sample", "reason"], []),
-}
 COMPARABLE = ("data", "limit", "model", "code", "torch")  # parts of an identity that experiments have in common
 SHARD = re.compile(r"(\d+)-of-(0*[1-9]\d*)", re.ASCII)
 

@@ -20,7 +20,8 @@ from ttt_lib.data.scenes.generate import make_scenes, sample_cameras
 from ttt_lib.data.scenes.raycast import Picture, Scenes, draw, make_atlas
 from ttt_lib.data.scenes.textures import make_textures
 from ttt_lib.geometry.cameras import MIRROR, mirror_intrinsics, mirror_points, rotation_between, unproject
-from ttt_lib.views.draw import View, make_views
+from ttt_lib.views.carry import View
+from ttt_lib.views.draw import make_views
 from ttt_lib.views.renderer import NovelViewRenderer
 
 FAR = 20.0  # the sky, relative to the farthest surface, where a target claims that there is something

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ttt_lib.core.errors import UserError
-from ttt_lib.views.torch_backend import BEYOND, NEAR, Mesh
+from ttt_lib.views.mesh import BEYOND, NEAR, Mesh
 
 INSTALL_GL = (
     "install a GL library (Debian: `apt-get install libegl1 libgl1-mesa-dri` or `libosmesa6`), or use backend 'torch'"

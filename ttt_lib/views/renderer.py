@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ttt_lib.core.errors import UserError
-from ttt_lib.geometry.cameras import EDGE_RTOL, MIRROR, mirror_intrinsics, mirror_points, uv_map
+from ttt_lib.geometry.cameras import MIRROR, mirror_intrinsics, mirror_points, uv_map
+from ttt_lib.geometry.warp import EDGE_RTOL
+from ttt_lib.views.mesh import Mesh, build_mesh
 from ttt_lib.views.pyrender_backend import GLScene, gl_renderer, platform
-from ttt_lib.views.torch_backend import Mesh, build_mesh, rasterise
+from ttt_lib.views.torch_backend import rasterise
 
 
 @dataclass

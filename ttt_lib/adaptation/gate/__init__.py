@@ -1,1 +1,1 @@
-"""A room of the package."""
+"""Label-free signals, and the decision that a calibration makes of them."""

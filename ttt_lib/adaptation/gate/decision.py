@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from ttt_lib.adaptation.ensemble import fitted_disparity, log_difference
 from ttt_lib.adaptation.gate.signals import HeldBack, consistency, consistency_now
-from ttt_lib.adaptation.gradients import Student
+from ttt_lib.adaptation.student import Student
 from ttt_lib.core.config import GateConfig
 from ttt_lib.core.errors import UserError, reason
 from ttt_lib.core.files import read_json
+from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import unproject
-from ttt_lib.models.base import Prediction
 
 BUNDLED = Path(__file__).parents[2] / "assets" / "gate.json"
 DISAGREEMENT = 0.1  # of log depth between experts, at which a pixel of a blend is half original, half adapted

@@ -16,13 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt_lib.adaptation.ensemble import log_difference, predict_member, predict_mirrored, predict_on_views
-from ttt_lib.adaptation.gradients import Student
+from ttt_lib.adaptation.student import Student
 from ttt_lib.core.config import ExperimentConfig, GateConfig
 from ttt_lib.core.schema import ShiftConfig
+from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import project, transform_points, unproject
-from ttt_lib.models.base import GeometryModel, Prediction
-from ttt_lib.views.draw import View, make_views, sample_cameras
-from ttt_lib.views.torch_backend import build_mesh, rasterise
+from ttt_lib.models.base import GeometryModel
+from ttt_lib.views.carry import View
+from ttt_lib.views.draw import make_views, sample_cameras
+from ttt_lib.views.mesh import build_mesh
+from ttt_lib.views.torch_backend import rasterise
 
 PAIRS = 4000  # pixel pairs that are voted on
 EQUAL = 0.02  # relative depth within which two pixels count as equally far

@@ -1,1 +1,1 @@
-"""A room of the package."""
+"""Terms of the loss between a student's output and the carried target."""

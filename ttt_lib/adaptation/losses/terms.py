@@ -23,8 +23,8 @@ from ttt_lib.adaptation.losses.depth_terms import (
     silog_loss,
 )
 from ttt_lib.core.errors import UserError
-from ttt_lib.core.registry import Registry
-from ttt_lib.core.schema import LOSS_NAMES, LossConfig
+from ttt_lib.core.registry import LOSSES
+from ttt_lib.core.schema import LossConfig
 from ttt_lib.geometry.fast_alignment import align_points_scale_z_shift, cheap_alignment
 
 # Of MoGe-1's training configuration; an experiment overrides any of them.
@@ -34,7 +34,6 @@ DEFAULTS: dict[str, dict[str, float | int]] = {
     "local_16": {"align_resolution": 8, "num_patches": 256, "beta": 0.0, "trunc": 1.0},
     "local_64": {"align_resolution": 4, "num_patches": 4096, "beta": 0.0, "trunc": 1.0},
 }
-LOSSES = Registry("loss", LOSS_NAMES)  # added ones: `LossInputs` -> (B,) or a scalar
 
 
 @dataclass(frozen=True)

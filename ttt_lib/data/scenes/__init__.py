@@ -1,1 +1,1 @@
-"""A room of the package."""
+"""The procedural world: layouts of solids with textures, seen by a ray caster; sets of it, clean and shifted."""

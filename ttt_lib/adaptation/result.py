@@ -1,0 +1,65 @@
+"""What adapting to one image gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ttt_lib.core.types import Prediction
+
+DECISIONS = {
+    "original": "the original prediction is used",
+    "adapted": "the adapted prediction is used",
+    "averaged": "the mean over predictions is used, nothing was trained",
+    "accept": "the gate accepted the adapted prediction",
+    "blend": "the gate mixed both predictions by region",
+    "reject": "the gate kept the original prediction",
+}
+
+
+@dataclass
+class AdaptResult:
+    """What one image gave.
+
+    original: before; adapted: after the last step (None if training failed); final: the one to use; blended: what
+    `blend` gives or would give, with a gate. decision: `original`, `adapted`, `averaged`, and with a gate `accept`,
+    `blend` or `reject`; reason: a sentence when the decision is not the expected one. history: one dictionary an
+    optimizer step: step, passes, loss, each term, gradient_norm, known (share of known target pixels), seconds.
+    signals: of the gate. seconds: wall time of everything here; peak_memory_mb: during this adaptation, see
+    `memory.peak_memory_mb`. micro_batch: views in the network at a time. weights: of the trained parameters, for the
+    next image of a sequence (`train.reset`). image: (3,H,W), what was adapted to.
+    """
+
+    original: Prediction
+    adapted: Prediction | None
+    final: Prediction
+    decision: str
+    reason: str = ""
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+    passes_done: int = 0
+    view_stats: dict[str, int] = field(default_factory=dict)
+    signals: dict[str, float] = field(default_factory=dict)
+    micro_batch: int = 0
+    blended: Prediction | None = None
+    weights: list[Tensor] | None = None
+    image: Tensor | None = None
+
+    def facts(self) -> list[str]:
+        """Decision, its reason, training and time: a phrase each."""
+        facts = [f"{self.decision}: {DECISIONS.get(self.decision, '')}".rstrip(": "), *filter(None, [self.reason])]
+        losses = [entry["loss"] for entry in self.history if "loss" in entry]
+        if self.passes_done:
+            facts.append(f"{self.passes_done} passes")
+        if losses:
+            facts.append(f"loss {losses[0]:.3g} to {losses[-1]:.3g}")
+        return [*facts, f"{self.seconds:.1f} s", f"peak memory {self.peak_memory_mb:.0f} MiB"]
+
+    def __repr__(self) -> str:
+        return f"AdaptResult({', '.join(self.facts())}; final: {', '.join(self.final.facts())})"
+
+    def add_reason(self, said: str) -> None:
+        """Add a sentence to `reason`; an empty one adds nothing."""
+        self.reason = "; ".join(filter(None, [self.reason, said]))

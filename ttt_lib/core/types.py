@@ -1,0 +1,132 @@
+"""What travels between the rooms: a sample with its truth, and a model's prediction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+def first_map(map_: Tensor | None, dimensions: int) -> Tensor | None:
+    """The map itself, or of a batch the first."""
+    return map_ if map_ is None or map_.ndim == dimensions else map_[0]
+
+
+def _range(depth: Tensor, mask: Tensor | None, unit: str) -> str:
+    """`1.2 to 9.8 m (median 3.1)` of the known depths."""
+    known = torch.isfinite(depth) if mask is None else torch.isfinite(depth) & mask.bool()
+    values = depth[known].float()
+    if not len(values):
+        return "unknown everywhere"
+    low, middle, high = (f"{float(v):.3g}" for v in (values.min(), values.median(), values.max()))
+    return f"{low} to {high}{unit} (median {middle})"
+
+
+def _field_of_view(intrinsics: Tensor) -> str:
+    fx, fy = float(intrinsics[0, 0]), float(intrinsics[1, 1])
+    across, down = (2 * math.degrees(math.atan(0.5 / f)) if f > 0 else math.nan for f in (fx, fy))
+    return f"field of view {across:.0f} x {down:.0f} degrees"
+
+
+@dataclass
+class Sample:
+    """One image and what is known of it.
+
+    image (3,H,W) float32 in [0,1]; depth (H,W) float32, NaN where unknown; points (H,W,3), NaN where unknown; mask
+    (H,W) bool, True where the truth is known; intrinsics (3,3) normalised. Without truth these are None. is_metric:
+    depth and points are in metres. segmentation (H,W) long with labels name -> id, for local metrics.
+    """
+
+    name: str
+    dataset: str
+    image: Tensor
+    depth: Tensor | None = None
+    points: Tensor | None = None
+    mask: Tensor | None = None
+    intrinsics: Tensor | None = None
+    is_metric: bool = False
+    has_sharp_boundary: bool = False
+    segmentation: Tensor | None = None
+    segmentation_labels: dict[str, int] | None = None
+
+    def facts(self) -> list[str]:
+        """Size, depth with its unit, camera: a phrase each."""
+        height, width = self.image.shape[-2:]
+        facts = [f"{width} x {height} pixels"]
+        if self.depth is None:
+            facts.append("no truth")
+        else:
+            facts.append(f"true depth {_range(self.depth, self.mask, ' m' if self.is_metric else ' (no unit)')}")
+        if self.mask is not None:
+            facts.append(f"known in {float(self.mask.float().mean()):.0%}")
+        if self.intrinsics is not None:
+            facts.append(_field_of_view(self.intrinsics))
+        if self.segmentation_labels:
+            facts.append(f"{len(self.segmentation_labels)} segments")
+        return facts
+
+    def __repr__(self) -> str:
+        return f"Sample({self.dataset}/{self.name}: {', '.join(self.facts())})"
+
+
+Kind = Literal["metric", "scale_invariant", "affine_invariant", "disparity"]
+
+
+@dataclass
+class Prediction:
+    """What a model says of an image (or of B images: all fields with a leading B).
+
+    points (H,W,3) in the camera's frame and depth (H,W), not masked: also where `mask` (H,W) bool says that there is
+    no surface; intrinsics (3,3) normalised; normal (H,W,3) or None; disparity (H,W) for models that predict it up to
+    scale and shift, else None. kind: `metric` (metres), `scale_invariant`, `affine_invariant` or `disparity`. note:
+    assumptions made, in words; extra: what only some models say: `assumed_fov` (degrees, horizontal) where the model
+    predicts no camera, `domain` (of ZoeDepth NK: the head that was chosen, one a picture for a batch).
+    """
+
+    points: Tensor | None
+    depth: Tensor | None
+    mask: Tensor | None
+    intrinsics: Tensor | None
+    kind: Kind
+    normal: Tensor | None = None
+    disparity: Tensor | None = None
+    note: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def facts(self) -> list[str]:
+        """Kind, size, depth with its unit, camera, surface: a phrase each. Of a batch the numbers are the first's."""
+        map_ = self.depth if self.depth is not None else self.disparity
+        if map_ is None:
+            return [self.kind, "empty"]
+        height, width = map_.shape[-2:]
+        facts = [self.kind, f"{width} x {height} pixels"]
+        if map_.ndim == 3:
+            facts.append(f"{len(map_)} images, of the first")
+        mask = first_map(self.mask, 2)
+        if self.depth is not None:
+            unit = " m" if self.kind == "metric" else " (no unit)"
+            facts.append(f"depth {_range(first_map(self.depth, 2), mask, unit)}")
+        else:
+            facts.append(f"disparity {_range(first_map(self.disparity, 2), mask, ' (no unit)')}")
+        if self.intrinsics is not None:
+            facts.append(_field_of_view(first_map(self.intrinsics, 2)))
+        if mask is not None:
+            facts.append(f"surface in {float(mask.float().mean()):.0%}")
+        return [*facts, *filter(None, [self.note])]
+
+    def __repr__(self) -> str:
+        return f"Prediction({', '.join(self.facts())})"
+
+
+IDENTITY = ["experiment", "dataset", "sample"]
+
+
+KEYS = {  # what names a row, and the columns that are there even when no run has any row
+    "metrics": ([*IDENTITY, "prediction", "metric", "score"], ["value"]),
+    "samples": (IDENTITY, ["seconds"]),
+    "history": ([*IDENTITY, "step"], ["passes", "loss"]),
+    "left_out": (["dataset", "sample", "reason"], []),
+}
