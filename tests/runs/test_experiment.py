@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from ttt_lib.adaptation.loop import NonFiniteLoss
+from ttt_lib.adaptation.loop import NumericalError
 from ttt_lib.core.config import build_experiment
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.runs import experiment as experiment_module
@@ -52,7 +52,7 @@ def test_a_first_sample_that_fails_leaves_readable_files(tmp_path, monkeypatch):
     def fails_once(*arguments, **options):
         calls.append(1)
         if len(calls) == 1:
-            raise NonFiniteLoss("made up")
+            raise NumericalError("made up")
         return real(*arguments, **options)
 
     monkeypatch.setattr(adapt_module, "train_student", fails_once)

@@ -19,11 +19,12 @@ from ttt_lib.adaptation.ensemble import predict_ensemble
 from ttt_lib.adaptation.gate.decision import Calibration, Watcher, best_on_the_line, blend_predictions, read_calibration
 from ttt_lib.adaptation.gate.signals import HeldBack, disagreement_map, held_back_views, measure
 from ttt_lib.adaptation.gradients import Training
-from ttt_lib.adaptation.loop import NonFiniteLoss, average_views, train_student
+from ttt_lib.adaptation.loop import average_views, train_student
 from ttt_lib.adaptation.references import References, correct
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
 from ttt_lib.core.config import ExperimentConfig
+from ttt_lib.core.errors import NumericalError
 from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot
 
@@ -92,7 +93,7 @@ def adapt(
             _adapt_weights(
                 model, image, config, named, name, generator, result, calibration, references, start, progress, on_step
             )
-        except (NonFiniteLoss, FloatingPointError) as error:
+        except (NumericalError, FloatingPointError) as error:
             result.adapted = result.blended = result.weights = None
             result.final, result.decision, result.reason = original, "original", f"original kept: {error}"
         finally:
@@ -151,7 +152,7 @@ def _adapt_weights(
     with student.weights(values):
         result.adapted = predict_ensemble(model, image, config.ensemble.members if config.ensemble.final else [])
     if not torch.isfinite(result.adapted.depth).any():
-        raise NonFiniteLoss("the adapted prediction has no finite depth")
+        raise NumericalError("the adapted prediction has no finite depth")
     result.final, result.decision = result.adapted, "adapted"
     if gate.mode != "off" and held is not None:
         _pass_gate(student, values, held, config, result, calibration, unseen)

@@ -31,6 +31,7 @@ from ttt_lib.adaptation.references import References, reference_loss
 from ttt_lib.adaptation.regularizers import distance_gradients, restore_some, sharpest_point
 from ttt_lib.adaptation.student import Student
 from ttt_lib.core.config import ExperimentConfig
+from ttt_lib.core.errors import NumericalError
 from ttt_lib.core.memory import room_for
 from ttt_lib.core.schema import OptimizerConfig
 from ttt_lib.core.types import Prediction
@@ -39,10 +40,6 @@ from ttt_lib.models.base import GeometryModel
 from ttt_lib.views.carry import View
 from ttt_lib.views.draw import make_views
 from ttt_lib.views.renderer import NovelViewRenderer
-
-
-class NonFiniteLoss(Exception):
-    """The loss or a gradient became NaN or infinite; the sample keeps its original prediction."""
 
 
 def make_optimizer(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -135,7 +132,7 @@ def train_student(
     """Train the student in place on views of `image`; fills `training`; returns the teacher's values.
 
     watch: called with the number of each finished step and whether it is the last; True ends the training. Raises
-    `NonFiniteLoss` before a step with a loss or gradient that is not finite would spoil the weights.
+    `NumericalError` before a step with a loss or gradient that is not finite would spoil the weights.
     """
     model, train, teacher_config = student.model, config.train, config.teacher
     optimizer = make_optimizer(student.leaves, train.optimizer)
@@ -261,7 +258,7 @@ def _step(
         "gradient_norm": float(norm),
     }
     if not np.isfinite(entry.get("loss", 0.0)) or not np.isfinite(entry["gradient_norm"]):
-        raise NonFiniteLoss(f"the loss or its gradient was not finite in step {entry['step']}")
+        raise NumericalError(f"the loss or its gradient was not finite in step {entry['step']}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     training.history.append(entry)

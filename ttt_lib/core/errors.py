@@ -1,6 +1,20 @@
-"""The one exception that stands for a user's mistake, and how other exceptions are put into its sentence."""
+"""One family of exceptions, and how other exceptions are put into their sentences.
+
+    TTTError
+      UserError            something the user can put right; one sentence: what is wrong, where, what to do
+        ConfigError        a setting, a name or a file of settings
+        DataError          a photograph, a sample or a set
+        ModelError         a checkpoint, a hub, a family
+        RunError           a folder of results, a job, a cluster
+        NotSupported       what this model or machine cannot do
+      NumericalError       a prediction, a loss or a gradient that is no number: ends a sample, never a run
+
+What is not of this family is a mistake of the program and keeps its trace.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 def printable(text: object, limit: int = 300) -> str:
@@ -18,12 +32,54 @@ def reason(error: BaseException, limit: int = 200) -> str:
     return printable(next(filter(None, lines), type(error).__name__), limit)
 
 
-class UserError(Exception):
-    """Something the user can put right. The message is one sentence: what is wrong, where, and what to do.
+class TTTError(Exception):
+    """Everything this package raises on purpose. `about` carries what the sentence is about, for programs.
 
-    The command line prints it without a traceback; notebooks and Python callers may catch it. Names of files may hold
-    anything; the message is one line all the same.
+    Example:
+        >>> error = DataError("a.jpg: there is no such file.", path="a.jpg")
+        >>> str(error), error.about
+        ('a.jpg: there is no such file.', {'path': 'a.jpg'})
     """
 
-    def __init__(self, message: object) -> None:
+    def __init__(self, message: object, **about: Any) -> None:
         super().__init__(printable(message, 2000))
+        self.about = about
+
+    def __reduce__(self) -> tuple[Any, ...]:  # `about` survives the way between processes
+        return _again, (type(self), str(self), self.about)
+
+
+def _again(kind: type[TTTError], message: str, about: dict[str, Any]) -> TTTError:
+    return kind(message, **about)
+
+
+class UserError(TTTError):
+    """Something the user can put right. The message is one sentence: what is wrong, where, and what to do.
+
+    The command line prints it without a traceback (`--debug` shows its cause); notebooks and Python callers may catch
+    it. Names of files may hold anything; the message is one line all the same.
+    """
+
+
+class ConfigError(UserError):
+    """A setting, the name of an experiment or profile, or a file of settings."""
+
+
+class DataError(UserError):
+    """A photograph, a sample or a set that is missing, damaged or not what it says."""
+
+
+class ModelError(UserError):
+    """A model's name, checkpoint, hub or family."""
+
+
+class RunError(UserError):
+    """A folder of results, a job, a scheduler or a cluster."""
+
+
+class NotSupported(UserError):
+    """What this model or this machine cannot do; callers with another way take it."""
+
+
+class NumericalError(TTTError):
+    """A prediction, loss or gradient that is not finite: the sample keeps its original prediction or is left out."""

@@ -30,6 +30,7 @@ class Registry(dict[str, Callable[..., Any]]):
     def __init__(self, what: str, home: str = "", reserved: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.what, self.home, self.reserved = what, home, reserved
+        self.about: dict[str, dict[str, Any]] = {}
 
     def knows(self, name: str) -> bool:
         """Whether the name is there, at home or among installed modules (`load_installed`), which are asked last."""
@@ -37,10 +38,16 @@ class Registry(dict[str, Callable[..., Any]]):
             import_module(self.home)
         return name in self or (bool(load_installed()) and name in self)
 
-    def register(self, name: str) -> Callable[[Function], Function]:
+    def all_names(self) -> list[str]:
+        """Every name there is, the package's own first, then those of installed modules, then a notebook's."""
+        self.knows("")
+        return list(self)
+
+    def register(self, name: str, **about: Any) -> Callable[[Function], Function]:
         """Decorator. Registering the same function again (a cell that runs twice) replaces it.
 
-        Raises `UserError` for a name that something else has.
+        about: what those who look it up want to know beside the function, kept in `self.about[name]`; each registry
+        says what it takes. Raises `UserError` for a name that something else has.
         """
 
         def keep(function: Function) -> Function:
@@ -48,7 +55,7 @@ class Registry(dict[str, Callable[..., Any]]):
             same = held is function or (held is not None and _place(held) == _place(function) != ("", ""))
             if name in self.reserved or (held is not None and not same):
                 raise UserError(f"{self.what} {name!r}: this name is taken; choose another one.")
-            self[name] = function
+            self[name], self.about[name] = function, about
             return function
 
         return keep
