@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from conftest import small_experiment
+from conftest import adapt, small_experiment
 
 from ttt_lib.adaptation import gradients as gradients_module
-from ttt_lib.adaptation.adapter import adapt, sample_generator, working_image
+from ttt_lib.adaptation.adapter import working_image
 from ttt_lib.core.errors import UserError
+from ttt_lib.core.seeds import sample_generator
 from ttt_lib.models.base import weights_checksum
 
 config = small_experiment()

@@ -8,12 +8,11 @@ import sys
 
 import pytest
 import torch
-from conftest import small_experiment
+from conftest import adapt, small_experiment
 from moge.model.v1 import MoGeModel as MoGe1
 from moge.model.v2 import MoGeModel as MoGe2
 from PIL import Image
 
-from ttt_lib.adaptation.adapter import adapt
 from ttt_lib.core.errors import UserError
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot, weights_checksum
 from ttt_lib.models.load import load_model

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+from ttt_lib.adaptation.adapter import Adapter
 from ttt_lib.adaptation.loop import NumericalError
 from ttt_lib.core.config import build_experiment
 from ttt_lib.core.memory import is_out_of_memory
@@ -92,13 +93,13 @@ def test_samples_without_metric_truth_are_left_out_of_references(monkeypatch):
 @pytest.mark.parametrize(("reset", "begins"), [("per_image", [0, 0, 0]), ("never", [0, 1, 1]), (2, [0, 1, 0])])
 def test_sequences_begin_where_they_should(monkeypatch, reset, begins):
     seen = []
-    real = experiment_module.adapt
+    real = Adapter.adapt
 
     def spy(*arguments, start=None, **options):
         seen.append(int(start is not None))
         return real(*arguments, start=start, **options)
 
-    monkeypatch.setattr(experiment_module, "adapt", spy)
+    monkeypatch.setattr(Adapter, "adapt", spy)
     run_experiment(config(train={"reset": reset}), None, progress=False)
     assert seen == begins
 

@@ -14,15 +14,17 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ttt_lib.adaptation.adapter import adapt, sample_generator
+from ttt_lib.adaptation.adapter import Adapter
 from ttt_lib.adaptation.gate.decision import read_calibration
-from ttt_lib.adaptation.references import sample_references
+from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment, load_profile
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.memory import is_out_of_memory
+from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.data.catalog import open_dataset
+from ttt_lib.data.known_distances import sample_references
 from ttt_lib.data.samples import SampleSet
 from ttt_lib.evaluation.scores import evaluate, tidy_rows
 from ttt_lib.models.base import GeometryModel
@@ -213,15 +215,14 @@ def run_experiment(
             if config.released.reload_model:
                 model = open_model(config)
             name = f"{sample.dataset}/{sample.name}"
-            references = None
+            supervision = []
             if config.references:
                 unseen = sample_generator(config.seed, f"{name}/references")
                 references, sample = sample_references(sample, config.references, unseen)
+                supervision.append(KnownDistances(references, config))
             if config.train.reset == "per_image" or (config.train.reset != "never" and done % config.train.reset == 0):
                 weights = None
-            result = adapt(
-                model, sample.image, config, name=name, references=references, start=weights, calibration=calibration
-            )
+            result = Adapter(model, config, calibration).adapt(sample.image, name, supervision, start=weights)
             weights = result.weights if config.train.reset != "per_image" else None
             if sample.depth is not None or sample.points is not None:
                 add("metrics", _rows(config.name, sample, "original", result.original))

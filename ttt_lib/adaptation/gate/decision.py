@@ -1,7 +1,6 @@
 """Label-free acceptance: what becomes of an adapted prediction, by the signals of `signals.py`.
 
-A calibration turns them into a decision, a blend takes each region from where the predictions can be trusted, and
-during training the held-back views choose among the weights.
+A calibration turns them into a decision, and a blend takes each region from where the predictions can be trusted.
 """
 
 from __future__ import annotations
@@ -17,9 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt_lib.adaptation.ensemble import fitted_disparity, log_difference
-from ttt_lib.adaptation.gate.signals import HeldBack, consistency, consistency_now
-from ttt_lib.adaptation.student import Student
-from ttt_lib.core.config import GateConfig
 from ttt_lib.core.errors import UserError, reason
 from ttt_lib.core.files import read_json
 from ttt_lib.core.types import Prediction
@@ -99,46 +95,3 @@ def blend_predictions(original: Prediction, adapted: Prediction, disagreement: T
     if original.disparity is not None:
         disparity = torch.lerp(original.disparity, fitted_disparity(adapted.disparity, original.disparity), share)
     return replace(original, depth=depth, points=unproject(depth, original.intrinsics), disparity=disparity)
-
-
-class Watcher:
-    """Looks at the held-back views during training, keeps the best weights, and says when to stop.
-
-    The measure is `consistency`'s score; the original weights, whose score is their own inconsistency, take part: when
-    no step beats them, they are the best.
-    """
-
-    def __init__(self, student: Student, held: HeldBack, config: GateConfig) -> None:
-        self.student, self.held, self.config = student, held, config
-        self.best, self.best_step = consistency(held)["oo"], 0
-        self.weights = [value.clone() for value in student.values()]
-        self.scores = [(0, self.best)]
-
-    def __call__(self, step: int, last: bool = False) -> bool:
-        """Called after each step, and looks at every `check_every`-th and at the last; True: training should stop."""
-        if step % self.config.check_every and not last:
-            return False
-        with self.student.weights():
-            score = consistency_now(self.student.model, self.held)["score"]
-        self.scores.append((step, score))
-        if score < self.best:
-            self.best, self.best_step = score, step
-            self.weights = [value.clone() for value in self.student.values()]
-        return step - self.best_step >= self.config.patience * self.config.check_every
-
-
-def best_on_the_line(
-    student: Student, held: HeldBack, values: list[Tensor], shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-) -> tuple[list[Tensor], float]:
-    """Weights original + share * (values - original) with the smallest consistency score, and the share.
-
-    The original itself (0) takes part with its own inconsistency.
-    """
-    best, chosen = consistency(held)["oo"], 0.0
-    for share in shares:
-        between = [torch.lerp(a, b, share) for a, b in zip(student.original, values)]
-        with student.weights(between):
-            score = consistency_now(student.model, held)["score"]
-        if score < best:
-            best, chosen = score, share
-    return [torch.lerp(a, b, chosen) for a, b in zip(student.original, values)], chosen

@@ -106,14 +106,6 @@ def consistency(
     return values
 
 
-def consistency_now(model: GeometryModel, held: HeldBack) -> dict[str, float]:
-    """`consistency` with the model's present weights as the adapted ones; an infinite score if they give no numbers."""
-    try:
-        return consistency(held, *_on_views(model, held.view, held.original), model.predict(held.image))
-    except FloatingPointError:
-        return {"score": math.inf}
-
-
 def vote(experts: list[Tensor], mask: Tensor, generator: torch.Generator) -> list[float]:
     """Share of pixel pairs on which each expert agrees with the majority of the others.
 
