@@ -1,4 +1,4 @@
-"""What experiment files name: losses, shifts, models. The package's own and yours enter by the same decorators.
+"""What experiment files name: losses, shifts, models, kinds of data. The package's own and yours enter by the same decorators.
 
 The package's own are in the module that its registry calls home, which is imported when a name is first looked for: this
 room knows names, not what they stand for. Yours are registered in a notebook, or, so that the jobs of a batch in other
@@ -51,6 +51,8 @@ class Registry(dict[str, Callable[..., Any]]):
         """
 
         def keep(function: Function) -> Function:
+            if self.home and not _place(function)[0].startswith("ttt_lib."):
+                import_module(self.home)  # so that no name of the package's own is free
             held = self.get(name)
             same = held is function or (held is not None and _place(held) == _place(function) != ("", ""))
             if name in self.reserved or (held is not None and not same):
@@ -94,6 +96,9 @@ LOSS_NAMES = (
 LOSSES = Registry("loss", reserved=LOSS_NAMES)
 # image (3,H,W) in [0,1], depth (H,W) with inf or NaN where there is none, severity 1 to 5, generator -> image (3,H,W)
 SHIFTS = Registry("shift", home="ttt_lib.data.shifts")
-# Families: `register("mine")` makes `load_model("mine:REST", ...)` call `loader(REST, device=..., num_tokens=...,
-# autocast=..., fov_x=...)`, which gives a `GeometryModel`.
-MODELS = Registry("model", reserved=("tiny", "hf", "http", "https", "file"))
+# Families of models: a loader `(name, device=, num_tokens=, autocast=, fov_x=) -> GeometryModel`. `load_model` asks it for
+# "FAMILY:REST", with REST, and for whatever `matches(name)` says yes to, with the whole name; the family registered last
+# is asked first. `listed`: names that `list_models` shows.
+MODELS = Registry("model", home="ttt_lib.models.load", reserved=("hf", "http", "https", "file"))
+# Kinds of data: an opener with options by name -> `SampleSet`. `needs`: options without which there is no such set.
+DATASETS = Registry("data set", home="ttt_lib.data.catalog")
