@@ -96,9 +96,8 @@ LOSS_NAMES = (
 LOSSES = Registry("loss", reserved=LOSS_NAMES)
 # image (3,H,W) in [0,1], depth (H,W) with inf or NaN where there is none, severity 1 to 5, generator -> image (3,H,W)
 SHIFTS = Registry("shift", home="ttt_lib.data.shifts")
-# Families of models: a loader `(name, device=, num_tokens=, autocast=, fov_x=) -> GeometryModel`. `load_model` asks it for
-# "FAMILY:REST", with REST, and for whatever `matches(name)` says yes to, with the whole name; the family registered last
-# is asked first. `listed`: names that `list_models` shows.
-MODELS = Registry("model", home="ttt_lib.models.load", reserved=("hf", "http", "https", "file"))
+# Families: `register("mine")` makes `load_model("mine:REST", ...)` call `loader(REST, device=..., num_tokens=...,
+# autocast=..., fov_x=...)`, which gives a `GeometryModel`.
+MODELS = Registry("model", reserved=("tiny", "hf", "http", "https", "file"))
 # Kinds of data: an opener with options by name -> `SampleSet`. `needs`: options without which there is no such set.
 DATASETS = Registry("data set", home="ttt_lib.data.catalog")
