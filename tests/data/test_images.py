@@ -213,7 +213,7 @@ def test_what_is_skipped_in_a_folder_is_said(tmp_path, caplog):
         open_dataset("images", path=str(tmp_path))
     (record,) = caplog.records  # once
     assert "2 files are skipped" in record.getMessage() and "b.heic, c.arw" in record.getMessage()
-    with pytest.raises(DataError, match="is no image that this can read"):
+    with pytest.raises(DataError, match="that can be read; convert an image to JPEG"):
         describe_sources([tmp_path / "c.arw"])
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(DataError, match="only 2 other files such as 'b.heic'"):

@@ -94,7 +94,9 @@ def describe_sources(entries: Iterable[str | Path], where: str = "data") -> list
         elif os.path.isdir(path) or (os.path.isfile(path) and is_photo(path)):
             result.append({"kind": "images", "path": str(path.resolve())})
         elif os.path.isfile(path):
-            raise DataError(f"{where} {entry}: is no image that this can read; convert it to JPEG or PNG.")
+            raise DataError(
+                f"{where} {entry}: no such folder, image or JSON file that can be read; convert an image to JPEG."
+            )
         else:
             raise DataError(f"{where} {entry}: no such folder, image or JSON file; built in are {', '.join(by_name)}.")
     return result
