@@ -160,8 +160,8 @@ def test_adapt_takes_samples_photographs_tensors_and_whole_experiments(tiny, pic
     ("image", "options", "words"),
     [
         ("/nowhere.jpg", {}, "nowhere.jpg"),
-        (torch.zeros(64, 64, 3), {}, r"Tensor \(64, 64, 3\); give a tensor"),
-        (torch.zeros(3, 64, 64, dtype=torch.uint8), {}, "of floats"),
+        (torch.zeros(64, 64, 3), {}, r"must be a tensor .*not \(64, 64, 3\)"),
+        (torch.full((3, 64, 64), 200.0), {}, "divide by 255"),
         (None, {}, "NoneType"),
         (torch.zeros(3, 64, 64), {"experiment": "nonsense"}, "no such experiment; there are .*recommended"),
         (torch.zeros(3, 64, 64), {"profile": "fast"}, "no such profile"),

@@ -49,6 +49,12 @@ def test_examples_run_as_they_stand(registries, tmp_path, monkeypatch, capsys):
     result = space["result"]
     assert result.adapted.points.isfinite().all() and not torch.equal(result.adapted.depth, result.original.depth)
 
+    measured = space["adapt"](
+        space["small"], space["sample"], "recommended", profile="demo",
+        overrides={"model": {"name": "small:7"}, "train": {"parts": ["heads"], "passes": 2, "accumulation": 1}},
+    )  # fmt: skip
+    assert "consistency_score" in measured.signals and "drift_features" not in measured.signals  # it has no encoder
+
     exec(blocks[4], space)
     assert "log_ratio" in space["result"].history[0]
 

@@ -25,10 +25,11 @@ from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Episode, Judgement, Supervision, TrainingLog, configured
 from ttt_lib.core.config import ExperimentConfig
-from ttt_lib.core.errors import DataError, NumericalError
+from ttt_lib.core.errors import NumericalError
 from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import Prediction
+from ttt_lib.data.images import as_image
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot
 
 log = logging.getLogger(__name__)
@@ -43,17 +44,6 @@ def working_image(image: Tensor, longest_side: int | None) -> Tensor:
     factor = longest_side / max(height, width)
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     return F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0].clamp(0, 1)
-
-
-def checked_image(image: Tensor) -> Tensor:
-    """A float32 image (3,H,W) of any float kind. Raises `DataError` for another shape or range."""
-    if not (isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3 and image.is_floating_point()):
-        said = f"{type(image).__name__} {tuple(getattr(image, 'shape', ())) or ''}".rstrip()
-        raise DataError(f"adapt: the image is {said}; give a tensor (3,H,W) of floats in [0,1].")
-    low, high = float(image.min()), float(image.max())
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also for NaN
-        raise DataError(f"adapt: the image has values from {low:g} to {high:g}; divide by its maximum to be in [0,1].")
-    return image.float()
 
 
 @contextmanager
@@ -117,9 +107,8 @@ class Adapter:
         """
         begun, model, train = time.perf_counter(), self.model, self.config.train
         reset_peak_memory(model.device)
-        image = checked_image(image).to(model.device)
+        image = as_image(image, "adapt: the image").to(model.device)
         with _training_possible():
-            image = image.clone() if image.is_inference() else image
             original = model.predict(image)
             result = AdaptResult(original=original, adapted=None, final=original, decision="original", image=image)
             generator = sample_generator(self.config.seed, name)

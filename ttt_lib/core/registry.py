@@ -1,4 +1,4 @@
-"""What experiment files name: losses, shifts, models. The package's own and yours enter by the same decorators.
+"""What experiment files name: losses, shifts, models, kinds of data. The package's own and yours enter by the same decorators.
 
 The package's own are in the module that its registry calls home, which is imported when a name is first looked for: this
 room knows names, not what they stand for. Yours are registered in a notebook, or, so that the jobs of a batch in other
@@ -56,6 +56,8 @@ class Registry(dict[str, Callable[..., Any]]):
         """
 
         def keep(function: Function) -> Function:
+            if self.home and not _place(function)[0].startswith("ttt_lib."):
+                import_module(self.home)  # so that no name of the package's own is free
             held = self.get(name)
             same = held is function or (held is not None and _place(held) == _place(function) != ("", ""))
             if name in self.reserved or (held is not None and not same):
@@ -99,3 +101,5 @@ SHIFTS = Registry("shift", home="ttt_lib.data.shifts")
 # Families: `register("mine")` makes `load_model("mine:REST", ...)` call `loader(REST, device=..., num_tokens=...,
 # autocast=..., fov_x=...)`, which gives a `GeometryModel`.
 MODELS = Registry("model", reserved=("tiny", "hf", "http", "https", "file"))
+# Kinds of data: an opener with options by name -> `SampleSet`. `needs`: options without which there is no such set.
+DATASETS = Registry("data set", home="ttt_lib.data.catalog")

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ttt_lib.core.registry import SHIFTS
+from ttt_lib.core.registry import DATASETS, SHIFTS
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -228,12 +230,29 @@ class ReleasedConfig(Section):
     all_heads: bool = False
 
 
-class DataConfig(Section):
-    """One set of samples; the keys of MoGe's `configs/eval/*.json` plus `kind` and `name`. See `data.open_dataset`."""
+def _known_kind(kind: str) -> str:
+    if not DATASETS.knows(kind):
+        raise ValueError(f"there is no such kind of data; there are {', '.join(DATASETS.all_names())}")
+    return kind
 
-    kind: Literal["moge", "images", "motorcycle", "synthetic", "shifted"] = "moge"
+
+def _absolute(path: str) -> str:
+    """Once, where it enters: notebooks of a batch run in folders of their own. `scheme://...` stays as it is."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+class DataConfig(Section):
+    """One set of samples; the keys of MoGe's `configs/eval/*.json` plus `kind` and `name`. See `data.open_dataset`.
+
+    `kind`: one of `data.list_datasets()`; one that you have registered takes options of its own beside these. `path`
+    becomes absolute, `~` your home.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: Annotated[str, AfterValidator(_known_kind)] = "moge"
     name: str | None = None
-    path: str | None = None
+    path: Annotated[str, AfterValidator(_absolute)] | None = None
     split: str = ".index.txt"
     width: Side | None = None
     height: Side | None = None
@@ -248,6 +267,16 @@ class DataConfig(Section):
     seed: Seed = 0
     shifts: list[str] | None = None
     severities: list[Severity] | None = None
+
+    @model_validator(mode="after")
+    def _no_unknown_key(self) -> DataConfig:
+        taken = inspect.signature(DATASETS[self.kind]).parameters if self.kind in DATASETS else {}
+        more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        unknown = [key for key in self.model_extra or {} if key not in taken and not more]
+        if unknown:
+            allowed = sorted({*DataConfig.model_fields, *taken})
+            raise ValueError(f"{', '.join(unknown)}: unknown key; allowed here: {', '.join(allowed)}")
+        return self
 
     def options(self) -> dict[str, Any]:
         """What differs from the defaults, as keyword arguments for `data.open_dataset`."""
