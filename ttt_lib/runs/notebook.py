@@ -27,7 +27,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     known = {name: value for name, value in parameters.items() if cell is None or f"\n{name} =" in f"\n{cell.source}"}
     places = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output)]  # papermill formats them
     papermill.execute_notebook(
-        *places, parameters=known, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent),
+        *places, parameters=known, kernel_name="python3", progress_bar=False, cwd=str(output.parent),
         log_output=False, start_timeout=300,
     )  # fmt: skip
 
