@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from ttt_lib.core.errors import UserError, reason
@@ -177,7 +175,7 @@ def to_text(finding: Finding) -> str:
 
 def to_json(findings: list[Finding]) -> str:
     """A list of objects with the fields of `Finding`."""
-    return json.dumps([asdict(finding) for finding in findings], indent=1)
+    return files.to_json(findings, indent=1)
 
 
 def broken(findings: list[Finding]) -> list[Finding]:

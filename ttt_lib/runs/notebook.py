@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ttt_lib.core.files import write_json
 
 ENVIRONMENT = threading.Lock()  # os.environ is one for all threads of a process, so kernels start one after another
 
@@ -39,7 +40,7 @@ def own_kernel() -> Iterator[None]:
         spec = Path(folder) / "kernels" / "python3"
         spec.mkdir(parents=True)
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=ERROR"]
-        (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+        write_json(spec / "kernel.json", {"argv": argv, "display_name": "Python 3", "language": "python"})
         before = os.environ.get("JUPYTER_PATH")
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, before]))
         try:
