@@ -17,6 +17,7 @@ from ttt_lib.evaluation.scores import TABLE1_COLUMNS
 from ttt_lib.report import study_figures, tables
 from ttt_lib.report.page import write_report
 from ttt_lib.runs import results
+from ttt_lib.runs.gallery import prediction_name
 
 BASE = np.random.default_rng(0).random((8, 12))
 
@@ -39,9 +40,9 @@ def write_shard(
         times.append({**names, "seconds": 1.0 + i, "decision": "adapted"})
         steps += [{**names, "step": k, "passes": 2 * k, "loss": 1 / k} for k in (1, 2)]
         np.savez(
-            place / "predictions" / f"{names['dataset']}__s{i}.npz", image=np.zeros((6, 8, 3), np.uint8),
-            depth_original=np.ones((6, 8), np.float16), depth_final=np.full((6, 8), 2, np.float16),
-            depth_truth=np.full((6, 8), 3, np.float16), intrinsics=np.eye(3, dtype=np.float32),
+            place / "predictions" / prediction_name(names["dataset"], f"s{i}"), image=np.zeros((6, 8, 3), np.uint8),
+            depth_original=np.ones((6, 8), np.float32), depth_final=np.full((6, 8), 2, np.float32),
+            depth_truth=np.full((6, 8), 3, np.float32), intrinsics=np.eye(3, dtype=np.float32),
         )  # fmt: skip
     for name, content in (("metrics", rows), ("samples", times), ("history", steps if history else [])):
         if content:  # as run_experiment: a table without rows is not written
@@ -311,7 +312,7 @@ def test_names_of_samples_stay_text(tmp_path):
             rows["sample"] = rows["sample"].map({"s0": "0007", "s1": "NA"})
             rows["dataset"] = "12"
             rows.to_csv(place / f"{name}.csv", index=False)
-        (place / "predictions" / "a__s0.npz").rename(place / "predictions" / "12__0007.npz")
+        (place / "predictions" / prediction_name("12", "0007")).touch()
     runs = results.read_runs(tmp_path)
     assert set(runs.samples["sample"]) == {"0007", "NA"} and len(paired_gains(runs.metrics, "depth_metric", "rel")) == 4
     assert study_figures.prediction_file(runs, "tta", "12", "0007")

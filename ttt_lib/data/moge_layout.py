@@ -8,7 +8,6 @@ covers, resized. (That class cannot run in the packaged release: it calls an und
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -23,7 +22,7 @@ from moge.utils import io as moge_io
 from PIL import Image
 
 from ttt_lib.core.errors import DataError, UserError, reason
-from ttt_lib.core.files import read_json, read_text
+from ttt_lib.core.files import read_json, read_text, write_json
 
 INDEX = ".index.txt"
 LONGEST_SIDE = 640  # of samples whose configuration gives no size
@@ -269,7 +268,7 @@ def write_frame(folder: Path, image: np.ndarray, depth: np.ndarray, intrinsics: 
     moge_io.write_image(temporary / "image.jpg", np.ascontiguousarray(image), quality=98)
     moge_io.write_depth(temporary / "depth.png", depth)
     content = {"intrinsics": np.asarray(intrinsics, dtype=float).tolist(), **meta}
-    (temporary / "meta.json").write_text(json.dumps(content), encoding="utf-8")
+    write_json(temporary / "meta.json", content)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 

@@ -15,7 +15,8 @@ from ttt_lib.evaluation.paired import summarise
 from ttt_lib.geometry.cameras import unproject
 from ttt_lib.report.figures import inverse_depth, point_cloud, relative_error
 from ttt_lib.report.tables import in_order
-from ttt_lib.runs.results import Runs, prediction_name
+from ttt_lib.runs.gallery import prediction_name
+from ttt_lib.runs.results import Runs
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -120,10 +121,7 @@ def gallery(runs: Runs, chosen: pd.DataFrame) -> Figure:
         path = prediction_file(runs, row.experiment, row.dataset, row.sample)
         if path is None:
             continue
-        data = {
-            key: value.astype(np.float32) if value.dtype == np.float16 else value
-            for key, value in np.load(path).items()
-        }
+        data = dict(np.load(path))
         pictures = [data["image"], inverse_depth(data["depth_original"]), inverse_depth(data["depth_final"])]
         if "depth_truth" in data:
             pictures += [relative_error(data[key], data["depth_truth"]) for key in ("depth_original", "depth_final")]
@@ -141,6 +139,6 @@ def gallery_cloud(runs: Runs, row: Any, which: str = "final") -> go.Figure | Non
     data = np.load(path) if path is not None else {}
     if f"depth_{which}" not in data:
         return None
-    depth = torch.from_numpy(data[f"depth_{which}"].astype(np.float32))
+    depth = torch.from_numpy(data[f"depth_{which}"])
     points = unproject(depth, torch.from_numpy(data["intrinsics"]).float())
     return point_cloud(torch.from_numpy(data["image"]).permute(2, 0, 1).float() / 255, points)

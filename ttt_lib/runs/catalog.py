@@ -1,33 +1,36 @@
-"""What names stand for: the checkout's notebooks and experiments, and sources of samples. Light, for the command."""
+"""What names stand for: notebooks, experiments and profiles. Light, for the command."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ttt_lib.core.errors import UserError
+from ttt_lib.core.errors import ConfigError, RunError
 
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+PACKAGE = Path(__file__).resolve().parents[1]
+# Inside the package where it was installed, beside it in a checkout.
+PLACES = (PACKAGE / "notebooks", PACKAGE.parent / "notebooks")
+NOTEBOOKS = next((place for place in PLACES if place.is_dir()), PLACES[0])
 
 
 def notebooks_folder() -> Path:
-    """Where notebooks and experiments are. Raises `UserError` if the package was installed without its checkout."""
+    """Where notebooks and experiments are. Raises `RunError` if the installation lacks them."""
     if not (NOTEBOOKS / "02_adaptation.ipynb").is_file():
-        raise UserError(f"{NOTEBOOKS}: the notebooks are missing; install from a checkout with `pip install -e .`.")
+        raise RunError(f"{NOTEBOOKS}: the notebooks are missing; install the package again.", path=str(NOTEBOOKS))
     return NOTEBOOKS
 
 
 def experiment_files(more: bool = True) -> dict[str, Path]:
-    """The experiments of the checkout by name; with `more` also those in `more/`. Raises `UserError`."""
+    """The package's experiments by name; with `more` also those in `more/`. Raises `RunError`."""
     folder = notebooks_folder() / "experiments"
     files = sorted(folder.glob("*.yaml")) + (sorted((folder / "more").glob("*.yaml")) if more else [])
     return {path.stem: path for path in files}
 
 
 def experiment_file(name: str | Path, where: str = "experiment") -> Path:
-    """The file of an experiment given by name or path. where: begins the sentence of the `UserError`."""
+    """The file of an experiment given by name or path. where: begins the sentence of the `ConfigError`."""
     files = experiment_files()
     if str(name) in files:
         return files[str(name)]
     if Path(name).suffix not in (".yaml", ".yml"):
-        raise UserError(f"{where} {str(name)!r}: there is no such experiment; there are {', '.join(files)}.")
+        raise ConfigError(f"{where} {str(name)!r}: there is no such experiment; there are {', '.join(files)}.")
     return Path(name)

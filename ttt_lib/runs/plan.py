@@ -69,7 +69,7 @@ def make_jobs(
         for name in (("01_augmentation.ipynb",) if views else ()) + ("02_adaptation.ipynb",)
         if (folder / name).is_file()
     )
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     files_of_code = {
         path.relative_to(package).with_suffix("").as_posix(): path for path in sorted(package.rglob("*.py"))
     }

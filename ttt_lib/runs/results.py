@@ -24,11 +24,6 @@ COMPARABLE = ("data", "limit", "model", "code", "torch")  # parts of an identity
 SHARD = re.compile(r"(\d+)-of-(0*[1-9]\d*)", re.ASCII)
 
 
-def prediction_name(dataset: str, sample: str) -> str:
-    """Name of the file with the small copies of a sample's prediction, in a shard's folder `predictions`."""
-    return f"{dataset}__{sample}".replace("/", "_") + ".npz"
-
-
 @dataclass
 class Runs:
     """All results of a runs folder: metrics, samples, history, left_out as tables, and the shards' folders.

@@ -5,9 +5,8 @@ A calibration turns them into a decision, and a blend takes each region from whe
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from ttt_lib.adaptation.ensemble import fitted_disparity, log_difference
 from ttt_lib.core.errors import UserError, reason
-from ttt_lib.core.files import read_json
+from ttt_lib.core.files import read_json, write_json
 from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import unproject
 
@@ -62,18 +61,20 @@ class Calibration:
         return "reject" if blind or signals.get("camera_implausible", 0.0) > 0 else decision
 
     def write(self, path: Path) -> None:
-        """As JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """As JSON; a threshold that nothing reaches (infinity) is null there."""
+        write_json(path, self)
 
 
 def read_calibration(path: str | Path | None = None) -> Calibration:
     """The calibration in a JSON file, or the bundled one. Raises `UserError` for a file that is not one."""
     path = Path(path) if path else BUNDLED
     try:
-        calibration = Calibration(**read_json(path))
+        content = read_json(path)
+        never = {key: math.inf for key in ("accept", "blend") if content.get(key, 0.0) is None}
+        calibration = Calibration(**{**content, **never})
         calibration.decide({})  # lengths and types fit
         return calibration
-    except (UserError, TypeError, ValueError) as error:
+    except (UserError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"gate.calibration: {path} is no calibration file ({reason(error)}); write one with 04_reliability."
         ) from error
