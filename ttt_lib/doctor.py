@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.files import to_json as as_json
 from ttt_lib.machine import (
     REINSTALL,
     Finding,
@@ -175,7 +176,7 @@ def to_text(finding: Finding) -> str:
 
 def to_json(findings: list[Finding]) -> str:
     """A list of objects with the fields of `Finding`."""
-    return files.to_json(findings, indent=1)
+    return as_json(findings, indent=1)
 
 
 def broken(findings: list[Finding]) -> list[Finding]:
