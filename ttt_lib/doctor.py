@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ttt_lib.core import files
 from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.files import to_json as as_json
 from ttt_lib.machine import (
     REINSTALL,
     Finding,
@@ -176,7 +177,7 @@ def to_text(finding: Finding) -> str:
 
 def to_json(findings: list[Finding]) -> str:
     """A list of objects with the fields of `Finding`."""
-    return files.to_json(findings, indent=1)
+    return as_json(findings, indent=1)
 
 
 def broken(findings: list[Finding]) -> list[Finding]:

@@ -17,6 +17,7 @@ from ttt_lib.evaluation.scores import TABLE1_COLUMNS
 from ttt_lib.report import study_figures, tables
 from ttt_lib.report.page import write_report
 from ttt_lib.runs import results
+from ttt_lib.runs.catalog import list_experiments
 from ttt_lib.runs.gallery import prediction_name
 
 BASE = np.random.default_rng(0).random((8, 12))
@@ -236,9 +237,9 @@ def test_what_can_be_computed_of_a_partial_run_is_shown_and_the_rest_is_said(cas
     text = files["html"].read_text(encoding="utf-8")
     assert all(html.escape(note) in text for note in runs.notes)
     table = pd.read_csv(files["table1"])
-    assert table["experiment"].tolist() == sorted({p.parent.name for p in runs.shards}, key=tables.ORDER.index) or (
-        case == "no sample" and not len(table)
-    )
+    there = {place.parent.name for place in runs.shards}
+    in_order = [name for name in list_experiments() if name in there]
+    assert table["experiment"].tolist() == ([] if case == "no sample" else in_order)
     assert tables.to_text(tables.table1(runs)) and tables.to_latex(tables.table1(runs))
     final = runs.metrics[(runs.metrics.prediction == "final") & (runs.metrics.score == "delta1")]
     for (experiment, metric), rows in final.groupby(["experiment", "metric"]):
@@ -339,3 +340,20 @@ def test_names_in_latex_and_html_are_escaped(tmp_path):
 def test_no_runs_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no finished run"):
         results.read_runs(tmp_path)
+
+
+def test_the_order_of_the_table_is_in_the_experiment_files(tmp_path):
+    """`order` of what ran; where a manifest lacks it, of the package's file of that name; the others follow by name."""
+    names = list_experiments(more=False)
+    assert names[:3] == ["original", "control_lr0", "tta"] and names[-1] == "recommended" and len(names) == 16
+    assert list_experiments()[:16] == names and list_experiments()[16:] == sorted(set(list_experiments()) - set(names))
+    for name, order in (("zebra", 5), ("apple", 25), ("tta", None), ("original", None), ("b", None), ("a", None)):
+        place = write_shard(tmp_path, name)
+        if order is not None:
+            settings = {"identity": {}, "finished": 1.0, "settings": {"order": order}}
+            (place / "manifest.json").write_text(json.dumps(settings))
+    runs = results.read_runs(tmp_path)
+    expected = ["zebra", "original", "apple", "tta", "a", "b"]
+    assert runs.experiments == expected and tables.table1(runs).index.tolist() == expected
+    assert list(runs.metrics.experiment.unique()) == expected
+    assert list(paired_gains(runs.metrics, "depth_metric", "rel").experiment.unique()) == expected

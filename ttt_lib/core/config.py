@@ -49,6 +49,7 @@ class ExperimentConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=100)]
     description: str = ""
+    order: Annotated[int, Field(ge=0)] = 1000  # its place in the table: lower is further up, equal ones go by name
     seed: Seed = 0
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()

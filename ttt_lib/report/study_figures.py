@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from ttt_lib.evaluation.paired import summarise
 from ttt_lib.geometry.cameras import unproject
 from ttt_lib.report.figures import inverse_depth, point_cloud, relative_error
-from ttt_lib.report.tables import in_order
 from ttt_lib.runs.gallery import prediction_name
 from ttt_lib.runs.results import Runs
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 def figure4(gains: pd.DataFrame, tolerance: float = 1e-3, title: str = "") -> Figure:
     """Per-sample before and after of every experiment, and how many improved and got worse."""
-    experiments = [name for name in in_order(gains["experiment"]) if name != "original"]
+    experiments = [name for name in gains["experiment"].unique() if name != "original"]
     columns = min(5, max(len(experiments), 1))
     rows = -(-len(experiments) // columns)
     figure = plt.figure(figsize=(2.4 * columns, 2.4 * rows + 3))
@@ -54,7 +53,7 @@ def figure4(gains: pd.DataFrame, tolerance: float = 1e-3, title: str = "") -> Fi
 def loss_curves(history: pd.DataFrame) -> Figure:
     """Mean loss over the samples, by passes, relative to each sample's first step."""
     figure, axis = plt.subplots(figsize=(7, 3.5))
-    for name in in_order(history["experiment"]):
+    for name in history["experiment"].unique():
         rows = history[history.experiment == name].dropna(subset=["loss"])
         first = rows.groupby(["dataset", "sample"])["loss"].transform("first")  # rows are in the order of the steps
         curve = (rows["loss"] / first).groupby(rows["passes"]).mean()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
+from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import ConfigError, RunError
+from ttt_lib.core.files import read_yaml
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Inside the package where it was installed, beside it in a checkout.
@@ -24,6 +27,26 @@ def experiment_files(more: bool = True) -> dict[str, Path]:
     folder = notebooks_folder() / "experiments"
     files = sorted(folder.glob("*.yaml")) + (sorted((folder / "more").glob("*.yaml")) if more else [])
     return {path.stem: path for path in files}
+
+
+def list_experiments(more: bool = True) -> list[str]:
+    """Names of the package's experiments in the order of the table (`order:` of their files, then by name).
+
+    more: also those in `more/`, which run only by name. Raises `RunError`, and `ConfigError` for a file that is no YAML.
+
+    Example:
+        >>> list_experiments(more=False)[:2]
+        ['original', 'control_lr0']
+    """
+    return sorted(experiment_files(more), key=lambda name: (table_places()[name], name))
+
+
+@cache
+def table_places() -> dict[str, int]:
+    """`order:` of each of the package's experiments by name."""
+    contents = {name: read_yaml(path) for name, path in experiment_files().items()}
+    default = ExperimentConfig.model_fields["order"].default
+    return {name: content.get("order", default) for name, content in contents.items()}
 
 
 def experiment_file(name: str | Path, where: str = "experiment") -> Path:
