@@ -39,13 +39,13 @@ class Detail:
     """The fine structure of one scene, from a seed; a `Scenes.detail`.
 
     atlas: of the scene, for its pictures. repeat: the period (metres) at which all of it comes again, for scenes that
-    deceive matching (None: never).
+    deceive matching (None: never). rays: along each side of a pixel, that are averaged by whoever draws.
     """
 
-    def __init__(self, seed: int, atlas: list[Tensor], repeat: float | None = None) -> None:
+    def __init__(self, seed: int, atlas: list[Tensor], repeat: float | None = None, rays: int = 1) -> None:
         values = np.random.default_rng([seed, 4]).uniform(-1, 1, TABLE)
         self.table = torch.from_numpy(values).float()
-        self.atlas, self.repeat = atlas, repeat
+        self.atlas, self.repeat, self.rays = atlas, repeat, rays
 
     def _value(self, cell: Tensor, start: Tensor) -> Tensor:
         """The random number in [-1, 1] of each whole-numbered cell (N,2), from `start` (N,)."""
@@ -116,6 +116,7 @@ class Detail:
 
     def __call__(self, albedo: Tensor, index: Tensor, face: Tensor, uv: Tensor, span: Tensor, extent: Tensor) -> Tensor:
         """The albedo (N,3) with fine structure: see `Scenes.detail`."""
+        span = span / self.rays
         start = index * 7_907 + face * 51_431
         draw = self.table[start & (TABLE - 1)] * 0.5 + 0.5
         kind = (draw * len(COURSES)).long().clamp_max(len(COURSES) - 1)
