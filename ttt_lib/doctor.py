@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ttt_lib.core import files
 from ttt_lib.core.errors import UserError, reason
 from ttt_lib.core.files import to_json as as_json
 from ttt_lib.machine import (
