@@ -259,7 +259,7 @@ class ReleasedConfig(Section):
 class DataConfig(Section):
     """One set of samples; the keys of MoGe's `configs/eval/*.json` plus `kind` and `name`. See `data.open_dataset`."""
 
-    kind: Literal["moge", "images", "motorcycle", "synthetic", "shifted"] = "moge"
+    kind: Literal["moge", "images", "motorcycle", "synthetic", "shifted", "tours"] = "moge"
     name: str | None = None
     path: str | None = None
     split: str = ".index.txt"
@@ -276,6 +276,8 @@ class DataConfig(Section):
     seed: Seed = 0
     shifts: list[str] | None = None
     severities: list[Severity] | None = None
+    views: list[Annotated[int, Field(ge=1, le=1000)]] | None = None
+    baselines: list[Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
 
     def options(self) -> dict[str, Any]:
         """What differs from the defaults, as keyword arguments for `data.open_dataset`."""

@@ -13,17 +13,18 @@ from ttt_lib.data.moge_layout import BENCHMARKS, INDEX, read_eval_config
 from ttt_lib.data.motorcycle import open_motorcycle
 from ttt_lib.data.samples import SampleSet, open_moge
 from ttt_lib.data.scenes.sets import open_synthetic
+from ttt_lib.data.scenes.tours import open_tours
 
 
 def open_dataset(kind: str = "moge", **options: Any) -> SampleSet:
-    """Open a set: `moge`, `images`, `motorcycle`, `synthetic` or `shifted`; options as of the `open_*` functions.
+    """Open a set: `moge`, `images`, `motorcycle`, `synthetic`, `shifted` or `tours`; options as of the `open_*` functions.
 
     Raises `UserError` for an unknown kind, an option the kind lacks, or a folder that is not there.
     """
     if kind in ("synthetic", "shifted"):
         opener: Callable[..., SampleSet] = lambda **rest: open_synthetic(kind, **rest)  # noqa: E731
     else:
-        openers = {"moge": open_moge, "images": open_images, "motorcycle": open_motorcycle}
+        openers = {"moge": open_moge, "images": open_images, "motorcycle": open_motorcycle, "tours": open_tours}
         if kind not in openers:
             raise UserError(f"data kind {kind!r}: use one of {', '.join([*openers, 'synthetic', 'shifted'])}.")
         opener = openers[kind]
@@ -37,7 +38,7 @@ def open_dataset(kind: str = "moge", **options: Any) -> SampleSet:
         raise UserError(f"data: a set of kind {kind!r} does not take these options ({error}).") from error
 
 
-BUILT_IN = ("motorcycle", "synthetic", "shifted")
+BUILT_IN = ("motorcycle", "synthetic", "shifted", "tours")
 
 
 def describe_sources(entries: Iterable[str | Path], where: str = "data") -> list[dict[str, Any]]:

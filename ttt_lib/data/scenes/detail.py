@@ -123,9 +123,7 @@ class Detail:
         if self.repeat:
             uv = uv % self.repeat
         upright = torch.nonzero((face != 1) & (extent > 0.08))[:, 0]
-        pictures = self._pictures(
-            albedo[upright], uv[upright], start[upright], span[upright], extent[upright]
-        )
+        pictures = self._pictures(albedo[upright], uv[upright], start[upright], span[upright], extent[upright])
         albedo = albedo.index_copy(0, upright, pictures)
         scale = extent.clamp(0.06, 1.0)
         total = self._grain(uv, start, span) + self._courses(uv / scale[:, None], start, span / scale, kind)
