@@ -267,6 +267,8 @@ class DataConfig(Section):
     seed: Seed = 0
     shifts: list[str] | None = None
     severities: list[Severity] | None = None
+    views: list[Annotated[int, Field(ge=1, le=1000)]] | None = None
+    baselines: list[Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
 
     @model_validator(mode="after")
     def _no_unknown_key(self) -> DataConfig:

@@ -16,12 +16,14 @@ from ttt_lib.data.moge_layout import BENCHMARKS, INDEX, read_eval_config
 from ttt_lib.data.motorcycle import open_motorcycle
 from ttt_lib.data.samples import SampleSet, open_moge
 from ttt_lib.data.scenes.sets import open_synthetic
+from ttt_lib.data.scenes.tours import open_tours
 
 DATASETS.register("moge", needs=("path",))(open_moge)
 DATASETS.register("images", needs=("path",))(open_images)
 DATASETS.register("motorcycle")(open_motorcycle)
 DATASETS.register("synthetic")(partial(open_synthetic, "synthetic"))
 DATASETS.register("shifted")(partial(open_synthetic, "shifted"))
+DATASETS.register("tours")(open_tours)
 
 
 def list_datasets() -> list[str]:
