@@ -24,7 +24,6 @@ from ttt_lib.data.images import read_photo
 from ttt_lib.data.known_distances import References
 from ttt_lib.data.samples import SampleSet
 from ttt_lib.evaluation import scores as metrics
-from ttt_lib.evaluation.paired import is_better_high
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.runs.catalog import experiment_file
 from ttt_lib.runs.experiment import default_profile, load_with_profile
@@ -142,8 +141,7 @@ def _scores(what: Prediction | AdaptResult, sample: Sample) -> pd.DataFrame:
         if what.adapted is not None and what.adapted is not what.final:
             adapted = metrics.tidy_rows(metrics.evaluate(what.adapted, sample)).rename(columns={"value": "adapted"})
             rows = rows.merge(adapted, how="left", on=["metric", "score"])
-        high = rows["score"].map(is_better_high).astype(bool)
-        gain = (rows["before"].abs() - rows["after"].abs()).where(~high, rows["after"] - rows["before"])
+        gain = [metrics.SCORES[s].gain(b, a) for s, b, a in zip(rows["score"], rows["before"], rows["after"])]
         better = ["after" if g > 0 else "before" if g < 0 else "same" if g == 0 else "" for g in gain]
         rows.insert(list(rows.columns).index("after") + 1, "better", better)
     rows.insert(0, "dataset", sample.dataset)

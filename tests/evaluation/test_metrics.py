@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from moge.test.metrics import compute_metrics
 
 from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.evaluation.scores import (
+    SCORES,
     TABLE1_COLUMNS,
     disparity_aligned_metrics,
     evaluate,
@@ -131,3 +134,55 @@ def test_predictions_of_another_size_are_fitted(sample, prediction):
     half = Prediction(prediction.points[::2, ::2], prediction.depth[::2, ::2], None, prediction.intrinsics, "metric")
     assert to_moge(half, tuple(sample.mask.shape))["points_metric"].shape == sample.points.shape
     assert len(tidy_rows(evaluate(half, sample))) > 12
+
+
+def exact(sample) -> Prediction:
+    points = sample.points.nan_to_num(5.0)
+    return Prediction(points, points[..., 2].clone(), sample.mask, sample.intrinsics, "metric")
+
+
+def test_depths_that_are_none_are_wrong_and_their_share_is_said(sample):
+    """An exact prediction with some pixels at -1: right is the share of the others."""
+    truth = exact(sample)
+    chosen = sample.mask & (torch.rand(sample.mask.shape, generator=torch.Generator().manual_seed(3)) < 0.31)
+    share = float(chosen.sum() / sample.mask.sum())
+    for value in (-1.0, 0.0, math.nan, math.inf):
+        scores = evaluate(replace(truth, depth=torch.where(chosen, value, truth.depth)), sample)
+        assert scores["prediction"] == {"invalid": pytest.approx(share)}
+        for metric in (
+            "depth_metric",
+            "depth_scale_invariant",
+            "depth_affine_invariant",
+            "zoedepth",
+            "zoedepth_metric",
+        ):
+            assert scores[metric]["delta1"] == pytest.approx(1 - share, abs=1e-6), (value, metric)
+        assert scores["depth_metric"]["rel"] == pytest.approx(share, abs=1e-4)
+        assert all(math.isfinite(value) for group in scores.values() for value in group.values())
+
+
+def test_a_prediction_of_the_wrong_sign_or_of_nothing_scores_nothing(sample):
+    truth = exact(sample)
+    for depth in (-truth.depth, torch.full_like(truth.depth, math.nan), torch.zeros_like(truth.depth)):
+        scores = evaluate(replace(truth, depth=depth), sample)
+        assert scores["prediction"]["invalid"] == 1.0
+        assert all(group["delta1"] == 0.0 for group in scores.values() if "delta1" in group)
+
+
+def test_one_pixel_that_is_no_number_costs_one_pixel(sample):
+    truth = exact(sample)
+    depth, points = truth.depth.clone(), truth.points.clone()
+    row, column = (int(x[0]) for x in torch.nonzero(sample.mask, as_tuple=True))
+    depth[row, column] = math.inf
+    points[row, column] = math.nan
+    scores = evaluate(replace(truth, depth=depth, points=points), sample)
+    assert scores["points_affine_invariant"]["delta1"] == pytest.approx(1 - 1 / int(sample.mask.sum()), abs=1e-6)
+    assert "prediction" not in evaluate(truth, sample)
+
+
+def test_every_score_says_which_way_is_better(sample, prediction):
+    for group in evaluate(prediction, sample).values():
+        assert group.keys() <= SCORES.keys()
+    assert SCORES["delta1"].gain(0.5, 0.7) > 0 > SCORES["rel"].gain(0.1, 0.2)
+    before, after = pd.Series([-8.0, 2.0]), pd.Series([3.0, -6.0])  # signed: nearer to zero is better
+    assert SCORES["deviation"].gain(before, after).tolist() == [5.0, -4.0]

@@ -6,10 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-
-def is_better_high(score: str) -> bool:
-    """Whether a larger value of this score is better (deltas and F1) or worse (errors)."""
-    return score.startswith("delta") or score.endswith("f1")
+from ttt_lib.evaluation.scores import SCORES
 
 
 def bootstrap_interval(
@@ -57,8 +54,7 @@ def paired_gains(metrics: pd.DataFrame, metric: str, score: str, baseline: str =
     rows = metrics[(metrics.metric == metric) & (metrics.score == score) & (metrics.prediction == "final")]
     before = rows.loc[rows.experiment == baseline, ["dataset", "sample", "value"]].rename(columns={"value": "before"})
     joined = rows.rename(columns={"value": "after"}).merge(before, on=["dataset", "sample"])
-    sign = 1.0 if is_better_high(score) else -1.0
-    joined["gain"] = sign * (joined["after"] - joined["before"])
+    joined["gain"] = SCORES[score].gain(joined["before"], joined["after"])
     columns = ["experiment", "dataset", "sample", "before", "after", "gain"]
     place = {name: i for i, name in enumerate(metrics["experiment"].unique())}
     rank = lambda keys: keys.map(place) if keys.name == "experiment" else keys  # noqa: E731

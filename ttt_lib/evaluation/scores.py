@@ -7,7 +7,8 @@ function, with its two slow alignments replaced by ones that find the same optim
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,10 +17,8 @@ from moge.test.metrics import compute_metrics
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.geometry.exact_alignment import align_affine_lstsq, fast_alignment
-
-if TYPE_CHECKING:
-    from ttt_lib.core.types import Prediction, Sample
 
 # (metric, score) of the published table's columns, in its order.
 TABLE1_COLUMNS = [
@@ -31,6 +30,36 @@ TABLE1_COLUMNS = [
 MINIMUM_TRUTH = 16  # known pixels; fewer cannot determine the alignments
 
 Scores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a score means. unit: empty for shares and ratios. signed: zero is best, and either side is worse."""
+
+    higher_is_better: bool
+    unit: str = ""
+    signed: bool = False
+
+    def gain(self, before: Any, after: Any) -> Any:
+        """By how much `after` is better, of numbers or columns of them; negative where it is worse.
+
+        Example:
+            >>> round(SCORES["rel"].gain(0.3, 0.1), 3), SCORES["deviation"].gain(-5.0, 2.0)
+            (0.2, 3.0)
+        """
+        if self.signed:
+            return abs(before) - abs(after)
+        return after - before if self.higher_is_better else before - after
+
+
+# Every score of `evaluate`, whatever its metric.
+SCORES = {
+    **{f"delta{k}": Score(True) for k in (1, 2, 3)},
+    **{f"radius{k}_f1": Score(True) for k in (1, 2, 3)},
+    "rel": Score(False), "abs_rel": Score(False), "rmse": Score(False, "m, or the truth's unit"),
+    "log10": Score(False), "rmse_log": Score(False), "silog": Score(False),
+    "mae": Score(False, "degrees"), "deviation": Score(False, "degrees", signed=True), "invalid": Score(False),
+}  # fmt: skip
 
 
 def _sliding_window_2d(x: Tensor, window_size: int, stride: int, dim: tuple[int, int]) -> Tensor:
@@ -93,12 +122,58 @@ def evaluate(prediction: Prediction, sample: Sample) -> Scores:
 
     `moge.test.metrics.compute_metrics` on the same tensors, plus `zoedepth` (after one scale by the median) and, for
     metric predictions of metric truth, `zoedepth_metric` (as predicted), and `disparity_aligned` (scale and shift fitted
-    in disparity, as Depth Anything reports). Where the truth has fewer than
-    `MINIMUM_TRUTH` known pixels, the result is empty. The prediction is not modified.
+    in disparity, as Depth Anything reports). Where the truth has fewer than `MINIMUM_TRUTH` known pixels, the result is
+    empty. The prediction is not modified.
+
+    Where truth is known and the prediction is not finite, or a depth that should be above zero is not, the pixel is
+    wrong: in no delta, and with a relative error of 1 (MoGe's own delta counts depths below zero as right). Their share
+    is then there as `prediction/invalid`; the alignments see the other pixels.
     """
     if sample.mask is None or int(sample.mask.sum()) < MINIMUM_TRUTH:
         return {}
     named, truth = to_moge(prediction, tuple(sample.mask.shape)), to_truth(sample)
+    whole, valid = truth["depth_mask"], _valid(named)
+    zoedepth = _zoedepth_scores(prediction, named, truth["depth"], whole, valid, sample.is_metric)
+    wrong = whole & ~valid
+    if not bool(wrong.any()):
+        return {**_aligned_scores(prediction, named, truth), **zoedepth}
+    enough = int((whole & valid).sum()) >= MINIMUM_TRUTH
+    share = float(wrong.sum() / whole.sum()) if enough else 1.0
+    for key in named.keys() - {"intrinsics"}:  # the truth stands in, so that the alignments have numbers
+        stand_in = truth["points"] if "points" in key else 1 / truth["depth"] if "disparity" in key else truth["depth"]
+        named[key] = torch.where(valid[..., None] if "points" in key else valid, named[key], stand_in)
+    truth["depth_mask"] = whole & valid if enough else whole
+    aligned = _aligned_scores(prediction, named, truth)
+    scores = {metric: _with_wrong(group, share) for metric, group in aligned.items()}
+    return {**scores, **zoedepth, "prediction": {"invalid": float(wrong.sum() / whole.sum())}}
+
+
+def _valid(named: dict[str, Tensor]) -> Tensor:
+    """Pixels (H,W) where every map that was predicted holds numbers, and depths above zero where they have no shift."""
+    valid = None
+    for key, map_ in named.items():
+        if key == "intrinsics":
+            continue
+        finite = torch.isfinite(map_) if map_.ndim == 2 else torch.isfinite(map_).all(-1)
+        if key in ("depth_metric", "depth_scale_invariant"):
+            finite &= map_ > 0
+        valid = finite if valid is None else valid & finite
+    return valid
+
+
+def _with_wrong(group: dict[str, float], share: float) -> dict[str, float]:
+    """Scores of a metric when `share` of the pixels is wrong beside those it was computed on."""
+
+    def of_all(score: str, value: float) -> float:
+        if SCORES[score].higher_is_better:
+            return value * (1 - share)
+        return value * (1 - share) + share if score in ("rel", "abs_rel") else value
+
+    return {score: of_all(score, value) for score, value in group.items()}
+
+
+def _aligned_scores(prediction: Prediction, named: dict[str, Tensor], truth: dict) -> Scores:
+    """MoGe's scores, and those in disparity, over the pixels of the truth's mask."""
     with torch.no_grad(), fast_alignment():
         scores, _ = compute_metrics(named, truth)
     mask = truth["depth_mask"]
@@ -107,12 +182,22 @@ def evaluate(prediction: Prediction, sample: Sample) -> Scores:
         disparity = 1 / next(v for k, v in named.items() if k.startswith("depth_")).clamp_min(1e-6)
     if disparity is not None:
         scores["disparity_aligned"] = disparity_aligned_metrics(disparity[mask], truth["depth"][mask])
+    return scores
+
+
+def _zoedepth_scores(
+    prediction: Prediction, named: dict[str, Tensor], truth: Tensor, mask: Tensor, valid: Tensor, metric: bool
+) -> Scores:
+    """ZoeDepth's columns over all known pixels; one without a valid depth counts as its smallest."""
     depth = next((value for key, value in named.items() if key.startswith("depth_")), None)
-    if depth is not None:
-        predicted, known = depth[mask], truth["depth"][mask]
-        scores["zoedepth"] = zoedepth_metrics(predicted * (known.median() / predicted.median()), known)
-        if prediction.kind == "metric" and sample.is_metric:
-            scores["zoedepth_metric"] = zoedepth_metrics(predicted, known)
+    if depth is None:
+        return {}
+    known, there = truth[mask], valid[mask]
+    predicted = torch.where(there, depth[mask], 0.0)
+    middle = predicted[there].median() if bool(there.any()) else known.median()
+    scores = {"zoedepth": zoedepth_metrics(predicted * (known.median() / middle), known)}
+    if prediction.kind == "metric" and metric:
+        scores["zoedepth_metric"] = zoedepth_metrics(predicted, known)
     return scores
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ttt_lib.evaluation.paired import is_better_high
-from ttt_lib.evaluation.scores import TABLE1_COLUMNS
+from ttt_lib.evaluation.scores import SCORES, TABLE1_COLUMNS
 from ttt_lib.runs.results import Runs
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "published_table1.csv"
@@ -57,7 +56,7 @@ def best_cells(table: pd.DataFrame, decimals: int = 2) -> pd.DataFrame:
     best = pd.DataFrame(False, index=table.index, columns=table.columns)
     for column in COLUMN_NAMES:
         values = pd.to_numeric(table[column].map(lambda value: printed(value, decimals)), errors="coerce")
-        target = values.max() if is_better_high(column.rsplit("_", 1)[-1]) else values.min()
+        target = values.max() if SCORES[column.rsplit("_", 1)[-1]].higher_is_better else values.min()
         best[column] = values == target
     return best
 
