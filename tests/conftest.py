@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ttt_lib.adaptation.adapter import Adapter
+from ttt_lib.adaptation.known_distances import KnownDistances
+from ttt_lib.adaptation.losses.terms import LossInputs, draw_seeds
+from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
 from ttt_lib.core.config import ExperimentConfig, build_experiment, merge
 from ttt_lib.models.base import GeometryModel, select_parameters
@@ -23,6 +27,23 @@ SMALL = {
     "views": {"longest_side": 96},
     "losses": {"global": {"align_resolution": 6}, "mask": {"weight": 0.1}},
 }
+
+
+def adapt(model, image, config, name="image", references=None, calibration=None, **given) -> AdaptResult:
+    """`Adapter.adapt` in one call, with known distances where there are some."""
+    supervision = [KnownDistances(references, config)] if references is not None else []
+    return Adapter(model, config, calibration).adapt(image, name, supervision, **given)
+
+
+def loss_inputs(output, target, intrinsics, terms, generator=None, **options) -> LossInputs:
+    """What `compute_loss` takes, for terms given as plain settings."""
+    config = build_experiment({"name": "x", "losses": terms})
+    seeds = draw_seeds(len(target), generator or torch.Generator().manual_seed(1)).tolist()
+    share = options.pop("share", torch.ones(len(target)))
+    known, negative = torch.isfinite(target).all(-1), options.pop("negative", None)
+    return LossInputs(
+        output, target, known, negative, intrinsics, terms=config.losses, seeds=seeds, share=share, **options
+    )
 
 
 def small_experiment(**base) -> Callable[..., ExperimentConfig]:

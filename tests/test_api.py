@@ -128,7 +128,8 @@ def test_a_source_that_is_none_is_said_in_one_sentence(source, options, words, m
 
 
 def test_adapt_by_names_is_the_loop_with_those_settings(tiny, picture, tmp_path):
-    from ttt_lib.adaptation.adapter import adapt as loop
+    from conftest import adapt as loop
+
     from ttt_lib.core.config import load_experiment
     from ttt_lib.runs.experiment import NOTEBOOKS, resolve_profile
 
@@ -159,8 +160,8 @@ def test_adapt_takes_samples_photographs_tensors_and_whole_experiments(tiny, pic
     ("image", "options", "words"),
     [
         ("/nowhere.jpg", {}, "nowhere.jpg"),
-        (torch.zeros(64, 64, 3), {}, r"Tensor \(64, 64, 3\); give a Sample"),
-        (torch.zeros(3, 64, 64, dtype=torch.uint8), {}, "of floats"),
+        (torch.zeros(64, 64, 3), {}, r"must be a tensor .*not \(64, 64, 3\)"),
+        (torch.full((3, 64, 64), 200.0), {}, "divide by 255"),
         (None, {}, "NoneType"),
         (torch.zeros(3, 64, 64), {"experiment": "nonsense"}, "no such experiment; there are .*recommended"),
         (torch.zeros(3, 64, 64), {"profile": "fast"}, "no such profile"),

@@ -13,14 +13,15 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from ttt_lib.adaptation.adapter import adapt as adapt_to_image
-from ttt_lib.adaptation.references import References
+from ttt_lib.adaptation.adapter import Adapter
+from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.data.catalog import describe_sources, open_dataset
 from ttt_lib.data.images import read_photo
+from ttt_lib.data.known_distances import References
 from ttt_lib.data.samples import SampleSet
 from ttt_lib.evaluation import scores as metrics
 from ttt_lib.evaluation.paired import is_better_high
@@ -85,12 +86,6 @@ def adapt(
         name, image = name or f"{image.dataset}/{image.name}", image.image
     elif isinstance(image, str | Path):
         name, image = name or Path(image).name, read_photo(image)
-    if not (isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3 and image.is_floating_point()):
-        shape = tuple(getattr(image, "shape", ()))
-        raise UserError(
-            f"adapt: the image is {type(image).__name__} {shape or ''}".rstrip()
-            + "; give a Sample, the path of a photograph, or a tensor (3,H,W) of floats in [0,1]."
-        )
     if not isinstance(experiment, ExperimentConfig):
         chosen = default_profile(model.name) if profile == "auto" else profile
         file = experiment_file(experiment, "adapt: experiment")
@@ -98,7 +93,8 @@ def adapt(
     # What the gate was calibrated for is compared with the model at hand.
     at_hand = experiment.model.model_copy(update={"name": model.name, "num_tokens": model.num_tokens})
     config = experiment.model_copy(update={"model": at_hand})
-    return adapt_to_image(model, image, config, name=name or "image", references=references, progress=progress)
+    supervision = [KnownDistances(references, config)] if references is not None else []
+    return Adapter(model, config).adapt(image, name or "image", supervision, progress=progress)
 
 
 def evaluate(what: Evaluated | Iterable[Prediction | AdaptResult], samples: Sample | Iterable[Sample]) -> pd.DataFrame:

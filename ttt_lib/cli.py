@@ -219,7 +219,7 @@ def hard_subset(
 @app.command(epilog="Example: ttt-depth models")
 def models() -> None:
     """List what --model takes."""
-    from ttt_lib.models.base import HUB_NAMES, TRANSFORMERS_PREFIXES
+    from ttt_lib.models.moge import HUB_NAMES, TRANSFORMERS_PREFIXES
 
     print("tiny  (bundled, works offline)")
     print("\n".join(HUB_NAMES))

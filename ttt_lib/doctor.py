@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.files import to_json as as_json
 from ttt_lib.machine import (
     REINSTALL,
     Finding,
@@ -62,7 +61,7 @@ def check_model() -> Finding:
     """The bundled model is the file that its card describes, loads, and predicts."""
     from ttt_lib.models.load import ASSETS
 
-    path, advice = ASSETS / "tiny.pt", "restore ttt_lib/assets from the repository (`git checkout -- ttt_lib/assets`)"
+    path, advice = ASSETS / "tiny.pt", REINSTALL
     if not path.is_file():
         return Finding("bundled model", "problem", f"{path} is missing", advice, True)
     card = ASSETS / "tiny.md"
@@ -90,24 +89,23 @@ def check_calibration() -> Finding:
     try:
         about = read_calibration().about
     except UserError as error:
-        return Finding("gate", "problem", str(error), "restore ttt_lib/assets/gate.json, or set gate.mode=off")
+        return Finding("gate", "problem", str(error), f"{REINSTALL}; or set gate.mode=off")
     return Finding("gate", "ok", f"calibrated for {about.get('model')} on {about.get('samples')} samples")
 
 
 def check_notebooks() -> Finding:
-    """Notebooks, experiments and profiles of the checkout: the commands execute them."""
+    """Notebooks, experiments and profiles: the commands execute them."""
     try:
         folder = notebooks_folder()
     except UserError as error:
-        return Finding("notebooks", "problem", str(error), "clone the repository and `pip install -e .` in it", True)
+        return Finding("notebooks", "problem", str(error), REINSTALL, True)
     absent = [name for name in NOTEBOOK_FILES if not (folder / name).is_file()]
     absent += [
         f"profiles/{name}.yaml" for name in ("demo", "paper") if not (folder / "profiles" / f"{name}.yaml").is_file()
     ]
     absent += [f"experiments/{name}.yaml" for name in ("original", "recommended") if name not in experiment_files()]
     if absent:
-        advice = "restore them from the repository (`git checkout -- notebooks`)"
-        return Finding("notebooks", "problem", f"{folder} lacks {', '.join(absent)}", advice, True)
+        return Finding("notebooks", "problem", f"{folder} lacks {', '.join(absent)}", REINSTALL, True)
     return Finding("notebooks", "ok", f"{folder}, {len(experiment_files())} experiments", essential=True)
 
 
@@ -178,7 +176,7 @@ def to_text(finding: Finding) -> str:
 
 def to_json(findings: list[Finding]) -> str:
     """A list of objects with the fields of `Finding`."""
-    return json.dumps([asdict(finding) for finding in findings], indent=1)
+    return as_json(findings, indent=1)
 
 
 def broken(findings: list[Finding]) -> list[Finding]:

@@ -20,7 +20,7 @@ from ttt_lib.core.errors import reason
 
 GL_TIMEOUT = 120.0  # seconds, with the import of torch on a slow disk
 HUB_PATIENCE = 15.0  # seconds; name servers may be slower to fail than the hub's own time limit
-REINSTALL = "install the package again in a fresh environment: `pip install -e .` in the checkout"
+REINSTALL = "install the package again in a fresh environment: `pip install .` in its checkout"
 
 # What `NovelViewRenderer("auto")` does in a run: make the context, upload a mesh, draw it.
 DRAW = """
@@ -134,7 +134,10 @@ def check_transformers() -> Finding:
     """For Depth Anything, ZoeDepth and DPT/MiDaS only."""
     from packaging.version import Version
 
-    version, advice = version_of("transformers"), 'for Depth Anything, ZoeDepth and MiDaS: `pip install -e ".[hf]"`'
+    version, advice = (
+        version_of("transformers"),
+        'for Depth Anything, ZoeDepth and MiDaS: `pip install "transformers>=4.45"`',
+    )
     if version is None:
         return Finding("transformers", "missing", "not installed", advice)
     if Version(version) < Version("4.45"):

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from conftest import small_experiment
+from conftest import adapt, small_experiment
 
 from ttt_lib.adaptation import gradients as gradients_module
-from ttt_lib.adaptation.adapter import adapt, sample_generator, working_image
+from ttt_lib.adaptation.adapter import working_image
 from ttt_lib.core.errors import UserError
+from ttt_lib.core.seeds import sample_generator
 from ttt_lib.models.base import weights_checksum
 
 config = small_experiment()
@@ -182,3 +183,36 @@ def test_bfloat16_stays_close(tiny, image):
     ratio = mixed.predict(image).depth / tiny.predict(image).depth
     assert (ratio / ratio.median() - 1).abs().median() < 0.05
     assert adapt(mixed, image, config()).decision == "adapted"
+
+
+@pytest.mark.parametrize("inside", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_the_caller_s_modes_change_nothing(tiny, image, inside):
+    plain = adapt(tiny, image, config())
+    with inside():
+        same = adapt(tiny, image.clone(), config())
+    assert same.decision == plain.decision == "adapted" and torch.equal(same.final.depth, plain.final.depth)
+
+
+def test_images_of_other_types_and_another_default_type(tiny, image):
+    plain = adapt(tiny, image, config())
+    for other in (image.double(), (image * 255).round().to(torch.uint8)):
+        found = adapt(tiny, other, config())
+        assert found.decision == "adapted" and torch.allclose(found.original.depth, plain.original.depth, rtol=0.1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        same = adapt(tiny, image, config())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(same.final.depth, plain.final.depth)
+
+
+def test_what_requires_gradients_is_as_before(tiny, image):
+    first = next(tiny.network.parameters())
+    first.requires_grad_(True)
+    adapt(tiny, image, config())
+    assert first.requires_grad and sum(p.requires_grad for p in tiny.network.parameters()) == 1
+
+
+def test_weights_are_kept_for_sequences_only(tiny, image):
+    assert adapt(tiny, image, config()).weights is None
+    assert adapt(tiny, image, config(train={"reset": "never"})).weights is not None

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import loss_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +17,7 @@ from ttt_lib.adaptation.losses.depth_terms import (
     scale_shift_invariant_loss,
     silog_loss,
 )
-from ttt_lib.adaptation.losses.terms import compute_loss, draw_seeds
-from ttt_lib.core.config import LossConfig
+from ttt_lib.adaptation.losses.terms import compute_loss
 from ttt_lib.core.errors import UserError
 
 ALL = torch.ones(1, 1, 5, dtype=torch.bool)
@@ -89,15 +89,14 @@ def test_feature_alignment_has_its_tolerance():
 
 
 def test_outputs_reach_their_terms():
-    generator = torch.Generator().manual_seed(0)
     v, u = torch.meshgrid(torch.linspace(-1, 1, 12), torch.linspace(-1, 1, 16), indexing="ij")
     depth = (2 + u + 0.5 * v)[None]
     target = torch.stack([u * depth[0], v * depth[0], depth[0]], -1)[None]
     camera = torch.tensor([[[0.5, 0, 0.5], [0, 0.5, 0.5], [0, 0, 1]]])
 
     def values(output, **terms):
-        chosen = {name: LossConfig(weight=weight) for name, weight in terms.items()}
-        return compute_loss(output, target, None, camera, chosen, draw_seeds(1, generator))[1]
+        chosen = {name: {"weight": weight} for name, weight in terms.items()}
+        return compute_loss(loss_inputs(output, target, camera, chosen))[1]
 
     assert float(values({"disparity": 3 / depth + 1}, ssi=1.0)["ssi"]) < 1e-5
     assert float(values({"depth": depth}, ssi=1.0, silog=1.0)["silog"]) < 1e-4

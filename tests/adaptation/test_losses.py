@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import loss_inputs
 from moge.train import losses as moge_losses
 
-from ttt_lib.adaptation.losses.terms import compute_loss, draw_seeds, focal_of, unused_outputs
-from ttt_lib.core.config import LossConfig
+from ttt_lib.adaptation.losses.moge_terms import focal_of
+from ttt_lib.adaptation.losses.terms import compute_loss, unused_outputs
+from ttt_lib.core.config import LossConfig, build_experiment
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.registry import LOSSES
 
@@ -26,14 +28,12 @@ def case(picture):
 
 
 def run(case, terms, generator=None, **options):
-    output, target, intrinsics = case
-    seeds = draw_seeds(len(target), generator or torch.Generator().manual_seed(1))
-    return compute_loss(output, target, options.pop("negative", None), intrinsics, terms, seeds, **options)
+    return compute_loss(loss_inputs(*case, terms, generator, **options))
 
 
 def test_global_normal_edge_and_scale_equal_moge_view_by_view(case):
     output, target, _ = case
-    terms = {"global": LossConfig(weight=1.0, **SMALL)} | {n: LossConfig() for n in ("normal", "edge", "metric_scale")}
+    terms = {"global": {"weight": 1.0, **SMALL}} | {n: {} for n in ("normal", "edge", "metric_scale")}
     total, values = run(case, terms)
     each = [moge_losses.affine_invariant_global_loss(output["points"][i], target[i], 8) for i in range(2)]
     assert torch.allclose(values["global"], torch.stack([e[0] for e in each]).mean(), rtol=1e-6)
@@ -49,7 +49,7 @@ def test_global_normal_edge_and_scale_equal_moge_view_by_view(case):
 def test_local_equals_moge_with_the_same_random_patches(case):
     output, target, intrinsics = case
     settings = {"align_resolution": 4, "num_patches": 3}
-    terms = {"global": LossConfig(weight=0.0, **SMALL), "local_4": LossConfig(**settings)}
+    terms = {"global": {"weight": 0.0, **SMALL}, "local_4": settings}
     _, values = run(case, terms, cheap=False)
     seeds = torch.randint(2**31, (2, 3), generator=torch.Generator().manual_seed(1))
     _, _, scale = moge_losses.affine_invariant_global_loss(output["points"], target, 8)
@@ -67,7 +67,7 @@ def test_local_equals_moge_with_the_same_random_patches(case):
 
 
 def test_the_global_random_state_is_left_alone(case):
-    terms = {"global": LossConfig(weight=0.0, **SMALL), "local_4": LossConfig(align_resolution=4, num_patches=2)}
+    terms = {"global": {"weight": 0.0, **SMALL}, "local_4": {"align_resolution": 4, "num_patches": 2}}
     torch.manual_seed(7)
     before = torch.get_rng_state()
     first = run(case, terms)[0]
@@ -78,7 +78,7 @@ def test_the_global_random_state_is_left_alone(case):
 
 def test_every_view_of_the_batch_counts(case):
     output, target, intrinsics = case
-    terms = {"global": LossConfig(**SMALL)}
+    terms = {"global": {**SMALL}}
     changed = target.clone()
     changed[1, :40] *= 2.0
     assert run(case, terms)[0] != run((output, changed, intrinsics), terms)[0]
@@ -86,7 +86,7 @@ def test_every_view_of_the_batch_counts(case):
 
 def test_scale_and_depth_shift_do_not_matter_to_the_global_term(case):
     output, target, intrinsics = case
-    terms = {"global": LossConfig(**SMALL)}
+    terms = {"global": {**SMALL}}
     moved = dict(output, points=output["points"] * 3.0 + torch.tensor([0.0, 0.0, 0.7]))
     assert run((moved, target, intrinsics), terms)[0].item() == pytest.approx(run(case, terms)[0].item(), rel=2e-3)
 
@@ -100,35 +100,62 @@ def test_mask_term_by_hand(case):
     negative = torch.zeros_like(known)
     negative[:, :10] = True
     case = (output, target, intrinsics)
-    _, values = run(case, {"mask": LossConfig()}, negative=negative)
+    _, values = run(case, {"mask": {}}, negative=negative)
     m = output["mask"]
     expected = (half * (1 - m) ** 2 + (negative & ~half) * m**2).mean()
     assert torch.allclose(values["mask"], expected)
-    _, none = run(case, {"mask": LossConfig()})
+    _, none = run(case, {"mask": {}})
     assert torch.allclose(none["mask"], (half * (1 - m) ** 2).mean())
-    _, both = run(case, {"mask": LossConfig()}, mask_positive_and_negative=True)
+    _, both = run(case, {"mask": {}}, mask_on_both_sides=True)
     assert torch.allclose(both["mask"], (half * ((1 - m) ** 2 + m**2)).mean())
 
 
 def test_a_perfect_prediction_has_almost_no_loss_and_gradients_flow(case):
     output, target, intrinsics = case
-    terms = {"global": LossConfig(**SMALL), "normal": LossConfig(), "mask": LossConfig()}
+    terms = {"global": {**SMALL}, "normal": {}, "mask": {}}
     perfect = target.nan_to_num(10.0).clone().requires_grad_()
-    seeds = draw_seeds(len(target), torch.Generator())
-    total, values = compute_loss({"points": perfect}, target, None, intrinsics, terms, seeds)
+    total, values = compute_loss(loss_inputs({"points": perfect}, target, intrinsics, terms))
     assert values["global"] < 1e-4
     total, _ = run((dict(output, points=output["points"].clone().requires_grad_()), target, intrinsics), terms)
     assert total.requires_grad
 
 
 def test_only_outputs_that_no_term_reads_are_left_out(monkeypatch):
-    assert unused_outputs({"global": LossConfig(), "mask": LossConfig()}) == ("normal",)
-    assert unused_outputs({"global": LossConfig(), "mask": LossConfig(weight=0.0)}) == ("normal", "mask")
+    def unused(terms):
+        return unused_outputs(build_experiment({"name": "x", "losses": terms}).losses)
+
+    assert unused({"global": {}, "mask": {}}) == ("normal",)
+    assert unused({"global": {}, "mask": {"weight": 0.0}}) == ("normal", "mask")
     monkeypatch.setitem(LOSSES, "nearness", lambda inputs: inputs.output["normal"].sum())
-    assert unused_outputs({"global": LossConfig(), "nearness": LossConfig()}) == ()
-    assert unused_outputs({"mask": LossConfig(), "nearness": LossConfig(weight=0.0)}) == ("normal",)
+    assert unused({"global": {}, "nearness": {}}) == ()
+    assert unused({"mask": {}, "nearness": {"weight": 0.0}}) == ("normal",)
 
 
-def test_a_setting_that_a_term_lacks_is_named(case):
-    with pytest.raises(UserError, match="losses.global.num_patches"):
-        run(case, {"global": LossConfig(num_patches=3)})
+def test_a_setting_that_a_term_lacks_is_named():
+    with pytest.raises(UserError, match=r"losses\.global\.num_patches: unknown key.*align_resolution"):
+        build_experiment({"name": "x", "losses": {"global": {"num_patches": 3}}})
+    with pytest.raises(UserError, match=r"losses\.local_4\.beta.*greater than or equal to 0"):
+        build_experiment({"name": "x", "losses": {"local_4": {"beta": -1}}})
+
+
+def test_a_term_has_settings_of_its_own():
+    class Margin(LossConfig):
+        margin: float = 0.25
+
+    try:
+
+        @LOSSES.register("mine", settings=Margin)
+        def mine(inputs):
+            return inputs.settings.margin * inputs.output["points"].sum((1, 2, 3))
+
+        config = build_experiment({"name": "x", "losses": {"mine": {"margin": 2.0}}})
+        assert config.losses["mine"].margin == 2.0 and config.as_parameters()["losses"]["mine"]["margin"] == 2.0
+        assert build_experiment(config.as_parameters()).losses == config.losses
+        points = torch.ones(2, 4, 4, 3)
+        loss, values = compute_loss(loss_inputs({"points": points}, points, torch.eye(3).expand(2, 3, 3), {"mine": {}}))
+        assert float(loss) == float(values["mine"]) == 0.25 * 48
+        with pytest.raises(UserError, match=r"losses\.mine\.margn: unknown key; allowed here: margin, weight"):
+            build_experiment({"name": "x", "losses": {"mine": {"margn": 2.0}}})
+    finally:
+        LOSSES.pop("mine", None)
+        LOSSES.about.pop("mine", None)

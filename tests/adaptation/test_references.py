@@ -7,14 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import adapt
 from PIL import Image
 
-from ttt_lib.adaptation.adapter import adapt
-from ttt_lib.adaptation.references import References, correct, read_references, reference_loss, sample_references
+from ttt_lib.adaptation.correction import correct
+from ttt_lib.adaptation.known_distances import reference_loss
 from ttt_lib.core.config import build_experiment
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.catalog import open_dataset
+from ttt_lib.data.known_distances import References, read_references, sample_references
 from ttt_lib.geometry.cameras import unproject
 from ttt_lib.models.base import weights_checksum
 

@@ -7,19 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import small_experiment
+from conftest import adapt, small_experiment
 
-from ttt_lib.adaptation import gradients as gradients_module
 from ttt_lib.adaptation import loop as student_module
-from ttt_lib.adaptation.adapter import adapt, sample_generator
-from ttt_lib.adaptation.gradients import Training, join_passes, pass_gradients, rows_of
-from ttt_lib.adaptation.loop import draw_views
+from ttt_lib.adaptation import teacher as teacher_module
+from ttt_lib.adaptation.batches import join_batches, loss_batch
+from ttt_lib.adaptation.gradients import pass_gradients
 from ttt_lib.adaptation.low_rank import LowRank
 from ttt_lib.adaptation.regularizers import sharpest_point
 from ttt_lib.adaptation.student import Student
+from ttt_lib.adaptation.supervision import TrainingLog, accumulate, add_terms
+from ttt_lib.adaptation.teacher import draw_views
 from ttt_lib.core import memory
 from ttt_lib.core.config import merge
 from ttt_lib.core.errors import UserError
+from ttt_lib.core.seeds import sample_generator
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot, weights_checksum
 
 config = small_experiment(train={"optimizer": {"learning_rate": 1e-4}})
@@ -47,13 +49,15 @@ def exact(student) -> Student:
 def passes_of(student, image, settings, count=1):
     """Rows of `count` passes in float64, and the generator that drew them."""
     target, generator = student.model.predict(image), sample_generator(0, "a")
-    passes = [rows_of(draw_views(image, target, settings, generator, None), settings, generator) for _ in range(count)]
+    passes = [
+        loss_batch(draw_views(image, target, settings, generator, None), settings, generator) for _ in range(count)
+    ]
     fields = ("images", "points", "intrinsics", "share")
     return [replace(rows, **{key: getattr(rows, key).double() for key in fields}) for rows in passes], generator
 
 
 def gradients(exact, rows, settings, micro_batch):
-    training = Training(micro_batch=micro_batch)
+    training = TrainingLog(micro_batch=micro_batch)
     return (*pass_gradients(exact, rows, settings, training), training)
 
 
@@ -96,7 +100,7 @@ def test_out_of_memory_halves_the_part_and_changes_nothing(student, exact, image
 
     def small_memory(images, intrinsics=None):
         if len(images) > 1:
-            raise gradients_module.OUT_OF_MEMORY[0]("CUDA out of memory")
+            raise memory.OUT_OF_MEMORY[0]("CUDA out of memory")
         return real(images, intrinsics)
 
     monkeypatch.setattr(exact.model, "forward", small_memory)
@@ -114,14 +118,14 @@ def test_out_of_memory_halves_the_part_and_changes_nothing(student, exact, image
 def test_joined_passes_have_the_sum_of_their_gradients(student, exact, image, cutmix, micro_batch):
     settings = config(losses=LOCAL, views={"cutmix": cutmix})
     passes, _ = passes_of(student, image, settings, 3)
-    joined = join_passes(passes)
+    joined = join_batches(passes)
     assert len(joined) == 1 and len(joined[0].images) == 6
     whole, terms, _ = gradients(exact, joined[0], settings, micro_batch)
     total, sums = [None] * len(exact.leaves), {}
     for rows in passes:
         one, values, _ = gradients(exact, rows, settings, 2)
-        gradients_module.accumulate(total, one)
-        gradients_module.add_terms(sums, values)
+        accumulate(total, one)
+        add_terms(sums, values)
     assert_close_gradients(whole, total)
     assert_equal_terms(terms, sums)
 
@@ -131,9 +135,9 @@ def test_a_pass_that_compares_fewer_views_counts_by_itself(student, image):
     target, generator = student.model.predict(image), sample_generator(0, "a")
     views = [draw_views(image, target, settings, generator, None) for _ in range(3)]
     views[1].points[0] = torch.nan  # a view of which nothing is known: its pass is the mean of one view
-    passes = [rows_of(view, settings, generator) for view in views]
-    assert [rows.compared for rows in join_passes(passes)] == [2, 1, 2]
-    assert [len(rows.images) for rows in join_passes([passes[0], passes[2], passes[1]])] == [4, 2]
+    passes = [loss_batch(view, settings, generator) for view in views]
+    assert [rows.compared for rows in join_batches(passes)] == [2, 1, 2]
+    assert [len(rows.images) for rows in join_batches([passes[0], passes[2], passes[1]])] == [4, 2]
 
 
 MERGED = [
@@ -173,7 +177,7 @@ def test_joined_passes_halve_when_memory_runs_out(tiny, image, monkeypatch):
 
     def small_memory(images, intrinsics=None):
         if len(images) > 3:
-            raise gradients_module.OUT_OF_MEMORY[0]("CUDA out of memory")
+            raise memory.OUT_OF_MEMORY[0]("CUDA out of memory")
         return real(images, intrinsics)
 
     monkeypatch.setattr(tiny, "forward", small_memory)
@@ -197,14 +201,14 @@ def test_auto_takes_what_the_memory_holds(tiny, image, monkeypatch):
 
     def chosen(**train):
         asked = config(train={"micro_batch": "auto", "accumulation": 4, **train})
-        training = Training(micro_batch=student_module._first_micro_batch(asked))
-        return student_module._roomy_micro_batch(asked, training, OnGpu)
+        training = TrainingLog(micro_batch=student_module.first_micro_batch(asked))
+        return student_module.roomy_micro_batch(asked, training, OnGpu)
 
     assert chosen() == 6
     assert chosen(accumulation=2) == 4  # a step has no more views
     assert chosen(batch_size=4, accumulation=1) == 4
-    run_out = Training(micro_batch=1)  # the first pass did not fit
-    assert student_module._roomy_micro_batch(settings, run_out, OnGpu) == 1
+    run_out = TrainingLog(micro_batch=1)  # the first pass did not fit
+    assert student_module.roomy_micro_batch(settings, run_out, OnGpu) == 1
 
 
 @pytest.mark.parametrize(
@@ -289,7 +293,7 @@ def test_sharpest_point_is_radius_away_along_the_gradient_and_undone():
 
 
 def test_the_distance_term_pulls_back(tiny, image):
-    fast = {"optimizer": {"learning_rate": 1e-3}, "passes": 6, "accumulation": 1}
+    fast = {"optimizer": {"learning_rate": 1e-3}, "passes": 6, "accumulation": 1, "reset": "never"}
     free = adapt(tiny, image, config(train=fast), name="a")
     held = adapt(tiny, image, config(train={**fast, "l2_sp": 100.0}), name="a")
 
@@ -301,7 +305,7 @@ def test_the_distance_term_pulls_back(tiny, image):
 
 
 def test_a_sequence_goes_on_from_the_last_image(tiny, image):
-    settings = config()
+    settings = config(train={"reset": "never"})
     first = adapt(tiny, image, settings, name="a")
     fresh = adapt(tiny, image, settings, name="b")
     warm = adapt(tiny, image, settings, name="b", start=first.weights)
@@ -322,14 +326,14 @@ def test_the_regions_of_a_cutmix_weigh_as_much_as_they_are_large(student, image)
         *(x[:1].repeat(2, *[1] * (x.ndim - 1)) if isinstance(x, torch.Tensor) else x for x in vars(view).values())
     )
     mixed = config(train={"batch_size": 2}, losses=LOCAL, views={"cutmix": 1.0})
-    rows = rows_of(twice, mixed, sample_generator(0, "b"))
+    rows = loss_batch(twice, mixed, sample_generator(0, "b"))
     assert len(rows.of) == 4 and torch.allclose(rows.share[rows.of == 0].sum(), torch.ones(()))
 
     def mean_terms(one):
         values = []
         for seed in range(12):
-            training = Training(micro_batch=2)
-            rows = rows_of(twice, one, sample_generator(seed, "c"))
+            training = TrainingLog(micro_batch=2)
+            rows = loss_batch(twice, one, sample_generator(seed, "c"))
             values.append(pass_gradients(student, rows, one, training)[1])
         return {key: sum(float(v[key]) for v in values) / len(values) for key in values[0]}
 
@@ -340,13 +344,13 @@ def test_the_regions_of_a_cutmix_weigh_as_much_as_they_are_large(student, image)
 
 def test_sharpness_takes_both_gradients_of_one_loss(tiny, image, monkeypatch):
     seen = []
-    real = student_module.pass_gradients
+    real = teacher_module.pass_gradients
 
-    def spy(student, rows, *rest):
-        seen.append((rows.images.sum().item(), rows.seeds))
-        return real(student, rows, *rest)
+    def spy(student, batch, *rest):
+        seen.append((batch.images.sum().item(), batch.seeds))
+        return real(student, batch, *rest)
 
-    monkeypatch.setattr(student_module, "pass_gradients", spy)
+    monkeypatch.setattr(teacher_module, "pass_gradients", spy)
     adapt(tiny, image, config(train={"sharpness_radius": 0.05, "passes": 2}, losses=LOCAL))
     assert len(seen) == 4 and not torch.equal(seen[0][1], seen[1][1])
     for first, second in ((seen[0], seen[2]), (seen[1], seen[3])):
@@ -366,5 +370,5 @@ def test_the_release_runs_the_whole_batch_and_writes_without_running_again(tiny,
 def test_impossible_combinations_are_refused():
     with pytest.raises(UserError, match="lora_rank"):
         config(train={"lora_rank": 2, "reset": "never"})
-    with pytest.raises(UserError, match="predict_with"):
-        config(train={"predict_with": "teacher"}, gate={"check_every": 1})
+    with pytest.raises(UserError, match=r"gate\.mode decide.*train\.method is tta.*set gate\.mode to off"):
+        config(train={"method": "tta"}, gate={"mode": "decide"})

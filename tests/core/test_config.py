@@ -120,3 +120,11 @@ def test_overrides_win_over_the_profile():
     demo = load_profile(ROOT / "notebooks" / "profiles" / "demo.yaml")
     config = build_experiment({"name": "x"}, demo, {"train": {"passes": 3}, "data": [{"kind": "synthetic"}]})
     assert config.train.passes == 3 and [d.kind for d in config.data] == ["synthetic"]
+
+
+def test_an_override_adds_a_term_and_leaves_the_others():
+    config = build_experiment({"name": "x"}, overrides={"losses": {"normal": {"weight": 0.5}}})
+    assert set(config.losses) == {"global", "local_4", "local_16", "local_64", "mask", "normal"}
+    assert build_experiment({"name": "x", "losses": {}}).losses == {}
+    chosen = build_experiment({"name": "x", "losses": {"global": {}}}, overrides={"losses": {"mask": {"weight": 0.1}}})
+    assert set(chosen.losses) == {"global", "mask"}

@@ -5,14 +5,15 @@ import sys
 
 import pytest
 import torch
+from conftest import loss_inputs
 
 from ttt_lib.adaptation.gate.signals import held_back_views
-from ttt_lib.adaptation.losses.terms import compute_loss, draw_seeds
+from ttt_lib.adaptation.losses.terms import compute_loss
 from ttt_lib.core import registry as plugins
 from ttt_lib.core.config import build_experiment
 from ttt_lib.core.errors import UserError
-from ttt_lib.core.registry import LOSS_NAMES, LOSSES, SHIFTS, Registry, load_installed
-from ttt_lib.core.schema import LossConfig, ViewConfig
+from ttt_lib.core.registry import LOSSES, SHIFTS, Registry, load_installed
+from ttt_lib.core.schema import ViewConfig
 from ttt_lib.data.shifts import apply_shift
 from ttt_lib.views.draw import make_views
 
@@ -34,15 +35,15 @@ def test_a_name_belongs_to_one_function_and_may_be_registered_again():
         registry.register("global")(len)
 
 
-def test_every_reserved_loss_is_one_that_the_package_knows():
+def test_the_package_s_own_losses_are_registered_as_yours_are():
     with pytest.raises(UserError, match="taken"):
         LOSSES.register("ssi")(len)
-    for name in LOSS_NAMES:
+    for name in LOSSES.all_names():
         assert build_experiment({"name": "x", "losses": {name: {}}}).losses[name].weight == 1
 
 
 def test_unknown_names_are_said_with_those_that_exist():
-    with pytest.raises(UserError, match=r"losses\.huber.*no such loss.*global.*silog"):
+    with pytest.raises(UserError, match=r"losses\.huber.*no such loss; there are global.*silog"):
         build_experiment({"name": "x", "losses": {"huber": {}}})
     with pytest.raises(UserError, match=r"views\.shift\.names\.0.*no such shift.*low_light.*reflection"):
         build_experiment({"name": "x", "views": {"shift": {"names": ["rain"]}}})
@@ -52,15 +53,14 @@ def test_an_added_loss_counts_with_its_weight_and_trains(monkeypatch):
     monkeypatch.setitem(LOSSES, "nearness", lambda inputs: inputs.output["points"][..., 2].mean((1, 2)))
     points = torch.rand(2, 8, 8, 3, requires_grad=True)
     target, camera = torch.rand(2, 8, 8, 3) + 1, torch.eye(3).expand(2, 3, 3)
-    terms = {"nearness": LossConfig(weight=0.25)}
-    seeds = draw_seeds(2, torch.Generator())
-    total, values = compute_loss({"points": points}, target, None, camera, terms, seeds)
+    terms = {"nearness": {"weight": 0.25}}
+    total, values = compute_loss(loss_inputs({"points": points}, target, camera, terms))
     assert torch.isclose(values["nearness"], points[..., 2].mean())
     assert torch.isclose(total, 0.25 * points[..., 2].mean())
     total.backward()
     assert torch.allclose(points.grad[..., 2], torch.full((2, 8, 8), 0.25 / 128))
-    off = {"nearness": LossConfig(weight=0.0), "mask": LossConfig()}
-    assert "nearness" not in compute_loss({"points": points}, target, None, camera, off, seeds)[1]
+    off = {"nearness": {"weight": 0.0}, "mask": {}}
+    assert "nearness" not in compute_loss(loss_inputs({"points": points}, target, camera, off))[1]
 
 
 def test_modules_of_installed_distributions_are_imported_once(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -15,9 +16,8 @@ from PIL import Image
 
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.types import Sample
-from ttt_lib.data import moge_layout, motorcycle
+from ttt_lib.data import moge_layout, motorcycle, samples
 from ttt_lib.data.catalog import open_dataset
-from ttt_lib.data.images import read_photo
 from ttt_lib.data.samples import write_moge_layout
 from ttt_lib.geometry.cameras import project, unproject
 from ttt_lib.runs.hard_subset import select_hard, write_subset_index
@@ -80,6 +80,38 @@ def test_options_shards_and_hash(folder):
         samples.shard(2, 2)
 
 
+def test_the_identity_of_a_set_is_all_of_its_content(tmp_path):
+    """One byte in the middle of an uncompressed picture, with size and times as they were, is another set."""
+    path = tmp_path / "photo.bmp"
+    Image.fromarray(np.zeros((200, 300, 3), np.uint8)).save(path)
+    before, at = open_dataset("images", path=str(path)).data_hash(), path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))
+    changed = open_dataset("images", path=str(path)).data_hash()
+    assert changed != before and path.stat().st_size == at.st_size
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    assert open_dataset("images", path=str(path)).data_hash() == before  # content, not times
+
+
+def test_a_file_is_read_once_for_its_hash(tmp_path, monkeypatch):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    read, plain = [], samples.file_hash
+    monkeypatch.setattr(samples, "file_hash", lambda path: read.append(path) or plain(path))
+    hashes = {open_dataset("images", path=str(tmp_path)).data_hash() for _ in range(3)}
+    assert len(hashes) == 1 and len(read) == 1
+
+
+def test_only_the_chosen_samples_are_in_the_identity(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{name}.png")
+    before = open_dataset("images", path=str(tmp_path), count=1).data_hash()
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "b.png")
+    assert open_dataset("images", path=str(tmp_path), count=1).data_hash() == before
+
+
 BREAK = {
     "missing image": (lambda f: (f / "image.jpg").unlink(), "image.jpg"),
     "truncated image": (lambda f: (f / "image.jpg").write_bytes((f / "image.jpg").read_bytes()[:50]), "image.jpg"),
@@ -113,6 +145,21 @@ def test_a_broken_sample_is_named_and_the_others_go_on(folder, name):
     assert [s.name for s in samples.readable()] == ["frame0", "frame2"]
     ((left, reason),) = samples.left_out
     assert left == "frame1" and str(folder / "frame1" / file) in reason
+
+
+def test_a_turned_image_is_read_as_moges_evaluation_reads_it(folder):
+    """Orientation 6 of 60 x 90 pixels is seen as 90 x 60, which the depth must be; a mistake there says so."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    with Image.open(folder / "frame1" / "image.jpg") as image:
+        image.save(folder / "frame1" / "image.jpg", exif=turned, quality=95)
+    with pytest.raises(UserError, match="EXIF orientation turns: store it upright"):
+        moge_layout.read_raw(folder / "frame1")
+    depth = np.ones((90, 60), np.float32)
+    moge_io.write_depth(folder / "frame1" / "depth.png", depth)
+    raw = moge_layout.read_raw(folder / "frame1")
+    assert np.array_equal(raw.image, moge_io.read_image(folder / "frame1" / "image.jpg"))
+    assert raw.image.shape == (90, 60, 3)
 
 
 def test_missing_folder_index_or_kind(tmp_path):
@@ -162,48 +209,6 @@ def test_a_configuration_in_moges_format(folder, tmp_path):
     path.write_text("[")
     with pytest.raises(UserError, match="not a JSON"):
         moge_layout.read_eval_config(path)
-
-
-# ---------------------------------------------------------------------------------------------------- photographs
-
-
-def save(tmp_path, image: Image.Image, name="photo.png", **options):
-    image.save(tmp_path / name, **options)
-    return read_photo(tmp_path / name)
-
-
-def test_photographs_of_every_kind(tmp_path):
-    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
-    exact = torch.from_numpy(np.asarray(rgb)).permute(2, 0, 1) / 255
-    assert torch.equal(save(tmp_path, rgb), exact)
-    gray = save(tmp_path, rgb.convert("L"))
-    assert gray.shape == (3, 20, 30) and torch.equal(gray[0], gray[2])
-    deep = Image.fromarray(np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30))
-    assert save(tmp_path, deep).max() == 1 and len(save(tmp_path, deep).unique()) > 500
-    clear = rgb.convert("RGBA")
-    clear.putalpha(0)
-    assert (save(tmp_path, clear) == 1).all()  # over white
-    assert save(tmp_path, rgb.convert("P"), "p.gif").shape == (3, 20, 30)
-    turned = Image.Exif()
-    turned[0x0112] = 6  # turn clockwise to view
-    assert save(tmp_path, rgb, "t.jpg", exif=turned, quality=95).shape == (3, 30, 20)
-
-
-def test_what_is_no_photograph_is_named(tmp_path):
-    (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(UserError, match="text.png"):
-        read_photo(tmp_path / "text.png")
-    with pytest.raises(UserError, match="no such file"):
-        read_photo(tmp_path / "none.png")
-    Image.new("RGB", (400, 300)).save(tmp_path / "cut.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:300])
-    with pytest.raises(UserError, match="cut.jpg"):
-        read_photo(tmp_path / "cut.jpg")
-    Image.new("RGB", (4, 4)).save(tmp_path / "small.png")
-    with pytest.raises(UserError, match="at least 16"):
-        read_photo(tmp_path / "small.png")
-    samples = open_dataset(kind="images", path=tmp_path)
-    assert list(samples.readable()) == [] and len(samples.left_out) == 3
 
 
 # ----------------------------------------------------------------------------------------------------- motorcycle
@@ -275,6 +280,6 @@ def test_paths_of_a_file_of_sets_count_from_the_file_or_else_from_the_working_fo
     path = tmp_path / "configs" / "sets.json"
     path.write_text('{"NYUv2": {"path": "data/NYUv2"}}')
     monkeypatch.chdir(tmp_path)
-    assert moge_layout.read_eval_config(path)[0]["path"] == "data/NYUv2"
+    assert moge_layout.read_eval_config(path)[0]["path"] == str(tmp_path / "data" / "NYUv2")
     (tmp_path / "configs" / "data" / "NYUv2").mkdir(parents=True)
     assert moge_layout.read_eval_config(path)[0]["path"] == str(tmp_path / "configs" / "data" / "NYUv2")

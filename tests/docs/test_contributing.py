@@ -8,7 +8,8 @@ import torch
 import yaml
 from conftest import ROOT
 
-from ttt_lib.core.registry import LOSSES, MODELS, SHIFTS
+from ttt_lib.core.errors import UserError
+from ttt_lib.core.registry import LOSSES, MODELS, SHIFTS, SUPERVISIONS
 from ttt_lib.data.shifts import BUILT_IN
 from ttt_lib.runs.experiment import experiment_from_parameters
 
@@ -16,7 +17,7 @@ from ttt_lib.runs.experiment import experiment_from_parameters
 @pytest.fixture
 def registries():
     """What the examples add is gone afterwards."""
-    held = [(registry, dict(registry)) for registry in (LOSSES, SHIFTS, MODELS)]
+    held = [(registry, dict(registry)) for registry in (LOSSES, SHIFTS, MODELS, SUPERVISIONS)]
     yield
     for registry, before in held:
         registry.clear()
@@ -25,7 +26,7 @@ def registries():
 
 def test_examples_run_as_they_stand(registries, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     monkeypatch.chdir(tmp_path)
     space = {"__name__": "example"}
 
@@ -35,6 +36,15 @@ def test_examples_run_as_they_stand(registries, tmp_path, monkeypatch, capsys):
     assert float(capsys.readouterr().out) == space["result"].history[0]["log_ratio"]
 
     exec(blocks[2], space)
+    assert float(capsys.readouterr().out) == space["result"].history[0]["flat_floor"] > 0
+    again = space["adapt"](space["model"], space["sample"], "unfreeze_encoder", overrides={
+        "train": {"passes": 2, "accumulation": 1}, "supervision": {"flat_floor": {"weight": 0.0}},
+    })  # fmt: skip
+    assert not torch.equal(again.adapted.depth, space["result"].adapted.depth)  # its weight counts
+    with pytest.raises(UserError, match=r"supervision\.flat_floor\.shore: unknown key; allowed here: share, weight"):
+        space["adapt"](space["model"], space["sample"], overrides={"supervision": {"flat_floor": {"shore": 1}}})
+
+    exec(blocks[3], space)
     assert "snow" not in BUILT_IN and space["snowy"].names == ["000_snow_1"]
     sample = space["snowy"][0]
     assert int((sample.image == 1).all(0).sum()) > 0
@@ -44,12 +54,18 @@ def test_examples_run_as_they_stand(registries, tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     assert not torch.equal(views.adapted.depth, space["result"].adapted.depth)  # snow fell on the views
 
-    exec(blocks[3], space)
+    exec(blocks[4], space)
     assert space["small"].name == "small:7"
     result = space["result"]
     assert result.adapted.points.isfinite().all() and not torch.equal(result.adapted.depth, result.original.depth)
 
-    exec(blocks[4], space)
+    measured = space["adapt"](
+        space["small"], space["sample"], "recommended", profile="demo",
+        overrides={"model": {"name": "small:7"}, "train": {"parts": ["heads"], "passes": 2, "accumulation": 1}},
+    )  # fmt: skip
+    assert "consistency_score" in measured.signals and "drift_features" not in measured.signals  # it has no encoder
+
+    exec(blocks[5], space)
     assert "log_ratio" in space["result"].history[0]
 
 

@@ -51,7 +51,8 @@ def test_equal_to_calling_moge_directly(sample, prediction, kind):
     found = evaluate(prediction, sample)
     for metric, scores in expected.items():
         for score, value in scores.items():
-            assert found[metric][score] == pytest.approx(value, rel=1e-6, abs=1e-7), (metric, score)
+            # Means of some thousand float32 numbers, summed in an order that depends on threads and processor.
+            assert found[metric][score] == pytest.approx(value, rel=1e-5, abs=1e-6), (metric, score)
     assert {"local_points", "boundary", "fov_x"} <= found.keys()
     if kind == "metric":
         assert all(score in found[metric] for metric, score in TABLE1_COLUMNS)

@@ -30,13 +30,13 @@ from PIL import Image, PngImagePlugin
 
 from ttt_lib import cli
 from ttt_lib.adaptation.gate.decision import read_calibration
-from ttt_lib.adaptation.references import read_references
 from ttt_lib.core.config import build_experiment, load_experiment, load_profile
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.schema import RESERVED
 from ttt_lib.data import moge_layout
 from ttt_lib.data.catalog import open_dataset
 from ttt_lib.data.images import read_photo
+from ttt_lib.data.known_distances import read_references
 from ttt_lib.data.samples import write_moge_layout
 from ttt_lib.models.load import load_model
 from ttt_lib.report import page as report

@@ -8,15 +8,14 @@ import sys
 
 import pytest
 import torch
-from conftest import small_experiment
+from conftest import adapt, small_experiment
 from moge.model.v1 import MoGeModel as MoGe1
 from moge.model.v2 import MoGeModel as MoGe2
 from PIL import Image
 
-from ttt_lib.adaptation.adapter import adapt
-from ttt_lib.core.errors import UserError
+from ttt_lib.core.errors import NotSupported, UserError
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot, weights_checksum
-from ttt_lib.models.load import load_model
+from ttt_lib.models.load import absolute_name, load_model
 from ttt_lib.models.pretraining.stand_in import write_stand_in
 
 
@@ -83,7 +82,8 @@ def test_the_stand_in_has_the_shape_of_the_published_network(tmp_path, picture):
     write_stand_in(tmp_path / "vits.pt", steps=1)
     model = load_model(str(tmp_path / "vits.pt"), "cpu", num_tokens=60)
     sizes = {part: sum(p.numel() for _, p in named) for part, named in model.parameter_groups().items()}
-    assert 21e6 < sizes["encoder"] < 23e6 and 30e6 < sum(sizes.values()) - sizes["norms"] < 40e6
+    assert 21e6 < sizes["encoder"] < 23e6
+    assert sum(value.numel() for value in model.network.state_dict().values()) == 35_103_662  # as published
     assert model.forward(picture.image[:1]).keys() == {"points", "normal", "mask", "metric_scale"}
     assert model.kind == "metric"
 
@@ -194,6 +194,47 @@ def test_a_wrong_file_is_one_sentence(wrong_files, file, words):
     with pytest.raises(UserError, match=words) as caught:
         load_model(str(wrong_files / file), "cpu")
     assert str(wrong_files / file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("before", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_parallel_and_compiled_training_are_stripped(tmp_path, untrained_checkpoint, before):
+    content = torch.load(untrained_checkpoint, weights_only=True)
+    content["model"] = {before + key: value for key, value in content["model"].items()}
+    torch.save(content, tmp_path / "prefixed.pt")
+    found, plain = load_model(str(tmp_path / "prefixed.pt"), "cpu"), load_model(str(untrained_checkpoint), "cpu")
+    assert weights_checksum(found) == weights_checksum(plain)
+
+
+@pytest.mark.parametrize(
+    "size", [("dim_res_blocks", [10**6] * 5), ("num_res_blocks", [10**9] * 5), ("dim_in", [1 << 40] * 5)]
+)
+def test_a_huge_configuration_is_refused_before_anything_is_built(tmp_path, untrained_checkpoint, size, monkeypatch):
+    content = torch.load(untrained_checkpoint, weights_only=True)
+    content["model_config"]["neck"][size[0]] = size[1]
+    torch.save(content, tmp_path / "huge.pt")
+    monkeypatch.setattr("ttt_lib.models.tiny.TinyMoGe.__init__", lambda *_, **__: pytest.fail("a network was built"))
+    with pytest.raises(UserError, match=f"its configuration says {size[0]} .*more than its tensors can hold"):
+        load_model(str(tmp_path / "huge.pt"), "cpu")
+
+
+def test_moge_3_is_named_while_it_is_lacking():
+    with pytest.raises(UserError, match="the installed moge has no MoGe-3"):
+        load_model("Ruicheng/moge-3-vitl", "cpu")
+
+
+def test_paths_of_models_become_absolute_and_names_stay(tmp_path, monkeypatch):
+    (tmp_path / "m.pt").touch()
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert absolute_name("m.pt") == absolute_name("~/m.pt") == str(tmp_path / "m.pt")
+    assert [absolute_name(name) for name in ("tiny", "Ruicheng/moge-vitl")] == ["tiny", "Ruicheng/moge-vitl"]
+
+
+def test_a_network_of_another_kind_says_that_it_has_no_features():
+    model = GeometryModel(torch.nn.Conv2d(3, 1, 1), "mine", "metric")
+    with pytest.raises(NotSupported, match="gives no features"):
+        model.features(torch.rand(1, 3, 20, 20))
 
 
 def test_unknown_names_and_an_unreachable_hub(tmp_path):

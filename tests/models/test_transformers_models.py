@@ -601,10 +601,11 @@ TERMS = {
 
 @pytest.mark.parametrize("family", TERMS)
 def test_adaptation_runs_on_every_family_and_leaves_the_weights(load, family):
-    from ttt_lib.adaptation.adapter import adapt
-    from ttt_lib.adaptation.references import sample_references
+    from conftest import adapt
+
     from ttt_lib.core.config import build_experiment
     from ttt_lib.data.catalog import open_dataset
+    from ttt_lib.data.known_distances import sample_references
     from ttt_lib.evaluation.scores import evaluate
 
     model = load(family)

@@ -17,6 +17,8 @@ from ttt_lib.evaluation.scores import TABLE1_COLUMNS
 from ttt_lib.report import study_figures, tables
 from ttt_lib.report.page import write_report
 from ttt_lib.runs import results
+from ttt_lib.runs.catalog import list_experiments
+from ttt_lib.runs.gallery import prediction_name
 
 BASE = np.random.default_rng(0).random((8, 12))
 
@@ -39,9 +41,9 @@ def write_shard(
         times.append({**names, "seconds": 1.0 + i, "decision": "adapted"})
         steps += [{**names, "step": k, "passes": 2 * k, "loss": 1 / k} for k in (1, 2)]
         np.savez(
-            place / "predictions" / f"{names['dataset']}__s{i}.npz", image=np.zeros((6, 8, 3), np.uint8),
-            depth_original=np.ones((6, 8), np.float16), depth_final=np.full((6, 8), 2, np.float16),
-            depth_truth=np.full((6, 8), 3, np.float16), intrinsics=np.eye(3, dtype=np.float32),
+            place / "predictions" / prediction_name(names["dataset"], f"s{i}"), image=np.zeros((6, 8, 3), np.uint8),
+            depth_original=np.ones((6, 8), np.float32), depth_final=np.full((6, 8), 2, np.float32),
+            depth_truth=np.full((6, 8), 3, np.float32), intrinsics=np.eye(3, dtype=np.float32),
         )  # fmt: skip
     for name, content in (("metrics", rows), ("samples", times), ("history", steps if history else [])):
         if content:  # as run_experiment: a table without rows is not written
@@ -235,9 +237,9 @@ def test_what_can_be_computed_of_a_partial_run_is_shown_and_the_rest_is_said(cas
     text = files["html"].read_text(encoding="utf-8")
     assert all(html.escape(note) in text for note in runs.notes)
     table = pd.read_csv(files["table1"])
-    assert table["experiment"].tolist() == sorted({p.parent.name for p in runs.shards}, key=tables.ORDER.index) or (
-        case == "no sample" and not len(table)
-    )
+    there = {place.parent.name for place in runs.shards}
+    in_order = [name for name in list_experiments() if name in there]
+    assert table["experiment"].tolist() == ([] if case == "no sample" else in_order)
     assert tables.to_text(tables.table1(runs)) and tables.to_latex(tables.table1(runs))
     final = runs.metrics[(runs.metrics.prediction == "final") & (runs.metrics.score == "delta1")]
     for (experiment, metric), rows in final.groupby(["experiment", "metric"]):
@@ -311,7 +313,7 @@ def test_names_of_samples_stay_text(tmp_path):
             rows["sample"] = rows["sample"].map({"s0": "0007", "s1": "NA"})
             rows["dataset"] = "12"
             rows.to_csv(place / f"{name}.csv", index=False)
-        (place / "predictions" / "a__s0.npz").rename(place / "predictions" / "12__0007.npz")
+        (place / "predictions" / prediction_name("12", "0007")).touch()
     runs = results.read_runs(tmp_path)
     assert set(runs.samples["sample"]) == {"0007", "NA"} and len(paired_gains(runs.metrics, "depth_metric", "rel")) == 4
     assert study_figures.prediction_file(runs, "tta", "12", "0007")
@@ -338,3 +340,20 @@ def test_names_in_latex_and_html_are_escaped(tmp_path):
 def test_no_runs_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no finished run"):
         results.read_runs(tmp_path)
+
+
+def test_the_order_of_the_table_is_in_the_experiment_files(tmp_path):
+    """`order` of what ran; where a manifest lacks it, of the package's file of that name; the others follow by name."""
+    names = list_experiments(more=False)
+    assert names[:3] == ["original", "control_lr0", "tta"] and names[-1] == "recommended" and len(names) == 16
+    assert list_experiments()[:16] == names and list_experiments()[16:] == sorted(set(list_experiments()) - set(names))
+    for name, order in (("zebra", 5), ("apple", 25), ("tta", None), ("original", None), ("b", None), ("a", None)):
+        place = write_shard(tmp_path, name)
+        if order is not None:
+            settings = {"identity": {}, "finished": 1.0, "settings": {"order": order}}
+            (place / "manifest.json").write_text(json.dumps(settings))
+    runs = results.read_runs(tmp_path)
+    expected = ["zebra", "original", "apple", "tta", "a", "b"]
+    assert runs.experiments == expected and tables.table1(runs).index.tolist() == expected
+    assert list(runs.metrics.experiment.unique()) == expected
+    assert list(paired_gains(runs.metrics, "depth_metric", "rel").experiment.unique()) == expected

@@ -5,10 +5,10 @@ import io
 import numpy as np
 import pytest
 import torch
+from conftest import adapt
 from PIL import Image
 
-from ttt_lib.adaptation import loop as student
-from ttt_lib.adaptation.adapter import adapt
+from ttt_lib.adaptation import average, teacher
 from ttt_lib.api import adapt as adapt_image
 from ttt_lib.core.config import ExperimentConfig, ViewConfig
 from ttt_lib.core.types import Prediction, Sample
@@ -148,8 +148,9 @@ def test_the_views_shown_are_those_that_the_loop_draws(monkeypatch, method):
         used.append(draw(*arguments))
         return used[-1]
 
-    draw = student.draw_views
-    monkeypatch.setattr(student, "draw_views", record)
+    draw = teacher.draw_views
+    for module in (teacher, average):  # of training, and of the mean over views
+        monkeypatch.setattr(module, "draw_views", record)
     adapt(network, sample.image, config, name="set/one")
     shown_views, losses = first_views(network, sample, config, passes=3)
     assert len(losses) == (3 if method == "ttt" else 0) and all(np.isfinite(losses))

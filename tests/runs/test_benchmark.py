@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import adapt
 
-from ttt_lib.adaptation.adapter import adapt
+from ttt_lib.adaptation.adapter import Adapter
 from ttt_lib.core import memory
 from ttt_lib.core.config import build_experiment
 from ttt_lib.core.memory import memory_mb, peak_memory_mb, reset_peak_memory
@@ -94,7 +95,7 @@ def test_an_adaptation_tells_its_own_peak(tiny, picture):
 def test_growth_passes_the_setting_on(tiny, picture, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        benchmark, "adapt", lambda model, image, config, name: seen.append((config.train.passes, model.num_tokens))
+        Adapter, "adapt", lambda self, image, name: seen.append((self.config.train.passes, self.model.num_tokens))
     )
     config = build_experiment(BASE)
     table = growth(tiny, picture.image[0], config, "train.passes", [2, 5])

@@ -1,38 +1,39 @@
 """One image in, an adapted prediction out, the model as it was before.
 
 A teacher (slow average of the student) predicts a target on the clean image; views of the image carry it; the student
-is trained on the views for a few passes (`student.py`); then the adapted network predicts, and the gate decides what
-becomes of that. See DESIGN in the README for the method, and `config.py` for the settings.
+is trained on the views for a few passes (`loop.py`); then the adapted network predicts, and held-back evidence or the gate
+decides what becomes of that. Other sources of information join as `supervision.Supervision`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt_lib.adaptation.average import average_views
 from ttt_lib.adaptation.ensemble import predict_ensemble
-from ttt_lib.adaptation.gate.decision import Calibration, Watcher, best_on_the_line, blend_predictions, read_calibration
-from ttt_lib.adaptation.gate.signals import HeldBack, disagreement_map, held_back_views, measure
-from ttt_lib.adaptation.gradients import Training
-from ttt_lib.adaptation.loop import average_views, train_student
-from ttt_lib.adaptation.references import References, correct
+from ttt_lib.adaptation.gate.decision import Calibration
+from ttt_lib.adaptation.gate.gate import Gate
+from ttt_lib.adaptation.loop import train_student
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
+from ttt_lib.adaptation.supervision import Episode, Judgement, Supervision, TrainingLog, configured
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import NumericalError
 from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
+from ttt_lib.core.seeds import sample_generator
+from ttt_lib.core.types import Prediction
+from ttt_lib.data.images import as_image
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot
 
-
-def sample_generator(seed: int, name: str) -> torch.Generator:
-    """The one source of randomness of a sample: a CPU generator seeded from (seed, name)."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+log = logging.getLogger(__name__)
+OnStep = Callable[[dict[str, float]], None]
 
 
 def working_image(image: Tensor, longest_side: int | None) -> Tensor:
@@ -45,146 +46,189 @@ def working_image(image: Tensor, longest_side: int | None) -> Tensor:
     return F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0].clamp(0, 1)
 
 
-def adapt(
-    model: GeometryModel,
-    image: Tensor,
-    config: ExperimentConfig,
-    name: str = "image",
-    progress: bool = False,
-    on_step: Callable[[dict[str, float]], None] | None = None,
-    references: References | None = None,
-    start: list[Tensor] | None = None,
-    calibration: Calibration | None = None,
-) -> AdaptResult:
-    """Adapt `model` to one image by the experiment's method and predict; the model is left exactly as it was.
+@contextmanager
+def _training_possible() -> Iterator[None]:
+    """Inside, gradients are on and new tensors are float32, whatever the caller has set."""
+    kind = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(kind)
 
-    image: (3,H,W) float32 in [0,1], any device. name: identifies the sample; with `config.seed` it fixes every random
-    draw. on_step: called after each optimizer step with its history entry (what it raises ends the adaptation).
-    references: known distances, for the loss `metric_reference` and to correct the final prediction. start: weights to
-    begin training from, `weights` of an earlier result with the same parts. calibration: of the gate, for a caller that
-    has read it (None: the file of `config.gate.calibration` is read).
 
-    Weights and buffers are bit-identical afterwards, also after an exception or Ctrl-C (which is passed on). A loss
-    that is not finite ends this sample with the original prediction, and `reason` says so. Raises `UserError` when
-    `config.train.parts` names nothing the model has.
+class Adapter:
+    """A model and a method: adapts to one image after the other, each from the original weights.
+
+    Args:
+        model: used as it is loaded; its weights and buffers are bit-identical after each image, also after an
+            exception or Ctrl-C (which is passed on), and so is which of them require gradients.
+        config: the experiment. Its section `model` is not used, except to compare it with what the gate is made for.
+        calibration: of the gate, for a caller that has read one (None: the file of `config.gate.calibration`).
+
+    Raises:
+        ConfigError: for a calibration that cannot be read.
+
+    Example:
+        >>> from ttt_lib import load_model, load_samples
+        >>> from ttt_lib.core.config import build_experiment
+        >>> model, sample = load_model("tiny", num_tokens=48), load_samples("motorcycle", width=96, height=64)[0]
+        >>> config = build_experiment({"name": "quick", "train": {"passes": 1, "accumulation": 1}})
+        >>> result = Adapter(model, config).adapt(sample.image, sample.name)
+        >>> result.decision, tuple(result.final.depth.shape)
+        ('adapted', (64, 96))
     """
-    begun = time.perf_counter()
-    reset_peak_memory(model.device)
-    image = image.to(model.device)
-    references = references.to(model.device) if references is not None else None
-    train, members = config.train, config.ensemble.members
-    if config.gate.mode != "decide":
-        calibration = None
-    elif calibration is None:
-        calibration = read_calibration(config.gate.calibration)
-    original = model.predict(image)
-    result = AdaptResult(original=original, adapted=None, final=original, decision="original", image=image)
-    generator = sample_generator(config.seed, name)
-    if train.method == "tta" and (train.passes or members):
-        small = working_image(image, config.views.longest_side)
-        result.adapted = predict_ensemble(model, image, members) if members else original
-        if train.passes:
-            result.adapted = average_views(model, small, result.adapted, config, generator)
-        result.final, result.decision, result.passes_done = result.adapted, "averaged", train.passes
-    elif train.method == "ttt" and train.passes:
-        named = select_parameters(model, train.parts)
+
+    def __init__(self, model: GeometryModel, config: ExperimentConfig, calibration: Calibration | None = None) -> None:
+        self.model, self.config = model, config
+        self.gate = Gate(config, calibration) if config.gate.mode != "off" else None
+
+    def adapt(
+        self, image: Tensor, name: str = "image", supervision: Sequence[Supervision] = (),
+        start: list[Tensor] | None = None, progress: bool = False, on_step: OnStep | None = None,
+    ) -> AdaptResult:  # fmt: skip
+        """Adapt to one image and predict.
+
+        Args:
+            image: (3,H,W) float in [0,1], any device.
+            name: identifies the sample; with `config.seed` it fixes every random draw.
+            supervision: further sources of information beside those that the experiment asks for.
+            start: weights to begin training from, `weights` of an earlier result with the same parts.
+            progress: show a bar.
+            on_step: called after each optimizer step with its entry of the history; what it raises ends the adaptation.
+
+        Returns:
+            Predictions before and after, the decision, the history. A loss that is not finite ends this sample with
+            the original prediction, and `reason` says so.
+
+        Raises:
+            UserError: when `config.train.parts` names nothing the model has, or the image is none.
+        """
+        begun, model, train = time.perf_counter(), self.model, self.config.train
+        reset_peak_memory(model.device)
+        image = as_image(image, "adapt: the image").to(model.device)
+        with _training_possible():
+            original = model.predict(image)
+            result = AdaptResult(original=original, adapted=None, final=original, decision="original", image=image)
+            generator = sample_generator(self.config.seed, name)
+            judged = None
+            if train.method == "tta":
+                self._average(result, generator)
+            elif train.method == "ttt" and train.passes:
+                judged = self._train(result, name, generator, supervision, start, progress, on_step)
+            elif supervision:
+                judged = self._correct(result, supervision)
+            if judged is None:
+                for source in supervision:
+                    result.final, said = source.correct(result.final)
+                    result.add_reason(said)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        result.seconds = time.perf_counter() - begun
+        result.peak_memory_mb = peak_memory_mb(model.device)
+        log.info("%s: %s in %.1f s %s", name, result.decision, result.seconds, result.reason)
+        return result
+
+    def _average(self, result: AdaptResult, generator: torch.Generator) -> None:
+        """The mean over predictions and views, where the experiment asks for any."""
+        config, members = self.config, self.config.ensemble.members
+        if not (config.train.passes or members):
+            return
+        result.adapted = predict_ensemble(self.model, result.image, members) if members else result.original
+        if config.train.passes:
+            small = working_image(result.image, config.views.longest_side)
+            result.adapted = average_views(self.model, small, result.adapted, config, generator)
+        result.final, result.decision, result.passes_done = result.adapted, "averaged", config.train.passes
+
+    def _correct(self, result: AdaptResult, supervision: Sequence[Supervision]) -> Judgement | None:
+        """Nothing is trained: what the sources say of the original prediction."""
+        small = working_image(result.image, self.config.views.longest_side)
+        for source in supervision:
+            source.prepare(self.model, small, result.original)
+            source.after_training(self.model)
+        return self._judge(result, supervision)
+
+    def _train(
+        self, result: AdaptResult, name: str, generator: torch.Generator, supervision: Sequence[Supervision],
+        start: list[Tensor] | None, progress: bool, on_step: OnStep | None,
+    ) -> Judgement | None:  # fmt: skip
+        """Train, predict and decide; the weights are put back whatever happens."""
+        model = self.model
+        required = {name: parameter.requires_grad for name, parameter in model.network.named_parameters()}
+        named = select_parameters(model, self.config.train.parts)
         before = snapshot(model, named)
         try:
-            _adapt_weights(
-                model, image, config, named, name, generator, result, calibration, references, start, progress, on_step
-            )
+            student = Student(model, named, self.config.train.lora_rank)
+            episode = Episode(self.config, student, generator, TrainingLog(result.history, 0, result.view_stats))
+            return self._adapt_weights(episode, result, name, supervision, start, progress, on_step)
         except (NumericalError, FloatingPointError) as error:
+            log.info("%s: %s", name, error)
             result.adapted = result.blended = result.weights = None
-            result.final, result.decision, result.reason = original, "original", f"original kept: {error}"
+            result.final, result.decision, result.reason = result.original, "original", f"original kept: {error}"
+            return None
         finally:
             restore(model, before)
-    if references is not None:
-        result.final, said = correct(result.final, references)
-        result.add_reason(said)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    result.seconds = time.perf_counter() - begun
-    result.peak_memory_mb = peak_memory_mb(model.device)
-    return result
+            for key, parameter in model.network.named_parameters():
+                parameter.requires_grad_(required[key])
 
+    def _adapt_weights(
+        self, episode: Episode, result: AdaptResult, name: str, supervision: Sequence[Supervision],
+        start: list[Tensor] | None, progress: bool, on_step: OnStep | None,
+    ) -> Judgement | None:  # fmt: skip
+        """The episode from the first view to the decision; fills `result`."""
+        config, student, model = self.config, episode.student, self.model
+        small = working_image(result.image, config.views.longest_side)
+        held = self.gate.hold_back(model, small, result.original, name) if self.gate is not None else None
+        if start is not None:
+            student.put(start)
+        sources = [*configured(episode), *supervision]
+        for source in sources:
+            source.prepare(model, small, result.original)
+        try:
+            train_student(student, sources, config, episode.generator, episode.log, progress, on_step)
+        finally:
+            result.passes_done, result.micro_batch = episode.log.passes_done, episode.log.micro_batch
+        values = next(filter(None, (source.weights() for source in sources)), None)
+        values = values if values is not None else [value.clone() for value in student.values()]
+        with student.weights(values):
+            result.adapted = predict_ensemble(
+                model, result.image, config.ensemble.members if config.ensemble.final else []
+            )
+            for source in sources:
+                source.after_training(model)
+        if not torch.isfinite(result.adapted.depth).any():
+            raise NumericalError("the adapted prediction has no finite depth")
+        result.final, result.decision = result.adapted, "adapted"
+        judged = self._judge(result, sources)
+        if judged is None and self.gate is not None and held is not None:
+            self.gate.decide(student, values, held, result)
+        # What the next image of a sequence starts from: not from weights that were rejected.
+        goes_on = config.train.reset != "per_image" and result.decision != "reject"
+        result.weights = values if goes_on else None
+        return judged
 
-def _adapt_weights(
-    model: GeometryModel,
-    image: Tensor,
-    config: ExperimentConfig,
-    named: list,
-    name: str,
-    generator: torch.Generator,
-    result: AdaptResult,
-    calibration: Calibration | None,
-    references: References | None,
-    start: list[Tensor] | None,
-    progress: bool,
-    on_step: Callable[[dict[str, float]], None] | None,
-) -> None:
-    """Train, predict, pass the gate; fills `result`. The caller puts the weights back."""
-    train, gate = config.train, config.gate
-    small = working_image(image, config.views.longest_side)
-    held, watcher = None, None
-    student = Student(model, named, train.lora_rank)
-    if gate.mode != "off" or gate.check_every or gate.interpolate:
-        # Another seed than the training's: what is measured here was never trained on.
-        unseen = sample_generator(config.seed, f"{name}/held back")
-        same_size = small.shape == image.shape
-        held = held_back_views(model, small, result.original if same_size else model.predict(small), config, unseen)
-        watcher = Watcher(student, held, gate) if gate.check_every else None
-    if start is not None:
-        student.put(start)
-    training = Training(history=result.history, view_stats=result.view_stats)
-    try:
-        teacher = train_student(student, small, config, generator, training, references, progress, on_step, watcher)
-    finally:
-        result.passes_done, result.micro_batch = training.passes_done, training.micro_batch
-    values = teacher if train.predict_with == "teacher" else [value.clone() for value in student.values()]
-    result.reason = training.stopped
-    if watcher is not None:
-        values = watcher.weights
-        result.signals["best_step"] = float(watcher.best_step)
-        if watcher.best_step == 0:
-            result.add_reason("no step beat the original on the held-back views")
-    if gate.interpolate and held is not None:
-        values, result.signals["interpolation"] = best_on_the_line(student, held, values)
-    with student.weights(values):
-        result.adapted = predict_ensemble(model, image, config.ensemble.members if config.ensemble.final else [])
-    if not torch.isfinite(result.adapted.depth).any():
-        raise NumericalError("the adapted prediction has no finite depth")
-    result.final, result.decision = result.adapted, "adapted"
-    if gate.mode != "off" and held is not None:
-        _pass_gate(student, values, held, config, result, calibration, unseen)
-        made_for = calibration.about.get("model") if calibration is not None else None
-        if made_for not in (None, config.model.name):
-            result.add_reason(f"the gate is calibrated for the model {made_for!r}; calibrate it with 04_reliability")
-    # What the next image of a sequence starts from: not from weights that were rejected.
-    result.weights = None if result.decision == "reject" else values
-
-
-def _pass_gate(
-    student: Student,
-    values: list[Tensor],
-    held: HeldBack,
-    config: ExperimentConfig,
-    result: AdaptResult,
-    calibration: Calibration | None,
-    unseen: torch.Generator,
-) -> None:
-    """Measure the signals; with `mode: decide` also accept, blend or reject."""
-    gate = config.gate
-    with student.weights(values):
-        adapted = predict_ensemble(student.model, held.image, config.ensemble.members if config.ensemble.final else [])
-    signals, experts = measure(student, values, held, adapted, result.history, gate, unseen)
-    result.signals |= signals
-    spread = disagreement_map(experts, held.original.mask)
-    result.blended = blend_predictions(result.original, result.adapted, spread)
-    if calibration is None:
-        return
-    result.signals["estimate"] = calibration.estimate(result.signals)
-    result.decision = calibration.decide(result.signals)
-    if result.decision == "reject":
-        result.final = result.original
-    elif result.decision == "blend":
-        result.final = result.blended
+    def _judge(self, result: AdaptResult, sources: Sequence[Supervision]) -> Judgement | None:
+        """What the first source with held-back evidence decides, over predictions as they are and corrected."""
+        if all(type(source).judge is Supervision.judge for source in sources):
+            return None
+        candidates: dict[str, Prediction] = {"original": result.original}
+        if result.adapted is not None:
+            candidates["adapted"] = result.adapted
+        words: dict[str, str] = {}
+        for key, corrected in [("original", "corrected"), ("adapted", "adapted_corrected")][: len(candidates)]:
+            prediction, said = candidates[key], []
+            for source in sources:
+                prediction, more = source.correct(prediction)
+                said += filter(None, [more])
+            if said:
+                candidates[corrected], words[corrected] = prediction, "; ".join(said)
+        for source in sources:
+            judged = source.judge(candidates)
+            if judged is not None:
+                result.final, result.decision = candidates[judged.choice], judged.choice
+                result.signals |= judged.signals
+                result.add_reason(judged.reason)
+                result.add_reason(words.get(judged.choice, ""))
+                return judged
+        return None

@@ -14,19 +14,18 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticSerializationError
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError, PydanticSerializationError
 
 from ttt_lib.core.errors import UserError, printable
 from ttt_lib.core.files import read_yaml
+from ttt_lib.core.registry import LOSSES, SUPERVISIONS, Registry
 from ttt_lib.core.schema import (
-    DEFAULT_LOSSES,
     RESERVED,
     DataConfig,
     EnsembleConfig,
     GateConfig,
     LossConfig,
-    LossName,
     ModelConfig,
     ReleasedConfig,
     Section,
@@ -42,18 +41,24 @@ COMPLAINTS = 5  # of one file in one sentence; the others follow when these are 
 class ExperimentConfig(Section):
     """One row of the ablation, complete. Every random draw comes from (`seed`, name of the sample).
 
+    `losses`: terms of the loss on views by name, each with its settings; none: nothing is drawn and the teacher is silent.
+    `supervision`: further sources of information by name, each with its settings (`adaptation/supervision.py`).
     `references`: pixels of each sample whose true distance is given to the method (`references.py`); they do not count
     in the scores.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=100)]
     description: str = ""
+    order: Annotated[int, Field(ge=0)] = 1000  # its place in the table: lower is further up, equal ones go by name
     seed: Seed = 0
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     teacher: TeacherConfig = TeacherConfig()
     views: ViewConfig = ViewConfig()
-    losses: dict[LossName, LossConfig] = DEFAULT_LOSSES
+    losses: dict[str, SerializeAsAny[LossConfig]] = Field(
+        {name: {} for name in ("global", "local_4", "local_16", "local_64", "mask")}, validate_default=True
+    )
+    supervision: dict[str, SerializeAsAny[Section]] = {}
     released: ReleasedConfig = ReleasedConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
     gate: GateConfig = GateConfig()
@@ -67,15 +72,49 @@ class ExperimentConfig(Section):
             raise ValueError("a folder of runs needs this name for something else; choose another one")
         return value
 
+    @field_validator("losses", mode="before")
+    @classmethod
+    def _terms(cls, value: Any) -> Any:
+        return _by_registry(value, LOSSES, LossConfig)
+
+    @field_validator("supervision", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        return _by_registry(value, SUPERVISIONS, Section)
+
     @model_validator(mode="after")
     def _possible(self) -> ExperimentConfig:
-        if self.gate.check_every and self.train.predict_with == "teacher":
-            raise ValueError("gate.check_every keeps the best of the student; set train.predict_with to student")
+        if self.gate.mode == "decide" and self.train.method != "ttt":
+            raise ValueError(
+                f"gate.mode decide chooses between the original and a trained prediction, and train.method is "
+                f"{self.train.method}; set gate.mode to off"
+            )
         return self
 
     def as_parameters(self) -> dict[str, Any]:
         """Plain values for YAML, JSON and papermill."""
         return json.loads(self.model_dump_json())
+
+
+def _by_registry(value: Any, registry: Registry, default: type[Section]) -> Any:
+    """`{name: settings}`, each validated by the class that the name was registered with (else `default`)."""
+    if not isinstance(value, dict):
+        return value  # pydantic says what is wrong
+    result, problems = {}, []
+    for name, given in value.items():
+        if not registry.knows(str(name)):
+            said = f"there is no such {registry.what}; there are {', '.join(registry)}"
+            problems.append({"loc": (name, "[key]"), "type": "value_error", "msg": said, "input": name})
+            continue
+        kind = registry.about.get(name, {}).get("settings", default)
+        try:
+            given = given.model_dump(exclude_unset=True) if isinstance(given, Section) else given
+            result[name] = kind.model_validate({} if given is None else given)
+        except ValidationError as error:
+            problems += [{**each, "loc": (name, *each["loc"]), "kind": kind} for each in error.errors()]
+    if problems:
+        raise PydanticCustomError("by_registry", "see the parts", {"problems": problems})
+    return result
 
 
 Factor = Annotated[float, Field(gt=0.0, le=1e6)]
@@ -126,15 +165,27 @@ def _validate(kind: type[Section], content: dict[str, Any], source: str) -> Any:
     except PydanticSerializationError as error:
         raise UserError(f"{source}: holds a name or text that is not Unicode; rename the file or folder.") from error
     except ValidationError as error:
-        parts, found = [], error.errors()
+        parts, found = [], _unfolded(error.errors())
         for item in found[:COMPLAINTS]:
             key = printable(".".join(str(place) for place in item["loc"]) or "(top level)", 100)
             if item["type"] == "extra_forbidden":
-                parts.append(f"{key}: unknown key; allowed here: {', '.join(_keys_beside(kind, item['loc']))}")
+                allowed = sorted(item["kind"].model_fields) if "kind" in item else _keys_beside(kind, item["loc"])
+                parts.append(f"{key}: unknown key; allowed here: {', '.join(allowed)}")
             else:
                 parts.append(f"{key}: {item['msg']} (got {_shown(item['input'])})")
         more = f"; and {len(found) - COMPLAINTS} more" if len(found) > COMPLAINTS else ""
         raise UserError(f"{source}: " + "; ".join(parts) + f"{more}.") from error
+
+
+def _unfolded(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Complaints of `_by_registry` each for itself, at their places."""
+    result: list[dict[str, Any]] = []
+    for item in found:
+        if item["type"] == "by_registry":
+            result += [{**each, "loc": (*item["loc"], *each["loc"])} for each in item["ctx"]["problems"]]
+        else:
+            result.append(item)
+    return result
 
 
 def _shown(value: Any) -> str:
@@ -164,6 +215,13 @@ def load_profile(path: str | Path) -> ProfileConfig:
     return _validate(ProfileConfig, {"name": path.stem, **_read_yaml(path)}, str(path))
 
 
+def _given(config: ExperimentConfig) -> dict[str, Any]:
+    """What was set, for others to be laid over it. The terms of the loss are there also where they are the defaults,
+    so that `losses.normal.weight=1` adds a term and leaves the others."""
+    values = config.model_dump(exclude_unset=True)
+    return {**values, "losses": {name: term.model_dump(exclude_unset=True) for name, term in config.losses.items()}}
+
+
 def build_experiment(
     content: dict[str, Any],
     profile: ProfileConfig | None = None,
@@ -176,7 +234,7 @@ def build_experiment(
     """
     config = _validate(ExperimentConfig, content, source)
     if profile is not None:
-        values = merge(config.model_dump(exclude_unset=True), profile.set)
+        values = merge(_given(config), profile.set)
         config = _validate(ExperimentConfig, values, f"{source} with profile {profile.name}")
         train, scale = config.train, profile.scale
         scaled = {
@@ -186,9 +244,9 @@ def build_experiment(
                 "optimizer": {"learning_rate": train.optimizer.learning_rate * scale.learning_rate},
             }
         }
-        config = _validate(ExperimentConfig, merge(config.model_dump(exclude_unset=True), scaled), source)
+        config = _validate(ExperimentConfig, merge(_given(config), scaled), source)
     if overrides:
-        values = merge(config.model_dump(exclude_unset=True), overrides)
+        values = merge(_given(config), overrides)
         config = _validate(ExperimentConfig, values, f"{source} with the given overrides")
     return config
 

@@ -1,14 +1,35 @@
-"""YAML and JSON that people write: read as plain values, and one sentence for whatever is wrong with a file."""
+"""YAML and JSON that people write, read with one sentence for whatever is wrong; JSON and text written in one step."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import os
+from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from ttt_lib.core.errors import UserError, reason
+
+Value = TypeVar("Value", bound=Hashable)
+
+
+def first_repeated(values: Iterable[Value]) -> Value | None:
+    """The first value that was there before; None if all differ.
+
+    Example:
+        >>> first_repeated(["a", "b", "a"]), first_repeated("abc")
+        ('a', None)
+    """
+    seen: set[Value] = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    return None
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -27,8 +48,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise ValueError(f"{first_repeated(key for key, _ in pairs)!r} is there twice")
     return result
 
 
@@ -69,3 +89,44 @@ def read_json(path: str | Path) -> Any:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not a JSON file that can be read ({reason(error)}).") from error
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: numbers that are not finite become None, dataclasses dictionaries, one-element arrays numbers."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and torch
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON as its standard has it: NaN and infinity, which it lacks, are `null`.
+
+    Example:
+        >>> to_json({"loss": float("nan"), "steps": (1, 2)})
+        '{"loss": null, "steps": [1, 2]}'
+    """
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8 in one step: the file holds the old content or the new, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `to_json(value)`, indented, in one step."""
+    write_text(path, to_json(value, indent=1) + "\n")

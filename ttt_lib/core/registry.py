@@ -1,4 +1,4 @@
-"""What experiment files name: losses, shifts, models. The package's own and yours enter by the same decorators.
+"""What experiment files name: losses, shifts, models, kinds of data. The package's own and yours enter by the same decorators.
 
 The package's own are in the module that its registry calls home, which is imported when a name is first looked for: this
 room knows names, not what they stand for. Yours are registered in a notebook, or, so that the jobs of a batch in other
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -30,12 +31,16 @@ class Registry(dict[str, Callable[..., Any]]):
     def __init__(self, what: str, home: str = "", reserved: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.what, self.home, self.reserved = what, home, reserved
-        self.about: dict[str, dict[str, Any]] = {}
+        self.about: dict[str, dict[str, Any]] = defaultdict(dict)
+
+    def load_home(self) -> None:
+        """Make sure that the package's own are registered."""
+        if self.home:
+            import_module(self.home)
 
     def knows(self, name: str) -> bool:
         """Whether the name is there, at home or among installed modules (`load_installed`), which are asked last."""
-        if self.home:
-            import_module(self.home)
+        self.load_home()
         return name in self or (bool(load_installed()) and name in self)
 
     def all_names(self) -> list[str]:
@@ -51,6 +56,8 @@ class Registry(dict[str, Callable[..., Any]]):
         """
 
         def keep(function: Function) -> Function:
+            if self.home and not _place(function)[0].startswith("ttt_lib."):
+                import_module(self.home)  # so that no name of the package's own is free
             held = self.get(name)
             same = held is function or (held is not None and _place(held) == _place(function) != ("", ""))
             if name in self.reserved or (held is not None and not same):
@@ -85,15 +92,14 @@ def load_installed() -> tuple[str, ...]:
     return tuple(loaded)
 
 
-LOSS_NAMES = (
-    "global", "local_4", "local_16", "local_64", "normal", "edge", "mask", "metric_scale",
-    "ssi", "gradient", "silog", "feature", "metric_reference",
-)  # fmt: skip
-
-# `LossInputs` -> (B,) or a scalar
-LOSSES = Registry("loss", reserved=LOSS_NAMES)
+# `LossInputs` -> (B,) or a scalar; settings, needs, where, reads: see `adaptation/losses/terms.py`
+LOSSES = Registry("loss", home="ttt_lib.adaptation.losses")
+# `Episode` -> `Supervision`, or None where the experiment has none of it; settings: its section of `supervision`
+SUPERVISIONS = Registry("supervision", home="ttt_lib.adaptation.teacher")
 # image (3,H,W) in [0,1], depth (H,W) with inf or NaN where there is none, severity 1 to 5, generator -> image (3,H,W)
 SHIFTS = Registry("shift", home="ttt_lib.data.shifts")
 # Families: `register("mine")` makes `load_model("mine:REST", ...)` call `loader(REST, device=..., num_tokens=...,
 # autocast=..., fov_x=...)`, which gives a `GeometryModel`.
 MODELS = Registry("model", reserved=("tiny", "hf", "http", "https", "file"))
+# Kinds of data: an opener with options by name -> `SampleSet`. `needs`: options without which there is no such set.
+DATASETS = Registry("data set", home="ttt_lib.data.catalog")

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ttt_lib.core.registry import LOSS_NAMES, LOSSES, SHIFTS
+from ttt_lib.core.registry import DATASETS, SHIFTS
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -48,21 +50,11 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW or SGD, with PyTorch's options. `learning_rate: 0` is allowed: it is the control of the evaluation."""
+    """AdamW or SGD, else with PyTorch's defaults. `learning_rate: 0` is allowed: it is the control of the evaluation."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: NonNegative = 5e-4
     weight_decay: NonNegative = 0.01
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    momentum: Probability = 0.0
-    nesterov: bool = False
-
-    @model_validator(mode="after")
-    def _possible(self) -> OptimizerConfig:
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
 
 
 class TeacherConfig(Section):
@@ -203,9 +195,7 @@ class GateConfig(Section):
 
     `mode`: `off` keeps it; `measure` too, but stores the signals; `decide` accepts, blends or rejects by the thresholds
     of `calibration` (a JSON file; None: the bundled one). `views`: held-back views, never trained on. `severity`: of
-    their colours and cameras. `signals`: those that are computed. `interpolate`: also look for the best weights on the
-    line from the original to the adapted ones. `check_every`: optimizer steps between looks at the held-back views
-    during training (0: none); `patience`: looks without improvement after which training stops; the best are kept.
+    their colours and cameras. `signals`: those that are computed.
     """
 
     mode: Literal["off", "measure", "decide"] = "off"
@@ -215,9 +205,6 @@ class GateConfig(Section):
     signals: list[Literal["consistency", "votes", "ensemble", "reprojection", "edges", "drift", "loss", "camera"]] = [
         "consistency", "votes", "ensemble", "reprojection", "edges", "drift", "loss", "camera",
     ]  # fmt: skip
-    interpolate: bool = False
-    check_every: Annotated[int, Field(ge=0)] = 0
-    patience: Count = 2
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -225,23 +212,10 @@ class GateConfig(Section):
         return "off" if value is False else value
 
 
-def _known_loss(name: str) -> str:
-    if name not in LOSS_NAMES and not LOSSES.knows(name):
-        raise ValueError(f"there is no such loss; there are {', '.join((*LOSS_NAMES, *LOSSES))}")
-    return name
-
-
-LossName = Annotated[str, AfterValidator(_known_loss)]
-
-
 class LossConfig(Section):
-    """One term of the loss. Unset parameters take the term's own default (see `losses.py`)."""
+    """One term of the loss. A term with settings of its own registers a class derived from this one."""
 
     weight: NonNegative = 1.0
-    align_resolution: Annotated[int, Field(ge=2, le=256)] | None = None
-    num_patches: Count | None = None
-    beta: NonNegative | None = None
-    trunc: Positive | None = None
 
 
 class ReleasedConfig(Section):
@@ -256,12 +230,29 @@ class ReleasedConfig(Section):
     all_heads: bool = False
 
 
-class DataConfig(Section):
-    """One set of samples; the keys of MoGe's `configs/eval/*.json` plus `kind` and `name`. See `data.open_dataset`."""
+def _known_kind(kind: str) -> str:
+    if not DATASETS.knows(kind):
+        raise ValueError(f"there is no such kind of data; there are {', '.join(DATASETS.all_names())}")
+    return kind
 
-    kind: Literal["moge", "images", "motorcycle", "synthetic", "shifted"] = "moge"
+
+def _absolute(path: str) -> str:
+    """Once, where it enters: notebooks of a batch run in folders of their own. `scheme://...` stays as it is."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+class DataConfig(Section):
+    """One set of samples; the keys of MoGe's `configs/eval/*.json` plus `kind` and `name`. See `data.open_dataset`.
+
+    `kind`: one of `data.list_datasets()`; one that you have registered takes options of its own beside these. `path`
+    becomes absolute, `~` your home.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: Annotated[str, AfterValidator(_known_kind)] = "moge"
     name: str | None = None
-    path: str | None = None
+    path: Annotated[str, AfterValidator(_absolute)] | None = None
     split: str = ".index.txt"
     width: Side | None = None
     height: Side | None = None
@@ -276,16 +267,19 @@ class DataConfig(Section):
     seed: Seed = 0
     shifts: list[str] | None = None
     severities: list[Severity] | None = None
+    views: list[Annotated[int, Field(ge=1, le=1000)]] | None = None
+    baselines: list[Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
+
+    @model_validator(mode="after")
+    def _no_unknown_key(self) -> DataConfig:
+        taken = inspect.signature(DATASETS[self.kind]).parameters if self.kind in DATASETS else {}
+        more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        unknown = [key for key in self.model_extra or {} if key not in taken and not more]
+        if unknown:
+            allowed = sorted({*DataConfig.model_fields, *taken})
+            raise ValueError(f"{', '.join(unknown)}: unknown key; allowed here: {', '.join(allowed)}")
+        return self
 
     def options(self) -> dict[str, Any]:
         """What differs from the defaults, as keyword arguments for `data.open_dataset`."""
         return self.model_dump(exclude_defaults=True, exclude={"kind"})
-
-
-DEFAULT_LOSSES = {
-    "global": LossConfig(),
-    "local_4": LossConfig(),
-    "local_16": LossConfig(),
-    "local_64": LossConfig(),
-    "mask": LossConfig(),
-}

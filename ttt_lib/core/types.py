@@ -26,9 +26,14 @@ def _range(depth: Tensor, mask: Tensor | None, unit: str) -> str:
 
 
 def _field_of_view(intrinsics: Tensor) -> str:
-    fx, fy = float(intrinsics[0, 0]), float(intrinsics[1, 1])
-    across, down = (2 * math.degrees(math.atan(0.5 / f)) if f > 0 else math.nan for f in (fx, fy))
-    return f"field of view {across:.0f} x {down:.0f} degrees"
+    """Both sides of the principal point, as `geometry.cameras.fov_from_intrinsics` (core imports no room)."""
+
+    def angle(axis: int) -> float:
+        focal, center = float(intrinsics[axis, axis]), float(intrinsics[axis, 2])
+        both = math.atan(center / focal) + math.atan((1 - center) / focal) if focal > 0 else math.nan
+        return math.degrees(both)
+
+    return f"field of view {angle(0):.0f} x {angle(1):.0f} degrees"
 
 
 @dataclass

@@ -1,67 +1,104 @@
-"""All sets of samples by name or place."""
+"""All sets of samples by name or place; the kinds that the package has of its own, and yours, are in `DATASETS`."""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ttt_lib.core.errors import UserError
-from ttt_lib.data.images import IMAGE_SUFFIXES, open_images
+from ttt_lib.core.errors import ConfigError, DataError
+from ttt_lib.core.registry import DATASETS
+from ttt_lib.data.images import is_photo, open_images
 from ttt_lib.data.moge_layout import BENCHMARKS, INDEX, read_eval_config
 from ttt_lib.data.motorcycle import open_motorcycle
 from ttt_lib.data.samples import SampleSet, open_moge
 from ttt_lib.data.scenes.sets import open_synthetic
+from ttt_lib.data.scenes.tours import open_tours
+
+DATASETS.register("moge", needs=("path",))(open_moge)
+DATASETS.register("images", needs=("path",))(open_images)
+DATASETS.register("motorcycle")(open_motorcycle)
+DATASETS.register("synthetic")(partial(open_synthetic, "synthetic"))
+DATASETS.register("shifted")(partial(open_synthetic, "shifted"))
+DATASETS.register("tours")(open_tours)
+
+
+def list_datasets() -> list[str]:
+    """The kinds of data that `open_dataset` and `data: [{kind: ...}]` take, yours last.
+
+    Example:
+        >>> list_datasets()[:5]
+        ['moge', 'images', 'motorcycle', 'synthetic', 'shifted']
+    """
+    return DATASETS.all_names()
 
 
 def open_dataset(kind: str = "moge", **options: Any) -> SampleSet:
-    """Open a set: `moge`, `images`, `motorcycle`, `synthetic` or `shifted`; options as of the `open_*` functions.
+    """Open a set of samples.
 
-    Raises `UserError` for an unknown kind, an option the kind lacks, or a folder that is not there.
+    Args:
+        kind: one of `list_datasets()`.
+        options: as the function takes them that is registered for the kind.
+
+    Raises:
+        ConfigError: an unknown kind, or an option that the kind lacks or needs.
+        DataError: a folder that is not there; what a damaged index or set has to say.
+
+    Example:
+        >>> open_dataset("motorcycle", width=96, height=64).names
+        ['motorcycle_left', 'motorcycle_right']
     """
-    if kind in ("synthetic", "shifted"):
-        opener: Callable[..., SampleSet] = lambda **rest: open_synthetic(kind, **rest)  # noqa: E731
-    else:
-        openers = {"moge": open_moge, "images": open_images, "motorcycle": open_motorcycle}
-        if kind not in openers:
-            raise UserError(f"data kind {kind!r}: use one of {', '.join([*openers, 'synthetic', 'shifted'])}.")
-        opener = openers[kind]
-    if kind in ("moge", "images") and "path" not in options:
-        raise UserError(f"data: a set of kind {kind!r} needs a `path`.")
+    if not DATASETS.knows(kind):
+        raise ConfigError(f"data kind {kind!r}: use one of {', '.join(list_datasets())}.", kind=kind)
+    for needed in DATASETS.about[kind].get("needs", ()):
+        if needed not in options:
+            raise ConfigError(f"data: a set of kind {kind!r} needs a `{needed}`.", kind=kind)
     if kind == "moge" and options.get("name") in BENCHMARKS:
         options = {**BENCHMARKS[options["name"]], **options}
     try:
-        return opener(**options)
+        inspect.signature(DATASETS[kind]).bind(**options)
     except TypeError as error:
-        raise UserError(f"data: a set of kind {kind!r} does not take these options ({error}).") from error
-
-
-BUILT_IN = ("motorcycle", "synthetic", "shifted")
+        raise ConfigError(f"data: a set of kind {kind!r} does not take these options ({error}).", kind=kind) from error
+    return DATASETS[kind](**options)
 
 
 def describe_sources(entries: Iterable[str | Path], where: str = "data") -> list[dict[str, Any]]:
-    """Sources of samples as the configuration's `data` entries.
+    """Sources of samples as the configuration's `data` entries, every path absolute.
 
-    An entry is a built-in name (`BUILT_IN`), a JSON file of sets as in MoGe's `configs/eval`, a folder in MoGe's layout, a
-    folder of images, or one image. where: begins the sentence of the `UserError` for one that is none of these.
+    Args:
+        entries: each the name of a kind that needs no path, a JSON file of sets as in MoGe's `configs/eval`, a folder in
+            MoGe's layout, a folder of images, or one image; `~` is your home.
+        where: begins the sentence of the error.
+
+    Raises:
+        DataError: an entry that is none of these.
+
+    Example:
+        >>> describe_sources(["motorcycle"])
+        [{'kind': 'motorcycle'}]
     """
+    by_name = [kind for kind in list_datasets() if not DATASETS.about[kind].get("needs")]
     result: list[dict[str, Any]] = []
     for entry in entries:
-        path = Path(os.path.expanduser(entry))  # `os.path` also answers for names that no file system takes
-        if str(entry) in BUILT_IN:
+        path = Path(os.path.abspath(os.path.expanduser(entry)))
+        if str(entry) in by_name:
             result.append({"kind": str(entry)})
         elif path.suffix == ".json":
             result += read_eval_config(path)
-        elif os.path.isdir(path) and os.path.isfile(path / INDEX):
+        elif os.path.isdir(path) and os.path.isfile(path / INDEX):  # `os.path` also answers for names no system takes
             known = BENCHMARKS.get(path.resolve().name, {})
             result.append({"kind": "moge", "path": str(path.resolve()), **known})
         elif os.path.isdir(path) and any(path.rglob("depth.png")):
-            raise UserError(f"{where} {entry}: {path / INDEX} is missing; it lists the folder of one sample a line.")
-        elif os.path.isdir(path) or (
-            path.suffix.lower() in IMAGE_SUFFIXES and os.path.isdir(path.parent) and os.path.isfile(path)
-        ):
+            raise DataError(f"{where} {entry}: {path / INDEX} is missing; it lists the folder of one sample a line.")
+        elif os.path.isdir(path) or (os.path.isfile(path) and is_photo(path)):
             result.append({"kind": "images", "path": str(path.resolve())})
+        elif os.path.isfile(path):
+            raise DataError(
+                f"{where} {entry}: no such folder, image or JSON file that can be read; convert an image to JPEG."
+            )
         else:
-            raise UserError(f"{where} {entry}: no such folder, image or JSON file; built in are {', '.join(BUILT_IN)}.")
+            raise DataError(f"{where} {entry}: no such folder, image or JSON file; built in are {', '.join(by_name)}.")
     return result

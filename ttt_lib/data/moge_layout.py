@@ -8,7 +8,6 @@ covers, resized. (That class cannot run in the packaged release: it calls an und
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -22,8 +21,8 @@ import utils3d
 from moge.utils import io as moge_io
 from PIL import Image
 
-from ttt_lib.core.errors import UserError, reason
-from ttt_lib.core.files import read_json, read_text
+from ttt_lib.core.errors import DataError, UserError, reason
+from ttt_lib.core.files import read_json, read_text, write_json
 
 INDEX = ".index.txt"
 LONGEST_SIDE = 640  # of samples whose configuration gives no size
@@ -45,7 +44,7 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class SampleError(UserError):
+class SampleError(DataError):
     """A sample that cannot be read; the message names the file."""
 
 
@@ -89,7 +88,10 @@ def read_raw(folder: Path, include_segmentation: bool = False) -> Raw:
             f"{folder / 'meta.json'}: `intrinsics` must be a 3x3 camera matrix divided by the image's width and height."
         )
     if image.shape[:2] != depth.shape[:2] or depth.ndim != 2:
-        raise SampleError(f"{folder / 'depth.png'}: its size {depth.shape} is not that of the image {image.shape[:2]}.")
+        turned = ", which its EXIF orientation turns: store it upright" if image.shape[:2] == depth.shape[::-1] else ""
+        raise SampleError(
+            f"{folder / 'depth.png'}: its size {depth.shape} is not that of the image {image.shape[:2]}{turned}."
+        )
     if not np.isfinite(depth).any():
         raise SampleError(f"{folder / 'depth.png'}: no pixel has a depth.")
     segmentation, labels = None, None
@@ -101,6 +103,7 @@ def read_raw(folder: Path, include_segmentation: bool = False) -> Raw:
 
 
 def _read_image(path: Path) -> np.ndarray:
+    """uint8 (H,W,3), turned as its EXIF orientation says, which MoGe's evaluation does too (through OpenCV)."""
     with Image.open(path) as image:
         image.load()  # OpenCV fills what a truncated file lacks with gray; PIL refuses
     return moge_io.read_image(path)
@@ -230,28 +233,28 @@ def target_view(
 def read_index(folder: Path, split: str = INDEX) -> list[str]:
     """Names listed in the index: relative paths that stay in the folder, each once (links in it are followed).
 
-    Raises `UserError` if folder or index is missing, the index is empty, or a name is not such a path.
+    Raises `DataError` if folder or index is missing, the index is empty, or a name is not such a path.
     """
     path = folder / check_name(split, "split")
     if not os.path.isdir(folder):  # os.path also answers for names that no file system takes
-        raise UserError(f"{folder}: there is no such folder; give the folder of a set in the MoGe layout.")
+        raise DataError(f"{folder}: there is no such folder; give the folder of a set in the MoGe layout.")
     if not os.path.isfile(path):
-        raise UserError(f"{path}: the index is missing; it lists the folder of one sample a line.")
+        raise DataError(f"{path}: the index is missing; it lists the folder of one sample a line.")
     lines = [(i, line.strip()) for i, line in enumerate(read_text(path).splitlines(), start=1)]
     names = [check_name(line, f"{path}: line {i}") for i, line in lines if line]
     if not names:
-        raise UserError(f"{path}: the index lists no sample.")
+        raise DataError(f"{path}: the index lists no sample.")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path}: lists {twice!r} twice; remove one of the lines.")
+        raise DataError(f"{path}: lists {twice!r} twice; remove one of the lines.")
     return names
 
 
 def check_name(name: str, where: str) -> str:
-    """The name of a sample, set or index, if it is a path that stays in its folder. Raises `UserError`."""
+    """The name of a sample, set or index, if it is a path that stays in its folder. Raises `DataError`."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or not name.isprintable():
-        raise UserError(f"{where}: {name!r} is no path inside the set's folder.")
+        raise DataError(f"{where}: {name!r} is no path inside the set's folder.")
     return path.as_posix()
 
 
@@ -265,7 +268,7 @@ def write_frame(folder: Path, image: np.ndarray, depth: np.ndarray, intrinsics: 
     moge_io.write_image(temporary / "image.jpg", np.ascontiguousarray(image), quality=98)
     moge_io.write_depth(temporary / "depth.png", depth)
     content = {"intrinsics": np.asarray(intrinsics, dtype=float).tolist(), **meta}
-    (temporary / "meta.json").write_text(json.dumps(content), encoding="utf-8")
+    write_json(temporary / "meta.json", content)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
@@ -280,18 +283,19 @@ def write_index(folder: Path, names: list[str]) -> None:
 def read_eval_config(path: Path) -> list[dict[str, Any]]:
     """A JSON file in the format of MoGe's `configs/eval`: {"NAME": {"path": ..., "width": ...}, ...}.
 
-    Returns one dictionary a set, with `name` and `kind: moge`; relative paths are taken from the file's folder (or,
+    Returns one dictionary a set, with `name` and `kind: moge`; paths come back absolute, relative ones taken from the file's folder (or,
     where nothing is there, from the working folder), and the settings of a known benchmark fill what the file leaves out.
     """
     content = read_json(path)
     if not isinstance(content, dict) or not content or not all(isinstance(v, dict) for v in content.values()):
-        raise UserError(f"{path}: is not a JSON file of sets, name by name, each with its `path`.")
+        raise DataError(f"{path}: is not a JSON file of sets, name by name, each with its `path`.")
     entries = [{"kind": "moge", **BENCHMARKS.get(name, {}), **values, "name": name} for name, values in content.items()]
     for entry in entries:
         if not isinstance(entry.get("path"), str) or entry["kind"] != "moge":
-            raise UserError(f"{path}: set {entry['name']!r} needs a `path`, the folder of a set in the MoGe layout.")
+            raise DataError(f"{path}: set {entry['name']!r} needs a `path`, the folder of a set in the MoGe layout.")
         check_name(entry["name"], str(path))
-        beside = Path(path).parent / entry["path"]
+        given = os.path.expanduser(entry["path"])
+        beside = os.path.join(os.path.dirname(os.path.abspath(path)), given)
         # MoGe's own files name paths from the folder that its script is started in.
-        entry["path"] = entry["path"] if not os.path.isdir(beside) and os.path.isdir(entry["path"]) else str(beside)
+        entry["path"] = os.path.abspath(given if not os.path.isdir(beside) and os.path.isdir(given) else beside)
     return entries

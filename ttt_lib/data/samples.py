@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ttt_lib.core.errors import UserError, printable, reason
+from ttt_lib.core.errors import DataError, UserError, printable, reason
+from ttt_lib.core.provenance import file_hash
 from ttt_lib.core.types import Sample
 from ttt_lib.data import moge_layout
 from ttt_lib.data.moge_layout import SampleError, check_name
 
 FRAME_FILES = ("image.jpg", "depth.png", "meta.json", "segmentation.png")
-
-ENDS = 32768  # bytes at each end of a file that its fingerprint reads
 
 
 @dataclass
@@ -59,11 +60,11 @@ class SampleSet:
     def shard(self, index: int, count: int) -> SampleSet:
         """Every `count`-th sample from `index`: the shards 0..count-1 are disjoint and together the whole set."""
         if not 0 <= index < count:
-            raise UserError(f"shard {index} of {count}: the index must be from 0 to {count - 1}.")
+            raise DataError(f"shard {index} of {count}: the index must be from 0 to {count - 1}.")
         return SampleSet(self.name, self.names[index::count], self.load, self.fingerprint)
 
     def data_hash(self) -> str:
-        """Hash of the set's name, the names of its samples and its fingerprint (for files: sizes and times)."""
+        """Hash of the set's name, the names of its samples and its fingerprint (for files: their contents)."""
         content = "\n".join([self.name, self.fingerprint, *self.names])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -88,17 +89,23 @@ def to_sample(name: str, dataset: str, view: dict[str, Any], is_metric: bool, ha
     )
 
 
-def _file_fingerprint(paths: Iterable[Path]) -> str:
-    """Names, sizes, and the first and last `ENDS` bytes: content that survives a copy, without reading gigabytes."""
+@cache
+def _content(path: str, state: tuple[int, ...]) -> str:
+    return file_hash(Path(path))
+
+
+def content_hash(path: Path) -> str:
+    """Hash of all of a file's bytes; read once a process as long as its size, times and place on the disk stay."""
+    at = os.stat(path)
+    return _content(os.path.abspath(path), (at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino, at.st_dev))
+
+
+def files_fingerprint(paths: Iterable[Path]) -> str:
+    """Hash of names and contents, which survives a copy; a file that is not there is part of it."""
     parts = []
     for path in paths:
         try:
-            with open(path, "rb") as file:
-                ends = file.read(ENDS)
-                size = file.seek(0, 2)
-                file.seek(max(size - ENDS, 0))
-                ends += file.read(ENDS)
-            parts.append(f"{printable(path.name)}:{size}:{hashlib.sha256(ends).hexdigest()}")
+            parts.append(f"{printable(path.name)}:{content_hash(path)}")
         except OSError:
             parts.append(f"{printable(path.name)}:missing")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -123,7 +130,7 @@ def open_moge(
 
     width, height of the evaluated view (None: the image's own shape, longer side at most 640). depth_unit: metres a
     unit; None: not metric, unless a sample's `meta.json` says `"is_metric": true` as this package's writer does.
-    subset: every n-th sample; count: only the first ones. Raises `UserError` if folder or index is missing.
+    subset: every n-th sample; count: only the first ones. Raises `DataError` if folder or index is missing.
     """
     folder = Path(path)
     names = moge_layout.read_index(folder, split)[::subset][:count]
@@ -145,7 +152,7 @@ def open_moge(
 
     files = (folder / sample / file for sample in names for file in FRAME_FILES)
     options = f"{width}x{height} {depth_unit} {drop_max_depth} {has_sharp_boundary} {include_segmentation} {max_segments} {min_seg_area}"
-    return SampleSet(title, names, load, f"{options} {_file_fingerprint(files)}")
+    return SampleSet(title, names, load, f"{options} {files_fingerprint(files)}")
 
 
 # ------------------------------------------------------------------------------------------------ opening, writing
@@ -161,7 +168,7 @@ def write_moge_layout(samples: Iterable[Sample], folder: str | Path) -> list[str
     names = []
     for sample in samples:
         if sample.depth is None or sample.intrinsics is None:
-            raise UserError(f"sample {sample.name!r}: has no depth or intrinsics, so it cannot be written.")
+            raise DataError(f"sample {sample.name!r}: has no depth or intrinsics, so it cannot be written.")
         image = (sample.image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
         moge_layout.write_frame(
             folder / check_name(sample.name, f"sample {sample.name!r}"),

@@ -51,7 +51,8 @@ def paired_gains(metrics: pd.DataFrame, metric: str, score: str, baseline: str =
     """Per-sample gain of every experiment over `baseline`, both by their final predictions.
 
     metrics: tidy rows (experiment, dataset, sample, prediction, metric, score, value). Returns experiment, dataset,
-    sample, before, after, gain (positive is better). Samples that one of the two lacks are left out.
+    sample, before, after, gain (positive is better), experiments in the order in which `metrics` has them. Samples that
+    one of the two lacks are left out.
     """
     rows = metrics[(metrics.metric == metric) & (metrics.score == score) & (metrics.prediction == "final")]
     before = rows.loc[rows.experiment == baseline, ["dataset", "sample", "value"]].rename(columns={"value": "before"})
@@ -59,7 +60,9 @@ def paired_gains(metrics: pd.DataFrame, metric: str, score: str, baseline: str =
     sign = 1.0 if is_better_high(score) else -1.0
     joined["gain"] = sign * (joined["after"] - joined["before"])
     columns = ["experiment", "dataset", "sample", "before", "after", "gain"]
-    return joined[columns].dropna(subset=["gain"]).sort_values(columns[:3]).reset_index(drop=True)
+    place = {name: i for i, name in enumerate(metrics["experiment"].unique())}
+    rank = lambda keys: keys.map(place) if keys.name == "experiment" else keys  # noqa: E731
+    return joined[columns].dropna(subset=["gain"]).sort_values(columns[:3], key=rank).reset_index(drop=True)
 
 
 def summarise(

@@ -19,7 +19,7 @@ from moge.utils.geometry_torch import recover_focal_shift
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ttt_lib.core.errors import UserError
+from ttt_lib.core.errors import NotSupported, UserError
 from ttt_lib.core.types import Kind, Prediction
 
 PARTS = ("encoder", "neck", "heads", "norms")
@@ -122,13 +122,19 @@ class GeometryModel:
         if "depth" in output:
             return output["depth"]
         if output.get("metric_scale") is None:
-            raise UserError(f"{self.name} predicts no metric depth, which the loss metric_reference needs.")
+            raise NotSupported(f"{self.name} predicts no metric depth, which the loss metric_reference needs.")
         points, mask = output["points"], output.get("mask")
         _, shift = recover_focal_shift(points.detach(), None if mask is None else mask > 0.5)
         return (points[..., 2] + shift[:, None, None]) * output["metric_scale"].reshape(-1, 1, 1)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the encoder hands on for images (B,3,H,W), with gradients: one vector a patch, (B,N,C) float32."""
+        """What the encoder hands on for images (B,3,H,W), with gradients: one vector a patch, (B,N,C) float32.
+
+        Raises `NotSupported` for a network without an encoder that is known here.
+        """
+        known = {"encoder", "backbone"} & self.network._modules.keys()
+        if self.num_tokens is None or not known:
+            raise NotSupported(f"{self.name}: this model gives no features; leave out the loss feature.")
         height, width = images.shape[-2:]
         rows = max(1, round((self.num_tokens * height / width) ** 0.5))
         columns = max(1, round((self.num_tokens * width / height) ** 0.5))
@@ -147,7 +153,7 @@ class GeometryModel:
         Raises `UserError` for models of transformers, whose checkpointing works in training mode only.
         """
         if hasattr(self.network, "gradient_checkpointing_enable"):
-            raise UserError(f"model.checkpointing: not for {self.name}; lower train.micro_batch instead.")
+            raise NotSupported(f"model.checkpointing: not for {self.name}; lower train.micro_batch instead.")
         if hasattr(self.network, "enable_gradient_checkpointing") and hasattr(self.network, "neck"):
             self.network.enable_gradient_checkpointing()  # MoGe-1 always does so in its head
 
@@ -232,6 +238,3 @@ def weights_checksum(model: GeometryModel) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------ loading

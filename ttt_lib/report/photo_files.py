@@ -14,14 +14,15 @@ import utils3d
 from moge.utils import io as moge_io
 from torch.nn import functional as F
 
-from ttt_lib.adaptation.adapter import adapt
-from ttt_lib.adaptation.references import read_references
+from ttt_lib.adaptation.adapter import Adapter
+from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, printable, reason
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import read_photo
+from ttt_lib.data.known_distances import read_references
 from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges
 from ttt_lib.models.base import GeometryModel, weights_checksum
 from ttt_lib.report.figures import plot_before_after
@@ -61,7 +62,8 @@ def adapt_photo(
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        result = adapt(model, image, config, name=printable(Path(path).name), references=references)
+        supervision = [KnownDistances(references, config)] if references is not None else []
+        result = Adapter(model, config).adapt(image, printable(Path(path).name), supervision)
         _write_result(work, path, image, result, model, config, metric_points)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(work, folder)

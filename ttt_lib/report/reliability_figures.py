@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ttt_lib.report.figures import inverse_depth
-from ttt_lib.runs.results import prediction_name
+from ttt_lib.runs.gallery import prediction_name
 
 COLOURS = {"accept": "tab:green", "blend": "tab:orange", "reject": "tab:red"}
 
@@ -55,7 +55,7 @@ def plot_failures(rows: pd.DataFrame, shards: list[Path]) -> Figure:
         name = prediction_name(row.dataset, row["sample"])
         places = [Path(shard) / "predictions" / name for shard in shards]
         with np.load(next(place for place in places if place.exists())) as content:
-            before, after = (content[f"depth_{name}"].astype(np.float32) for name in ("original", "final"))
+            before, after = (content[f"depth_{name}"] for name in ("original", "final"))
             ratio = np.log(np.maximum(after, 1e-6) / np.maximum(before, 1e-6))
             ratio -= np.nanmedian(ratio)
             pictures = (content["image"], inverse_depth(before), inverse_depth(after))

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from ttt_lib.evaluation.paired import summarise
 from ttt_lib.geometry.cameras import unproject
 from ttt_lib.report.figures import inverse_depth, point_cloud, relative_error
-from ttt_lib.report.tables import in_order
-from ttt_lib.runs.results import Runs, prediction_name
+from ttt_lib.runs.gallery import prediction_name
+from ttt_lib.runs.results import Runs
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def figure4(gains: pd.DataFrame, tolerance: float = 1e-3, title: str = "") -> Figure:
     """Per-sample before and after of every experiment, and how many improved and got worse."""
-    experiments = [name for name in in_order(gains["experiment"]) if name != "original"]
+    experiments = [name for name in gains["experiment"].unique() if name != "original"]
     columns = min(5, max(len(experiments), 1))
     rows = -(-len(experiments) // columns)
     figure = plt.figure(figsize=(2.4 * columns, 2.4 * rows + 3))
@@ -53,7 +53,7 @@ def figure4(gains: pd.DataFrame, tolerance: float = 1e-3, title: str = "") -> Fi
 def loss_curves(history: pd.DataFrame) -> Figure:
     """Mean loss over the samples, by passes, relative to each sample's first step."""
     figure, axis = plt.subplots(figsize=(7, 3.5))
-    for name in in_order(history["experiment"]):
+    for name in history["experiment"].unique():
         rows = history[history.experiment == name].dropna(subset=["loss"])
         first = rows.groupby(["dataset", "sample"])["loss"].transform("first")  # rows are in the order of the steps
         curve = (rows["loss"] / first).groupby(rows["passes"]).mean()
@@ -120,10 +120,7 @@ def gallery(runs: Runs, chosen: pd.DataFrame) -> Figure:
         path = prediction_file(runs, row.experiment, row.dataset, row.sample)
         if path is None:
             continue
-        data = {
-            key: value.astype(np.float32) if value.dtype == np.float16 else value
-            for key, value in np.load(path).items()
-        }
+        data = dict(np.load(path))
         pictures = [data["image"], inverse_depth(data["depth_original"]), inverse_depth(data["depth_final"])]
         if "depth_truth" in data:
             pictures += [relative_error(data[key], data["depth_truth"]) for key in ("depth_original", "depth_final")]
@@ -141,6 +138,6 @@ def gallery_cloud(runs: Runs, row: Any, which: str = "final") -> go.Figure | Non
     data = np.load(path) if path is not None else {}
     if f"depth_{which}" not in data:
         return None
-    depth = torch.from_numpy(data[f"depth_{which}"].astype(np.float32))
+    depth = torch.from_numpy(data[f"depth_{which}"])
     points = unproject(depth, torch.from_numpy(data["intrinsics"]).float())
     return point_cloud(torch.from_numpy(data["image"]).permute(2, 0, 1).float() / 255, points)

@@ -20,18 +20,6 @@ PUBLISHED_SOURCE = (
     "Herald of Khmelnytskyi National University, 2025, issue 6 part 2 (MoGe-2 ViT-S, 50 samples, RTX 3080)"
 )
 COLUMN_NAMES = [f"{metric}_{score}" for metric, score in TABLE1_COLUMNS]
-ORDER = (
-    "original", "control_lr0", "tta", "freeze_encoder", "unfreeze_encoder", "unfreeze_encoder_normal_loss",
-    "unfreeze_encoderSGD", "unfreeze_encoderSGD_lower_lr", "unfreeze_encoderSGD_higher_lr", "unfreeze_encoder_lower_lr",
-    "unfreeze_encoder_higher_lr", "unfreeze_encoder_shorter", "unfreeze_encoder_longer", "freeze_encoder_render",
-    "unfreeze_encoder_render", "recommended",
-)  # fmt: skip
-
-
-def in_order(names: pd.Series | pd.Index) -> list[str]:
-    """Names of experiments, each once, in the order of the paper's table; others follow by name."""
-    known = {name: i for i, name in enumerate(ORDER)}
-    return sorted(set(names), key=lambda name: (known.get(name, len(known)), name))
 
 
 def published_table() -> pd.DataFrame:
@@ -48,8 +36,9 @@ def table1(runs: Runs) -> pd.DataFrame:
     wide = final.assign(column=final.metric + "_" + final.score).pivot_table(
         index="experiment", columns="column", values="value", aggfunc="mean"
     )
-    experiments = in_order([*runs.metrics["experiment"], *runs.samples["experiment"]])
-    table = wide.reindex(index=pd.Index(experiments, name="experiment"), columns=COLUMN_NAMES).astype(float)
+    begun = {*runs.metrics["experiment"], *runs.samples["experiment"]}
+    experiments = pd.Index([name for name in runs.experiments if name in begun], name="experiment", dtype=object)
+    table = wide.reindex(index=experiments, columns=COLUMN_NAMES).astype(float)
     table.columns.name = None
     table["seconds"] = runs.samples.groupby("experiment")["seconds"].mean().astype(float)
     return table

@@ -12,13 +12,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ttt_lib.adaptation.adapter import adapt, sample_generator, working_image
+from ttt_lib.adaptation.adapter import Adapter, working_image
+from ttt_lib.adaptation.batches import loss_batch
 from ttt_lib.adaptation.ensemble import predict_ensemble
 from ttt_lib.adaptation.gradients import view_loss
-from ttt_lib.adaptation.loop import draw_views, make_renderer
 from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.adaptation.teacher import draw_views, make_renderer
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.schema import ViewConfig
+from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.data.catalog import open_dataset
 from ttt_lib.models.base import GeometryModel
@@ -48,7 +50,7 @@ def first_views(network: GeometryModel, sample: Sample, config: ExperimentConfig
         view = draw_views(image, target, config, generator, renderer)
         views.append(view)
         if config.train.method != "tta":
-            losses.append(view_loss(network, view, config, generator))
+            losses.append(view_loss(network, loss_batch(view, config, generator), config))
     return join(views), losses
 
 
@@ -178,7 +180,7 @@ def save_overview(path: str | Path) -> None:
     """Make README's picture with the bundled model on the first motorcycle view, as a JPEG at `path`."""
     model, sample = load_model("tiny"), open_dataset(kind="motorcycle", width=480, height=324)[0]
     config = load_with_profile(NOTEBOOKS / "experiments" / "unfreeze_encoder.yaml", "demo", None)
-    result = adapt(model, sample.image, config, name=f"{sample.dataset}/{sample.name}")
+    result = Adapter(model, config).adapt(sample.image, f"{sample.dataset}/{sample.name}")
     target = result.original
     colours = {"probability": 1.0, "severity": 3}
     renderer = NovelViewRenderer("auto", device=sample.image.device)

@@ -18,13 +18,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ttt_lib.adaptation.adapter import adapt, sample_generator, working_image
-from ttt_lib.adaptation.gradients import left_out
-from ttt_lib.adaptation.loop import draw_views, make_optimizer, make_renderer
-from ttt_lib.adaptation.losses.terms import compute_loss, draw_seeds
+from ttt_lib.adaptation.adapter import Adapter, working_image
+from ttt_lib.adaptation.batches import loss_batch
+from ttt_lib.adaptation.gradients import forward, loss_of
+from ttt_lib.adaptation.loop import make_optimizer
+from ttt_lib.adaptation.losses.terms import needs_features
 from ttt_lib.adaptation.student import Student
+from ttt_lib.adaptation.teacher import draw_views, make_renderer
 from ttt_lib.core.config import ExperimentConfig, build_experiment
 from ttt_lib.core.memory import memory_mb, peak_memory_mb, reset_peak_memory
+from ttt_lib.core.seeds import sample_generator
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot
 from ttt_lib.runs.experiment import open_model
 
@@ -79,16 +82,13 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
             drawing[0] = 0.0
             marks = [_now(device)]
             view = draw_views(image, target, config, generator, renderer)
+            batch = loss_batch(view, config, generator)
             marks.append(_now(device))
             with student.attached():
-                with model.without(left_out(config)):
-                    output = model.forward(view.image, view.intrinsics)
+                output = forward(model, view.image, view.intrinsics, config)
                 marks.append(_now(device))
-                loss, _ = compute_loss(
-                    output, view.points, view.negative, view.intrinsics, config.losses,
-                    draw_seeds(len(view.image), generator),
-                    cheap=not config.released.full_cost_alignment,
-                )  # fmt: skip
+                features = (model.features(view.image),) * 2 if needs_features(config.losses) else None
+                loss, _ = loss_of(output, batch, config, features=features)
                 marks.append(_now(device))
                 gradients = torch.autograd.grad(loss, student.leaves, allow_unused=True)
             marks.append(_now(device))
@@ -141,7 +141,7 @@ def _adapt_once(settings: dict[str, Any], image: Tensor, repeats: int, threads: 
     model.predict(image.to(model.device))
     idle = memory_mb(model.device)
     reset_peak_memory(model.device)  # loading took more for a while
-    adapt(model, image, config.model_copy(update={"train": config.train.model_copy(update={"passes": 1})}))
+    Adapter(model, config.model_copy(update={"train": config.train.model_copy(update={"passes": 1})})).adapt(image)
     seconds, reload_seconds, peak = [], [], 0.0
     for i in range(repeats):
         begun = _now(model.device)
@@ -150,7 +150,7 @@ def _adapt_once(settings: dict[str, Any], image: Tensor, repeats: int, threads: 
             model = open_model(config)
         reload_seconds.append(_now(model.device) - begun)
         peak = max(peak, peak_memory_mb(model.device))  # of reloading: `adapt` starts again
-        result = adapt(model, image, config, name=str(i))
+        result = Adapter(model, config).adapt(image, str(i))
         seconds.append(_now(model.device) - begun)
         peak = max(peak, result.peak_memory_mb)
     return {
@@ -214,7 +214,7 @@ def growth(model: GeometryModel, image: Tensor, config: ExperimentConfig, key: s
             changed = build_experiment(config.as_parameters(), overrides=overrides)
         begun = _now(model.device)
         for i in range(count):
-            adapt(model, image, changed, name=str(i))
+            Adapter(model, changed).adapt(image, str(i))
         seconds = _now(model.device) - begun
         rows.append({key: value, "seconds": seconds, "images_a_minute": 60 * count / seconds})
         model.num_tokens = own

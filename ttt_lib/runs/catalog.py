@@ -1,33 +1,59 @@
-"""What names stand for: the checkout's notebooks and experiments, and sources of samples. Light, for the command."""
+"""What names stand for: notebooks, experiments and profiles. Light, for the command."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
-from ttt_lib.core.errors import UserError
+from ttt_lib.core.config import ExperimentConfig
+from ttt_lib.core.errors import ConfigError, RunError
+from ttt_lib.core.files import read_yaml
 
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+PACKAGE = Path(__file__).resolve().parents[1]
+# Inside the package where it was installed, beside it in a checkout.
+PLACES = (PACKAGE / "notebooks", PACKAGE.parent / "notebooks")
+NOTEBOOKS = next((place for place in PLACES if place.is_dir()), PLACES[0])
 
 
 def notebooks_folder() -> Path:
-    """Where notebooks and experiments are. Raises `UserError` if the package was installed without its checkout."""
+    """Where notebooks and experiments are. Raises `RunError` if the installation lacks them."""
     if not (NOTEBOOKS / "02_adaptation.ipynb").is_file():
-        raise UserError(f"{NOTEBOOKS}: the notebooks are missing; install from a checkout with `pip install -e .`.")
+        raise RunError(f"{NOTEBOOKS}: the notebooks are missing; install the package again.", path=str(NOTEBOOKS))
     return NOTEBOOKS
 
 
 def experiment_files(more: bool = True) -> dict[str, Path]:
-    """The experiments of the checkout by name; with `more` also those in `more/`. Raises `UserError`."""
+    """The package's experiments by name; with `more` also those in `more/`. Raises `RunError`."""
     folder = notebooks_folder() / "experiments"
     files = sorted(folder.glob("*.yaml")) + (sorted((folder / "more").glob("*.yaml")) if more else [])
     return {path.stem: path for path in files}
 
 
+def list_experiments(more: bool = True) -> list[str]:
+    """Names of the package's experiments in the order of the table (`order:` of their files, then by name).
+
+    more: also those in `more/`, which run only by name. Raises `RunError`, and `ConfigError` for a file that is no YAML.
+
+    Example:
+        >>> list_experiments(more=False)[:2]
+        ['original', 'control_lr0']
+    """
+    return sorted(experiment_files(more), key=lambda name: (table_places()[name], name))
+
+
+@cache
+def table_places() -> dict[str, int]:
+    """`order:` of each of the package's experiments by name."""
+    contents = {name: read_yaml(path) for name, path in experiment_files().items()}
+    default = ExperimentConfig.model_fields["order"].default
+    return {name: content.get("order", default) for name, content in contents.items()}
+
+
 def experiment_file(name: str | Path, where: str = "experiment") -> Path:
-    """The file of an experiment given by name or path. where: begins the sentence of the `UserError`."""
+    """The file of an experiment given by name or path. where: begins the sentence of the `ConfigError`."""
     files = experiment_files()
     if str(name) in files:
         return files[str(name)]
     if Path(name).suffix not in (".yaml", ".yml"):
-        raise UserError(f"{where} {str(name)!r}: there is no such experiment; there are {', '.join(files)}.")
+        raise ConfigError(f"{where} {str(name)!r}: there is no such experiment; there are {', '.join(files)}.")
     return Path(name)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.errors import NotSupported, UserError, reason
 from ttt_lib.core.files import read_yaml
 
 ANSWER_WITHIN = 20  # seconds for a scheduler that is said to run
@@ -45,7 +45,7 @@ def _batch_system(description: str, workers: int) -> Any:
     try:
         import dask_jobqueue
     except ImportError as error:
-        raise UserError('--cluster: needs dask-jobqueue; `pip install -e ".[cluster]"`.') from error
+        raise NotSupported("--cluster: needs dask-jobqueue; `pip install dask-jobqueue`.") from error
     settings = read_yaml(description)
     where, known = f"--cluster {description}", sorted(name for name in dir(dask_jobqueue) if name.endswith("Cluster"))
     if not isinstance(settings, dict) or not isinstance(settings.get("options", {}), dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,26 +12,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn import functional as F
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from ttt_lib.adaptation.adapter import adapt, sample_generator
-from ttt_lib.adaptation.gate.decision import read_calibration
-from ttt_lib.adaptation.references import sample_references
+from ttt_lib.adaptation.adapter import Adapter
+from ttt_lib.adaptation.gate.decision import Calibration, read_calibration
+from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment, load_profile
-from ttt_lib.core.errors import UserError
+from ttt_lib.core.errors import ConfigError, DataError, NumericalError, TTTError, UserError, reason
+from ttt_lib.core.files import first_repeated
 from ttt_lib.core.memory import is_out_of_memory
-from ttt_lib.core.types import Prediction, Sample
+from ttt_lib.core.seeds import sample_generator
+from ttt_lib.core.types import KEYS, Sample
 from ttt_lib.data.catalog import open_dataset
+from ttt_lib.data.known_distances import sample_references
 from ttt_lib.data.samples import SampleSet
-from ttt_lib.evaluation.scores import evaluate, tidy_rows
+from ttt_lib.evaluation.scores import MINIMUM_TRUTH, evaluate, tidy_rows
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.models.load import load_model
 from ttt_lib.runs.catalog import NOTEBOOKS
-from ttt_lib.runs.results import prediction_name
+from ttt_lib.runs.gallery import gallery_content, write_gallery_file
 
-GALLERY_SIDE = 256  # pixels of the longer side of what is kept for figures
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -55,7 +59,7 @@ def resolve_profile(profile: str | None) -> Path | None:
     path = NOTEBOOKS / "profiles" / f"{profile}.yaml"
     if not os.path.isfile(path):  # also answers for names that no file system takes
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise UserError(
+        raise ConfigError(
             f"profile {profile!r}: there is no such profile; there are {known}, or give the path of a file."
         )
     return path
@@ -94,10 +98,17 @@ def use_threads(threads: int | None) -> None:
 
 
 def open_samples(config: ExperimentConfig, shard: tuple[int, int] = (0, 1)) -> list[SampleSet]:
-    """The sets of the experiment, each cut to this shard. Raises `UserError` if there are none."""
+    """The sets of the experiment, each cut to this shard.
+
+    Raises `ConfigError` if there are none, and `DataError` where two samples have one name, which results go by.
+    """
     if not config.data:
-        raise UserError(f"experiment {config.name}: no data; set `data`, choose a profile, or pass --data.")
-    return [open_dataset(kind=entry.kind, **entry.options()).shard(*shard) for entry in config.data]
+        raise ConfigError(f"experiment {config.name}: no data; set `data`, choose a profile, or pass --data.")
+    sets = [open_dataset(kind=entry.kind, **entry.options()) for entry in config.data]
+    twice = first_repeated((s.name, name) for s in sets for name in s.names)
+    if twice is not None:
+        raise DataError(f"data: two samples are called {'/'.join(twice)}; give each set a `name` of its own.")
+    return [s.shard(*shard) for s in sets]
 
 
 def iterate(sets: list[SampleSet]) -> Iterator[Sample]:
@@ -115,40 +126,48 @@ def open_model(config: ExperimentConfig) -> GeometryModel:
     return model
 
 
-def _small(map_: torch.Tensor | None) -> np.ndarray | None:
-    if map_ is None:
-        return None
-    height, width = map_.shape[-2:]
-    factor = min(1.0, GALLERY_SIDE / max(height, width))
-    size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    return F.interpolate(map_[None, None].float().cpu(), size, mode="nearest")[0, 0].numpy()
+def _scores(experiment: str, sample: Sample, result: AdaptResult) -> pd.DataFrame:
+    """A row a score of every prediction that the result holds; none for a sample without truth.
+
+    Raises `DataError` where there is truth, and too little of it for any score.
+    """
+    if sample.depth is None and sample.points is None:
+        return pd.DataFrame()
+    named = {"original": result.original, "final": result.final, "adapted": result.adapted, "blended": result.blended}
+    tables: dict[int, pd.DataFrame] = {}  # by prediction: the final one is another of them
+    parts = []
+    for kind, prediction in named.items():
+        if prediction is None or (kind in ("adapted", "blended") and prediction is result.final):
+            continue
+        if id(prediction) not in tables:
+            tables[id(prediction)] = tidy_rows(evaluate(prediction, sample))
+        rows = tables[id(prediction)].copy()
+        identity = {"experiment": experiment, "dataset": sample.dataset, "sample": sample.name, "prediction": kind}
+        for place, (key, value) in enumerate(identity.items()):
+            rows.insert(place, key, value)
+        parts.append(rows)
+    if not len(parts[0]):
+        raise DataError(f"its true depth cannot be scored (at least {MINIMUM_TRUTH} pixels must be known).")
+    return pd.concat(parts, ignore_index=True)
 
 
-def write_gallery_file(path: Path, sample: Sample, result: AdaptResult) -> None:
-    """Small copies of what figures need: image, depths (float16) and intrinsics, as a compressed npz."""
-    depth = _small(result.original.depth)
-    image = F.interpolate(sample.image[None], depth.shape, mode="area")[0]
-    content = {
-        "image": (image.permute(1, 2, 0).cpu().numpy() * 255).astype(np.uint8),
-        "depth_original": depth.astype(np.float16),
-        "depth_final": _small(result.final.depth).astype(np.float16),
-        "mask": _small(result.final.mask.float()) > 0.5,
-        "intrinsics": result.final.intrinsics.cpu().numpy(),
+def _rows(config: ExperimentConfig, sample: Sample, result: AdaptResult) -> dict[str, pd.DataFrame]:
+    """What a sample adds to each table."""
+    identity = {"experiment": config.name, "dataset": sample.dataset, "sample": sample.name}
+    losses = [entry["loss"] for entry in result.history if "loss" in entry]
+    about = {
+        **identity, "seconds": result.seconds, "peak_memory_mb": result.peak_memory_mb,
+        "decision": result.decision, "reason": result.reason, "passes_done": result.passes_done,
+        "loss_first": losses[0] if losses else np.nan, "loss_last": losses[-1] if losses else np.nan,
+        "micro_batch": result.micro_batch,
+        **{f"views_{key}": value for key, value in result.view_stats.items()},
+        **{f"signal_{key}": value for key, value in result.signals.items()},
+    }  # fmt: skip
+    return {
+        "metrics": _scores(config.name, sample, result),
+        "samples": pd.DataFrame([about]),
+        "history": pd.DataFrame([{**identity, **entry} for entry in result.history]),
     }
-    if sample.depth is not None:
-        content["depth_truth"] = _small(sample.depth).astype(np.float16)
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, **content)
-    os.replace(temporary, path)
-
-
-def _rows(experiment: str, sample: Sample, prediction: str, values: Prediction) -> pd.DataFrame:
-    rows = tidy_rows(evaluate(values, sample))
-    for place, (key, value) in enumerate(
-        {"experiment": experiment, "dataset": sample.dataset, "sample": sample.name, "prediction": prediction}.items()
-    ):
-        rows.insert(place, key, value)
-    return rows
 
 
 def _append(rows: pd.DataFrame, path: Path | None, before: list[pd.DataFrame]) -> None:
@@ -167,6 +186,72 @@ def _append(rows: pd.DataFrame, path: Path | None, before: list[pd.DataFrame]) -
     os.replace(temporary, path)
 
 
+class ResultTables:
+    """The tables of `core.types.KEYS`, in memory and, as they grow, as CSV files of a folder (None: no files)."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.parts = folder, {name: [] for name in KEYS}
+
+    def add(self, **tables: pd.DataFrame) -> None:
+        """Rows at the end of the tables of these names."""
+        for name, rows in tables.items():
+            _append(rows, self.folder / f"{name}.csv" if self.folder else None, self.parts[name])
+            if len(rows):
+                self.parts[name].append(rows)
+
+    def leave_out(self, dataset: str, sample: str, why: str) -> None:
+        """Note a sample that has no result."""
+        self.add(left_out=pd.DataFrame([(dataset, sample, why)], columns=["dataset", "sample", "reason"]))
+
+    def joined(self) -> dict[str, pd.DataFrame]:
+        """Whole tables by name, empty ones without columns."""
+        return {
+            name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame() for name, parts in self.parts.items()
+        }
+
+
+@dataclass
+class Adaptations:
+    """An experiment's model and what it hands from one sample to the next."""
+
+    config: ExperimentConfig
+    model: GeometryModel
+    calibration: Calibration | None
+    weights: list[Tensor] | None = None  # of the last image, where `train.reset` goes on from them
+    seen: int = 0
+
+    def adapt(self, sample: Sample) -> tuple[Sample, AdaptResult]:
+        """Adapt to one sample; with `config.references` the sample lacks the pixels that were given away."""
+        config, reset, number = self.config, self.config.train.reset, self.seen
+        self.seen += 1
+        name, supervision = f"{sample.dataset}/{sample.name}", []
+        if config.references:
+            if not (sample.is_metric and sample.depth is not None):
+                raise DataError("has no metric truth, from which references could be sampled.")
+            unseen = sample_generator(config.seed, f"{name}/references")
+            references, sample = sample_references(sample, config.references, unseen)
+            supervision.append(KnownDistances(references, config))
+        if config.released.reload_model:
+            self.model = open_model(config)
+        if reset == "per_image" or (reset != "never" and number % reset == 0):
+            self.weights = None
+        adapter = Adapter(self.model, config, self.calibration)
+        result = adapter.adapt(sample.image, name, supervision, start=self.weights)
+        self.weights = result.weights if reset != "per_image" else None
+        return sample, result
+
+
+def why_left_out(error: Exception) -> str:
+    """The reason that stands beside a sample. Raises `error` again if it is the whole run's: a device that has failed."""
+    if is_out_of_memory(error):
+        return "out of memory: lower views.longest_side, or set model.checkpointing"
+    if isinstance(error, UserError | NumericalError | FloatingPointError):
+        return str(error)
+    if isinstance(error, RuntimeError) and "CUDA error" in str(error):  # nothing can be computed there any more
+        raise error
+    return f"{type(error).__name__}: {reason(error)}"
+
+
 def run_experiment(
     config: ExperimentConfig,
     output_dir: str | Path | None = None,
@@ -177,90 +262,32 @@ def run_experiment(
     """Adapt to every sample of the experiment (of this shard) and evaluate original and final predictions.
 
     Writes `metrics.csv`, `samples.csv`, `history.csv`, `left_out.csv` and `predictions/*.npz` to `output_dir` (None:
-    nothing is written). A sample that cannot be read, has no usable truth or does not fit in memory is left out with
-    its reason and the others go on. The same numbers come out whatever the shard count and the order.
+    nothing is written). Every sample is either in `samples` or, whatever went wrong with it, in `left_out` with its
+    reason; the others go on. limit: only the first samples, and no other is read. The same numbers come out whatever
+    the shard count and the order.
     """
     folder = Path(output_dir) if output_dir else None
     if folder is not None:
         (folder / "predictions").mkdir(parents=True, exist_ok=True)
-    paths = {key: folder / f"{key}.csv" if folder else None for key in ("metrics", "samples", "history", "left_out")}
-    sets = open_samples(config, shard)
-    model = open_model(config)
-    tables: dict[str, list[pd.DataFrame]] = {key: [] for key in paths}
-    last: dict[str, Any] = {}
+    places = [(s, name) for s in open_samples(config, shard) for name in s.names][:limit]
     # Read once, and before any work: a missing one is said now.
     calibration = read_calibration(config.gate.calibration) if config.gate.mode == "decide" else None
-
-    def add(table: str, rows: pd.DataFrame) -> None:
-        _append(rows, paths[table], tables[table])
-        tables[table].append(rows)
-
-    left_out: list[tuple[str, str, str]] = []
-    weights = None  # of the last image, where `train.reset` goes on from them
-    total = sum(len(s) for s in sets)
-    bar = tqdm(total=min(total, limit or total), desc=config.name, disable=not progress, mininterval=2.0)
-    for done, sample in enumerate(iterate(sets)):
-        if limit is not None and done >= limit:
-            break
-        identity = {"experiment": config.name, "dataset": sample.dataset, "sample": sample.name}
-        if config.references and not (sample.is_metric and sample.depth is not None):
-            left_out.append(
-                (sample.dataset, sample.name, "has no metric truth, from which references could be sampled")
-            )
-            bar.update()
-            continue
+    adaptations, tables = Adaptations(config, open_model(config), calibration), ResultTables(folder)
+    last: dict[str, Any] = {}
+    for sample_set, name in tqdm(places, desc=config.name, disable=not progress, mininterval=2.0):
         try:
-            if config.released.reload_model:
-                model = open_model(config)
-            name = f"{sample.dataset}/{sample.name}"
-            references = None
-            if config.references:
-                unseen = sample_generator(config.seed, f"{name}/references")
-                references, sample = sample_references(sample, config.references, unseen)
-            if config.train.reset == "per_image" or (config.train.reset != "never" and done % config.train.reset == 0):
-                weights = None
-            result = adapt(
-                model, sample.image, config, name=name, references=references, start=weights, calibration=calibration
-            )
-            weights = result.weights if config.train.reset != "per_image" else None
-            if sample.depth is not None or sample.points is not None:
-                add("metrics", _rows(config.name, sample, "original", result.original))
-                add("metrics", _rows(config.name, sample, "final", result.final))
-                for kind, prediction in (("adapted", result.adapted), ("blended", result.blended)):
-                    if prediction is not None and prediction is not result.final:
-                        add("metrics", _rows(config.name, sample, kind, prediction))
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            left_out.append(
-                (sample.dataset, sample.name, "out of memory: lower views.longest_side, or set model.checkpointing")
-            )
+            sample, result = adaptations.adapt(sample_set.load(name))
+            rows = _rows(config, sample, result)
+            kept = gallery_content(sample, result) if folder is not None else {}
+        except Exception as error:
+            why = why_left_out(error)
+            unexpected = not isinstance(error, TTTError) and not is_out_of_memory(error)
+            log.warning("%s/%s is left out: %s", sample_set.name, name, why, exc_info=unexpected)
+            tables.leave_out(sample_set.name, name, why)
             continue
-        except FloatingPointError as error:
-            left_out.append((sample.dataset, sample.name, str(error)))
-            continue
-        finally:
-            bar.update()
-        losses = [entry["loss"] for entry in result.history if "loss" in entry]
-        add("samples", pd.DataFrame([{
-            **identity, "seconds": result.seconds, "peak_memory_mb": result.peak_memory_mb,
-            "decision": result.decision, "reason": result.reason, "passes_done": result.passes_done,
-            "loss_first": losses[0] if losses else np.nan, "loss_last": losses[-1] if losses else np.nan,
-            "micro_batch": result.micro_batch,
-            **{f"views_{key}": value for key, value in result.view_stats.items()},
-            **{f"signal_{key}": value for key, value in result.signals.items()},
-        }]))  # fmt: skip
-        if result.history:
-            add("history", pd.DataFrame([{**identity, **entry} for entry in result.history]))
-        if folder is not None:
-            write_gallery_file(folder / "predictions" / prediction_name(sample.dataset, sample.name), sample, result)
+        log.info("%s/%s: %s in %.1f s", sample_set.name, name, result.decision, result.seconds)
+        if kept:
+            write_gallery_file(folder, sample, kept)
+        tables.add(**rows)
         last = {"sample": sample, "result": result}
-    bar.close()
-    left_out += [(s.name, name, reason) for s in sets for name, reason in s.left_out]
-    add("left_out", pd.DataFrame(left_out, columns=["dataset", "sample", "reason"]))
-
-    def joined(key: str) -> pd.DataFrame:
-        parts = [t for t in tables[key] if len(t)]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-
-    return RunSummary(folder, *(joined(key) for key in ("metrics", "samples", "history", "left_out")), last=last)
+    return RunSummary(folder, **tables.joined(), last=last)

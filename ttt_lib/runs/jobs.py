@@ -8,7 +8,6 @@ settings is moved aside, never mixed and never deleted.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -21,7 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ttt_lib.core.errors import UserError, reason
+from filelock import FileLock, Timeout
+
+from ttt_lib.core.errors import RunError, UserError, reason
 from ttt_lib.core.provenance import environment
 from ttt_lib.core.schema import RESERVED
 from ttt_lib.runs.cluster import open_client
@@ -108,21 +109,23 @@ def clear_outdated(jobs: Iterable[Job], runs: Path) -> None:
 
 @contextmanager
 def job_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock of a job; yields False if another process has it. `UserError` where there are no locks.
+    """Hold the lock of a job; yields False if another process has it. Raises `RunError` where there are no locks.
 
-    The kernel frees an flock when its holder ends, however it ends, so there is no stale lock to take over. The file
-    stays: if it were removed, one process could hold the old file and another a new one of the same name.
+    The system frees it when its holder ends, however it ends, so there is no stale lock to take over.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:
-            raise UserError(f"{path.parent}: this file system has no locks ({error.strerror}).") from error
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError) as error:
+        raise RunError(f"{path.parent}: this file system has no locks ({reason(error)}).") from error
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 def _lock_of(runs: Path, name: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ttt_lib.core.files import write_json
 
 ENVIRONMENT = threading.Lock()  # os.environ is one for all threads of a process, so kernels start one after another
 
@@ -27,7 +28,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     known = {name: value for name, value in parameters.items() if cell is None or f"\n{name} =" in f"\n{cell.source}"}
     places = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output)]  # papermill formats them
     papermill.execute_notebook(
-        *places, parameters=known, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent),
+        *places, parameters=known, kernel_name="python3", progress_bar=False, cwd=str(output.parent),
         log_output=False, start_timeout=300,
     )  # fmt: skip
 
@@ -39,7 +40,7 @@ def own_kernel() -> Iterator[None]:
         spec = Path(folder) / "kernels" / "python3"
         spec.mkdir(parents=True)
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=ERROR"]
-        (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+        write_json(spec / "kernel.json", {"argv": argv, "display_name": "Python 3", "language": "python"})
         before = os.environ.get("JUPYTER_PATH")
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, before]))
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_lib.core.errors import UserError, printable
-from ttt_lib.runs.catalog import experiment_file, experiment_files, notebooks_folder
+from ttt_lib.runs.catalog import experiment_file, experiment_files, list_experiments, notebooks_folder
 
 # Rooms and modules that decide no number: a change in them does not make finished runs old.
 SHOWING = (
@@ -43,13 +43,14 @@ def put(overrides: dict[str, Any], key: str, value: Any) -> None:
 
 
 def choose_experiments(names: str | None) -> list[Path]:
-    """Files of the named experiments (also of those in `more/`), or of all rows of the table, `original` first."""
+    """Files of the named experiments (also of those in `more/`), or of all rows of the table in its order."""
     if names is not None:
         wanted = [name.strip() for name in names.split(",") if name.strip()]
         if not wanted:
             raise UserError(f"--experiments {names!r}: names no experiment; leave it out for all.")
         return [experiment_file(name, "--experiments") for name in wanted]
-    return sorted(experiment_files(more=False).values(), key=lambda path: (path.stem != "original", path.stem))
+    files = experiment_files(more=False)
+    return [files[name] for name in list_experiments(more=False)]
 
 
 def make_jobs(
@@ -69,7 +70,7 @@ def make_jobs(
         for name in (("01_augmentation.ipynb",) if views else ()) + ("02_adaptation.ipynb",)
         if (folder / name).is_file()
     )
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     files_of_code = {
         path.relative_to(package).with_suffix("").as_posix(): path for path in sorted(package.rglob("*.py"))
     }
@@ -86,7 +87,9 @@ def make_jobs(
             models[config.model.name] = weights_checksum(loaded)[:16]
         settings = config.as_parameters()
         identity = {
-            "settings": fingerprint({key: value for key, value in settings.items() if key != "description"}),
+            "settings": fingerprint(
+                {key: value for key, value in settings.items() if key not in ("description", "order")}
+            ),
             "limit": str(limit or 0),
             "shards": str(shards),
             "model": models[config.model.name],

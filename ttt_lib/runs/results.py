@@ -7,6 +7,8 @@ in the same folder are named and left alone.
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,26 +16,25 @@ from typing import Any
 
 import pandas as pd
 
-from ttt_lib.core.errors import UserError
+from ttt_lib.core.errors import RunError
 from ttt_lib.core.schema import RESERVED
 from ttt_lib.core.types import IDENTITY, KEYS
 from ttt_lib.evaluation.scores import TABLE1_COLUMNS
+from ttt_lib.runs.catalog import table_places
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"  # of a finished job
 COMPARABLE = ("data", "limit", "model", "code", "torch")  # parts of an identity that experiments have in common
 SHARD = re.compile(r"(\d+)-of-(0*[1-9]\d*)", re.ASCII)
 
 
-def prediction_name(dataset: str, sample: str) -> str:
-    """Name of the file with the small copies of a sample's prediction, in a shard's folder `predictions`."""
-    return f"{dataset}__{sample}".replace("/", "_") + ".npz"
-
-
 @dataclass
 class Runs:
     """All results of a runs folder: metrics, samples, history, left_out as tables, and the shards' folders.
 
-    notes: one line for each thing that is missing or was not used.
+    experiments: their names in the order of the table, in which the tables' rows are too. notes: one line for each thing
+    that is missing or was not used.
     """
 
     folder: Path
@@ -42,31 +43,41 @@ class Runs:
     history: pd.DataFrame
     left_out: pd.DataFrame
     shards: list[Path]
+    experiments: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def read_runs(folder: str | Path) -> Runs:
     """Read every finished shard (those with a manifest); what is missing or not used is in `notes`.
 
-    Raises `UserError` if the folder is missing, holds no finished shard, or a result file cannot be read.
+    Raises `RunError` if the folder is missing, holds no finished shard, or a result file cannot be read.
     """
     folder = Path(folder)
     finished, notes = _finished_shards(folder)
     if not finished:
-        raise UserError(f"{folder}: holds no finished run; run `ttt-depth ablation` first or name another folder.")
+        raise RunError(f"{folder}: holds no finished run; run `ttt-depth ablation` first or name another folder.")
     chosen: dict[str, dict[Path, dict[str, Any]]] = {}
     for experiment, shards in finished.items():
+        log.debug("%s: %d finished shards", experiment, len(shards))
         chosen[experiment], said = _one_set(experiment, shards)
         notes += said
+    chosen = dict(sorted(chosen.items(), key=lambda item: (_place_in_table(*item), item[0])))
     places = [place for shards in chosen.values() for place in shards]
     tables = {}
     for name in KEYS:
-        tables[name], repeated = _table(name, places)
+        tables[name], repeated = _table(name, places, list(chosen))
         if repeated and name == "metrics":
             notes.append(f"{repeated} scores are there twice (two data sets or samples of one name); the first counts")
-    runs = Runs(folder, **tables, shards=places)
-    runs.notes = notes + _incomparable(chosen) + _missing(runs, sorted(chosen))
+    runs = Runs(folder, **tables, shards=places, experiments=list(chosen))
+    runs.notes = notes + _incomparable(chosen) + _missing(runs)
     return runs
+
+
+def _place_in_table(experiment: str, shards: dict[Path, dict[str, Any]]) -> float:
+    """`order` of the settings that an experiment ran with; of those without, as older ones are, that of its file."""
+    settings = next(iter(shards.values())).get("settings")
+    told = settings.get("order") if isinstance(settings, dict) else None
+    return float(told) if isinstance(told, int | float) else float(table_places().get(experiment, math.inf))
 
 
 def _finished_shards(folder: Path) -> tuple[dict[str, dict[Path, dict[str, Any]]], list[str]]:
@@ -135,11 +146,11 @@ def _read(path: Path) -> pd.DataFrame:
         names = {column: str for column in columns if column in IDENTITY}
         return pd.read_csv(path, dtype=names, keep_default_na=False, na_values=missing)
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({' '.join(str(error).split())[:200]}).") from error
+        raise RunError(f"{path}: cannot be read as a table ({' '.join(str(error).split())[:200]}).") from error
 
 
-def _table(name: str, shards: list[Path]) -> tuple[pd.DataFrame, int]:
-    """One table of all shards, sorted, every row once; and how many repeated rows were dropped."""
+def _table(name: str, shards: list[Path], experiments: list[str]) -> tuple[pd.DataFrame, int]:
+    """One table of all shards, sorted (experiments as they are given), every row once; how many repeated were dropped."""
     keys, values = KEYS[name]
     parts = [_read(path) for shard in shards if (path := shard / f"{name}.csv").exists() and path.stat().st_size > 1]
     parts = [part for part in parts if len(part)]
@@ -147,7 +158,11 @@ def _table(name: str, shards: list[Path]) -> tuple[pd.DataFrame, int]:
         return pd.DataFrame(columns=[*keys, *values]), 0
     joined = pd.concat(parts, ignore_index=True)
     joined = joined.reindex(columns=[*joined.columns, *(c for c in [*keys, *values] if c not in joined)])
-    once = joined.drop_duplicates(keys).sort_values(keys, kind="stable").reset_index(drop=True)
+    place = {experiment: i for i, experiment in enumerate(experiments)}
+    once = joined.drop_duplicates(keys).sort_values(keys, kind="stable")
+    if "experiment" in keys:
+        once = once.sort_values("experiment", key=lambda names: names.map(place), kind="stable")
+    once = once.reset_index(drop=True)
     return once, len(joined) - len(once)
 
 
@@ -156,24 +171,24 @@ def _incomparable(chosen: dict[str, dict[Path, dict[str, Any]]]) -> list[str]:
     identities = {name: next(iter(shards.values())).get("identity") or {} for name, shards in chosen.items()}
     reference = "original" if "original" in identities else next(iter(identities))
     notes = []
-    for name, identity in identities.items():
+    for name, identity in sorted(identities.items()):
         other = [key for key in COMPARABLE if identity.get(key) != identities[reference].get(key)]
         if other:
             notes.append(f"{name}: ran with other {', '.join(other)} than {reference}; compare them with care")
     return notes
 
 
-def _missing(runs: Runs, experiments: list[str]) -> list[str]:
+def _missing(runs: Runs) -> list[str]:
     """One line for each thing that the tables lack."""
     notes = []
     done = runs.samples.groupby("experiment").size()
     everything = len(runs.samples.drop_duplicates(["dataset", "sample"]))
-    for name in experiments:
+    for name in runs.experiments:
         if done.get(name, 0) < everything:
             notes.append(f"{name}: {done.get(name, 0)} of {everything} samples; its means are over fewer samples")
-    if "original" not in experiments:
+    if "original" not in runs.experiments:
         notes.append("original: not run, so there are no paired differences")
-    if "control_lr0" not in experiments:
+    if "control_lr0" not in runs.experiments:
         notes.append("control_lr0: not run, so the evaluation is not checked")
     if not len(runs.metrics):
         notes.append("no sample has a truth, so there are no scores")

@@ -1,14 +1,12 @@
 """Label-free acceptance: what becomes of an adapted prediction, by the signals of `signals.py`.
 
-A calibration turns them into a decision, a blend takes each region from where the predictions can be trusted, and
-during training the held-back views choose among the weights.
+A calibration turns them into a decision, and a blend takes each region from where the predictions can be trusted.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt_lib.adaptation.ensemble import fitted_disparity, log_difference
-from ttt_lib.adaptation.gate.signals import HeldBack, consistency, consistency_now
-from ttt_lib.adaptation.student import Student
-from ttt_lib.core.config import GateConfig
 from ttt_lib.core.errors import UserError, reason
-from ttt_lib.core.files import read_json
+from ttt_lib.core.files import read_json, write_json
 from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import unproject
 
@@ -66,18 +61,20 @@ class Calibration:
         return "reject" if blind or signals.get("camera_implausible", 0.0) > 0 else decision
 
     def write(self, path: Path) -> None:
-        """As JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """As JSON; a threshold that nothing reaches (infinity) is null there."""
+        write_json(path, self)
 
 
 def read_calibration(path: str | Path | None = None) -> Calibration:
     """The calibration in a JSON file, or the bundled one. Raises `UserError` for a file that is not one."""
     path = Path(path) if path else BUNDLED
     try:
-        calibration = Calibration(**read_json(path))
+        content = read_json(path)
+        never = {key: math.inf for key in ("accept", "blend") if content.get(key, 0.0) is None}
+        calibration = Calibration(**{**content, **never})
         calibration.decide({})  # lengths and types fit
         return calibration
-    except (UserError, TypeError, ValueError) as error:
+    except (UserError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"gate.calibration: {path} is no calibration file ({reason(error)}); write one with 04_reliability."
         ) from error
@@ -99,46 +96,3 @@ def blend_predictions(original: Prediction, adapted: Prediction, disagreement: T
     if original.disparity is not None:
         disparity = torch.lerp(original.disparity, fitted_disparity(adapted.disparity, original.disparity), share)
     return replace(original, depth=depth, points=unproject(depth, original.intrinsics), disparity=disparity)
-
-
-class Watcher:
-    """Looks at the held-back views during training, keeps the best weights, and says when to stop.
-
-    The measure is `consistency`'s score; the original weights, whose score is their own inconsistency, take part: when
-    no step beats them, they are the best.
-    """
-
-    def __init__(self, student: Student, held: HeldBack, config: GateConfig) -> None:
-        self.student, self.held, self.config = student, held, config
-        self.best, self.best_step = consistency(held)["oo"], 0
-        self.weights = [value.clone() for value in student.values()]
-        self.scores = [(0, self.best)]
-
-    def __call__(self, step: int, last: bool = False) -> bool:
-        """Called after each step, and looks at every `check_every`-th and at the last; True: training should stop."""
-        if step % self.config.check_every and not last:
-            return False
-        with self.student.weights():
-            score = consistency_now(self.student.model, self.held)["score"]
-        self.scores.append((step, score))
-        if score < self.best:
-            self.best, self.best_step = score, step
-            self.weights = [value.clone() for value in self.student.values()]
-        return step - self.best_step >= self.config.patience * self.config.check_every
-
-
-def best_on_the_line(
-    student: Student, held: HeldBack, values: list[Tensor], shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-) -> tuple[list[Tensor], float]:
-    """Weights original + share * (values - original) with the smallest consistency score, and the share.
-
-    The original itself (0) takes part with its own inconsistency.
-    """
-    best, chosen = consistency(held)["oo"], 0.0
-    for share in shares:
-        between = [torch.lerp(a, b, share) for a, b in zip(student.original, values)]
-        with student.weights(between):
-            score = consistency_now(student.model, held)["score"]
-        if score < best:
-            best, chosen = score, share
-    return [torch.lerp(a, b, chosen) for a, b in zip(student.original, values)], chosen

@@ -8,6 +8,7 @@ between the networks keep a collapsed (constant) prediction, which agrees with i
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from ttt_lib.adaptation.ensemble import log_difference, predict_member, predict_mirrored, predict_on_views
 from ttt_lib.adaptation.student import Student
 from ttt_lib.core.config import ExperimentConfig, GateConfig
+from ttt_lib.core.errors import NotSupported
 from ttt_lib.core.schema import ShiftConfig
 from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import project, transform_points, unproject
@@ -104,14 +106,6 @@ def consistency(
     values["oa"] = error(held.depth, held.seen, clean)
     values["score"] = (values["aa"] + values["ao"] + values["oa"]) / 3
     return values
-
-
-def consistency_now(model: GeometryModel, held: HeldBack) -> dict[str, float]:
-    """`consistency` with the model's present weights as the adapted ones; an infinite score if they give no numbers."""
-    try:
-        return consistency(held, *_on_views(model, held.view, held.original), model.predict(held.image))
-    except FloatingPointError:
-        return {"score": math.inf}
 
 
 def vote(experts: list[Tensor], mask: Tensor, generator: torch.Generator) -> list[float]:
@@ -263,12 +257,12 @@ def measure(
         signals["drift_weights"] = math.sqrt(moved / max(sum(float(b.square().sum()) for b in first), 1e-30))
         change = log_error(adapted.depth[None], original.depth[None], original.mask[None])
         signals["drift_prediction"] = float(change[0])
-        with torch.no_grad():
+        with torch.no_grad(), suppress(NotSupported):
             with student.weights(first):
                 before = model.features(held.image[None])
             with student.weights(values):
                 after = model.features(held.image[None])
-        signals["drift_features"] = float(1 - F.cosine_similarity(before, after, dim=-1).mean())
+            signals["drift_features"] = float(1 - F.cosine_similarity(before, after, dim=-1).mean())
     if "loss" in config.signals:
         losses = [entry["loss"] for entry in history if "loss" in entry]
         third = max(1, len(losses) // 3)

@@ -1,4 +1,6 @@
-"""Losses of the depth models around MoGe: what MiDaS, Depth Anything and ZoeDepth train with.
+"""Terms of the depth models around MoGe: what MiDaS, Depth Anything and ZoeDepth train with.
+
+Models of points take part after the best scale and z-shift to the target, models of metric depth by its inverse.
 
 All take maps (B,H,W) and `known` (B,H,W) bool and give one value a picture, (B,): the mean over the known pixels times
 their share of the picture. So a picture that is half unknown counts half, as in MoGe's losses, and the two regions of
@@ -8,8 +10,15 @@ a CutMix are weighted by their area.
 from __future__ import annotations
 
 import torch
+import utils3d
 from torch import Tensor
 from torch.nn import functional as F
+
+from ttt_lib.adaptation.losses.moge_terms import GlobalSettings  # MoGe's terms are first in every sum
+from ttt_lib.adaptation.losses.terms import LossInputs
+from ttt_lib.core.registry import LOSSES
+from ttt_lib.core.schema import LossConfig
+from ttt_lib.geometry.fast_alignment import align_points_scale_z_shift
 
 FEATURE_TOLERANCE = 0.85  # Depth Anything, section 3.3
 SILOG_BETA = 0.15  # ZoeDepth's own value
@@ -84,3 +93,58 @@ def feature_alignment_loss(features: Tensor, frozen: Tensor, tolerance: float = 
     cosine = F.cosine_similarity(features, frozen.detach(), dim=-1)
     counts = cosine < tolerance
     return torch.where(counts, 1 - cosine, 0.0).sum(1) / counts.sum(1).clamp_min(1)
+
+
+# -------------------------------------------------------------------------------------------- as terms of a student's loss
+
+
+def _aligned_depth(points: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """z after the best scale and z-shift to the target, (B,H,W), kept above a thousandth of the target's median."""
+    side = GlobalSettings().align_resolution
+    filled = torch.where(known[..., None], target, 1.0)
+    small, small_target, small_known = utils3d.pt.masked_nearest_resize(points, filled, mask=known, size=(side, side))
+    weight = small_known.flatten(1) / small_target[..., 2].flatten(1).clamp_min(1e-2)
+    scale, shift = align_points_scale_z_shift(small.detach().flatten(1, 2), small_target.flatten(1, 2), weight, 1.0)
+    z = scale[:, None, None] * points[..., 2] + shift[:, 2, None, None]
+    median = torch.where(known, target[..., 2], torch.nan).flatten(1).nanmedian(1).values.nan_to_num(1.0)
+    return torch.maximum(z, 1e-3 * median[:, None, None])
+
+
+def _disparities(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Disparity of the student, of the target, and where it is known, (B,H,W) each; computed once a batch."""
+    if "disparities" not in inputs.shared:
+        output, depth = inputs.output, inputs.target[..., 2]
+        if "disparity" in output:
+            disparity = output["disparity"]
+        elif "depth" in output:
+            disparity = 1 / output["depth"].clamp_min(SMALLEST)
+        else:
+            disparity = 1 / _aligned_depth(output["points"], inputs.target, inputs.known)
+        known = inputs.known & (depth > 0)
+        wanted = torch.where(known, 1 / torch.where(known, depth, 1.0), torch.nan)
+        inputs.shared["disparities"] = (disparity, wanted, known)
+    return inputs.shared["disparities"]
+
+
+@LOSSES.register("ssi", reads=(), settings=LossConfig)
+def ssi(inputs: LossInputs) -> Tensor:
+    """Scale-and-shift-invariant difference of disparity (MiDaS, Depth Anything)."""
+    return scale_shift_invariant_loss(*_disparities(inputs))
+
+
+@LOSSES.register("gradient", reads=(), settings=LossConfig)
+def gradient(inputs: LossInputs) -> Tensor:
+    """Gradients of that difference over four resolutions (MiDaS)."""
+    return gradient_matching_loss(*_disparities(inputs))
+
+
+@LOSSES.register("silog", needs=("depth",), reads=(), settings=LossConfig)
+def silog(inputs: LossInputs) -> Tensor:
+    """Scale-invariant logarithm of metric depth (ZoeDepth)."""
+    return silog_loss(inputs.output["depth"], inputs.target[..., 2], inputs.known)
+
+
+@LOSSES.register("feature", needs=("features",), reads=(), settings=LossConfig)
+def feature(inputs: LossInputs) -> Tensor:
+    """The encoder's features stay near the frozen ones (Depth Anything)."""
+    return feature_alignment_loss(*inputs.features) * inputs.share

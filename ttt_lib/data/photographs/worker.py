@@ -110,8 +110,7 @@ def match(folder: Path, pairs: list[list[int]], seed: int) -> None:
         if len(matches) < 8:
             continue
         first, second = (
-            database.read_keypoints(k + 1)[matches[:, side], :2].astype(float)
-            for side, k in enumerate((i, j))
+            database.read_keypoints(k + 1)[matches[:, side], :2].astype(float) for side, k in enumerate((i, j))
         )
         moved[row] = np.quantile(np.linalg.norm(first - second, axis=1), 0.75)
         homography = pycolmap.estimate_homography_matrix(first, second, ransac)

@@ -8,6 +8,7 @@ World frame: metres, x right, y down, z forward (an OpenCV camera at the origin 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -42,18 +43,24 @@ class Lighting:
 
 @dataclass
 class Scenes:
-    """B scenes: solids, lighting, and the texture atlas they share, a mip pyramid of (T, 3, S, S), linear RGB."""
+    """B scenes: solids, lighting, and the texture atlas they share, a mip pyramid of (T, 3, S, S), linear RGB.
+
+    `detail`, where there is one, lays more onto the surfaces (`detail.py`): it takes the albedo (N,3), the solid's index
+    (N,), the axis (N,) its face looks along, metres on the face (N,2), metres a pixel spans (N,), and the extent (N,) of
+    the solid, half its longest side in metres; it gives the albedo.
+    """
 
     solids: Solids
     lighting: Lighting
     atlas: list[Tensor]
+    detail: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
     @property
     def batch_size(self) -> int:
         """Number of scenes B."""
         return self.solids.centre.shape[0]
 
-    def select(self, index: int | slice) -> Scenes:
+    def select(self, index: int | slice | list[int]) -> Scenes:
         """The scenes at `index`, the batch dimension kept."""
         index = slice(index, index + 1) if isinstance(index, int) else index
 
@@ -61,7 +68,7 @@ class Scenes:
             values = {f.name: getattr(part, f.name) for f in fields(part)}
             return type(part)(**{k: v[index] if isinstance(v, Tensor) else v for k, v in values.items()})
 
-        return Scenes(pick(self.solids), pick(self.lighting), self.atlas)
+        return Scenes(pick(self.solids), pick(self.lighting), self.atlas, self.detail)
 
     def to(self, device: torch.device | str) -> Scenes:
         """The same scenes on another device."""
@@ -70,7 +77,8 @@ class Scenes:
             values = {f.name: getattr(part, f.name) for f in fields(part)}
             return type(part)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
 
-        return Scenes(move(self.solids), move(self.lighting), [level.to(device) for level in self.atlas])
+        atlas = [level.to(device) for level in self.atlas]
+        return Scenes(move(self.solids), move(self.lighting), atlas, self.detail)
 
 
 @dataclass
@@ -97,7 +105,7 @@ def make_atlas(textures: Tensor) -> list[Tensor]:
         textures = F.avg_pool2d(textures, 2)
 
 
-def _look_up(atlas: list[Tensor], texture: Tensor, uv: Tensor, footprint: Tensor) -> Tensor:
+def look_up(atlas: list[Tensor], texture: Tensor, uv: Tensor, footprint: Tensor) -> Tensor:
     """Colour of `texture` (...,) at `uv` (...,2), in repeats, blurred to `footprint` (...,) repeats a pixel."""
     colour = torch.zeros(*uv.shape[:-1], 3, device=uv.device, dtype=uv.dtype)
     chosen = (footprint * TEXTURE_SIZE).clamp_min(1e-6).log2().round().clamp(0, len(atlas) - 1).long()
@@ -136,10 +144,15 @@ def _shade(scenes: Scenes, origin: Tensor, position: Tensor, index: Tensor, pixe
     uv = torch.where(dominant[..., None] == 1, local[..., [0, 2]], uv)
     tile = solids.tile[batch, safe]
     footprint = pixel / tile / facing[..., 0].abs().clamp_min(0.15)
-    albedo = _look_up(
+    albedo = look_up(
         scenes.atlas, solids.texture[batch, safe], uv / tile[..., None] + 0.37 * safe[..., None], footprint
     )
     albedo = albedo * solids.tint[batch, safe]
+    if scenes.detail is not None:
+        extent = solids.half[batch, safe].amax(-1)
+        span = pixel / facing[..., 0].abs().clamp_min(0.05)
+        flat = (x.flatten(0, 1) for x in (albedo, safe, dominant, uv, span, extent))
+        albedo = scenes.detail(*flat).view_as(albedo)
 
     sun_direction = light.sun_direction[:, None].expand_as(normal)
     sun = (normal * sun_direction).sum(-1).clamp_min(0)

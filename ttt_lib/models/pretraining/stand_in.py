@@ -1,8 +1,8 @@
 """MoGe-2's ViT-S network without its weights, for measuring time and memory at the published size offline.
 
-The shape follows MoGe's training configuration (`configs/train/v2.json`, which is ViT-L's) with the encoder and widths
-of ViT-S. Its weights are random but for a short fit to one slanted plane, so that masks, alignments and losses have
-something to work on. What it predicts means nothing; what it costs is what the real network costs.
+The shape is that of the published ViT-S, float for float (35,103,662). Its weights are random but for a short fit to one
+slanted plane, so that masks, alignments and losses have something to work on. What it predicts means nothing; what it
+costs is what the real network costs.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ FIT_SIZE, FIT_TOKENS, FIT_RATE = (96, 144), 160, 3e-4
 def vits_config() -> dict[str, Any]:
     """Keyword arguments of `moge.model.v2.MoGeModel`: ViT-S encoder, neck, heads of points, normals and mask, scale."""
 
-    def stack(dim_in: list[int], outputs: int | None, blocks: int) -> dict[str, Any]:
+    def stack(dim_in: list[int], outputs: int | None) -> dict[str, Any]:
         return {
             "dim_in": dim_in, "dim_out": [None, None, None, None, outputs], "dim_res_blocks": WIDTHS,
-            "num_res_blocks": [0, blocks, blocks, blocks, 0], "res_block_in_norm": "none", "res_block_hidden_norm": "none",
+            "num_res_blocks": [0, 1, 1, 1, 0], "res_block_in_norm": "none", "res_block_hidden_norm": "none",
             "resamplers": ["conv_transpose", "conv_transpose", "conv_transpose", "bilinear"],
         }  # fmt: skip
 
     return {
-        "encoder": {"backbone": "dinov2_vits14", "intermediate_layers": [2, 5, 8, 11], "dim_out": WIDTHS[0]},
-        "neck": stack([WIDTHS[0] + 2, 2, 2, 2, 2], None, 2),
-        "points_head": stack(WIDTHS, 3, 1),
-        "normal_head": stack(WIDTHS, 3, 1),
-        "mask_head": stack(WIDTHS, 1, 1),
+        "encoder": {"backbone": "dinov2_vits14", "intermediate_layers": [5, 11], "dim_out": WIDTHS[0]},
+        "neck": stack([WIDTHS[0] + 2, 2, 2, 2, 2], None),
+        "points_head": stack(WIDTHS, 3),
+        "normal_head": stack(WIDTHS, 3),
+        "mask_head": stack(WIDTHS, 1),
         "scale_head": {"dims": [384, 384, 384, 1]},
         "remap_output": "exp",
         "num_tokens_range": [1200, 3600],

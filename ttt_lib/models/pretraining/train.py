@@ -6,7 +6,6 @@ the seed and the step alone, so a run is the same however fast the generator is,
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttt_lib.core.files import to_json
 from ttt_lib.models.pretraining.pictures import ChunkSource, draw_batch
 from ttt_lib.models.tiny import TinyMoGe, default_config
 
@@ -194,7 +194,7 @@ def train(
                 if step % 25 == 0:
                     spent = time.perf_counter() - begun
                     line = {"step": step, "seconds": round(spent, 1), **{k: round(v, 5) for k, v in running.items()}}
-                    log.write(json.dumps(line) + "\n")
+                    log.write(to_json(line) + "\n")
                     log.flush()
                     running = {}
                     if seconds is not None and step >= 300:
@@ -205,7 +205,7 @@ def train(
                         "average": average, "step": step, "spent": time.perf_counter() - begun,
                     })  # fmt: skip
                 if evaluate is not None and (step % evaluate_every == 0 or step == total):
-                    log.write(json.dumps({"step": step, **evaluate(averaged(model, average), step)}) + "\n")
+                    log.write(to_json({"step": step, **evaluate(averaged(model, average), step)}) + "\n")
                     log.flush()
     finally:
         source.close()

@@ -1,0 +1,80 @@
+"""What is written is JSON as the standard has it, and whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ttt_lib.core.files import first_repeated, read_json, to_json, write_json
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+def strict(text: str):
+    """As a parser of another language reads it: the names NaN and Infinity are errors."""
+
+    def refuse(name):
+        raise ValueError(name)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def without_infinities(value):
+    if isinstance(value, dict):
+        return {key: without_infinities(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@given(VALUES)
+def test_anything_is_json_and_only_what_is_not_finite_is_lost(value):
+    assert strict(to_json(value)) == without_infinities(value)
+
+
+@dataclass
+class Record:
+    loss: float
+    place: Path
+
+
+def test_what_this_package_keeps_is_written_as_plain_values():
+    value = {
+        "numpy": np.float32("nan"), "array": np.array([1.5, np.inf]), "torch": torch.tensor([[1, 2]]),
+        "record": Record(-math.inf, Path("a/b")), "tuple": (1, {2: math.nan}),
+    }  # fmt: skip
+    assert strict(to_json(value)) == {
+        "numpy": None, "array": [1.5, None], "torch": [[1, 2]], "record": {"loss": None, "place": "a/b"},
+        "tuple": [1, {"2": None}],
+    }  # fmt: skip
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space"):
+            write_json(path, {"a": 2})
+    assert read_json(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_the_first_that_is_there_twice():
+    assert first_repeated([3, 1, 2, 1, 3]) == 1 and first_repeated([]) is None

@@ -1,0 +1,96 @@
+"""What of the drawn views reaches the loss: rows with their targets, and several passes joined into one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ttt_lib.adaptation.losses.terms import draw_seeds
+from ttt_lib.core.config import ExperimentConfig
+from ttt_lib.views.carry import View, cutmix
+
+MINIMUM_KNOWN_PIXELS = 64  # a view with fewer says nothing about scale and shift
+
+
+@dataclass
+class LossBatch:
+    """What reaches the loss: row i compares the output of picture `of[i]` with points[i] (NaN: not compared).
+
+    images (B,3,h,w); points (R,h,w,3), intrinsics (R,3,3), negative (R,h,w) bool or None: of the rows. share (R,): of the
+    picture's compared pixels that are this row's; 1 where a picture is one row. seeds (R,3): of `draw_seeds`. compared:
+    pictures of a pass that reach the loss, which is their mean.
+    """
+
+    images: Tensor
+    of: Tensor
+    points: Tensor
+    intrinsics: Tensor
+    negative: Tensor | None
+    share: Tensor
+    seeds: Tensor
+    compared: int
+
+    def cameras(self, pictures: Tensor) -> Tensor:
+        """Intrinsics of the pictures; one that reaches no loss takes those of the first row."""
+        first = [torch.nonzero(self.of == picture)[:1, 0] for picture in pictures]
+        return torch.cat([self.intrinsics[i] if len(i) else self.intrinsics[:1] for i in first])
+
+
+def loss_batch(view: View, config: ExperimentConfig, generator: torch.Generator) -> LossBatch:
+    """One row a view, or with CutMix one row a region; rows with hardly any known pixel are left out.
+
+    Takes every random number that the loss of this pass needs, so the loss may be computed at any later time.
+    """
+    images, points, negative = view.image, view.points, view.negative
+    of = torch.arange(len(images), device=images.device)
+    intrinsics = view.intrinsics
+    if config.views.cutmix > 0 and len(images) > 1:
+        # The other view of a row is the next one. Each region is a row of its own, so that it is aligned alone.
+        other = View(*(x.roll(-1, 0) if isinstance(x, Tensor) else x for x in vars(view).values()))
+        images, region = cutmix(view, other, generator, config.views.cutmix)
+        own = torch.where(region[..., None], torch.nan, points)
+        points = torch.cat([own, torch.where(region[..., None], other.points, torch.nan)])
+        negative = torch.cat([negative & ~region, other.negative & region])
+        of, intrinsics = of.repeat(2), torch.cat([intrinsics, other.intrinsics])
+    known = torch.isfinite(points).all(-1).flatten(1).sum(1)
+    kept = torch.nonzero(known >= MINIMUM_KNOWN_PIXELS)[:, 0]
+    kept = kept[of[kept].argsort(stable=True)]  # picture by picture
+    kept = kept[:1] if config.released.first_sample_only else kept
+    of, known = of[kept], known[kept].float()
+    share = known / torch.zeros(len(images), device=known.device).scatter_add_(0, of, known)[of]
+    seeds, compared = draw_seeds(len(of), generator), len(of.unique())
+    return LossBatch(images, of, points[kept], intrinsics[kept], negative[kept], share, seeds, compared)
+
+
+def plain_batch(images: Tensor, points: Tensor, intrinsics: Tensor, generator: torch.Generator) -> LossBatch:
+    """Targets (R,H,W,3) of one and the same picture (1,3,H,W), each a row; cameras (3,3) of the picture."""
+    rows = len(points)
+    of, share = torch.zeros(rows, dtype=torch.long, device=points.device), torch.ones(rows, device=points.device)
+    return LossBatch(images, of, points, intrinsics.expand(rows, 3, 3), None, share, draw_seeds(rows, generator), 1)
+
+
+def join_batches(batches: list[LossBatch]) -> list[LossBatch]:
+    """Neighbouring passes as one, where their pictures count the same: with as many of them compared in each.
+
+    The sum of the losses stays what it was; `compared` is still that of one pass.
+    """
+    joined = []
+    for compared, found in groupby(batches, key=lambda batch: batch.compared):
+        group = list(found)
+        if len(group) == 1:
+            joined += group
+            continue
+        size = len(group[0].images)  # of a pass: the same in all of one experiment
+        of = torch.cat([batch.of + i * size for i, batch in enumerate(group)])
+        negative = None if group[0].negative is None else torch.cat([batch.negative for batch in group])
+
+        def all_(key: str, group: list[LossBatch] = group) -> Tensor:
+            return torch.cat([getattr(batch, key) for batch in group])
+
+        joined.append(LossBatch(
+            all_("images"), of, all_("points"), all_("intrinsics"), negative, all_("share"), all_("seeds"), compared
+        ))  # fmt: skip
+    return joined

@@ -1,0 +1,57 @@
+"""Supervision by known distances: a term of the loss at some pixels, and the correction of what is predicted.
+
+A laser, a tape measure or a LiDAR that hits a hundred pixels says what the model cannot know, the scale; the study
+names this as the way to make metric predictions improve.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ttt_lib.adaptation.correction import at_references, correct
+from ttt_lib.adaptation.student import Student
+from ttt_lib.adaptation.supervision import Gradients, Pass, Supervision
+from ttt_lib.core.config import ExperimentConfig
+from ttt_lib.core.types import Prediction
+from ttt_lib.data.known_distances import References
+from ttt_lib.models.base import GeometryModel
+
+
+def reference_loss(model: GeometryModel, image: Tensor, references: References) -> Tensor:
+    """Mean |log d - log d*| of the metric depth at the references, on the clean image (3,H,W). ()."""
+    depth = model.metric_depth(model.forward(image[None]), image[None])
+    found = at_references(depth, references)[0].clamp_min(1e-6)
+    return (found.log() - references.depth.to(found).log()).abs().mean()
+
+
+class KnownDistances(Supervision):
+    """True distances of some pixels of the image.
+
+    Args:
+        references: where, and how far.
+        config: `losses.metric_reference.weight` is that of the term in training (none: the correction alone).
+    """
+
+    name = "known_distances"
+
+    def __init__(self, references: References, config: ExperimentConfig) -> None:
+        term = config.losses.get("metric_reference")
+        self.references, self.weight = references, term.weight if term is not None else 0.0
+
+    def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
+        """Bring the distances to the model's device."""
+        self.image, self.references = image, self.references.to(model.device)
+
+    def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
+        """None where the term has no weight."""
+        return super().gradients(student, passes) if self.weight else ([None] * len(student.leaves), {})
+
+    def terms(self, student: Student, passes: list[Pass]) -> dict[str, Tensor]:
+        """`metric_reference`: mean |log d - log d*|, the same in each of the passes."""
+        return {"metric_reference": reference_loss(student.model, self.image, self.references) * len(passes)}
+
+    def correct(self, prediction: Prediction) -> tuple[Prediction, str]:
+        """In metres, by the best correction (`correction.correct`)."""
+        with torch.no_grad():
+            return correct(prediction, self.references.to(prediction.depth.device))

@@ -1,0 +1,178 @@
+"""The one way for information to reach the loop: a `Supervision` gives terms of the loss, corrections and evidence.
+
+Built in are the teacher on views and the reverse direction (`teacher.py`), and known distances (`known_distances.py`).
+Several photographs of a scene are another. The loop knows none of them: it sums what they give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ttt_lib.adaptation.batches import LossBatch
+from ttt_lib.adaptation.student import Student
+from ttt_lib.core.config import ExperimentConfig
+from ttt_lib.core.registry import SUPERVISIONS
+from ttt_lib.core.types import Prediction
+from ttt_lib.models.base import GeometryModel
+from ttt_lib.views.carry import View
+
+Gradients = list[Tensor | None]  # of each of `student.leaves`; None: not reached
+
+
+@dataclass
+class TrainingLog:
+    """What the training of one image leaves behind.
+
+    history: a dictionary an optimizer step: step, passes, the terms, gradient_norm, known, seconds. passes_done: passes.
+    view_stats: counts of views. micro_batch: views in the network at a time, lower than asked for when memory ran out.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    passes_done: int = 0
+    view_stats: dict[str, int] = field(default_factory=dict)
+    micro_batch: int = 0
+
+
+@dataclass
+class Pass:
+    """One forward and backward: the views that were drawn for it, and what of them reaches the loss.
+
+    Both are None where no supervision looks at views: then a pass is only counted.
+    """
+
+    view: View | None = None
+    batch: LossBatch | None = None
+
+
+@dataclass
+class Judgement:
+    """What held-back evidence says: the name of the prediction to use, the signals, and a sentence.
+
+    choice: a key of the candidates that `Supervision.judge` was given; signals: for the record; reason: in words.
+    """
+
+    choice: str
+    signals: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+class Supervision:
+    """One source of information about an image. Derive from it and override what applies; the defaults do nothing.
+
+    weight: of its terms in the loss. draws: whether it gives the views that all look at (the first that does, does).
+    joins_passes: whether several passes may be given at once.
+
+    Example:
+        >>> class FarAway(Supervision):
+        ...     def terms(self, student, passes):
+        ...         depth = student.model.forward(self.image[None])["points"][..., 2]
+        ...         return {"far_away": 1 / depth.mean()}
+        ...     def prepare(self, model, image, original):
+        ...         self.image = image
+        >>> FarAway().weight
+        1.0
+    """
+
+    name = "supervision"
+    weight: float = 1.0
+    draws: bool = False
+    joins_passes: bool = True
+
+    def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
+        """Called once an image before training; the network holds the weights that training starts from.
+
+        Args:
+            model: the network; its weights may be read, not changed.
+            image: (3,H,W) in [0,1], of the size that training works at.
+            original: the model's prediction on the full image.
+        """
+
+    def draw(self) -> Pass:
+        """Views of one pass, of a supervision that `draws`."""
+        return Pass()
+
+    def terms(self, student: Student, passes: list[Pass]) -> dict[str, Tensor]:
+        """Terms of the loss, scalars with gradients to `student.leaves`, summed over the passes.
+
+        Called inside `student.attached()`. Names appear in the history. An empty dictionary trains nothing.
+        """
+        return {}
+
+    def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
+        """Gradients of `weight` times the sum of the terms, and the terms, detached.
+
+        Override this instead of `terms` where a batch has to go through the network in parts.
+        """
+        with student.attached():
+            terms = self.terms(student, passes)
+            if not terms:
+                return [None] * len(student.leaves), {}
+            loss = self.weight * torch.stack(list(terms.values())).sum() if len(terms) > 1 else None
+            loss = self.weight * next(iter(terms.values())) if loss is None else loss
+            found = torch.autograd.grad(loss, student.leaves, allow_unused=True)
+        return list(found), {name: value.detach() for name, value in terms.items()}
+
+    def after_step(self, student: Student, last: bool) -> None:
+        """Called after each optimizer step; `last`: no other follows."""
+
+    def weights(self) -> list[Tensor] | None:
+        """Weights to predict with instead of the student's, where there are such (a slow teacher's)."""
+        return None
+
+    def after_training(self, model: GeometryModel) -> None:
+        """Called with the trained weights in the network: predict here what else is needed of them."""
+
+    def correct(self, prediction: Prediction) -> tuple[Prediction, str]:
+        """The prediction as this source would have it, and in words what was done (empty: nothing)."""
+        return prediction, ""
+
+    def judge(self, candidates: dict[str, Prediction]) -> Judgement | None:
+        """Which of the candidates held-back evidence prefers; None where there is none (then the gate decides).
+
+        candidates: `original`, `adapted`, and where `correct` does something `corrected`, `adapted_corrected`.
+        """
+        return None
+
+
+@dataclass
+class Episode:
+    """The training of one image, as far as the supervisions of an experiment are built from it.
+
+    generator: the sample's one source of random numbers. supervisions: those that were built before.
+    """
+
+    config: ExperimentConfig
+    student: Student
+    generator: torch.Generator
+    log: TrainingLog
+    supervisions: list[Supervision] = field(default_factory=list)
+
+
+def configured(episode: Episode) -> list[Supervision]:
+    """The supervisions that the experiment itself asks for, in the order in which they were registered.
+
+    A registered builder takes the episode and gives a `Supervision`, or None where the experiment has none of it.
+    """
+    SUPERVISIONS.load_home()
+    for build in SUPERVISIONS.values():
+        built = build(episode)
+        if built is not None:
+            episode.supervisions.append(built)
+    return episode.supervisions
+
+
+def accumulate(total: Gradients, gradients: Gradients, factor: float = 1.0) -> None:
+    """Add factor * gradients to the total; None, for a tensor that was not reached, adds nothing."""
+    for i, gradient in enumerate(gradients):
+        if gradient is not None:
+            scaled = gradient if factor == 1.0 else gradient * factor
+            total[i] = scaled if total[i] is None else total[i] + scaled
+
+
+def add_terms(total: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Add the values to the total, term by term."""
+    for key, value in values.items():
+        total[key] = total.get(key, 0.0) + value

@@ -1,0 +1,162 @@
+"""Supervision by the model itself: a slow teacher's prediction carried into views, and the views' carried back."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ttt_lib.adaptation.batches import MINIMUM_KNOWN_PIXELS, join_batches, loss_batch, plain_batch
+from ttt_lib.adaptation.ensemble import predict_ensemble
+from ttt_lib.adaptation.gradients import forward, loss_of, pass_gradients
+from ttt_lib.adaptation.losses.terms import active_terms, needs_features
+from ttt_lib.adaptation.student import Student
+from ttt_lib.adaptation.supervision import Episode, Gradients, Pass, Supervision, accumulate, add_terms
+from ttt_lib.core.config import ExperimentConfig
+from ttt_lib.core.registry import SUPERVISIONS
+from ttt_lib.core.types import Prediction
+from ttt_lib.models.base import GeometryModel
+from ttt_lib.views.carry import View, carry_back
+from ttt_lib.views.draw import make_views
+from ttt_lib.views.renderer import NovelViewRenderer
+
+
+def make_renderer(config: ExperimentConfig, device: torch.device) -> NovelViewRenderer | None:
+    """The renderer of novel views, if this experiment draws any."""
+    novel = config.views.novel_view
+    return NovelViewRenderer(backend=novel.backend, device=device) if novel.probability > 0 else None
+
+
+def draw_views(
+    image: Tensor, target: Prediction, config: ExperimentConfig, generator: torch.Generator,
+    renderer: NovelViewRenderer | None,
+) -> View:  # fmt: skip
+    """One batch of views of image (3,H,W) with the target carried into them."""
+    return make_views(
+        image, target.points, target.mask, target.intrinsics, config.views, config.train.batch_size, generator,
+        renderer, mirror_keeps_x=config.released.mirror_keeps_x,
+    )  # fmt: skip
+
+
+class TeacherOnViews(Supervision):
+    """The published method: the student must agree, on views, with what a slow copy of it says of the whole image.
+
+    After every `teacher.refresh_every` steps the teacher moves towards the student and predicts a new target. It draws
+    the views for all supervisions. values: its weights.
+    """
+
+    name = "teacher"
+    draws = True
+
+    def __init__(self, episode: Episode) -> None:
+        self.config, self.generator, self.log = episode.config, episode.generator, episode.log
+        self.student, config = episode.student, episode.config
+        self.joins_passes = not config.released.write_files
+        self.dumps = tempfile.TemporaryDirectory() if config.released.write_files else None
+
+    def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
+        """The teacher begins as the student is."""
+        self.image, self.values, self.age = image, [value.clone() for value in self.student.values()], 0
+        self.renderer = make_renderer(self.config, image.device)
+        self._predict()
+
+    def _predict(self) -> None:
+        members = self.config.ensemble.members if self.config.ensemble.target else []
+        with self.student.weights(self.values):
+            self.target = predict_ensemble(self.student.model, self.image, members)
+
+    def draw(self) -> Pass:
+        """Views of one pass, and what of them reaches the loss."""
+        view = draw_views(self.image, self.target, self.config, self.generator, self.renderer)
+        for key, value in view.stats.items():
+            self.log.view_stats[key] = self.log.view_stats.get(key, 0) + value
+        return Pass(view, loss_batch(view, self.config, self.generator))
+
+    def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
+        """Of the sum of the losses of these passes, which go through the network together where that is exact."""
+        gradients: Gradients = [None] * len(student.leaves)
+        terms: dict[str, Tensor] = {}
+        dump = None
+        if self.dumps is not None:
+            dump = partial(_dump, Path(self.dumps.name), self.log.passes_done, passes[0].view)
+        for batch in join_batches([each.batch for each in passes]):
+            more, values = pass_gradients(student, batch, self.config, self.log, dump)
+            accumulate(gradients, more)
+            add_terms(terms, values)
+        return gradients, terms
+
+    def after_step(self, student: Student, last: bool) -> None:
+        """Move the teacher, and its target unless the training is over."""
+        every, decay = self.config.teacher.refresh_every, self.config.teacher.ema_decay
+        self.age += 1
+        if not every or (self.age < every and not last):
+            return
+        with torch.no_grad():
+            for slow, fast in zip(self.values, student.values()):
+                slow.lerp_(fast, 1 - decay)
+        self.age = 0
+        if not last:
+            self._predict()
+
+    def weights(self) -> list[Tensor] | None:
+        """The slow ones, with `train.predict_with: teacher`."""
+        return self.values if self.config.train.predict_with == "teacher" else None
+
+
+@SUPERVISIONS.register("teacher")
+def teacher(episode: Episode) -> Supervision | None:
+    """On wherever a term of the loss has a weight."""
+    views = bool(active_terms(episode.config.losses)) or episode.config.train.bidirectional > 0
+    return TeacherOnViews(episode) if views else None
+
+
+class Reverse(Supervision):
+    """The clean prediction learns from the views' ones, carried back (Robust-Depth's second direction)."""
+
+    name = "reverse"
+    joins_passes = False  # each pass looks back from its own views
+
+    def __init__(self, episode: Episode) -> None:
+        config = episode.config
+        terms = {name: term for name, term in config.losses.items() if not needs_features({name: term})}
+        self.config, self.weight = config.model_copy(update={"losses": terms}), config.train.bidirectional
+        self.generator = episode.generator
+        self.teacher = next(each for each in episode.supervisions if isinstance(each, TeacherOnViews))
+
+    def terms(self, student: Student, passes: list[Pass]) -> dict[str, Tensor]:
+        """`reverse`: the losses of the clean prediction against those on the views."""
+        image, target, found = self.teacher.image, self.teacher.target, []
+        for each in passes:
+            with student.weights():
+                predicted = student.model.predict(each.view.image, each.view.intrinsics)
+            points, seen = carry_back(each.view, predicted.points, target.points, target.intrinsics)
+            seen = seen & target.mask  # where there is no surface there is none to learn
+            points = torch.where(seen[..., None], points, torch.nan)
+            points = points[seen.flatten(1).sum(1) >= MINIMUM_KNOWN_PIXELS]
+            if len(points):
+                batch = plain_batch(image[None], points, target.intrinsics, self.generator)
+                output = forward(student.model, image[None], target.intrinsics[None], self.config)
+                found.append(loss_of(output, batch, self.config)[0])
+        return {"reverse": torch.stack(found).sum()} if found else {}
+
+
+@SUPERVISIONS.register("reverse")
+def reverse(episode: Episode) -> Supervision | None:
+    """On with `train.bidirectional`."""
+    return Reverse(episode) if episode.config.train.bidirectional > 0 else None
+
+
+def _dump(folder: Path, number: int, view: View, output: dict[str, Tensor]) -> None:
+    """The debug files that the public release writes in every iteration; only for `released.write_files`."""
+    for i, image in enumerate(view.image):
+        array = (image.permute(1, 2, 0).cpu().numpy() * 255).astype(np.uint8)
+        Image.fromarray(array).save(folder / f"{number}_{i}.png")
+        np.save(folder / f"{number}_{i}_target.npy", view.points[i].cpu().numpy())
+    for name in {"points", "depth", "disparity"} & output.keys():
+        for i, value in enumerate(output[name]):  # a part of the views where memory is short
+            np.save(folder / f"{number}_{i}_{name}.npy", value.detach().float().cpu().numpy())

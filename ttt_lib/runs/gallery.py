@@ -1,0 +1,64 @@
+"""Small copies of predictions beside the tables of a run: what figures of single samples are made from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.core.types import Sample
+
+GALLERY_SIDE = 256  # pixels of the longer side of what is kept
+
+
+def prediction_name(dataset: str, sample: str) -> str:
+    """Name of a sample's file in a shard's folder `predictions`: another one for every other sample, and never too long.
+
+    Example:
+        >>> prediction_name("NYUv2", "a/b") == prediction_name("NYUv2", "a_b")
+        False
+    """
+    digest = hashlib.sha256(f"{dataset}\0{sample}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{dataset}__{sample}")[:80]
+    return f"{readable}.{digest}.npz"
+
+
+def _small(map_: torch.Tensor) -> np.ndarray:
+    height, width = map_.shape[-2:]
+    factor = min(1.0, GALLERY_SIDE / max(height, width))
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    return F.interpolate(map_[None, None].float().cpu(), size, mode="nearest")[0, 0].numpy()
+
+
+def gallery_content(sample: Sample, result: AdaptResult) -> dict[str, np.ndarray]:
+    """Arrays of at most `GALLERY_SIDE` pixels: `image` uint8 (h,w,3), `depth_original`, `depth_final` and, where it is
+    known, `depth_truth` float32 (h,w) in the prediction's and the truth's units, `mask` bool (h,w), `intrinsics` (3,3).
+    Empty for predictions without depth."""
+    if result.original.depth is None:
+        return {}
+    depth = _small(result.original.depth)
+    image = F.interpolate(sample.image[None], depth.shape, mode="area")[0]
+    content = {
+        "image": (image.permute(1, 2, 0).cpu().numpy() * 255).astype(np.uint8),
+        "depth_original": depth,
+        "depth_final": _small(result.final.depth),
+        "mask": _small(result.final.mask.float()) > 0.5,
+        "intrinsics": result.final.intrinsics.cpu().numpy(),
+    }
+    if sample.depth is not None:
+        content["depth_truth"] = _small(sample.depth)
+    return content
+
+
+def write_gallery_file(folder: Path, sample: Sample, content: dict[str, np.ndarray]) -> None:
+    """Write the arrays as a compressed npz into the folder `predictions` of a run's `folder`, in one step."""
+    path = folder / "predictions" / prediction_name(sample.dataset, sample.name)
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez_compressed(temporary, **content)
+    os.replace(temporary, path)
