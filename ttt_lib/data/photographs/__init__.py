@@ -2,7 +2,7 @@
 
 Unfinished, and no command uses this room yet. What is here: features, verified matches, reconstructions that must agree,
 and their tracks and signals as a `scene.Scene`, with one sentence in `refused` where the photographs tell nothing.
-Not here yet: reading folders, clips, EXIF or finished COLMAP models; no test holds this room's numbers yet.
+Not here yet: reading folders, clips, EXIF or finished COLMAP models.
 
 Known: forward motion is refused or doubtful, and small scenes may be refused. Wrongly accepted: a given focal length
 far from the truth that runs away in refinement, and flat posters.
