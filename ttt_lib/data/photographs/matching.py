@@ -1,0 +1,74 @@
+"""Features and verified matches of photographs; copies and those that show something else are left out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ttt_lib.data.photographs.features import USUAL_FOCAL, choose_pairs, shared_cameras, write_gray
+from ttt_lib.data.photographs.job import MIN_MATCHES, Job, Refusal
+
+MOVED = 0.0012  # of the longest side: what three quarters of the matches of a copy stay below
+
+
+def match(job: Job, in_order: bool) -> None:
+    """Features and verified matches in the database; copies and strangers are left out."""
+    for index, picture in enumerate(job.pictures):
+        job.grays.append(write_gray(picture.read(), job.folder / f"gray_{index}.npy"))
+    first: dict[str, int] = {}
+    for index, gray in enumerate(job.grays):
+        if gray.digest in first:
+            job.leave_out(index, f"is a copy of {job.pictures[first[gray.digest]].name}")
+        first.setdefault(gray.digest, index)
+    _enough_places(job)
+    job.camera_of = shared_cameras(job.pictures, job.grays)
+    cameras = [
+        {"width": gray.width, "height": gray.height, "focal": (focal or USUAL_FOCAL) * gray.width, "known": bool(focal)}
+        for camera, focal in enumerate(job.priors())
+        for gray in [job.grays[job.camera_of.index(camera)]]
+    ]
+    most = 4096 if len(job.pictures) <= 8 else 2048
+    failed = job.run("features", cameras=cameras, camera_of=job.camera_of, most=most)
+    if failed:
+        raise Refusal(f"the photographs' features could not be computed ({failed}); send them to the authors.")
+    with np.load(job.folder / "features.npz") as arrays:
+        coarse = arrays["coarse"]
+    kept = job.kept
+    job.pairs = [(kept[i], kept[j]) for i, j in choose_pairs(coarse[kept], in_order)]
+    failed = job.run("match", pairs=job.pairs, seed=job.seed)
+    if failed:
+        raise Refusal(f"the photographs could not be matched ({failed}); try fewer of them.")
+    with np.load(job.folder / "matches.npz") as arrays:
+        job.inliers, job.flat, moved = arrays["inliers"], arrays["flat"], arrays["moved"]
+    for (i, j), count, distance in zip(job.pairs, job.inliers, moved):
+        side = max(job.grays[j].width, job.grays[j].height)
+        if i in job.kept and j in job.kept and count >= MIN_MATCHES and distance < MOVED * side:
+            job.leave_out(j, f"is a copy of {job.pictures[i].name}, or taken from the same place")
+    _enough_places(job)
+    _leave_out_strangers(job)
+
+
+def _enough_places(job: Job) -> None:
+    if len(job.kept) < 2:
+        if len(job.pictures) == 2:
+            index, why = next(iter(job.left_out.items()))
+            why = why if "," in why else f"{why}, or taken from the same place"
+            raise Refusal(f"{job.pictures[index].name} {why}: take a second photograph a step to the side.")
+        raise Refusal(
+            "all photographs are taken from the same place or are copies of one: take the others a step to the side."
+        )
+
+
+def _leave_out_strangers(job: Job) -> None:
+    """Photographs that share too little with all others."""
+    best = dict.fromkeys(job.kept, 0)
+    for (i, j), count in zip(job.pairs, job.inliers):
+        if i in best and j in best:
+            best[i], best[j] = max(best[i], int(count)), max(best[j], int(count))
+    strangers = [i for i, count in best.items() if count < MIN_MATCHES]
+    if len(best) - len(strangers) < 2:
+        raise Refusal(
+            f"the photographs share too few points ({max(best.values())} matches at most, {MIN_MATCHES} are needed): "
+            "they must show the same things, with texture, and overlap by half or more."
+        )
+    for i in strangers:
+        job.leave_out(i, f"shares too few points with the others ({best[i]} matches at most): it shows something else")

@@ -1,0 +1,159 @@
+"""What travels: photographs of one scene with their cameras, and tracks whose depth is known up to the scene's scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt_lib.core.errors import DataError
+from ttt_lib.geometry.cameras import transform_points
+
+CELLS = 4  # a picture has CELLS x CELLS cells, in which its tracks are counted
+
+
+@dataclass
+class Tracks:
+    """Points of the scene as one photograph sees them. N may be 0.
+
+    uv (N,2) float32 in [0,1], pixel centres at (i + 0.5) / size; depth (N,) float32 along the optical axis, in the
+    scene's one unit; track_id (N,) long, the same for a point in all photographs; weight (N,) float32 in [0,1],
+    `exp(-e^2)` with the reprojection error e in pixels of the picture that was matched (longest side at most
+    `features.LONGEST_SIDE`).
+    """
+
+    uv: Tensor
+    depth: Tensor
+    track_id: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.depth)
+
+    def __getitem__(self, which: Tensor) -> Tracks:
+        """The tracks that a mask (N,) or indices name."""
+        return Tracks(self.uv[which], self.depth[which], self.track_id[which], self.weight[which])
+
+    @property
+    def cells(self) -> Tensor:
+        """The cell of each track, (N,) long from 0 to CELLS^2 - 1, row by row."""
+        column, row = (self.uv * CELLS).long().clamp(0, CELLS - 1).unbind(-1)
+        return row * CELLS + column
+
+    def filled_cells(self) -> int:
+        """How many of the picture's cells hold a track."""
+        return len(self.cells.unique())
+
+    @staticmethod
+    def none() -> Tracks:
+        """No tracks."""
+        empty = torch.zeros(0)
+        return Tracks(torch.zeros(0, 2), empty, torch.zeros(0, dtype=torch.long), empty)
+
+
+@dataclass
+class Photograph:
+    """One picture of the scene.
+
+    source: the image (3,H,W) float32 in [0,1], or a function that reads it, so that a scene of many photographs needs
+    the memory of one. intrinsics (3,3) float32, normalised; of a lens with distortion, those of the same camera
+    without. pose (4,4) float32, world -> camera (OpenCV: x right, y down, z forward); None where the scene was not
+    reconstructed.
+    """
+
+    name: str
+    source: Tensor | Callable[[], Tensor]
+    intrinsics: Tensor | None = None
+    tracks: Tracks = field(default_factory=Tracks.none)
+    pose: Tensor | None = None
+
+    @property
+    def image(self) -> Tensor:
+        """(3,H,W) float32 in [0,1], read again each time where it comes from a file."""
+        return self.source if isinstance(self.source, Tensor) else self.source()
+
+    def __repr__(self) -> str:
+        return f"Photograph({self.name}: {len(self.tracks)} tracks in {self.tracks.filled_cells()} cells)"
+
+
+@dataclass
+class Scene:
+    """Photographs of one scene in one scale, which is unknown unless the poses that were given have one.
+
+    photographs: those with cameras and tracks; of a refused scene all that can be read, without either. left_out:
+    (name, reason) of the others; rest: those of them that can be read. refused: "" or the one sentence that says why
+    these photographs tell nothing. about: the signals as far as they were reached:
+
+        agreement   largest median |log depth ratio| between reconstructions, up to scale
+        focal       focal length over width, of each camera
+        points      tracks in all photographs together
+        parallax    median over tracks of the largest angle between two rays to it, degrees
+        cells       the fewest cells with tracks of a photograph
+        error       median reprojection error, pixels
+    """
+
+    photographs: list[Photograph]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    refused: str = ""
+    rest: list[Photograph] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        facts = [f"{len(self.photographs)} photographs"]
+        facts += [f"{key} {value:.3g}" for key, value in self.about.items() if isinstance(value, int | float)]
+        facts += [f"left out {', '.join(name for name, _ in self.left_out)}"] if self.left_out else []
+        facts += [f"refused: {self.refused}"] if self.refused else []
+        return f"Scene({'; '.join(facts)})"
+
+    def track_ids(self) -> Tensor:
+        """Ids of all tracks, (T,) long, sorted."""
+        return torch.cat([p.tracks.track_id for p in self.photographs] or [torch.zeros(0, dtype=torch.long)]).unique()
+
+
+def select(scene: Scene, ids: Tensor) -> Scene:
+    """The scene with only the tracks of these ids, (T,) long, in every photograph."""
+    photographs = [replace(p, tracks=p.tracks[torch.isin(p.tracks.track_id, ids)]) for p in scene.photographs]
+    return replace(scene, photographs=photographs)
+
+
+def split(scene: Scene, share: float = 0.3, generator: torch.Generator | None = None) -> tuple[Scene, Scene]:
+    """The scene with the tracks to use and with those to hold back; a track is on one side in all photographs.
+
+    Args:
+        share: of the tracks that are held back, from 0 to 1 (rounded to whole tracks).
+        generator: decides which; None: the same split each time.
+
+    Returns:
+        (used, held_back), scenes with the same photographs.
+
+    Raises:
+        DataError: for a share that is none.
+
+    Example:
+        >>> used, held_back = split(Scene([]), 0.3)
+        >>> len(used.track_ids()), len(held_back.track_ids())
+        (0, 0)
+    """
+    if not 0 <= share <= 1:
+        raise DataError(f"share of held-back tracks: must be from 0 to 1, not {share!r}.")
+    ids = scene.track_ids()
+    generator = generator if generator is not None else torch.Generator().manual_seed(0)
+    order = ids[torch.randperm(len(ids), generator=generator)]
+    count = round(share * len(ids))
+    return select(scene, order[count:]), select(scene, order[:count])
+
+
+def track_points(photograph: Photograph) -> Tensor:
+    """The photograph's tracks in the world, (N,3) float64, in the scene's unit. It must have a camera.
+
+    Seen by a lens with distortion they are off sideways by that distortion; their depth is right.
+    """
+    tracks, intrinsics, pose = photograph.tracks, photograph.intrinsics, photograph.pose
+    if intrinsics is None or pose is None:
+        raise DataError(f"{photograph.name}: has no camera; the scene was not reconstructed.")
+    rays = torch.cat([tracks.uv, torch.ones_like(tracks.depth)[:, None]], -1).double()
+    seen = rays @ torch.linalg.inv(intrinsics.double()).mT * tracks.depth.double()[:, None]
+    return transform_points(seen, torch.linalg.inv(pose.double()))

@@ -1,0 +1,89 @@
+"""What a reconstruction is worth, in numbers: parallax, agreement with another, flatness, direction of motion."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ttt_lib.data.photographs.process import SparseModel
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def centres(model: SparseModel) -> np.ndarray:
+    """Where the cameras stand in the world, (I,3)."""
+    return -np.einsum("iba,ib->ia", model.pose[:, :3, :3], model.pose[:, :3, 3])
+
+
+def _farthest(rays: np.ndarray, reference: np.ndarray, point: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each point the largest angle between its rays (M,3) and its reference (P,3), and the row of that ray."""
+    cosine = (rays * reference[point]).sum(-1)
+    order = np.lexsort((cosine, point))  # of each point the smallest cosine first
+    present, start = np.unique(point[order], return_index=True)
+    row = np.zeros(count, dtype=np.int64)
+    row[present] = order[start]
+    angle = np.zeros(count)
+    angle[present] = np.degrees(np.arccos(np.clip(cosine[row[present]], -1, 1)))
+    return angle, row
+
+
+def parallax(model: SparseModel) -> np.ndarray:
+    """Of each point the largest angle between two rays to it, (P,) degrees.
+
+    The ray farthest from the first, then the one farthest from that: exact for cameras on a line.
+    """
+    count = len(model.xyz)
+    if not len(model.point):
+        return np.zeros(count)
+    rays = _unit(model.xyz[model.point] - centres(model)[model.seen_by])
+    first = np.zeros((count, 3))
+    first[model.point[::-1]] = rays[::-1]
+    _, row = _farthest(rays, first, model.point, count)
+    return _farthest(rays, rays[row], model.point, count)[0]
+
+
+def disagreement(one: SparseModel, other: SparseModel, least: int) -> tuple[float, dict[int, float]]:
+    """How differently two reconstructions from the same features see the depth of their common points.
+
+    Returns the median |log ratio| after the median over all is taken away, and the same of each photograph that both
+    have. Infinite where fewer than `least` observations are common.
+    """
+
+    def keys(model: SparseModel) -> np.ndarray:
+        return model.image[model.seen_by].astype(np.int64) * 2**32 + model.feature
+
+    _, first, second = np.intersect1d(keys(one), keys(other), return_indices=True)
+    positive = (one.depth[first] > 0) & (other.depth[second] > 0)
+    first, second = first[positive], second[positive]
+    both = [int(i) for i in one.image if i in other.image]
+    if len(first) < least:
+        return float("inf"), dict.fromkeys(both, float("inf"))
+    ratio = np.log(one.depth[first] / other.depth[second])
+    ratio = np.abs(ratio - np.median(ratio))
+    image = one.image[one.seen_by[first]]
+    each = {i: float(np.median(ratio[image == i])) if (image == i).sum() >= 10 else float("inf") for i in both}
+    return float(np.median(ratio)), each
+
+
+def flatness(model: SparseModel) -> float:
+    """The share of the points that lie within half a per cent of their depth on one plane: 1 for a poster."""
+    if len(model.xyz) < 10:
+        return 0.0
+    generator = np.random.default_rng(0)
+    scale = np.median(np.linalg.norm(model.xyz - centres(model).mean(0), axis=-1))
+    best = 0.0
+    for _ in range(200):
+        a, b, c = model.xyz[generator.choice(len(model.xyz), 3, replace=False)]
+        normal = np.cross(b - a, c - a)
+        if np.linalg.norm(normal) > 1e-9 * scale**2:
+            best = max(best, float((np.abs((model.xyz - a) @ _unit(normal)) < 0.005 * scale).mean()))
+    return best
+
+
+def moves_ahead(model: SparseModel) -> bool:
+    """Whether the cameras moved along their optical axis, by the median over neighbours."""
+    places = centres(model)
+    steps = _unit(np.diff(places, axis=0))
+    axes = _unit(model.pose[:-1, 2, :3])
+    return bool(len(steps)) and float(np.median(np.abs((steps * axes).sum(-1)))) > 0.85
