@@ -38,7 +38,7 @@ def test_a_registered_kind_of_data_has_options_of_its_own(mine):
     (entry,) = again.data
     samples = open_dataset(entry.kind, **entry.options())
     assert len(samples) == 3 and float(samples[0].image.mean()) == 0.25
-    assert list_datasets() == ["moge", "images", "motorcycle", "synthetic", "shifted", "mine"]
+    assert list_datasets() == ["moge", "images", "motorcycle", "synthetic", "shifted", "tours", "mine"]
     assert describe_sources(["mine"]) == [{"kind": "mine"}]
 
 
@@ -55,7 +55,7 @@ def test_options_that_the_opener_lacks_are_named_and_mistakes_inside_it_keep_the
     "entry, words",
     [
         ({"kind": "images", "pth": "x"}, "pth: unknown key; allowed here: .*path"),
-        ({"kind": "mine", "brightnes": 1}, "brightnes: unknown key; allowed here: brightness"),
+        ({"kind": "mine", "brightnes": 1}, "brightnes: unknown key; allowed here: baselines, brightness"),
         ({"kind": "video"}, "no such kind of data; there are moge, images"),
     ],
 )
