@@ -110,9 +110,7 @@ class Supervision:
             terms = self.terms(student, passes)
             if not terms:
                 return [None] * len(student.leaves), {}
-            loss = self.weight * torch.stack(list(terms.values())).sum() if len(terms) > 1 else None
-            loss = self.weight * next(iter(terms.values())) if loss is None else loss
-            found = torch.autograd.grad(loss, student.leaves, allow_unused=True)
+            found = torch.autograd.grad(self.weight * sum(terms.values()), student.leaves, allow_unused=True)
         return list(found), {name: value.detach() for name, value in terms.items()}
 
     def after_step(self, student: Student, last: bool) -> None:
