@@ -209,6 +209,7 @@ def test_the_traps_are_what_they_are_called(traps):
 def reconstruct(samples, folder) -> tuple[int, int, int]:
     """SIFT, exhaustive matching, incremental mapping: photographs, points, and cells (of 16) in the poorest view."""
     import pycolmap
+
     (folder / "images").mkdir()
     for sample in samples:
         pixels = (sample.image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)

@@ -42,6 +42,13 @@ def prediction(sample) -> Prediction:
     return Prediction(points, points[..., 2].clone(), sample.mask, sample.intrinsics * 1.05, "metric")
 
 
+def same(value, score, sample):
+    """Equal but for rounding: means of some thousand float32 numbers, summed in an order that depends on threads,
+    memory and processor; a share may differ by one pixel that lies on the threshold."""
+    pixel = 1.5 / int(sample.mask.sum()) if score.startswith("delta") else 0.0
+    return pytest.approx(value, rel=1e-5, abs=max(1e-6, pixel))
+
+
 @pytest.mark.parametrize("kind", ["metric", "scale_invariant", "affine_invariant"])
 def test_equal_to_calling_moge_directly(sample, prediction, kind):
     prediction = Prediction(prediction.points, prediction.depth, prediction.mask, prediction.intrinsics, kind)
@@ -54,8 +61,7 @@ def test_equal_to_calling_moge_directly(sample, prediction, kind):
     found = evaluate(prediction, sample)
     for metric, scores in expected.items():
         for score, value in scores.items():
-            # Means of some thousand float32 numbers, summed in an order that depends on threads and processor.
-            assert found[metric][score] == pytest.approx(value, rel=1e-5, abs=1e-6), (metric, score)
+            assert found[metric][score] == same(value, score, sample), (metric, score)
     assert {"local_points", "boundary", "fov_x"} <= found.keys()
     if kind == "metric":
         assert all(score in found[metric] for metric, score in TABLE1_COLUMNS)
@@ -66,7 +72,8 @@ def test_disparity_models_are_scored_as_such(sample, prediction):
     model = Prediction(None, None, prediction.mask, None, "disparity", disparity=disparity)
     expected, _ = compute_metrics({"disparity_affine_invariant": disparity}, to_truth(sample))
     found = evaluate(model, sample)["disparity_affine_invariant"]
-    assert found == pytest.approx(expected["disparity_affine_invariant"], rel=1e-5)
+    for score, value in expected["disparity_affine_invariant"].items():
+        assert found[score] == same(value, score, sample), score
 
 
 def test_the_prediction_is_not_changed(sample, prediction):
