@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ttt_lib.core.errors import UserError, printable, reason
+from ttt_lib.core.files import first_repeated
 from ttt_lib.runs.catalog import NOTEBOOKS, experiment_file, experiment_files, notebooks_folder
 from ttt_lib.runs.plan import choose_experiments, make_jobs, parse_set, put
 
@@ -156,8 +157,7 @@ def adapt(
     if metric_points is not None and len(images) != 1:
         raise UserError(f"--metric-points {metric_points}: belongs to one image, but {len(images)} are given.")
     stems = [image.stem for image in images]
-    if len(set(stems)) < len(stems):
-        twice = next(stem for stem in stems if stems.count(stem) > 1)
+    if (twice := first_repeated(stems)) is not None:
         raise UserError(f"{output / twice}: two of the photographs would be written there; rename one.")
     config = load_with_profile(experiment_file(experiment, "--experiment"), profile, overrides)
     loaded = open_model(config)
@@ -195,8 +195,7 @@ def hard_subset(
 
     entries = parse_data(data)
     names = [entry.get("name") or Path(entry.get("path", "")).name for entry in entries]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := first_repeated(names)) is not None:
         raise UserError(f"--data: two sets are called {twice!r}; give them names in a JSON file of sets.")
     if any(entry["kind"] != "moge" for entry in entries):
         raise UserError("--data: a hard subset links to samples on disk, so every set must be in the MoGe layout.")

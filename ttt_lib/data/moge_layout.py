@@ -22,7 +22,7 @@ from moge.utils import io as moge_io
 from PIL import Image
 
 from ttt_lib.core.errors import DataError, UserError, reason
-from ttt_lib.core.files import read_json, read_text, write_json
+from ttt_lib.core.files import first_repeated, read_json, read_text, write_json
 
 INDEX = ".index.txt"
 LONGEST_SIDE = 640  # of samples whose configuration gives no size
@@ -244,8 +244,7 @@ def read_index(folder: Path, split: str = INDEX) -> list[str]:
     names = [check_name(line, f"{path}: line {i}") for i, line in lines if line]
     if not names:
         raise DataError(f"{path}: the index lists no sample.")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := first_repeated(names)) is not None:
         raise DataError(f"{path}: lists {twice!r} twice; remove one of the lines.")
     return names
 
