@@ -47,7 +47,7 @@ def working_image(image: Tensor, longest_side: int | None) -> Tensor:
 
 
 @contextmanager
-def _training_possible() -> Iterator[None]:
+def training_possible() -> Iterator[None]:
     """Inside, gradients are on and new tensors are float32, whatever the caller has set."""
     kind = torch.get_default_dtype()
     try:
@@ -108,7 +108,7 @@ class Adapter:
         begun, model, train = time.perf_counter(), self.model, self.config.train
         reset_peak_memory(model.device)
         image = as_image(image, "adapt: the image").to(model.device)
-        with _training_possible():
+        with training_possible():
             original = model.predict(image)
             result = AdaptResult(original=original, adapted=None, final=original, decision="original", image=image)
             generator = sample_generator(self.config.seed, name)
