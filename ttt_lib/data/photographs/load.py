@@ -1,0 +1,93 @@
+"""One function by which a scene enters: `load_scene`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ttt_lib.core.errors import DataError
+from ttt_lib.data.images import is_photo
+from ttt_lib.data.photographs.reconstruct import reconstruct
+from ttt_lib.data.photographs.scene import Scene
+from ttt_lib.data.photographs.sources import MOST, Given, Prior, checked_focal, evenly, from_files, from_list, photos_in
+
+
+def load_scene(
+    source: str | os.PathLike | Iterable[Any],
+    *,
+    every: int | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    focal: float | None = None,
+    prior: Prior | None = None,
+) -> Scene:
+    """Photographs of one scene with their cameras and with tracks whose depth is known up to one scale.
+
+    Args:
+        source: a list of photographs (files; or pairs of a name and a tensor (3,H,W) in [0,1], or `Sample`s), or a
+            folder of them.
+        every: of the photographs of a folder, sorted by name, each so many.
+        count: so many of them, spread evenly.
+        seed: of the reconstruction; the same seed gives the same scene.
+        focal: the focal length over the width where it is known: of the first photograph, and the same camera's for
+            those that were held the other way. Without it EXIF counts, where it says one.
+        prior: a model's guess where neither is known: a function from an image (3,H,W) to the focal length over the
+            width, or a table name -> focal length.
+
+    Returns:
+        The scene. Where the photographs tell nothing, `refused` says why; what was not read is in `left_out`.
+
+    Raises:
+        DataError: nothing to read there, fewer than two photographs, or an option that is none.
+
+    Example:
+        >>> import torch
+        >>> load_scene([("a", torch.zeros(3, 64, 64)), ("b", torch.zeros(3, 64, 64))]).refused
+        'b is a copy of a, or taken from the same place: take a second photograph a step to the side.'
+    """
+    focal, every, count = checked_focal(focal), _whole(every, "every", 1), _whole(count, "count", 2)
+    if not isinstance(source, str | os.PathLike):
+        given = from_list(source, focal, prior)
+        return _reconstructed(given, "the list", seed)
+    path = Path(source)
+    if os.path.isdir(path):
+        return _from_folder(path, every, count, seed, focal, prior)
+    if os.path.isfile(path) and is_photo(path):
+        raise DataError(f"{path}: is one photograph; name two or more of the same scene.")
+    raise DataError(f"{path}: there is no such folder or file; check the name.")
+
+
+def _whole(value: Any, name: str, least: int) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise DataError(f"{name}: must be a whole number of at least {least}, not {value!r}.")
+    return value
+
+
+def _from_folder(path: Path, every: int | None, count: int | None, seed: int, focal: Any, prior: Any) -> Scene:
+    files, others = photos_in(path)
+    if not files:
+        also = f" ({', '.join(name for name, _ in others[:3])})" if others else ""
+        raise DataError(f"{path}: holds no photographs{also}; name the folder that they lie in.")
+    files = files[::every]
+    files = [files[place] for place in evenly(count, len(files))]
+    if len(files) > MOST:
+        raise DataError(
+            f"{path}: {len(files)} photographs are too many for one scene; take some by `count` or `every`."
+        )
+    given = from_files(files, focal, prior)
+    given.left_out += others
+    return _reconstructed(given, str(path), seed)
+
+
+def _reconstructed(given: Given, where: str, seed: int, in_order: bool = False) -> Scene:
+    """The scene of pictures without cameras, with what was left out before."""
+    if len(given.pictures) < 2:
+        damaged = next((f": {why}" for _, why in given.left_out if why.endswith(".")), ".")
+        raise DataError(
+            f"{where}: {len(given.pictures)} photographs can be read, at least two of one scene are needed{damaged}"
+        )
+    scene = reconstruct(given.pictures, seed, in_order)
+    scene.left_out = given.left_out + scene.left_out
+    return scene
