@@ -9,9 +9,22 @@ from typing import Any
 
 from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import is_photo
+from ttt_lib.data.photographs.clips import read_clip
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.scene import Scene
-from ttt_lib.data.photographs.sources import MOST, Given, Prior, checked_focal, evenly, from_files, from_list, photos_in
+from ttt_lib.data.photographs.sources import (
+    MOST,
+    Given,
+    Prior,
+    checked_focal,
+    evenly,
+    from_files,
+    from_list,
+    guess,
+    photos_in,
+)
+
+MOVING = (".gif", ".png", ".apng")  # pictures that may hold several frames
 
 
 def load_scene(
@@ -26,10 +39,10 @@ def load_scene(
     """Photographs of one scene with their cameras and with tracks whose depth is known up to one scale.
 
     Args:
-        source: a list of photographs (files; or pairs of a name and a tensor (3,H,W) in [0,1], or `Sample`s), or a
-            folder of them.
-        every: of the photographs of a folder, sorted by name, each so many.
-        count: so many of them, spread evenly.
+        source: a list of photographs (files; or pairs of a name and a tensor (3,H,W) in [0,1], or `Sample`s), a folder
+            of them, or a clip, of which the sharpest frames are taken.
+        every: of a clip's frames, or of the photographs of a folder sorted by name, each so many.
+        count: so many of them, spread evenly; of a clip some 14.
         seed: of the reconstruction; the same seed gives the same scene.
         focal: the focal length over the width where it is known: of the first photograph, and the same camera's for
             those that were held the other way. Without it EXIF counts, where it says one.
@@ -54,8 +67,10 @@ def load_scene(
     path = Path(source)
     if os.path.isdir(path):
         return _from_folder(path, every, count, seed, focal, prior)
-    if os.path.isfile(path) and is_photo(path):
+    if os.path.isfile(path) and is_photo(path) and path.suffix.lower() not in MOVING:
         raise DataError(f"{path}: is one photograph; name two or more of the same scene.")
+    if os.path.isfile(path):
+        return _from_clip(path, every, count, seed, focal, prior)
     raise DataError(f"{path}: there is no such folder or file; check the name.")
 
 
@@ -79,6 +94,14 @@ def _from_folder(path: Path, every: int | None, count: int | None, seed: int, fo
     given = from_files(files, focal, prior)
     given.left_out += others
     return _reconstructed(given, str(path), seed)
+
+
+def _from_clip(path: Path, every: int | None, count: int | None, seed: int, focal: Any, prior: Any) -> Scene:
+    given = Given(read_clip(path, every, count, focal).pictures)
+    for picture in given.pictures:
+        if picture.focal is None and prior is not None:
+            picture.focal = guess(prior, picture.name, picture.read())
+    return _reconstructed(given, str(path), seed, in_order=True)
 
 
 def _reconstructed(given: Given, where: str, seed: int, in_order: bool = False) -> Scene:

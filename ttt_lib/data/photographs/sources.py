@@ -79,7 +79,7 @@ def checked_focal(value: Any, where: str = "focal") -> float | None:
     return number
 
 
-def _guess(prior: Prior | None, name: str, image: Tensor) -> float | None:
+def guess(prior: Prior | None, name: str, image: Tensor) -> float | None:
     """What a model guesses; None where it has no sensible guess."""
     if prior is None:
         return None
@@ -105,7 +105,7 @@ def _picture(given: Given, name: str, image: Tensor, source: Any, lens: Lens, fo
     elif from_exif is not None:
         picture.focal, picture.exact = from_exif, not lens.is_cropped(width, height)
     else:
-        picture.focal = _guess(prior, name, image)
+        picture.focal = guess(prior, name, image)
     given.pictures.append(picture)
 
 
