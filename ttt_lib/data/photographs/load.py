@@ -10,6 +10,7 @@ from typing import Any
 from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import is_photo
 from ttt_lib.data.photographs.clips import read_clip
+from ttt_lib.data.photographs.finished import find_cameras, scene_of_finished
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.scene import Scene
 from ttt_lib.data.photographs.sources import (
@@ -35,12 +36,18 @@ def load_scene(
     seed: int = 0,
     focal: float | None = None,
     prior: Prior | None = None,
+    cameras: str | os.PathLike | None = None,
 ) -> Scene:
     """Photographs of one scene with their cameras and with tracks whose depth is known up to one scale.
 
+    Cameras are computed from the photographs, or taken as they are where somebody computed them before: from a finished
+    COLMAP model, whose points are taken too, or from a `transforms.json` (nerfstudio, instant-ngp, Blender), by which
+    points are triangulated. The scale is then that of these cameras.
+
     Args:
         source: a list of photographs (files; or pairs of a name and a tensor (3,H,W) in [0,1], or `Sample`s), a folder
-            of them, or a clip, of which the sharpest frames are taken.
+            of them; a clip, of which the sharpest frames are taken; a folder with a COLMAP model (`sparse/0`, ...) or a
+            `transforms.json` and the photographs beside it, or that file.
         every: of a clip's frames, or of the photographs of a folder sorted by name, each so many.
         count: so many of them, spread evenly; of a clip some 14.
         seed: of the reconstruction; the same seed gives the same scene.
@@ -48,6 +55,7 @@ def load_scene(
             those that were held the other way. Without it EXIF counts, where it says one.
         prior: a model's guess where neither is known: a function from an image (3,H,W) to the focal length over the
             width, or a table name -> focal length.
+        cameras: a folder with a COLMAP model or a `transforms.json` for the photographs of `source`.
 
     Returns:
         The scene. Where the photographs tell nothing, `refused` says why; what was not read is in `left_out`.
@@ -61,10 +69,13 @@ def load_scene(
         'b is a copy of a, or taken from the same place: take a second photograph a step to the side.'
     """
     focal, every, count = checked_focal(focal), _whole(every, "every", 1), _whole(count, "count", 2)
+    if cameras is not None:
+        return _with_cameras(source, Path(cameras), every, count, seed, focal)
     if not isinstance(source, str | os.PathLike):
-        given = from_list(source, focal, prior)
-        return _reconstructed(given, "the list", seed)
+        return _reconstructed(from_list(source, focal, prior), "the list", seed)
     path = Path(source)
+    if (finished := find_cameras(path)) is not None:
+        return _finished(finished, None, every, count, seed, focal)
     if os.path.isdir(path):
         return _from_folder(path, every, count, seed, focal, prior)
     if os.path.isfile(path) and is_photo(path) and path.suffix.lower() not in MOVING:
@@ -78,6 +89,27 @@ def _whole(value: Any, name: str, least: int) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise DataError(f"{name}: must be a whole number of at least {least}, not {value!r}.")
     return value
+
+
+def _with_cameras(source: Any, cameras: Path, every: Any, count: Any, seed: int, focal: float | None) -> Scene:
+    """Photographs of a folder or a list, with the cameras that a file gives."""
+    finished = find_cameras(cameras)
+    if finished is None:
+        raise DataError(f"{cameras}: holds neither a COLMAP model (cameras, images) nor a transforms.json.")
+    if isinstance(source, str | os.PathLike):
+        if not os.path.isdir(source):
+            raise DataError(f"{Path(source)}: is no folder of photographs, which known cameras need.")
+        return _finished(finished, Path(source), every, count, seed, focal)
+    files = list(source)
+    if not all(isinstance(file, str | os.PathLike) for file in files):
+        raise DataError("photographs: known cameras belong to files, by their names; the list holds something else.")
+    return _finished(finished, [Path(file) for file in files], every, count, seed, focal)
+
+
+def _finished(finished: Any, photographs: Any, every: Any, count: Any, seed: int, focal: float | None) -> Scene:
+    if focal is not None:
+        raise DataError("focal: the cameras are known here, and their focal length with them; leave it out.")
+    return scene_of_finished(finished, photographs, every, count, seed)
 
 
 def _from_folder(path: Path, every: int | None, count: int | None, seed: int, focal: Any, prior: Any) -> Scene:
