@@ -70,7 +70,7 @@ def assert_same_scene(one: Scene, other: Scene, tracks: bool = True) -> None:
             x, y = a.tracks[orders[0].argsort()], b.tracks[orders[1].argsort()]
             assert torch.allclose(x.uv, y.uv, atol=1e-6) and torch.allclose(x.depth, y.depth, rtol=1e-5)
             # Where an observation that became no track had moved the point, its reprojection error is another.
-            assert (x.weight - y.weight).abs().median() < 1e-4 and (x.weight - y.weight).abs().max() < 0.15
+            assert ((x.weight - y.weight).abs() > 1e-3).float().mean() < 0.1
 
 
 def test_known_cameras_give_depth_in_their_own_scale(house, views):
