@@ -15,8 +15,6 @@ from ttt_lib.data.photographs.scene import Scene
 from ttt_lib.data.photographs.sources import MOST, distinct_names, evenly
 from ttt_lib.data.photographs.transforms import find_transforms, lens_of, read_transforms, size_of
 
-FISHEYE = ("FISHEYE", "FOV", "EUCM", "EQUIRECTANGULAR")
-
 
 def find_cameras(path: Path) -> Model | Path | None:
     """The files of a COLMAP model in a folder, else a `transforms.json` there or of this name; None without either."""
@@ -79,7 +77,7 @@ def _of_colmap(files: Model, photographs: Any, every: int | None, count: int | N
     paths = _files(names, photographs, folders_near(files.folder), files.folder, found)
     of_image = {int(i): paths[name] for i, name in zip(model.image, names) if name in paths}
     of_image = dict(list(of_image.items())[::every])
-    if listing.points and len(model.point):
+    if listing.points:
         if count is None and len(of_image) > MOST:
             count = MOST
         return scene_of_model(model, of_image, listing.own, count, found, finished.unusable)
