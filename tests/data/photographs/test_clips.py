@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_clips import window, write_clip, write_sound
 
 from ttt_lib.core.errors import DataError
@@ -107,6 +108,24 @@ def test_a_clip_that_was_cut_off_gives_what_it_holds(tmp_path):
     content = write_clip(tmp_path / "c.mkv", window(30), "mpeg4").read_bytes()
     (tmp_path / "cut.mkv").write_bytes(content[: len(content) * 2 // 3])
     assert 10 < read_clip(tmp_path / "cut.mkv").frames < 30
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_pictures_that_move_are_clips(tmp_path, suffix):
+    frames = [Image.fromarray(frame) for frame in window(12)]
+    path = tmp_path / f"c.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+    clip = read_clip(path, every=4)
+    assert clip.frames == 12 and len(clip.pictures) == 3
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+    try:
+        assert 2 <= read_clip(path).frames < 12
+    except DataError as error:
+        assert suffix == "webp", error  # which is decoded as a whole
+    frames[0].save(path)
+    with pytest.raises(DataError, match="one photograph"):
+        load_scene(path)
 
 
 def test_a_clip_as_a_scene(tmp_path, monkeypatch):

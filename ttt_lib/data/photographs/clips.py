@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ttt_lib.core.errors import DataError, reason
-from ttt_lib.data.images import SMALLEST, read_photo
+from ttt_lib.core.errors import DataError, UserError, reason
+from ttt_lib.data.images import SMALLEST, read_photo, readable_formats
 from ttt_lib.data.photographs.features import Picture
 from ttt_lib.data.photographs.sources import MOST, evenly
 
@@ -70,10 +71,12 @@ def _read_frame(path: Path, folder: _Folder) -> Tensor:
     return read_photo(path)
 
 
-def _open(path: Path) -> Any:
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
     # Of a name FFmpeg may make an address or a pattern, so it gets an open file.
-    return av.open(open(path, "rb"), options=options, metadata_errors="replace")
+    with open(path, "rb") as file, av.open(file, options=options, metadata_errors="replace") as container:
+        yield container
 
 
 def _packets(container: Any, stream: Any) -> Iterator[Any]:
@@ -86,8 +89,44 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
             return
 
 
+def _pictures(path: Path) -> Iterator[av.VideoFrame]:
+    """The frames of a picture that moves (GIF, PNG, WebP), by Pillow, which knows more of their kinds."""
+    left = BUDGET
+    with Image.open(path, formats=readable_formats()) as image:
+        if image.width * image.height > LARGEST:
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        for number in itertools.count():
+            left -= max(image.width * image.height, LEAST)
+            try:
+                image.seek(number)
+                whole = image.convert("RGBA")
+            except (EOFError, OSError, SyntaxError, ValueError):  # the end, or where it was cut off
+                return
+            white = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
+            yield av.VideoFrame.from_ndarray(np.asarray(white.convert("RGB")), "rgb24")
+            if left < 0:
+                log.warning("%s: holds many frames; only its beginning is read", path)
+                return
+
+
+def is_moving_picture(path: Path) -> bool:
+    """Whether a file is a picture with several frames."""
+    try:
+        with Image.open(path, formats=readable_formats()) as image:
+            return image.format in ("GIF", "PNG", "WEBP") and getattr(image, "n_frames", 1) > 1
+    except Exception:  # no picture, or a damaged one
+        return False
+
+
 def _frames(path: Path, keys_only: bool) -> Iterator[tuple[av.VideoFrame, float]]:
-    """The clip's frames, each with the width of its pixels over their height. Raises what PyAV raises.
+    """The clip's frames, each with the width of its pixels over their height. Raises what the decoders raise."""
+    if is_moving_picture(path):
+        return ((frame, 1.0) for frame in _pictures(path))
+    return _decoded(path, keys_only)
+
+
+def _decoded(path: Path, keys_only: bool) -> Iterator[tuple[av.VideoFrame, float]]:
+    """As `_frames`, by PyAV.
 
     Packets that cannot be decoded are passed over, and what comes after BUDGET pixels is not read.
     """
@@ -122,6 +161,8 @@ def _stream(container: Any, path: Path) -> Any:
     streams = [stream for stream in container.streams.video if not stream.disposition & attached]
     if not streams:
         raise DataError(f"{path}: holds no moving pictures, only sound or other data.")
+    if streams[0].codec_context is None:
+        raise DataError(f"{path}: is coded in a way that this cannot read; convert it to MP4 (H.264).")
     return streams[0]
 
 
@@ -204,13 +245,15 @@ def read_clip(path: str | Path, every: int | None = None, count: int | None = No
         raise DataError(f"{path}: there is no such file; check the name.")
     try:
         return _read(path, every, count, focal)
-    except (av.FFmpegError, OSError, ValueError, MemoryError, RuntimeError, TypeError, OverflowError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what a decoder makes of damaged bytes differs by format
         raise DataError(f"{path}: is no clip that this can read, or is damaged ({reason(error)}).") from error
 
 
 def _read(path: Path, every: int | None, count: int | None, focal: float | None) -> Clip:
     clip = Clip()
-    keys_only = every is None and _expected(path) > LONG
+    keys_only = every is None and not is_moving_picture(path) and _expected(path) > LONG
     sharpness = _measure(path, keys_only)
     if keys_only and len(sharpness) < ENOUGH * (count or USUAL_COUNT):
         keys_only = False

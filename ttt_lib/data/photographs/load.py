@@ -9,7 +9,7 @@ from typing import Any
 
 from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import is_photo
-from ttt_lib.data.photographs.clips import read_clip
+from ttt_lib.data.photographs.clips import is_moving_picture, read_clip
 from ttt_lib.data.photographs.finished import find_cameras, scene_of_finished
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.scene import Scene
@@ -24,8 +24,6 @@ from ttt_lib.data.photographs.sources import (
     guess,
     photos_in,
 )
-
-MOVING = (".gif", ".png", ".apng")  # pictures that may hold several frames
 
 
 def load_scene(
@@ -78,7 +76,7 @@ def load_scene(
         return _finished(finished, None, every, count, seed, focal)
     if os.path.isdir(path):
         return _from_folder(path, every, count, seed, focal, prior)
-    if os.path.isfile(path) and is_photo(path) and path.suffix.lower() not in MOVING:
+    if os.path.isfile(path) and is_photo(path) and not is_moving_picture(path):
         raise DataError(f"{path}: is one photograph; name two or more of the same scene.")
     if os.path.isfile(path):
         return _from_clip(path, every, count, seed, focal, prior)
