@@ -31,8 +31,8 @@ from ttt_lib.data.photographs.sources import MOST, evenly
 log = logging.getLogger(__name__)
 
 USUAL_COUNT = 14
-LONG = 10**10  # pixels of all frames: 160 s of full HD at 30 frames a second; beyond, key frames come first
-ENOUGH = 4  # key frames for each picture that is wanted
+LONG = 4 * 10**9  # pixels of all frames: a minute of full HD at 30 frames a second; beyond, key frames come first
+ENOUGH = 2  # key frames for each picture that is wanted
 BUDGET, LEAST = 4 * 10**10, 10**5  # pixels that are decoded at most; what a frame counts at least
 LARGEST = 2**26  # pixels of a frame: 8192 x 8192
 SHARPNESS_WIDTH = 480  # of the gray frames that are compared
