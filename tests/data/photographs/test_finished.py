@@ -102,6 +102,11 @@ def test_a_model_is_written_and_read_again(house, tmp_path):
     assert_same_scene(again, load_scene(files, cameras=folder))
     part = load_scene(files[:3], cameras=folder / "sparse" / "0")
     assert len(part.photographs) == 3 and [name for name, _ in part.left_out] == ["view_3.png"]
+    Image.new("RGB", (40, 30)).save(tmp_path / "other.png")
+    more = load_scene([*files, tmp_path / "other.png"], cameras=folder)
+    assert (
+        len(more.photographs) == 4 and [p.name for p in more.rest] == ["other"] and "no camera" in more.left_out[0][1]
+    )
     assert len(load_scene(folder, count=2).photographs) == 2
 
 
@@ -175,6 +180,22 @@ def test_pictures_that_exif_turns_are_seen_upright(house, views, tmp_path, orien
         rays = torch.cat([before.tracks.uv, torch.ones(len(a.tracks), 1)], -1) @ torch.linalg.inv(before.intrinsics).mT
         expected = (rays * before.tracks.depth[:, None] - before.pose[:3, 3]) @ before.pose[:3, :3]
         assert torch.allclose(world.sort(0).values, expected.sort(0).values, atol=1e-4)
+
+
+def test_known_cameras_of_turned_pictures(house, views, tmp_path):
+    """Three as they are stored upright, one that its EXIF turns: its camera saw it unturned."""
+    shutil.copytree(house[0] / "images", tmp_path / "images")
+    exif = Image.Exif()
+    exif[274] = 8
+    Image.open(tmp_path / "images" / "view_1.png").save(tmp_path / "images" / "view_1.png", exif=exif)
+    shutil.copy(house[0] / "transforms.json", tmp_path)
+    scene = load_scene(tmp_path)
+    assert scene.about["explained"] > 0.95 and len(scene.photographs) == 4
+    turned, upright = scene.photographs[1], scene.photographs[2]
+    assert turned.image.shape == (3, WIDTH, HEIGHT) and upright.image.shape == (3, HEIGHT, WIDTH)
+    assert depth_error(turned.tracks, torch.rot90(views[1].depth, 1)) < 0.01
+    assert depth_error(upright.tracks, views[2].depth) < 0.01
+    assert turned.intrinsics[1, 1] == pytest.approx(FOCAL)  # over the height now
 
 
 def test_a_model_without_points_is_triangulated(house, tmp_path, views):

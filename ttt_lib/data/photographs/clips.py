@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ttt_lib.core.errors import DataError, UserError, reason
+from ttt_lib.core.errors import DataError, UserError, printable, reason
 from ttt_lib.data.images import SMALLEST, read_photo, readable_formats
 from ttt_lib.data.photographs.features import Picture
 from ttt_lib.data.photographs.sources import MOST, evenly
@@ -274,7 +274,7 @@ def _read(path: Path, every: int | None, count: int | None, focal: float | None)
             raise DataError(f"{path}: frames of {array.shape[1]} x {array.shape[0]} pixels are too small.")
         file = folder.path / f"{index:06d}.png"
         Image.fromarray(array).save(file, compress_level=1)
-        name = f"{path.stem}_{index:04d}"
+        name = f"{printable(path.stem, 80)}_{index:04d}"
         source = partial(_read_frame, file, folder)
         clip.pictures.append(Picture(name, source, focal, exact=focal is not None))
     return clip

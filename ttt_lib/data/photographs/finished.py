@@ -11,8 +11,8 @@ from ttt_lib.data.photographs.beside import folders_near, in_folders, in_list
 from ttt_lib.data.photographs.colmap import Finished, read_model
 from ttt_lib.data.photographs.colmap_files import Lens, Model, find_model
 from ttt_lib.data.photographs.posed import Found, Posed, scene_of_cameras, scene_of_model, stored_turns
-from ttt_lib.data.photographs.scene import Scene
-from ttt_lib.data.photographs.sources import MOST, distinct_names, evenly
+from ttt_lib.data.photographs.scene import Photograph, Scene
+from ttt_lib.data.photographs.sources import MOST, SHOWN, distinct_names, evenly, from_files, photos_in
 from ttt_lib.data.photographs.transforms import find_transforms, lens_of, read_transforms, size_of
 
 
@@ -45,10 +45,15 @@ def _files(
     """The photograph of each name. Raises `DataError` where fewer than two are there."""
     if isinstance(photographs, list):
         files, where = in_list(names, photographs), None
-        unused = sorted(set(photographs) - set(files.values()))
-        found.left_out += [(printable(file.name, 100), f"has no camera in {what}") for file in unused]
+        unused = from_files([file for file in photographs if file not in set(files.values())])
+        found.rest = [Photograph(picture.name, picture.source) for picture in unused.pictures]
+        found.left_out += unused.left_out + [(p.name, f"has no camera in {what}") for p in found.rest]
     else:
         files, where = in_folders(names, folders_near(photographs) if photographs else near)
+        others = sorted(set(photos_in(where)[0]) - set(files.values())) if where else []
+        found.left_out += [(printable(file.stem, 100), f"has no camera in {what}") for file in others[:SHOWN]]
+        if len(others) > SHOWN:
+            found.left_out.append((f"{len(others) - SHOWN} other photographs", f"have no camera in {what}"))
     at = where or ("the list" if isinstance(photographs, list) else photographs or near[0])
     if len(files) < 2:
         raise DataError(

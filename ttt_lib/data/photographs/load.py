@@ -113,8 +113,8 @@ def _finished(finished: Any, photographs: Any, every: Any, count: Any, seed: int
 def _from_folder(path: Path, every: int | None, count: int | None, seed: int, focal: Any, prior: Any) -> Scene:
     files, others = photos_in(path)
     if not files:
-        also = f" ({', '.join(name for name, _ in others[:3])})" if others else ""
-        raise DataError(f"{path}: holds no photographs{also}; name the folder that they lie in.")
+        also = "; ".join(f"{name} {why}" for name, why in others[:1]) or "it is empty"
+        raise DataError(f"{path}: holds no photographs ({also}); name the folder that they lie in.")
     files = files[::every]
     files = [files[place] for place in evenly(count, len(files))]
     if len(files) > MOST:

@@ -103,9 +103,10 @@ def turn(model: SparseModel, row: int, turns: int) -> None:
 
 @dataclass
 class Found:
-    """What is known when a scene is put together. left_out (name, reason); about: see `Scene`."""
+    """What is known when a scene is put together. left_out (name, reason); rest, about: see `Scene`."""
 
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    rest: list[Photograph] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -156,7 +157,7 @@ def put_together(
     found.about["focal"] = sorted({round(float(model.intrinsics[r, 0] / model.size[r, 0]), 4) for r in rows})
     listed = [names.get(int(image), "") for image in model.image]
     photographs = to_photographs(model, whole, listed, [sources.get(int(image)) for image in model.image])
-    rest = [Photograph(names[image], sources[image]) for image in out]
+    rest = [Photograph(names[image], sources[image]) for image in out] + found.rest
     if len(photographs) >= 2:
         return Scene(photographs, found.left_out, found.about, "", rest)
     first = next((f" ({name} {why.rstrip('.')})" for name, why in found.left_out), "")
@@ -174,7 +175,7 @@ def scene_of_cameras(posed: list[Posed], seed: int, in_order: bool, found: Found
         model, wrong = triangulate(pictures, [each.lens for each in posed], poses, seed, in_order, found.about)
     except Refusal as refusal:
         photographs = [Photograph(each.name, source) for each, source in zip(posed, upright)]
-        return Scene(photographs, found.left_out, found.about, str(refusal))
+        return Scene(photographs + found.rest, found.left_out, found.about, str(refusal))
     picked = select_tracks(model, moves_ahead(model))
     picked.weak.update(wrong)
     for row, image in enumerate(map(int, model.image)):

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 Prior = Callable[[Tensor], float | None] | Mapping[str, float]
 MOST = 300  # photographs of one scene: a mistake rather than a scene, and pairs grow with the square
+CLIPS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mts", ".3gp")
+NO_PHOTOGRAPH = "is no photograph that this can read; convert it to JPEG or PNG if it is one"
 SHOWN = 20  # of the files that are not read, each is named; of more, their number
 REASONABLE = 0.05, 15.0  # focal length over width that somebody may say; 26 would be millimetres
 
@@ -163,11 +165,16 @@ def photos_in(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
         raise DataError(f"{folder}: cannot be read ({error.strerror}).") from error
     files = [p for p in visible if is_photo(p) and p.is_file()]
     others = [p for p in visible if p not in set(files)]
-    why = {True: "is a folder; its photographs are not read", False: "is no photograph that this can read"}
-    left_out = [(printable(p.name, 100), why[p.is_dir()]) for p in others[:SHOWN]]
+    left_out = [(printable(p.name, 100), _why_not(p)) for p in others[:SHOWN]]
     if len(others) > SHOWN:
-        left_out.append((f"{len(others) - SHOWN} other files", why[False]))
+        left_out.append((f"{len(others) - SHOWN} other files", NO_PHOTOGRAPH))
     return files, left_out
+
+
+def _why_not(path: Path) -> str:
+    if path.is_dir():
+        return "is a folder; its photographs are not read"
+    return "is a clip; name it by itself" if path.suffix.lower() in CLIPS else NO_PHOTOGRAPH
 
 
 def evenly(count: int | None, total: int) -> list[int]:
