@@ -33,6 +33,19 @@ def test_a_model_says_what_it_holds(tmp_path, files):
         assert photograph.pose[0, 3] == pytest.approx(-0.3 * k)
 
 
+def test_photographs_are_in_the_order_of_their_names(tmp_path):
+    files = text()
+    folder = write_model(tmp_path, {**files, "images.txt": files["images.txt"].replace(b"p0.png", b"p10.png")})
+    (folder / "images" / "p0.png").rename(folder / "images" / "p10.png")
+    scene = load_scene(folder)
+    assert [p.name for p in scene.photographs] == ["p1", "p2", "p3", "p10"]
+    assert [float(p.pose[0, 3]) for p in scene.photographs] == pytest.approx([-0.3, -0.6, -0.9, 0])
+    assert torch.equal(scene.photographs[3].image, torch.tensor([0, 90, 120]).view(3, 1, 1).expand(3, 120, 160) / 255)
+    _, uv = cloud()
+    inside = ((uv[0] >= 0) & (uv[0] <= SIZE)).all(-1)
+    assert torch.allclose(scene.photographs[3].tracks.uv.double(), torch.from_numpy(uv[0][inside] / SIZE), atol=1e-6)
+
+
 def huge(content: bytes, at: int) -> bytes:
     return content[:at] + struct.pack("<Q", 2**61) + content[at + 8 :]
 

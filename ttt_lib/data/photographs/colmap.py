@@ -13,13 +13,15 @@ import numpy as np
 from ttt_lib.core.errors import DataError
 from ttt_lib.data.photographs.colmap_files import Listing, Model, list_model
 from ttt_lib.data.photographs.process import SparseModel, read_sparse_model, run_worker
+from ttt_lib.data.photographs.sources import natural
 
-BASE_MEMORY, MEMORY_PER_BYTE = (
-    2**31,
-    8,
-)  # of the process that reads: the libraries, and what a byte of the files becomes
+BASE_MEMORY = 2**31  # bytes that the process which reads may take: its libraries,
+MEMORY_PER_BYTE = 12  # and what becomes of a byte of the files
 PATIENCE, BYTES_A_SECOND = 60, 2**20  # how long it may take
 FARTHEST = 1e8  # units: a coordinate beyond is no measurement
+# Fields of a SparseModel.
+OF_IMAGES = ("image", "name", "camera", "pose", "size", "intrinsics", "fisheye")  # one row an image
+OBSERVED = ("seen_by", "feature", "point", "uv", "depth", "error")  # one row an observation
 
 
 @dataclass
@@ -51,6 +53,7 @@ def read_model(files: Model) -> Finished:
         raise DataError(f"{files.folder}: the COLMAP model cannot be read ({failed or 'it has no images'}).")
     # Of a text file pycolmap takes a name up to its first space.
     model.name = np.array([listing.images[int(i)][0] if int(i) in listing.images else "" for i in model.image])
+    model = model if listing.own else _by_name(model)
     finished = Finished(_without_bad_points(model), listing)
     _check_images(finished)
     return finished
@@ -70,15 +73,20 @@ def _lay_out(files: Model, target: Path) -> None:
         empty.write_bytes(bytes(8) if files.is_binary else b"")
 
 
+def _by_name(model: SparseModel) -> SparseModel:
+    """Images in the order of their names, as they were taken; COLMAP numbers them as it comes."""
+    order = np.array(sorted(range(len(model.image)), key=lambda row: natural(str(model.name[row]))))
+    place = np.argsort(order)
+    images = {name: getattr(model, name)[order] for name in OF_IMAGES}
+    return replace(model, **images, seen_by=place[model.seen_by])
+
+
 def _without_bad_points(model: SparseModel) -> SparseModel:
     """Without the observations that are no numbers, or of points that are none."""
     good = (np.isfinite(model.xyz) & (np.abs(model.xyz) < FARTHEST)).all(-1)
     keep = good[model.point] & np.isfinite(model.uv).all(-1) & np.isfinite(model.depth) & np.isfinite(model.error)
     xyz = np.where(good[:, None], model.xyz, 0.0)
     return replace(model, xyz=xyz, **{name: getattr(model, name)[keep] for name in OBSERVED})
-
-
-OBSERVED = ("seen_by", "feature", "point", "uv", "depth", "error")  # fields of a SparseModel, one row an observation
 
 
 def _check_images(finished: Finished) -> None:

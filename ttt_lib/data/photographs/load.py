@@ -9,7 +9,6 @@ from typing import Any
 
 from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import is_photo
-from ttt_lib.data.photographs.clips import is_moving_picture, read_clip
 from ttt_lib.data.photographs.finished import find_cameras, scene_of_finished
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.scene import Scene
@@ -76,8 +75,6 @@ def load_scene(
         return _finished(finished, None, every, count, seed, focal)
     if os.path.isdir(path):
         return _from_folder(path, every, count, seed, focal, prior)
-    if os.path.isfile(path) and is_photo(path) and not is_moving_picture(path):
-        raise DataError(f"{path}: is one photograph; name two or more of the same scene.")
     if os.path.isfile(path):
         return _from_clip(path, every, count, seed, focal, prior)
     raise DataError(f"{path}: there is no such folder or file; check the name.")
@@ -127,6 +124,11 @@ def _from_folder(path: Path, every: int | None, count: int | None, seed: int, fo
 
 
 def _from_clip(path: Path, every: int | None, count: int | None, seed: int, focal: Any, prior: Any) -> Scene:
+    # Here and not above: OpenCV has an FFmpeg of its own, and two of them in one process are one too many for some systems.
+    from ttt_lib.data.photographs.clips import is_moving_picture, read_clip
+
+    if is_photo(path) and not is_moving_picture(path):
+        raise DataError(f"{path}: is one photograph; name two or more of the same scene.")
     given = Given(read_clip(path, every, count, focal).pictures)
     for picture in given.pictures:
         if picture.focal is None and prior is not None:

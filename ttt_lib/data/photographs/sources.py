@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -157,10 +158,21 @@ def from_list(items: Iterable[Any], focal: float | None = None, prior: Prior | N
     return from_memory(items, focal, prior)
 
 
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """A key by which names are sorted as people do: numbers by their value.
+
+    Example:
+        >>> sorted(["a10", "a9", "b"], key=natural)
+        ['a9', 'a10', 'b']
+    """
+    parts = re.split(r"([0-9]{1,18})", name)
+    return [(0, int(part)) if k % 2 else (1, part) for k, part in enumerate(parts) if part]
+
+
 def photos_in(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     """The photographs that lie in a folder, sorted by name, and (name, reason) of what else lies there."""
     try:
-        visible = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+        visible = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: natural(p.name))
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}).") from error
     files = [p for p in visible if is_photo(p) and p.is_file()]
