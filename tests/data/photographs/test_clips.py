@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import pickle
@@ -80,10 +81,14 @@ def test_frames_last_as_long_as_their_pictures(tmp_path):
     source = clip.pictures[1].source
     folder = Path(source.args[0]).parent
     again = pickle.loads(pickle.dumps(source))
+    copied = copy.deepcopy(clip)
     del clip
     gc.collect()
     assert torch.equal(again(), source())
     del source
+    gc.collect()
+    assert torch.equal(again(), copied.pictures[1].read())
+    del copied
     gc.collect()
     assert not os.path.exists(folder)
 

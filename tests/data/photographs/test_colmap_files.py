@@ -46,6 +46,17 @@ def test_photographs_are_in_the_order_of_their_names(tmp_path):
     assert torch.allclose(scene.photographs[3].tracks.uv.double(), torch.from_numpy(uv[0][inside] / SIZE), atol=1e-6)
 
 
+def test_of_several_models_the_one_with_most_images_is_read(tmp_path):
+    files = binary()
+    few = b"".join([struct.pack("<Q", 1), files["images.bin"][8 : 8 + (len(files["images.bin"]) - 8) // 4]])
+    empty = {"cameras.bin": files["cameras.bin"], "points3D.bin": bytes(8)}
+    write_model(tmp_path / "sparse" / "0", {**empty, "images.bin": few})
+    write_model(tmp_path / "sparse" / "1", files)
+    write_model(tmp_path, {})
+    scene = load_scene(tmp_path)
+    assert len(scene.photographs) == 4 and [name for name, _ in scene.left_out] == ["sparse/0"]
+
+
 def huge(content: bytes, at: int) -> bytes:
     return content[:at] + struct.pack("<Q", 2**61) + content[at + 8 :]
 

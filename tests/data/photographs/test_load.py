@@ -136,5 +136,12 @@ def test_what_is_no_scene(tmp_path):
         load_scene([one, ("b", torch.zeros(3, 20, 20))])
     with pytest.raises(DataError, match="count"):
         load_scene(tmp_path, count=1)
+    for source in ("", 3, None):
+        with pytest.raises(DataError, match="source: must be"):
+            load_scene(source)
+    with pytest.raises(DataError, match="too many"):
+        load_scene([one] * 301)
+    with pytest.raises(DataError, match="1 photographs can be read"):  # every and count hold for lists too
+        load_scene([one, one, one, tmp_path / "none.jpg"], every=3)
     sample = Sample("s", "set", torch.zeros(3, 20, 20))
     assert [p.name for p in from_list([sample, sample, ("t", sample.image)]).pictures] == ["s", "s_2", "t"]

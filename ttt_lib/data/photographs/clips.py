@@ -65,6 +65,12 @@ class _Folder:
     def __reduce__(self) -> tuple[Any, ...]:  # another process gets the name; the files stay this one's
         return str, (str(self.path),)
 
+    def __copy__(self) -> _Folder:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> _Folder:
+        return self
+
 
 def _read_frame(path: Path, folder: _Folder) -> Tensor:
     """folder: held, so that the file stays."""

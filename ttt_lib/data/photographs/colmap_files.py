@@ -51,12 +51,14 @@ class Listing:
 
 @dataclass
 class Model:
-    """The files of a model in a folder, all binary or all text. points: None where there is no such file."""
+    """The files of a model in a folder, all binary or all text. points: None where there is no such file; others: folders
+    of further models beside it, which are not read."""
 
     folder: Path
     cameras: Path
     images: Path
     points: Path | None
+    others: list[Path] = field(default_factory=list)
 
     @property
     def is_binary(self) -> bool:
@@ -69,13 +71,35 @@ class Model:
 
 
 def find_model(folder: Path) -> Model | None:
-    """The model in a folder, or where COLMAP and those who use it put one inside; None where there is none."""
+    """The model in a folder, or where COLMAP and those who use it put one inside; None where there is none.
+
+    Of several that one mapping gave (`sparse/0`, `sparse/1`, ...) it is the one with most of the images. Raises
+    `DataError` where the folder cannot be read.
+    """
+    try:
+        return _find(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({reason(error)}).") from error
+
+
+def _find(folder: Path) -> Model | None:
     for place in PLACES:
-        for suffix in (".bin", ".txt"):
-            files = [folder / place / f"{name}{suffix}" for name in ("cameras", "images", "points3D")]
-            if all(os.path.isfile(file) for file in files[:2]):
-                points = files[2] if os.path.isfile(files[2]) else None
-                return Model(files[0].parent, files[0], files[1], points)
+        found = _model_in(folder / place)
+        if found is not None and place.endswith("0"):
+            beside = [p for p in (folder / place).parent.iterdir() if p.name.isdecimal()]
+            models = [model for p in sorted(beside) if (model := _model_in(p)) is not None]
+            found = max(models, key=lambda model: model.images.stat().st_size)
+            found.others = [model.folder for model in models if model is not found]
+        if found is not None:
+            return found
+    return None
+
+
+def _model_in(folder: Path) -> Model | None:
+    for suffix in (".bin", ".txt"):
+        cameras, images, points = (folder / f"{name}{suffix}" for name in ("cameras", "images", "points3D"))
+        if os.path.isfile(cameras) and os.path.isfile(images):
+            return Model(cameras.parent, cameras, images, points if os.path.isfile(points) else None)
     return None
 
 

@@ -12,7 +12,7 @@ from ttt_lib.data.photographs.colmap import Finished, read_model
 from ttt_lib.data.photographs.colmap_files import Lens, Model, find_model
 from ttt_lib.data.photographs.posed import Found, Posed, scene_of_cameras, scene_of_model, stored_turns
 from ttt_lib.data.photographs.scene import Photograph, Scene
-from ttt_lib.data.photographs.sources import MOST, SHOWN, distinct_names, evenly, from_files, photos_in
+from ttt_lib.data.photographs.sources import SHOWN, distinct_names, from_files, photos_in, thinned
 from ttt_lib.data.photographs.transforms import find_transforms, lens_of, read_transforms, size_of
 
 
@@ -64,28 +64,20 @@ def _files(
     return files
 
 
-def _thinned(items: list[Any], every: int | None, count: int | None, where: Path) -> list[Any]:
-    items = items[::every]
-    items = [items[place] for place in evenly(count, len(items))]
-    if len(items) > MOST:
-        raise DataError(f"{where}: {len(items)} photographs are too many; take some by `count` or `every`.")
-    return items
-
-
 # ------------------------------------------------------------------------------------------------ COLMAP
 
 
 def _of_colmap(files: Model, photographs: Any, every: int | None, count: int | None, seed: int) -> Scene:
     finished, found = read_model(files), Found()
+    other = "is another model, of fewer images, which is not read; name it to have it"
+    found.left_out = [(f"{path.parent.name}/{path.name}", other) for path in files.others]
     model, listing = finished.model, finished.listing
     names = [str(name) for name in model.name]
     paths = _files(names, photographs, folders_near(files.folder), files.folder, found)
     of_image = {int(i): paths[name] for i, name in zip(model.image, names) if name in paths}
     of_image = dict(list(of_image.items())[::every])
     if listing.points:
-        if count is None and len(of_image) > MOST:
-            count = MOST
-        return scene_of_model(model, of_image, listing.own, count, found, finished.unusable)
+        return scene_of_model(finished, of_image, count, files.folder, found)
     return scene_of_cameras(_posed(finished, of_image, count, files.folder, found), seed, False, found)
 
 
@@ -95,7 +87,7 @@ def _posed(finished: Finished, of_image: dict[int, Path], count: int | None, whe
     found.left_out += [(of_image[i].stem, why) for i, why in finished.unusable.items() if i in of_image]
     usable = [image for image in of_image if image not in finished.unusable]
     entries = []
-    for image in _thinned(usable, None, count, where):
+    for image in thinned(usable, None, count, where):
         lens = finished.listing.lenses[finished.listing.images[image][1]]
         entries.append((of_image[image], lens, finished.model.pose[rows[image]]))
     return _put_beside(entries, where, found)
@@ -129,5 +121,5 @@ def _of_transforms(path: Path, photographs: Any, every: int | None, count: int |
         raise DataError(f"{path}: no frame has a camera ({found.left_out[0][0]} {found.left_out[0][1]}).")
     files = _files([frame.path for frame in frames], photographs, folders_near(path.parent), path, found)
     there = [frame for frame in frames if frame.path in files]
-    entries = [(files[f.path], f.values, f.pose) for f in _thinned(there, every, count, path)]
+    entries = [(files[f.path], f.values, f.pose) for f in thinned(there, every, count, path)]
     return scene_of_cameras(_put_beside(entries, path, found), seed, False, found)

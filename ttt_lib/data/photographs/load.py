@@ -13,15 +13,14 @@ from ttt_lib.data.photographs.finished import find_cameras, scene_of_finished
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.scene import Scene
 from ttt_lib.data.photographs.sources import (
-    MOST,
     Given,
     Prior,
     checked_focal,
-    evenly,
     from_files,
     from_list,
     guess,
     photos_in,
+    thinned,
 )
 
 
@@ -45,7 +44,7 @@ def load_scene(
         source: a list of photographs (files; or pairs of a name and a tensor (3,H,W) in [0,1], or `Sample`s), a folder
             of them; a clip, of which the sharpest frames are taken; a folder with a COLMAP model (`sparse/0`, ...) or a
             `transforms.json` and the photographs beside it, or that file.
-        every: of a clip's frames, or of the photographs of a folder sorted by name, each so many.
+        every: of a clip's frames, or of the photographs (of a folder in the order of their names), each so many.
         count: so many of them, spread evenly; of a clip some 14.
         seed: of the reconstruction; the same seed gives the same scene.
         focal: the focal length over the width where it is known: of the first photograph, and the same camera's for
@@ -66,11 +65,15 @@ def load_scene(
         'b is a copy of a, or taken from the same place: take a second photograph a step to the side.'
     """
     focal, every, count = checked_focal(focal), _whole(every, "every", 1), _whole(count, "count", 2)
+    source, cameras = (
+        _path_or_list(source, "source"),
+        _path_or_list(cameras, "cameras") if cameras is not None else None,
+    )
     if cameras is not None:
-        return _with_cameras(source, Path(cameras), every, count, seed, focal)
-    if not isinstance(source, str | os.PathLike):
-        return _reconstructed(from_list(source, focal, prior), "the list", seed)
-    path = Path(source)
+        return _with_cameras(source, cameras, every, count, seed, focal)
+    if isinstance(source, list):
+        return _reconstructed(from_list(thinned(source, every, count, "the list"), focal, prior), "the list", seed)
+    path = source
     if (finished := find_cameras(path)) is not None:
         return _finished(finished, None, every, count, seed, focal)
     if os.path.isdir(path):
@@ -80,25 +83,32 @@ def load_scene(
     raise DataError(f"{path}: there is no such folder or file; check the name.")
 
 
+def _path_or_list(value: Any, name: str) -> Path | list[Any]:
+    if isinstance(value, str | os.PathLike) and os.fspath(value):
+        return Path(value)
+    if isinstance(value, str | os.PathLike) or not hasattr(value, "__iter__") and not hasattr(value, "__getitem__"):
+        raise DataError(f"{name}: must be a path{' or a list of photographs' * (name == 'source')}, not {value!r}.")
+    return list(value)
+
+
 def _whole(value: Any, name: str, least: int) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise DataError(f"{name}: must be a whole number of at least {least}, not {value!r}.")
     return value
 
 
-def _with_cameras(source: Any, cameras: Path, every: Any, count: Any, seed: int, focal: float | None) -> Scene:
+def _with_cameras(source: Any, cameras: Any, every: Any, count: Any, seed: int, focal: float | None) -> Scene:
     """Photographs of a folder or a list, with the cameras that a file gives."""
-    finished = find_cameras(cameras)
+    finished = find_cameras(cameras) if isinstance(cameras, Path) else None
     if finished is None:
         raise DataError(f"{cameras}: holds neither a COLMAP model (cameras, images) nor a transforms.json.")
-    if isinstance(source, str | os.PathLike):
+    if isinstance(source, Path):
         if not os.path.isdir(source):
-            raise DataError(f"{Path(source)}: is no folder of photographs, which known cameras need.")
-        return _finished(finished, Path(source), every, count, seed, focal)
-    files = list(source)
-    if not all(isinstance(file, str | os.PathLike) for file in files):
+            raise DataError(f"{source}: is no folder of photographs, which known cameras need.")
+        return _finished(finished, source, every, count, seed, focal)
+    if not all(isinstance(file, str | os.PathLike) for file in source):
         raise DataError("photographs: known cameras belong to files, by their names; the list holds something else.")
-    return _finished(finished, [Path(file) for file in files], every, count, seed, focal)
+    return _finished(finished, [Path(file) for file in source], every, count, seed, focal)
 
 
 def _finished(finished: Any, photographs: Any, every: Any, count: Any, seed: int, focal: float | None) -> Scene:
@@ -112,13 +122,7 @@ def _from_folder(path: Path, every: int | None, count: int | None, seed: int, fo
     if not files:
         also = "; ".join(f"{name} {why}" for name, why in others[:1]) or "it is empty"
         raise DataError(f"{path}: holds no photographs ({also}); name the folder that they lie in.")
-    files = files[::every]
-    files = [files[place] for place in evenly(count, len(files))]
-    if len(files) > MOST:
-        raise DataError(
-            f"{path}: {len(files)} photographs are too many for one scene; take some by `count` or `every`."
-        )
-    given = from_files(files, focal, prior)
+    given = from_files(thinned(files, every, count, path), focal, prior)
     given.left_out += others
     return _reconstructed(given, str(path), seed)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ttt_lib.core.errors import UserError
 from ttt_lib.data.images import exif_orientation, read_photo, readable_formats
+from ttt_lib.data.photographs.colmap import Finished
 from ttt_lib.data.photographs.colmap_files import Lens
 from ttt_lib.data.photographs.features import Picture
 from ttt_lib.data.photographs.job import Refusal
@@ -22,7 +23,7 @@ from ttt_lib.data.photographs.known import triangulate
 from ttt_lib.data.photographs.process import SparseModel
 from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.signals import moves_ahead
-from ttt_lib.data.photographs.sources import distinct_names, evenly
+from ttt_lib.data.photographs.sources import distinct_names, thinned
 from ttt_lib.data.photographs.tracks import Selection, select_tracks, summarize, to_photographs
 
 CLOCKWISE = {1: 0, 6: 1, 3: 2, 8: 3}  # quarter turns from the stored picture to the upright one, by EXIF's orientation
@@ -110,25 +111,23 @@ class Found:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def scene_of_model(
-    model: SparseModel, files: dict[int, Path], own: bool, count: int | None, found: Found, unusable: dict[int, str]
-) -> Scene:
+def scene_of_model(finished: Finished, files: dict[int, Path], count: int | None, where: Path, found: Found) -> Scene:
     """A scene of a model that has points, and of the photographs that belong to it.
 
     Args:
-        model: its images are ids.
+        finished: the model, whose images are ids.
         files: id -> photograph, of the images that were found.
-        own: whether every observation is a track, since this package wrote them.
         count: photographs at most, spread evenly over the model's images in their order.
+        where: the model's folder.
         found: what was left out before.
-        unusable: id -> why an image has no camera that can be used.
     """
+    model = finished.model
     picked = select_tracks(model, moves_ahead(model))
-    if own:
+    if finished.listing.own:  # each observation is a track already
         picked = replace(picked, which=np.isfinite(model.depth) & (model.depth > 0), weak={})
-    picked.weak.update(unusable)
+    picked.weak.update(finished.unusable)
     usable = [int(image) for image in model.image if int(image) in files and int(image) not in picked.weak]
-    taken = {usable[place] for place in evenly(count, len(usable))}
+    taken = set(thinned(usable, None, count, where))
     names = dict(zip(files, distinct_names(list(files.values()))))
     for row, image in enumerate(map(int, model.image)):
         if image in taken:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -148,11 +148,8 @@ def from_memory(items: list[Any], focal: float | None = None, prior: Prior | Non
     return given
 
 
-def from_list(items: Iterable[Any], focal: float | None = None, prior: Prior | None = None) -> Given:
+def from_list(items: list[Any], focal: float | None = None, prior: Prior | None = None) -> Given:
     """Pictures of a list of files, or of pairs and samples."""
-    items = list(items)
-    if len(items) > MOST:
-        raise DataError(f"{len(items)} photographs are too many for one scene, at most {MOST}; choose some.")
     if all(isinstance(item, str | os.PathLike) for item in items):
         return from_files([Path(item) for item in items], focal, prior)
     return from_memory(items, focal, prior)
@@ -199,3 +196,14 @@ def evenly(count: int | None, total: int) -> list[int]:
     if count is None or count >= total:
         return list(range(total))
     return [round(k * (total - 1) / (count - 1)) for k in range(count)]
+
+
+def thinned(items: list[Any], every: int | None, count: int | None, where: object) -> list[Any]:
+    """Each `every`-th, and of these `count`, spread evenly. Raises `DataError` where more than MOST are left."""
+    items = items[::every]
+    items = [items[place] for place in evenly(count, len(items))]
+    if len(items) > MOST:
+        raise DataError(
+            f"{where}: {len(items)} photographs are too many for one scene, at most {MOST}; take some by `count` or `every`."
+        )
+    return items
