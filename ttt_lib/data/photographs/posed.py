@@ -142,6 +142,14 @@ def scene_of_model(finished: Finished, files: dict[int, Path], count: int | None
     return put_together(model, picked, names, sources, taken, found)
 
 
+def _can_be_read(source: Callable[[], Tensor]) -> bool:
+    try:
+        source()
+    except UserError:
+        return False
+    return True
+
+
 def put_together(
     model: SparseModel, picked: Selection, names: dict[int, str], sources: dict[int, Any], taken: set[int], found: Found
 ) -> Scene:
@@ -156,11 +164,13 @@ def put_together(
     found.about["focal"] = sorted({round(float(model.intrinsics[r, 0] / model.size[r, 0]), 4) for r in rows})
     listed = [names.get(int(image), "") for image in model.image]
     photographs = to_photographs(model, whole, listed, [sources.get(int(image)) for image in model.image])
-    rest = [Photograph(names[image], sources[image]) for image in out] + found.rest
+    rest = [Photograph(names[image], sources[image]) for image in out if _can_be_read(sources[image])] + found.rest
     if len(photographs) >= 2:
         return Scene(photographs, found.left_out, found.about, "", rest)
     first = next((f" ({name} {why.rstrip('.')})" for name, why in found.left_out), "")
-    refused = f"fewer than two photographs have a camera and points enough{first}: give more of them."
+    refused = (
+        f"fewer than two photographs have a camera and points enough{first}: give more of them, from places apart."
+    )
     return Scene(rest + [Photograph(p.name, p.source) for p in photographs], found.left_out, found.about, refused)
 
 
