@@ -54,7 +54,8 @@ def house(tmp_path_factory, views):
 def copy_of(house, folder: Path) -> Path:
     """The photographs and a COLMAP model of the scene."""
     shutil.copytree(house[0] / "images", folder / "images")
-    write_colmap(folder / "sparse" / "0", house[1], [f"{p.name}.png" for p in house[1].photographs])
+    write_colmap(folder / "sparse" / "0", house[1])
+    assert (folder / "sparse" / "0" / "images.txt").read_text().count(".png\n") == 4  # files, not names of the scene
     return folder
 
 
@@ -180,6 +181,14 @@ def test_pictures_that_exif_turns_are_seen_upright(house, views, tmp_path, orien
         rays = torch.cat([before.tracks.uv, torch.ones(len(a.tracks), 1)], -1) @ torch.linalg.inv(before.intrinsics).mT
         expected = (rays * before.tracks.depth[:, None] - before.pose[:3, 3]) @ before.pose[:3, :3]
         assert torch.allclose(world.sort(0).values, expected.sort(0).values, atol=1e-4)
+    write_colmap(tmp_path / "again" / "sparse", turned)  # of the stored pixels, as other programs read them
+    assert "1 PINHOLE 320 216 " in (tmp_path / "again" / "sparse" / "cameras.txt").read_text()
+    shutil.copytree(folder / "images", tmp_path / "again" / "images")
+    assert_same_scene(turned, load_scene(tmp_path / "again"))
+    files = [tmp_path / "again" / "images" / f"{p.name}.png" for p in turned.photographs]
+    write_transforms(tmp_path / "again" / "transforms.json", turned, files)
+    (frame, *_), _ = read_transforms(tmp_path / "again" / "transforms.json")
+    assert size_of(frame.values) == (WIDTH, HEIGHT) and np.allclose(frame.pose, views[0].pose.numpy(), atol=1e-5)
 
 
 def test_known_cameras_of_turned_pictures(house, views, tmp_path):

@@ -58,8 +58,8 @@ class Posed:
         return torch.rot90(read_photo(self.file), self.turns, (1, 2))
 
 
-def _orientation(file: Path) -> int:
-    """By EXIF, of a file that can be read; of a TIFF nobody knows who turns it, so it counts as upright."""
+def orientation_of(file: Path) -> int:
+    """1 to 8 by EXIF, of a file that can be read; of a TIFF nobody knows who turns it, so it counts as upright."""
     try:
         with Image.open(file, formats=readable_formats()) as image:
             return exif_orientation(image) if image.format != "TIFF" else 1
@@ -77,7 +77,7 @@ def stored_turns(file: Path, size: tuple[int, int] | None) -> tuple[int, tuple[i
         UserError: it cannot be read, is mirrored, or has another shape than its camera; the sentence is the reason.
     """
     height, width = read_photo(file).shape[1:]
-    orientation = _orientation(file)
+    orientation = orientation_of(file)
     if orientation not in CLOCKWISE:
         raise UserError("is mirrored by its EXIF; save it as it is to be seen.")
     turns = CLOCKWISE[orientation]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ttt_lib.core.errors import DataError, reason
-from ttt_lib.core.files import write_json, write_text
+from ttt_lib.core.files import first_repeated, write_json, write_text
+from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.colmap_files import OWN_MARK
+from ttt_lib.data.photographs.posed import CLOCKWISE, QUARTER, orientation_of
 from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.transforms import FLIP
 
@@ -26,11 +30,47 @@ def _check(scene: Scene, files: Sequence[str | os.PathLike] | None) -> None:
         )
 
 
-def _camera(photograph: Photograph) -> tuple[int, int, list[float]]:
-    """Width, height, and fx, fy, cx, cy in pixels."""
+@dataclass
+class _AsStored:
+    """A camera of the pixels as they lie in the file. pinhole: fx, fy, cx, cy; uv (N,2) of the tracks; all in pixels."""
+
+    width: int
+    height: int
+    pinhole: list[float]
+    pose: np.ndarray
+    uv: np.ndarray
+
+
+def _as_stored(photograph: Photograph, file: Path | None) -> _AsStored:
+    """What other programs want: they take the pixels as they are stored, whatever EXIF says of up and down.
+
+    file: that they will read; None: the one that the photograph is read from, if it is read from one.
+    """
     height, width = photograph.image.shape[1:]
-    matrix = photograph.intrinsics.double().numpy() * [[width], [height], [1]]
-    return width, height, [float(matrix[0, 0]), float(matrix[1, 1]), float(matrix[0, 2]), float(matrix[1, 2])]
+    (fx, _, cx), (_, fy, cy), _ = photograph.intrinsics.double().tolist()
+    pose, uv = photograph.pose.double().numpy().copy(), photograph.tracks.uv.double().numpy()
+    file = file or _file_of(photograph)
+    orientation = orientation_of(file) if file is not None and file.is_file() else 1
+    if orientation not in CLOCKWISE:
+        raise DataError(f"{file}: is mirrored by its EXIF, which no camera can be; save it as it is to be seen.")
+    for _ in range(-CLOCKWISE[orientation] % 4):
+        width, height, fx, fy, cx, cy = height, width, fy, fx, 1 - cy, cx
+        pose[:3] = QUARTER @ pose[:3]
+        uv = np.stack([1 - uv[:, 1], uv[:, 0]], -1)
+    pinhole = [fx * width, fy * height, cx * width, cy * height]
+    return _AsStored(width, height, pinhole, pose, uv * [width, height])
+
+
+def _file_of(photograph: Photograph) -> Path | None:
+    """The file that a photograph is read from, if it is read from one."""
+    source = photograph.source
+    return Path(source.args[0]) if isinstance(source, partial) and source.func is read_photo else None
+
+
+def _names(scene: Scene) -> list[str]:
+    """Of the photographs' files; of photographs that are no files, or files of one name, those of the scene."""
+    names = [file.name if (file := _file_of(p)) is not None else p.name for p in scene.photographs]
+    return names if first_repeated(names) is None else [p.name for p in scene.photographs]
 
 
 def scene_points(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -86,8 +126,8 @@ def write_colmap(folder: str | os.PathLike, scene: Scene, files: Sequence[str | 
     Args:
         folder: made where it is not there.
         scene: with cameras and tracks.
-        files: names of the photographs as COLMAP is to know them, relative to its folder of images; default: their
-            names in the scene. COLMAP's text knows no spaces in names, so they become underscores.
+        files: names of the photographs as COLMAP is to know them, relative to its folder of images; default: those of
+            their files. COLMAP's text knows no spaces in names, so they become underscores.
 
     Raises:
         DataError: the scene has no cameras, or the folder cannot be written.
@@ -100,19 +140,18 @@ def write_colmap(folder: str | os.PathLike, scene: Scene, files: Sequence[str | 
     """
     _check(scene, files)
     ids, xyz = scene_points(scene)
-    names = ["_".join(os.fspath(file).split()) for file in files or [p.name for p in scene.photographs]]
+    names = ["_".join(os.fspath(file).split()) for file in files or _names(scene)]
     cameras, images = ["# Camera list: id, model, width, height, fx, fy, cx, cy."], [
         "# Images, two lines each: id, rotation w x y z and translation (world to camera), camera, name; points x, y, id."
     ]  # fmt: skip
     seen: list[list[str]] = [[] for _ in ids]
     errors, views = np.zeros(len(ids)), np.zeros(len(ids))
     for number, (photograph, name) in enumerate(zip(scene.photographs, names), 1):
-        width, height, pinhole = _camera(photograph)
-        cameras.append(f"{number} PINHOLE {width} {height} {_numbers(pinhole)}")
-        pose = photograph.pose.double().numpy()
+        stored = _as_stored(photograph, None)
+        cameras.append(f"{number} PINHOLE {stored.width} {stored.height} {_numbers(stored.pinhole)}")
+        pose, uv, pinhole = stored.pose, stored.uv, stored.pinhole
         images.append(f"{number} {_numbers(_quaternion(pose[:3, :3]))} {_numbers(pose[:3, 3])} {number} {name}")
         at = np.searchsorted(ids, photograph.tracks.track_id.numpy())
-        uv = photograph.tracks.uv.double().numpy() * [width, height]
         images.append(" ".join(f"{_numbers(pixel)} {ids[k] + 1}" for pixel, k in zip(uv, at)))
         for place, k in enumerate(at):
             seen[k].append(f"{number} {place}")
@@ -138,7 +177,7 @@ def _write(folder: Path, texts: dict[str, list[str]]) -> None:
 
 
 def write_transforms(path: str | os.PathLike, scene: Scene, files: Sequence[str | os.PathLike]) -> None:
-    """Write a scene's cameras as a `transforms.json` that nerfstudio takes as it is.
+    """Write a scene's cameras as a `transforms.json` that nerfstudio takes as it is: those of the pixels as stored.
 
     Args:
         path: the file.
@@ -153,10 +192,12 @@ def write_transforms(path: str | os.PathLike, scene: Scene, files: Sequence[str 
     path = Path(path)
     frames = []
     for photograph, file in zip(scene.photographs, files):
-        width, height, (fx, fy, cx, cy) = _camera(photograph)
-        to_world = np.linalg.inv(photograph.pose.double().numpy()) @ FLIP
+        found = next((p for p in (path.parent / file, Path(file)) if p.is_file()), None)
+        stored = _as_stored(photograph, found)
+        fx, fy, cx, cy = stored.pinhole
+        to_world = np.linalg.inv(stored.pose) @ FLIP
         frames.append({
-            "file_path": _relative(file, path.parent), "w": width, "h": height,
+            "file_path": _relative(file, path.parent), "w": stored.width, "h": stored.height,
             "fl_x": fx, "fl_y": fy, "cx": cx, "cy": cy, "k1": 0.0, "k2": 0.0, "p1": 0.0, "p2": 0.0,
             "transform_matrix": to_world.tolist(),
         })  # fmt: skip
