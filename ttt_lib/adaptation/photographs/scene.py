@@ -172,6 +172,19 @@ def adapt_scene(
     return adaptation
 
 
+def guess_focal(model: GeometryModel, longest_side: int | None = None) -> Callable[[Tensor], float | None]:
+    """What a model believes of a picture's camera: a function from an image (3,H,W) to the focal length over the width.
+
+    None where the model has no idea of it (`Prediction.note` says that a field of view was assumed).
+    """
+
+    def guess(image: Tensor) -> float | None:
+        prediction = model.predict(working_image(image.to(model.device), longest_side))
+        return None if prediction.note or prediction.intrinsics is None else float(prediction.intrinsics[0, 0])
+
+    return guess
+
+
 def _metric_factor(model: GeometryModel, scene: Scene, config: ExperimentConfig) -> float:
     """Metres in a unit of the scene, by the median of what a metric model says of its photographs; 1 for others."""
     if model.kind != "metric":

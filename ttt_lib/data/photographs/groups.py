@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from torch import Tensor
 
 from ttt_lib.core.errors import DataError
-from ttt_lib.data.grouping import scenes_of
 from ttt_lib.data.photographs.features import Picture
 from ttt_lib.data.samples import SampleSet
 
 
 def scene_of_samples(
-    samples: SampleSet, name: str, scenes: dict[str, list[str]] | None = None, true_focal: bool = False
+    samples: SampleSet, name: str, true_focal: bool = False
 ) -> list[Picture]:
     """The pictures of the scene that a sample belongs to, in the set's order: the same for each sample of the scene.
 
@@ -22,7 +22,6 @@ def scene_of_samples(
     Args:
         samples: the set.
         name: of the sample.
-        scenes: as `grouping.read_scenes` gives them; without them a name is read as `scene/sample`.
         true_focal: give each picture the focal length of its sample's truth, as a user would who knows the camera; each
             sample is then read once here.
 
@@ -41,9 +40,8 @@ def scene_of_samples(
     """
     if name not in samples.names:
         raise DataError(f"{samples.name}: has no sample {name!r}; its first is {next(iter(samples.names), None)!r}.")
-    members = next(members for members in scenes_of(samples, scenes).values() if name in members)
     pictures = []
-    for member in members:
+    for member in samples.scene_of(name)[1]:
         picture = Picture(member, _image_of(samples, member))
         if true_focal and (intrinsics := samples.load(member).intrinsics) is not None:
             picture.focal, picture.exact = float(intrinsics[0, 0]), True
@@ -52,4 +50,4 @@ def scene_of_samples(
 
 
 def _image_of(samples: SampleSet, name: str) -> Callable[[], Tensor]:
-    return lambda: samples.load(name).image
+    return lru_cache(maxsize=1)(lambda: samples.load(name).image)
