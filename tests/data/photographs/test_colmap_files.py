@@ -13,6 +13,7 @@ from ttt_lib.core.errors import DataError
 from ttt_lib.data.photographs import colmap
 from ttt_lib.data.photographs.colmap_files import find_model, list_model
 from ttt_lib.data.photographs.load import load_scene
+from ttt_lib.data.photographs.scene import track_points
 
 
 @pytest.mark.parametrize("files", [binary, text])
@@ -44,6 +45,25 @@ def test_photographs_are_in_the_order_of_their_names(tmp_path):
     _, uv = cloud()
     inside = ((uv[0] >= 0) & (uv[0] <= SIZE)).all(-1)
     assert torch.allclose(scene.photographs[3].tracks.uv.double(), torch.from_numpy(uv[0][inside] / SIZE), atol=1e-6)
+
+
+def test_geographic_coordinates_keep_their_precision(tmp_path):
+    files = binary()
+    images, points = bytearray(files["images.bin"]), bytearray(files["points3D.bin"])
+    east = 4.5e6
+    for k in range(4):
+        at = images.index(f"p{k}.png".encode()) - 28  # of the translation
+        images[at : at + 8] = struct.pack("<d", -0.3 * k - east)
+    for i in range(150):
+        at = 8 + i * (43 + 8 + 32) + 8
+        points[at : at + 8] = struct.pack("<d", struct.unpack("<d", points[at : at + 8])[0] + east)
+    write_model(tmp_path, {**files, "images.bin": bytes(images), "points3D.bin": bytes(points)})
+    scene = load_scene(tmp_path)
+    assert scene.about["origin"] == [east, 0, 0]
+    places = [-float(p.pose[0, 3]) for p in scene.photographs]
+    assert places == pytest.approx([0, 0.3, 0.6, 0.9], abs=1e-6)
+    points_ = [track_points(p)[0] for p in scene.photographs]
+    assert all(torch.allclose(p, points_[0], atol=1e-5) for p in points_)
 
 
 def test_of_several_models_the_one_with_most_images_is_read(tmp_path):

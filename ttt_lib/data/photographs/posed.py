@@ -22,12 +22,13 @@ from ttt_lib.data.photographs.job import Refusal
 from ttt_lib.data.photographs.known import triangulate
 from ttt_lib.data.photographs.process import SparseModel
 from ttt_lib.data.photographs.scene import Photograph, Scene
-from ttt_lib.data.photographs.signals import moves_ahead
+from ttt_lib.data.photographs.signals import centres, moves_ahead
 from ttt_lib.data.photographs.sources import distinct_names, thinned
 from ttt_lib.data.photographs.tracks import Selection, select_tracks, summarize, to_photographs
 
 CLOCKWISE = {1: 0, 6: 1, 3: 2, 8: 3}  # quarter turns from the stored picture to the upright one, by EXIF's orientation
 SLACK_PIXELS, SLACK_SHAPE = 1.5, 0.01  # by which a resized picture's shape may differ from its camera's
+FAR = 1000.0  # times their own spread: so far from the origin float32 would cost a ten-thousandth of it
 QUARTER = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])  # a camera's axes after one turn
 
 
@@ -142,6 +143,20 @@ def scene_of_model(finished: Finished, files: dict[int, Path], count: int | None
     return put_together(model, picked, names, sources, taken, found)
 
 
+def _near_origin(model: SparseModel, found: Found) -> None:
+    """Move the world where the cameras stand far from its origin, as in geographic coordinates: poses are float32.
+
+    `about["origin"]` says what has to be added to have the old coordinates again.
+    """
+    places = centres(model)
+    middle = np.median(places, axis=0)
+    if np.linalg.norm(middle) > FAR * np.median(np.linalg.norm(places - middle, axis=-1)) > 0:
+        origin = np.round(middle)
+        model.pose[:, :3, 3] += model.pose[:, :3, :3] @ origin
+        model.xyz -= origin
+        found.about["origin"] = origin.tolist()
+
+
 def _can_be_read(source: Callable[[], Tensor]) -> bool:
     try:
         source()
@@ -154,6 +169,7 @@ def put_together(
     model: SparseModel, picked: Selection, names: dict[int, str], sources: dict[int, Any], taken: set[int], found: Found
 ) -> Scene:
     """The scene of the images that were taken; the others are left out with their reasons, if they have any."""
+    _near_origin(model, found)
     out = [image for image in names if image in picked.weak]
     found.left_out += [(names[image], picked.weak[image]) for image in out]
     seen = np.isin(model.image, list(taken))[model.seen_by]
