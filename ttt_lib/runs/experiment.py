@@ -32,8 +32,8 @@ from ttt_lib.evaluation.scores import MINIMUM_TRUTH, evaluate, tidy_rows
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.models.load import load_model
 from ttt_lib.runs.catalog import NOTEBOOKS
-from ttt_lib.runs.scenes import Scenes
 from ttt_lib.runs.gallery import gallery_content, write_gallery_file
+from ttt_lib.runs.scenes import Scenes
 
 log = logging.getLogger(__name__)
 
