@@ -177,6 +177,81 @@ def adapt(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: ttt-depth scene photo_1.jpg photo_2.jpg -o kitchen")
+def scene(
+    photographs: Annotated[
+        list[Path],
+        typer.Argument(help="Two or more photographs of one scene, their folder, a clip, or a COLMAP model's folder."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the results.")] = Path("scene"),
+    experiment: Annotated[
+        str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)
+    ] = "scene",
+    profile: Annotated[
+        str, typer.Option(help="A profile's name or file; auto: demo for tiny.", autocompletion=_complete_profiles)
+    ] = "auto",
+    model: Annotated[str | None, typer.Option(help="See `ttt-depth models`.")] = None,
+    cameras: Annotated[
+        Path | None, typer.Option(help="Known cameras: transforms.json, or the folder of a COLMAP model.")
+    ] = None,
+    focal: Annotated[
+        float | None, typer.Option(help="Known focal length over the width of the picture; else EXIF's.")
+    ] = None,
+    every: Annotated[int | None, typer.Option(min=1, help="Each so many of the photographs or frames.")] = None,
+    count: Annotated[int | None, typer.Option(min=2, help="So many, spread evenly (of a clip some 14).")] = None,
+    save_weights: Annotated[
+        Path | None, typer.Option(help="Keep the adapted weights for this place; needs an experiment that trains.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Begin with weights that were kept for this place.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,
+) -> None:
+    """Adapt to several photographs of one scene: depth in one scale, one point cloud, cameras, pictures and a record."""
+    from ttt_lib.adaptation.photographs.scene import adapt_scene, guess_focal
+    from ttt_lib.adaptation.saved_weights import save_weights as keep
+    from ttt_lib.adaptation.saved_weights import use_weights
+    from ttt_lib.data.photographs.load import load_scene
+    from ttt_lib.report.scene_files import check_output, write_scene
+    from ttt_lib.runs.experiment import load_with_profile, open_model
+
+    check_output(output)
+    overrides = parse_set(set_ or [])
+    if model:
+        put(overrides, "model.name", model)
+    config = load_with_profile(experiment_file(experiment, "--experiment"), profile, overrides)
+    settings = config.supervision.get("photographs")
+    if settings is None:
+        raise UserError(
+            f"--experiment {config.name}: knows nothing of several photographs; use scene or scene_trained."
+        )
+    trains = settings.train and config.train.method == "ttt" and config.train.passes > 0
+    if save_weights is not None and not trains:
+        raise UserError(f"--save-weights {save_weights}: {config.name} trains nothing; use --experiment scene_trained.")
+    loaded = open_model(config)
+    if weights is not None:
+        use_weights(loaded, weights)
+    source = photographs[0] if len(photographs) == 1 else photographs
+    print("looking for the cameras", flush=True)
+    prior = guess_focal(loaded, config.views.longest_side)
+    found = load_scene(
+        source,
+        every=every,
+        count=count,
+        focal=focal,
+        cameras=cameras,
+        prior=None if cameras else prior,
+        seed=config.seed,
+    )
+    for name, why in found.left_out:
+        print(f"left out: {printable(name)}: {printable(why, 1000)}", flush=True)
+    print(f"refused: {found.refused}" if found.refused else printable(repr(found), 1000), flush=True)
+    adaptation = adapt_scene(loaded, found, config, printable(output.absolute().name), progress=True)
+    if save_weights is not None and adaptation.weights:
+        keep(save_weights, loaded, adaptation.weights)
+    write_scene(adaptation, output, lambda line: print(printable(line, 1000), flush=True))
+    page = output / ("record.json" if found.refused else "index.html")
+    print(f"{adaptation.seconds:.1f} s of adaptation -> {printable(page, 1000)}")
+
+
 @app.command(epilog="Example: ttt-depth hard-subset --data path/to/set -o hard --below 0.5 --count 50")
 def hard_subset(
     data: Annotated[list[str], typer.Option(help="MoGe-layout folders or a JSON of sets; may repeat.")],

@@ -236,7 +236,8 @@ def build_experiment(
     if profile is not None:
         values = merge(_given(config), profile.set)
         config = _validate(ExperimentConfig, values, f"{source} with profile {profile.name}")
-        train, scale = config.train, profile.scale
+        train = config.train
+        scale = profile.scale if train.profiled else ScaleConfig()
         scaled = {
             "train": {
                 "passes": max(1, round(train.passes * scale.passes)) if train.passes else 0,

@@ -84,6 +84,8 @@ class TrainConfig(Section):
     `reset`: where training starts: each image from the original weights, or where the last one ended (`never`; a number
     N: original again at every N-th image), for sequences from one camera. Anything but `per_image` ties the result to
     the order of the samples within a shard.
+    `profiled`: whether a profile's factors on rates and counts apply. They keep the relations between the study's rows; a
+    row whose rates were chosen for every model says no.
     """
 
     method: Literal["none", "tta", "ttt"] = "ttt"
@@ -102,6 +104,7 @@ class TrainConfig(Section):
     restore_probability: Probability = 0.0
     sharpness_radius: NonNegative = 0.0
     reset: Literal["per_image", "never"] | Count = "per_image"
+    profiled: bool = True
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:

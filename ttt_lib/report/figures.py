@@ -87,8 +87,6 @@ def point_cloud(image: Tensor, points: Tensor, mask: Tensor | None = None, most:
 
     Axes as the camera sees them: x right, z forward, -y up.
     """
-    import plotly.graph_objects as go
-
     height, width = points.shape[:2]
     step = max(1, int(np.ceil((height * width / most) ** 0.5)))
     image = F.interpolate(image[None], (height, width), mode="area")[0] if image.shape[1:] != (height, width) else image
@@ -97,7 +95,15 @@ def point_cloud(image: Tensor, points: Tensor, mask: Tensor | None = None, most:
     keep &= cloud[:, 2] < 20 * cloud[keep][:, 2].median() if bool(keep.any()) else keep
     if mask is not None:
         keep &= mask[::step, ::step].reshape(-1)
-    cloud, colour = cloud[keep].cpu().numpy().round(3), (colour[keep].cpu().numpy() * 255).astype(int)
+    return cloud_figure(cloud[keep].cpu().numpy(), (colour[keep].cpu().numpy() * 255).astype(int))
+
+
+def cloud_figure(cloud: np.ndarray, colour: np.ndarray) -> go.Figure:
+    """Points (N,3) in a camera's axes with colours (N,3) from 0 to 255 as an interactive plotly figure."""
+    import plotly.graph_objects as go
+
+    digits = 4 - int(np.floor(np.log10(np.abs(cloud).max()))) if len(cloud) and np.abs(cloud).max() > 0 else 3
+    cloud = cloud.round(digits)
     marker = {"size": 2, "color": [f"rgb({r},{g},{b})" for r, g, b in colour]}
     scatter = go.Scatter3d(x=cloud[:, 0], y=cloud[:, 2], z=-cloud[:, 1], mode="markers", marker=marker)
     figure = go.Figure(scatter)

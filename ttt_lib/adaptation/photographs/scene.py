@@ -164,7 +164,7 @@ def adapt_scene(
             scene = adaptation.scene = in_scale(scene, _metric_factor(model, scene, config))
             settings = adaptation.settings
             adaptation.evidence = gather(scene, settings.held_back, generator, settings.stereo)
-            if config.train.method == "ttt" and config.train.passes:
+            if settings.train and config.train.method == "ttt" and config.train.passes:
                 _train(adaptation, generator, progress, on_step)
     adaptation.seconds = time.perf_counter() - begun
     adaptation.peak_memory_mb = peak_memory_mb(model.device)

@@ -47,6 +47,8 @@ class PhotographsConfig(Section):
     `target`: what the student learns on views: the corrected prediction, that of the other photographs carried into
     each (`views`), the original, or nothing but what `losses.tracks` says.
     `held_back`: share of the tracks that only decide. `decide`: whether they do; else the last candidate is taken.
+    `train`: whether the student learns from them, by the experiment's `train` and `losses`; else these are for a single
+    photograph only.
     `alone`: what becomes of a sample without other photographs of its scene, or whose scene is refused: `original`, or
     `single`: what the experiment does with one photograph.
     """
@@ -56,6 +58,7 @@ class PhotographsConfig(Section):
     target: Literal["none", "original", "corrected", "views"] = "corrected"
     held_back: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
     decide: bool = True
+    train: bool = True
     alone: Literal["original", "single"] = "original"
 
 

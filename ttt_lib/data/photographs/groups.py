@@ -12,9 +12,7 @@ from ttt_lib.data.photographs.features import Picture
 from ttt_lib.data.samples import SampleSet
 
 
-def scene_of_samples(
-    samples: SampleSet, name: str, true_focal: bool = False
-) -> list[Picture]:
+def scene_of_samples(samples: SampleSet, name: str, true_focal: bool = False) -> list[Picture]:
     """The pictures of the scene that a sample belongs to, in the set's order: the same for each sample of the scene.
 
     They are read when they are asked for, and know nothing of the truth. Pictures of one size share a camera.

@@ -1,0 +1,180 @@
+"""The files that adaptation to several photographs leaves: depth in one scale, cloud, cameras, pictures, record, page."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from moge.utils import io as moge_io
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ttt_lib.adaptation.photographs.evidence import scaled
+from ttt_lib.adaptation.photographs.scene import SceneAdaptation
+from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.files import write_json
+from ttt_lib.core.types import Prediction
+from ttt_lib.data.images import read_photo
+from ttt_lib.data.photographs.scene import Photograph
+from ttt_lib.data.photographs.writers import write_colmap, write_transforms
+from ttt_lib.models.base import weights_checksum
+from ttt_lib.report.figures import cloud_figure, plot_before_after
+from ttt_lib.report.scene_cloud import SceneCloud, thinned
+
+SHOWN = 640  # pixels of the pictures that are shown
+ON_PAGE = 60_000  # points of the cloud on the page
+Announce = Callable[[str], None]
+
+
+def check_output(output: Path) -> None:
+    """Raises `UserError` where the folder is there, holds something, and is no earlier result."""
+    if os.path.lexists(output) and not (output / "record.json").is_file():
+        if not os.path.isdir(output) or any(os.scandir(output)):
+            raise UserError(f"{output}: is there already and is no earlier result; choose another output folder.")
+
+
+def write_scene(adaptation: SceneAdaptation, output: Path, announce: Announce = lambda line: None) -> dict[str, Any]:
+    """Predict every photograph and write the folder of a scene, in one step.
+
+    Args:
+        adaptation: of `adapt_scene`.
+        output: the folder; an earlier result in it is replaced.
+        announce: called with a line for each photograph.
+
+    Returns:
+        The record, as it is in `record.json`.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+
+    The folder holds, of each photograph, `depth/NAME.png` (16 bits, MoGe's logarithmic encoding), `depth/NAME.npy`
+    (H,W) float32, `images/NAME.png` and `before_after/NAME.jpg`; of a scene that was reconstructed also `cloud.ply` and
+    `cloud.glb` (y up), `sparse/0` (COLMAP text), `transforms.json` (nerfstudio) and `index.html`. All depth is in one
+    scale: metres for metric models, else arbitrary. Photographs that were left out are in their own scale.
+    """
+    check_output(output)
+    work = output.absolute().with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        for folder in ("depth", "images", "before_after"):
+            (work / folder).mkdir(parents=True)
+        record = _write(adaptation, work, announce)
+        shutil.rmtree(output, ignore_errors=True)
+        os.rename(work, output)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({reason(error)}).") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def _write(adaptation: SceneAdaptation, work: Path, announce: Announce) -> dict[str, Any]:
+    scene, cloud, rows = adaptation.scene, SceneCloud(), []
+    evidence = {each.photograph.name: each for each in adaptation.evidence}
+    files = _file_names([p.name for p in [*scene.photographs, *scene.rest]])
+    for photograph, result in adaptation.results():
+        name, known = files[photograph.name], evidence.get(photograph.name)
+        final = result.final
+        if known is not None and result.decision == "original":
+            final = scaled(final, known.used)  # so that all have one scale
+            result = replace(result, final=final)
+        _write_photograph(work, name, result, known is not None)
+        if known is not None:
+            cloud.add(photograph, result.image, final)
+        rows.append(_row(photograph, name, result))
+        announce(f"{photograph.name}: {result.decision}{f' ({result.reason})' if result.reason else ''}")
+    record = _record(adaptation, rows)
+    if evidence:
+        record["cloud_points"] = cloud.write(work / "cloud.ply", work / "cloud.glb")
+        places = [work / "images" / f"{files[photograph.name]}.png" for photograph in scene.photographs]
+        written = [replace(p, source=partial(read_photo, place)) for p, place in zip(scene.photographs, places)]
+        write_colmap(work / "sparse" / "0", replace(scene, photographs=written))
+        write_transforms(work / "transforms.json", scene, places)
+        (work / "index.html").write_text(_page(record, cloud), encoding="utf-8")
+    write_json(work / "record.json", record)
+    return record
+
+
+def _file_names(names: list[str]) -> dict[str, str]:
+    """A file name without suffix for each photograph, no two alike."""
+    result: dict[str, str] = {}
+    for name in names:
+        stem = name.replace("/", "_").rpartition(".")[0] or name.replace("/", "_")
+        number, file = 1, stem
+        while file.casefold() in {other.casefold() for other in result.values()}:
+            number += 1
+            file = f"{stem}_{number}"
+        result[name] = file
+    return result
+
+
+def _write_photograph(work: Path, name: str, result: AdaptResult, in_scene: bool) -> None:
+    final, image = result.final, result.image
+    depth = torch.where(final.mask, final.depth, torch.inf).cpu().numpy().astype(np.float32)
+    np.save(work / "depth" / f"{name}.npy", depth)
+    if np.isfinite(depth).any():
+        moge_io.write_depth(work / "depth" / f"{name}.png", depth)
+    array = (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
+    Image.fromarray(array).save(work / "images" / f"{name}.png")
+    shown = _like(result.original, final) if in_scene else result.original
+    small = F.interpolate(image[None], scale_factor=min(1.0, SHOWN / max(image.shape[-2:])), mode="area")[0]
+    figure = plot_before_after(small, replace(result, original=shown))
+    figure.savefig(work / "before_after" / f"{name}.jpg", dpi=100, pil_kwargs={"quality": 88})
+
+
+def _like(original: Prediction, final: Prediction) -> Prediction:
+    """The original in the scale of the final prediction, so that their ratio says what changed."""
+    both = torch.isfinite(original.depth) & torch.isfinite(final.depth) & (original.depth > 0)
+    factor: Tensor | float = (final.depth / original.depth)[both].median() if bool(both.any()) else 1.0
+    return replace(original, depth=original.depth * factor)
+
+
+def _row(photograph: Photograph, name: str, result: AdaptResult) -> dict[str, Any]:
+    return {
+        "name": photograph.name, "file": name, "width": result.image.shape[-1], "height": result.image.shape[-2],
+        "decision": result.decision, "reason": result.reason, "seconds": result.seconds, "signals": result.signals,
+        "intrinsics": None if photograph.intrinsics is None else photograph.intrinsics.tolist(),
+        "pose": None if photograph.pose is None else photograph.pose.tolist(),
+    }  # fmt: skip
+
+
+def _record(adaptation: SceneAdaptation, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    scene, model = adaptation.scene, adaptation.model
+    return {
+        "refused": scene.refused, "left_out": [list(each) for each in scene.left_out], "scene": scene.about,
+        "unit": "metre" if model.kind == "metric" else "arbitrary, one for all photographs of the scene",
+        "depth_png": "16 bits, logarithmic; `near`, `far` in its own metadata (moge.utils.io.read_depth)",
+        "photographs": rows, "seconds_of_training": adaptation.seconds, "failed": adaptation.failed,
+        "peak_memory_mb": adaptation.peak_memory_mb, "history": adaptation.log.history, "model": model.name,
+        "weights": weights_checksum(model), "device": str(model.device),
+        "settings": adaptation.config.as_parameters(), "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }  # fmt: skip
+
+
+def _page(record: dict[str, Any], cloud: SceneCloud) -> str:
+    """A page that shows the cloud, the decisions and the pictures; it needs no network."""
+    points, colours = thinned(*cloud.merged(), ON_PAGE)
+    figure = cloud_figure(points, colours).to_html(full_html=False, include_plotlyjs="inline")
+    cells = "".join(
+        f"<h2>{escape(row['name'])}</h2><p>{escape(row['decision'])}. {escape(row['reason'])}</p>"
+        f"<img loading='lazy' src='before_after/{escape(row['file'])}.jpg' alt='before and after'>"
+        for row in record["photographs"]
+    )
+    left_out = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in record["left_out"])
+    return (
+        "<!doctype html><meta charset='utf-8'><title>scene</title><style>body{font:15px sans-serif;max-width:70em;"
+        "margin:2em auto}img{max-width:100%}</style>"
+        f"<h1>{len(record['photographs'])} photographs, {record['cloud_points']} points</h1>{figure}"
+        f"<p>Depth in one scale, unit: {escape(record['unit'])}.</p>{f'<ul>{left_out}</ul>' if left_out else ''}{cells}"
+    )
