@@ -51,10 +51,10 @@ class Job:
             result.append(float(np.median([p.focal for p in known])) if known else None)
         return result
 
-    def exact(self) -> bool:
-        """Whether EXIF gives the focal length of every camera."""
+    def exact(self) -> list[bool]:
+        """Of each camera whether EXIF gives its focal length."""
         cameras = {c for p, c in zip(self.pictures, self.camera_of) if p.focal and p.exact}
-        return cameras == set(self.camera_of)
+        return [camera in cameras for camera in range(max(self.camera_of) + 1)]
 
     def run(self, task: str, **arguments: Any) -> str:
         """Do a task of the worker; what `run_worker` returns."""
