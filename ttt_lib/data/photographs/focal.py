@@ -24,6 +24,7 @@ MANY = 12  # photographs, from which on one start must do
 STEP = 1.15
 GIVEN, UNKNOWN = 0.14, 0.3  # standard deviation of the logarithm: of a model's guess; of all cameras about USUAL_FOCAL
 INDEPENDENT = 150  # measurements; more say less than they seem to, since what is wrong in them is the same for many
+SYSTEMATIC = 0.035  # of the log focal length: what features that sit a little beside their places do to it
 CONTRADICTS = 2.0  # standard deviations between what is given and what is found, from where on the former is forgotten
 SIMILAR, WORSE = 0.97, 1.1  # of the best support, and times the least mean cost: two photographs tell no more
 
@@ -94,14 +95,14 @@ def knowledge(model: SparseModel, others: list[SparseModel]) -> tuple[float, flo
 
     others: the model fitted again at STEP times and 1 / STEP times its focal lengths.
     """
-    worse, bent, step = [0.0], [0.0], math.log(STEP)
+    worse, bent, step = [], [], math.log(STEP)
     for other in others:
         first, second = signals.common(model, other)
         cost, held = (signals.robust_cost(error).sum() for error in (model.error[first], other.error[second]))
         free = max(2 * len(first) - 3 * len(np.unique(model.point[first])) - 6 * len(model.image), 1)
         worse.append(free * (held / max(cost, 1e-9) - 1) / math.sqrt(1 + free / INDEPENDENT))
         bent.append(signals.disagreement(model, other, 1)[0])
-    return step / math.sqrt(max(float(np.mean(worse[1:] or worse)), 1e-6)), max(bent) / step
+    return max(SYSTEMATIC, step / math.sqrt(max(min(worse), 1e-6))), max(bent) / step
 
 
 def combine(found: np.ndarray, before: Belief, exact: np.ndarray, spread: float, bend: float) -> Belief:

@@ -13,7 +13,6 @@ from ttt_lib.data.photographs.process import SparseModel
 from ttt_lib.data.photographs.runs import describe, focals_of, reconstruct_all
 from ttt_lib.data.photographs.tracks import (
     AHEAD_ANGLE,
-    MIN_ANGLE,
     MIN_POINTS,
     Selection,
     select_tracks,
@@ -22,6 +21,8 @@ from ttt_lib.data.photographs.tracks import (
 
 AGREEMENT = 0.05  # median |log depth ratio|: 0.0003 to 0.02 of right reconstructions, 0.1 and more of wrong ones
 DOUBT = 0.04  # the same, of two whose focal lengths are a standard deviation apart
+EXPLAINED = 0.8  # of a photograph's matches: 0.85 and more where it stands right, 0.7 and less in scenes that moved
+SEEN_ANGLE = 2.0  # degrees, the median parallax of what is reconstructed; with less, noise bends the scene
 FLAT = 0.92  # of the points, on one plane
 SHARE = 0.7  # of the matches that the second and third reconstruction see
 NO_MODEL = (
@@ -37,6 +38,15 @@ def agreed(job: Job, about: dict[str, Any]) -> tuple[SparseModel, Selection]:
     about["focal"] = [round(float(f), 4) for f in focals_of(job, model, focals)]
     about["forward"] = ahead = signals.moves_ahead(model)
     picked = select_tracks(model, ahead)
+    about["explained"] = float(np.median(model.explained))
+    if about["explained"] < EXPLAINED:
+        raise Refusal(
+            f"cameras explain only {about['explained']:.0%} of the matches: things moved between the photographs, or "
+            "parts of the scene look alike; take them of a scene that stands still and does not repeat itself."
+        )
+    for image, share in zip(map(int, model.image), model.explained):
+        if share < EXPLAINED:
+            picked.weak.setdefault(image, f"its place explains only {share:.0%} of its matches")
     about.update(summarize(model, picked))
     _check(job, model, picked, about)
     results = [signals.disagreement(model, other, MIN_POINTS) for other in others]
@@ -83,13 +93,13 @@ def _focals(job: Job, about: dict[str, Any]) -> np.ndarray:
 def _check(job: Job, model: SparseModel, picked: Selection, about: dict[str, Any]) -> None:
     """Raises `Refusal` where the tracks tell nothing."""
     ahead = about["forward"]
-    least = AHEAD_ANGLE if ahead else MIN_ANGLE
+    least = AHEAD_ANGLE if ahead else SEEN_ANGLE
     where = "the camera moved straight ahead: take more frames, further apart, or move sideways"
     aside = where if ahead else "take the photographs from places further apart"
     everything = signals.parallax(model)
     about.setdefault("seen_parallax", float(np.median(everything)) if len(everything) else 0.0)
     strong = [image for image in map(int, model.image) if image not in picked.weak]
-    if len(strong) < 2 and about["seen_parallax"] < least:
+    if about["seen_parallax"] < least:
         raise Refusal(
             f"the photographs are taken from nearly the same place (median parallax {about['seen_parallax']:.1f} "
             f"degrees, at least {least} are needed): {aside}."

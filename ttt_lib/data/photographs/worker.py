@@ -1,8 +1,8 @@
 """The program that runs pycolmap, in a process of its own: `python worker.py FOLDER`.
 
 FOLDER/job.json says what to do (`task`, the name of a function here, and its arguments); results are arrays in FOLDER.
-It imports nothing but NumPy, pycolmap and the file beside it, and nothing else of this package: it must start at once, and Pillow's PNG encoder
-breaks where pycolmap was loaded first. One thread and fixed seeds: the same job gives the same result.
+It imports nothing but NumPy, pycolmap and the file beside it: it must start at once, and Pillow's PNG encoder breaks
+where pycolmap was loaded first. One thread and fixed seeds: the same job gives the same result.
 """
 
 from __future__ import annotations
@@ -99,9 +99,13 @@ def match(folder: Path, pairs: list[list[int]], seed: int) -> None:
     options = pycolmap.FeatureMatchingOptions(num_threads=1, use_gpu=False, guided_matching=True)
     verification = pycolmap.TwoViewGeometryOptions(detect_watermark=False)
     verification.ransac.random_seed = seed
+    verification.max_H_inlier_ratio = 1.0  # never a plane alone: what lies off it would be lost
+    longest = max(max(np.load(folder / f"gray_{k}.npy", mmap_mode="r").shape) for pair in pairs for k in pair)
+    verification.ransac.max_error = mapping.tolerance(longest)
     pairing = pycolmap.ImportedPairingOptions(match_list_path=folder / "pairs.txt")
     pycolmap.set_random_seed(seed)
     pycolmap.match_image_pairs(folder / "database.db", options, pairing, verification, pycolmap.Device.cpu)
+    ransac = pycolmap.RANSACOptions(max_error=FLAT_ERROR * longest, random_seed=seed, max_num_trials=2000)
     database = pycolmap.Database.open(folder / "database.db")
     inliers, moved, flat = np.zeros(len(pairs), int), np.full(len(pairs), np.inf), np.zeros(len(pairs))
     for row, (i, j) in enumerate(pairs):
@@ -115,8 +119,6 @@ def match(folder: Path, pairs: list[list[int]], seed: int) -> None:
             database.read_keypoints(k + 1)[matches[:, side], :2].astype(float) for side, k in enumerate((i, j))
         )
         moved[row] = np.quantile(np.linalg.norm(first - second, axis=1), 0.75)
-        longest = np.load(folder / f"gray_{i}.npy", mmap_mode="r").shape
-        ransac = pycolmap.RANSACOptions(max_error=FLAT_ERROR * max(longest), random_seed=seed, max_num_trials=2000)
         homography = pycolmap.estimate_homography_matrix(first, second, ransac)
         flat[row] = homography["num_inliers"] / len(matches) if homography else 0
     database.close()
@@ -150,7 +152,9 @@ def reconstructions(folder: Path, runs: list[dict[str, Any]]) -> None:
             continue
         best = max(models.values(), key=lambda model: (model.num_reg_images(), model.num_points3D()))
         mapping.fit(best, run["fixed"])
-        np.savez(folder / f"{run['name']}.npz", **_arrays(best))
+        database = pycolmap.Database.open(folder / "database.db")
+        np.savez(folder / f"{run['name']}.npz", **_arrays(best), explained=mapping.explained(database, best))
+        database.close()
         for number, factor in enumerate(run["profile"]):
             other = copy.deepcopy(best)
             mapping.fit(other, True, factor)

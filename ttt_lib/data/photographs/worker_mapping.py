@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pycolmap
 
+EPIPOLAR_ERROR = 0.002  # of the longer side, and at least a pixel
 LOSS_SCALE = 0.5  # pixels: from here on a residual counts by its length, not by its square
 
 
@@ -16,10 +17,18 @@ def image_name(index: int) -> str:
     return f"{index:06d}"
 
 
+def tolerance(longest: int) -> float:
+    """How far from its place a match may lie (pixels) in pictures of this longer side: the usual 4 of large ones make
+    planes of whole streets in small ones."""
+    return min(4.0, max(1.5, longest / 300))
+
+
 def prepare(path: Path, run: dict[str, Any]) -> None:
-    """The run's focal lengths, and its share of the matches."""
+    """The run's focal lengths, and its share of the matches; sets its `tolerance`."""
     database = pycolmap.Database.open(path)
-    for camera in database.read_all_cameras():
+    cameras = database.read_all_cameras()
+    run["tolerance"] = tolerance(max(max(camera.width, camera.height) for camera in cameras))
+    for camera in cameras:
         params = camera.params
         params[0] = run["focals"][camera.camera_id - 1]
         camera.params = params
@@ -53,6 +62,9 @@ def grow(path: Path, output: Path, run: dict[str, Any]) -> dict[int, pycolmap.Re
     mapper.init_min_num_inliers, mapper.abs_pose_min_num_inliers = 30, 20
     mapper.init_min_tri_angle = mapper.filter_min_tri_angle = points.min_angle = run["min_angle"]
     mapper.ba_local_min_tri_angle = run["min_angle"]
+    mapper.init_max_error = mapper.filter_max_reproj_error = run["tolerance"]
+    mapper.abs_pose_max_error = 3 * run["tolerance"]
+    points.merge_max_reproj_error = points.complete_max_reproj_error = run["tolerance"]
     points.ignore_two_view_tracks = not run["two_view"]
     return pycolmap.incremental_mapping(path, output, output, options)
 
@@ -92,3 +104,35 @@ def fit(model: pycolmap.Reconstruction, fixed: bool, factor: float = 1.0) -> Non
     solver = options.ceres.solver_options
     solver.num_threads, solver.max_num_iterations, solver.function_tolerance = 1, 50, 1e-6
     pycolmap.bundle_adjustment(model, options)
+
+
+def explained(database: pycolmap.Database, model: pycolmap.Reconstruction) -> np.ndarray:
+    """Of each registered image, in order of its id, the share of its verified matches that fit the cameras.
+
+    A match fits if it is within EPIPOLAR_ERROR (Sampson) of where the two cameras say it must lie. A point far off fits
+    as well as a near one; in a scene that moved, or where a camera stands wrong, many do not.
+    """
+    ids = sorted(model.reg_image_ids())
+    fits, count = dict.fromkeys(ids, 0), dict.fromkeys(ids, 0)
+    places = {i: database.read_keypoints(i)[:, :2].astype(float) for i in ids}
+    for pair, geometry in zip(*database.read_two_view_geometries()):
+        one, other = pycolmap.pair_id_to_image_pair(pair)
+        matches = geometry.inlier_matches
+        if one not in fits or other not in fits or not len(matches):
+            continue
+        lines, sides = [], []
+        for image, column in ((one, 0), (other, 1)):
+            camera = model.images[image].camera
+            sides.append(np.linalg.inv(camera.calibration_matrix()))
+            lines.append(np.pad(places[image][matches[:, column]], ((0, 0), (0, 1)), constant_values=1))
+        motion = model.images[other].cam_from_world() * model.images[one].cam_from_world().inverse()
+        x, y, z = motion.translation
+        cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+        matrix = sides[1].T @ cross @ motion.rotation.matrix() @ sides[0]
+        there, back = lines[0] @ matrix.T, lines[1] @ matrix
+        slope = np.sqrt((there[:, :2] ** 2).sum(-1) + (back[:, :2] ** 2).sum(-1))
+        near = np.abs((lines[1] * there).sum(-1)) < slope * max(1.0, EPIPOLAR_ERROR * max(camera.width, camera.height))
+        for image in (one, other):
+            fits[image] += int(near.sum())
+            count[image] += len(near)
+    return np.array([fits[i] / max(count[i], 1) for i in ids])
