@@ -21,10 +21,12 @@ from ttt_lib.data.photographs.tracks import (
 
 AGREEMENT = 0.05  # median |log depth ratio|: 0.0003 to 0.02 of right reconstructions, 0.1 and more of wrong ones
 DOUBT = 0.04  # the same, of two whose focal lengths are a standard deviation apart
-EXPLAINED = 0.8  # of a photograph's matches: 0.85 and more where it stands right, 0.7 and less in scenes that moved
+EXPLAINED = 0.88  # of the matches, median over photographs: 0.93 and more of right ones, 0.87 and less of what moved
+PLACED = 0.8  # the same, of a single photograph
 SEEN_ANGLE = 2.0  # degrees, the median parallax of what is reconstructed; with less, noise bends the scene
 FLAT = 0.92  # of the points, on one plane
 SHARE = 0.7  # of the matches that the second and third reconstruction see
+AHEAD = "the camera moved straight ahead: take more frames, further apart, or move sideways"
 NO_MODEL = (
     "no cameras could be found that explain the matches: take more photographs, closer together but not from one "
     "place, of a scene that stands still."
@@ -36,17 +38,11 @@ def agreed(job: Job, about: dict[str, Any]) -> tuple[SparseModel, Selection]:
     focals = _focals(job, about)
     model, others = _reconstructions(job, focals)
     about["focal"] = [round(float(f), 4) for f in focals_of(job, model, focals)]
-    about["forward"] = ahead = signals.moves_ahead(model)
-    picked = select_tracks(model, ahead)
-    about["explained"] = float(np.median(model.explained))
-    if about["explained"] < EXPLAINED:
-        raise Refusal(
-            f"cameras explain only {about['explained']:.0%} of the matches: things moved between the photographs, or "
-            "parts of the scene look alike; take them of a scene that stands still and does not repeat itself."
-        )
+    _look(model, about)
+    picked = select_tracks(model, about["forward"])
     for image, share in zip(map(int, model.image), model.explained):
-        if share < EXPLAINED:
-            picked.weak.setdefault(image, f"its place explains only {share:.0%} of its matches")
+        if share < PLACED:
+            picked.weak[image] = f"its place explains only {share:.0%} of its matches"
     about.update(summarize(model, picked))
     _check(job, model, picked, about)
     results = [signals.disagreement(model, other, MIN_POINTS) for other in others]
@@ -77,45 +73,57 @@ def _focals(job: Job, about: dict[str, Any]) -> np.ndarray:
         raise Refusal(NO_MODEL)
     about["focal"] = [round(float(f), 4) for f in belief.focals]
     about["focal_deviation"], about["focal_doubt"] = float(belief.deviation.max()), belief.doubt
-    if focal.is_unlikely(belief) and not all(job.exact()):
+    if belief.model is None:
+        return belief.focals
+    unlikely = focal.is_unlikely(belief)
+    if belief.doubt > DOUBT or unlikely:
+        _look(belief.model, about)  # another cause, if there is one, says more
+    if unlikely:
         raise Refusal(
             f"the photographs fit only a camera that hardly exists (focal length {belief.focals[0]:.2f} of the width): "
-            "the scene moved or repeats itself, or the camera moved straight ahead; take them from places side by side."
+            "the scene moved or repeats itself; take more photographs, side by side, of a scene that stands still."
         )
     if belief.doubt > DOUBT:
         raise Refusal(
-            "the depth hangs on the focal length, which these photographs do not tell: take more of them, from more "
-            "different places, or use files that have it in their EXIF."
+            "the depth hangs on the focal length, which these photographs do not tell: "
+            + (AHEAD if about["forward"] else "take more of them, from more different places")
+            + ", or use files that have it in their EXIF."
         )
     return belief.focals
 
 
+def _look(model: SparseModel, about: dict[str, Any]) -> None:
+    """How the cameras moved and how well that explains the matches. Raises `Refusal` where it does not, or where they
+    hardly moved."""
+    about["forward"] = ahead = signals.moves_ahead(model)
+    about["explained"] = float(np.median(model.explained))
+    about["seen_parallax"] = seen = float(np.median(signals.parallax(model))) if len(model.xyz) else 0.0
+    if about["explained"] < EXPLAINED:
+        raise Refusal(
+            f"cameras explain only {about['explained']:.0%} of the matches: things moved between the photographs, or "
+            "parts of the scene look alike; take them of a scene that stands still and does not repeat itself."
+        )
+    least = AHEAD_ANGLE if ahead else SEEN_ANGLE
+    if seen < least:
+        raise Refusal(
+            f"the photographs are taken from nearly the same place (median parallax {seen:.1f} degrees, at least "
+            f"{least:.0f} are needed): {AHEAD if ahead else 'take them from places further apart'}."
+        )
+
+
 def _check(job: Job, model: SparseModel, picked: Selection, about: dict[str, Any]) -> None:
     """Raises `Refusal` where the tracks tell nothing."""
-    ahead = about["forward"]
-    least = AHEAD_ANGLE if ahead else SEEN_ANGLE
-    where = "the camera moved straight ahead: take more frames, further apart, or move sideways"
-    aside = where if ahead else "take the photographs from places further apart"
-    everything = signals.parallax(model)
-    about.setdefault("seen_parallax", float(np.median(everything)) if len(everything) else 0.0)
-    strong = [image for image in map(int, model.image) if image not in picked.weak]
-    if about["seen_parallax"] < least:
-        raise Refusal(
-            f"the photographs are taken from nearly the same place (median parallax {about['seen_parallax']:.1f} "
-            f"degrees, at least {least} are needed): {aside}."
-        )
     about["flat"] = signals.flatness(model)
     if about["flat"] > FLAT:
         raise Refusal(
             "everything that was matched lies in one plane (a wall, a poster): depth cannot be told from that alone; "
             "take in things at several distances."
         )
-    if len(strong) < 2:
-        why = next(iter(picked.weak.values()), "they have no points")
+    if sum(image not in picked.weak for image in map(int, model.image)) < 2:
+        image, why = next(iter(picked.weak.items()))
+        advice = AHEAD if about["forward"] else "take them closer together, or more of them, with texture all over"
         raise Refusal(
-            f"too little of the photographs could be measured (of {job.pictures[int(model.image[0])].name} {why}): "
-            + (where if ahead else "take them closer together, or more of them, with texture all over the picture")
-            + "."
+            f"too little of the photographs could be measured (of {job.pictures[image].name} {why}): {advice}."
         )
 
 

@@ -8,6 +8,7 @@ from ttt_lib.data.photographs.features import USUAL_FOCAL, choose_pairs, shared_
 from ttt_lib.data.photographs.job import MIN_MATCHES, Job, Refusal
 
 FLAT = 0.88  # of the matches: rooms and streets, seen with little parallax, have up to 0.8; posters and turns 0.91 to 1
+TWINS = 0.5  # of the features of a picture: 0.99 where a pattern repeats, elsewhere 0.03 at most
 MOVED = 0.0012  # of the longest side: what three quarters of the matches of a copy stay below
 
 
@@ -32,7 +33,12 @@ def match(job: Job, in_order: bool) -> None:
     if failed:
         raise Refusal(f"the photographs' features could not be computed ({failed}); send them to the authors.")
     with np.load(job.folder / "features.npz") as arrays:
-        coarse = arrays["coarse"]
+        coarse, twins = arrays["coarse"], float(np.median(arrays["twins"][job.kept]))
+    if twins > TWINS:
+        raise Refusal(
+            f"the photographs show one pattern again and again ({twins:.0%} of its details have a twin elsewhere in the "
+            "same picture), so which is which cannot be told: take in things that are there only once."
+        )
     kept = job.kept
     job.pairs = [(kept[i], kept[j]) for i, j in choose_pairs(coarse[kept], in_order)]
     failed = job.run("match", pairs=job.pairs, seed=job.seed)

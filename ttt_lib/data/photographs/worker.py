@@ -27,6 +27,7 @@ else:
     from ttt_lib.data.photographs import worker_mapping as mapping
 
 COARSE = 256  # of each picture's features, the largest, decide which pictures are compared
+TWIN, TWIN_DISTANCE = 0.95, 0.03  # cosine of descriptors that look the same, of the picture how far apart they are
 FLAT_ERROR = 0.003  # of the longer side: three times what features are off by, a third of what relief moves them by
 FISHEYE = ("FISHEYE", "FOV", "EUCM", "EQUIRECTANGULAR")
 
@@ -38,7 +39,7 @@ def features(folder: Path, cameras: list[dict[str, Any]], camera_of: list[int], 
     """SIFT of FOLDER/gray_0.npy, gray_1.npy, ... (H,W) uint8 into FOLDER/database.db.
 
     cameras: width, height, focal (pixels), known (whether that comes from somewhere); camera_of: of each photograph;
-    most: features a photograph. Writes `features.npz`: how many each has, and the coarse descriptors.
+    most: features a photograph. Writes `features.npz`: how many each has, the coarse descriptors, and `twins` (`_twins`).
     """
     options = pycolmap.FeatureExtractionOptions(num_threads=1, use_gpu=False)
     options.sift.max_num_features = most
@@ -46,7 +47,7 @@ def features(folder: Path, cameras: list[dict[str, Any]], camera_of: list[int], 
     database = pycolmap.Database.open(folder / "database.db")
     for number, camera in enumerate(cameras, 1):
         _write_camera(database, number, camera)
-    counts, coarse = [], []
+    counts, coarse, twins = [], [], []
     for index, number in enumerate(camera_of):
         keypoints, descriptors = extractor.extract_from_uint8_array(np.load(folder / f"gray_{index}.npy"))
         keypoints, data = pycolmap.keypoints_to_matrix(keypoints), descriptors.data
@@ -59,9 +60,20 @@ def features(folder: Path, cameras: list[dict[str, Any]], camera_of: list[int], 
         size = np.abs(keypoints[:, 2:6]).max(1, initial=0)
         largest = np.argsort(-size, kind="stable")[:COARSE]
         counts.append(len(keypoints))
+        twins.append(_twins(keypoints[:, :2], data))
         coarse.append(np.pad(data[largest], ((0, COARSE - len(largest)), (0, 0))))
     database.close()
-    np.savez(folder / "features.npz", counts=counts, coarse=np.array(coarse))
+    np.savez(folder / "features.npz", counts=counts, coarse=np.array(coarse), twins=twins)
+
+
+def _twins(places: np.ndarray, descriptors: np.ndarray) -> float:
+    """The share of a picture's features that look like another one elsewhere in it; the first 500 are asked."""
+    if len(places) < 2:
+        return 0.0
+    unit = descriptors / np.maximum(np.linalg.norm(descriptors.astype(np.float32), axis=1, keepdims=True), 1e-6)
+    alike = unit[:500] @ unit.T > TWIN
+    apart = np.linalg.norm(places[:500, None] - places[None], axis=-1) > TWIN_DISTANCE * np.ptp(places, axis=0).max()
+    return float((alike & apart).any(1).mean())
 
 
 def _sensor(camera_id: int) -> pycolmap.sensor_t:
