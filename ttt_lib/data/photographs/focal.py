@@ -58,7 +58,11 @@ def believed(job: Job) -> Belief | None:
     guesses = FOCALS if two else STARTS if len(job.kept) <= MANY else ()
     tried = [belief.focals, *(np.where(exact, belief.focals, guess) for guess in guesses)]
     profile = [] if two else [STEP, 1 / STEP]
-    runs = [describe(job, f"first{k}", f, fixed=two, profile=profile) for k, f in enumerate(tried)]
+    begins = [None, *[job.widest()] * len(guesses)]
+    runs = [
+        describe(job, f"first{k}", f, fixed=two, profile=profile, start=start)
+        for k, (f, start) in enumerate(zip(tried, begins))
+    ]
     models = reconstruct_all(job, runs)
     if not models:
         return None
@@ -66,9 +70,16 @@ def believed(job: Job) -> Belief | None:
         return compared({int(name[5:]): model for name, model in models.items()}, tried, belief.deviation)
     best = max((name for name in models if "@" not in name), key=lambda name: support(models[name]))
     others = [models[f"{best}@{k}"] for k in range(2) if f"{best}@{k}" in models]
+    found = focals_of(job, models[best], belief.focals)
     spread, bend = knowledge(models[best], others)
-    result = combine(focals_of(job, models[best], belief.focals), belief, np.array(exact), spread, bend)
+    result = combine(found, belief, np.array(exact), spread, bend)
     result.model = models[best]
+    if np.abs(np.log(found / result.focals)).max() > math.log(STEP):  # what an error costs there may be something else
+        run = describe(job, "there", result.focals, profile=profile, start=job.widest())
+        models = reconstruct_all(job, [run])
+        if len(models) == 3:
+            result.doubt = float(result.deviation.max() * knowledge(models["there"], list(models.values())[1:])[1])
+            result.model = models["there"]
     return result
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from ttt_lib.data.photographs import focal, signals
 from ttt_lib.data.photographs.job import Job, Refusal
 from ttt_lib.data.photographs.process import SparseModel
-from ttt_lib.data.photographs.runs import describe, focals_of, reconstruct_all
+from ttt_lib.data.photographs.runs import describe, focals_of, reconstruct_all, support
 from ttt_lib.data.photographs.tracks import (
     AHEAD_ANGLE,
     MIN_POINTS,
@@ -26,7 +26,7 @@ PLACED = 0.8  # the same, of a single photograph
 SEEN_ANGLE = 2.0  # degrees, the median parallax of what is reconstructed; with less, noise bends the scene
 FLAT = 0.92  # of the points, on one plane
 SHARE = 0.7  # of the matches that the second and third reconstruction see
-AHEAD = "the camera moved straight ahead: take more frames, further apart, or move sideways"
+AHEAD = "take more frames, further apart, or move sideways (the camera moved straight ahead)"
 NO_MODEL = (
     "no cameras could be found that explain the matches: take more photographs, closer together but not from one "
     "place, of a scene that stands still."
@@ -130,17 +130,22 @@ def _check(job: Job, model: SparseModel, picked: Selection, about: dict[str, Any
 def _reconstructions(job: Job, focals: np.ndarray) -> tuple[SparseModel, list[SparseModel]]:
     """The reconstruction with these focal lengths, and two more with the same from parts of the matches, with other
     seeds and starts, one of them global. The focal lengths' doubt is known already, and would hide what differs."""
-    pairs = [p for p in _by_matches(job) if set(p) <= set(job.kept)] if len(job.kept) > 2 else []
+    pairs = [job.widest(), *_by_matches(job)] if job.widest() else []
 
     def other(name: str, number: int, method: str = "incremental") -> dict[str, Any]:
-        start = pairs[min(number, len(pairs) - 1)] if pairs and method == "incremental" else None
+        start = pairs[min(number, len(pairs)) - 1] if pairs and method == "incremental" else None
         return describe(job, name, focals, seed=job.seed + number, share=SHARE, start=start, method=method)
 
-    runs = [describe(job, "held", focals), other("second", 1), other("global", 2, "global")]
-    found = reconstruct_all(job, runs)
-    if "held" not in found:
+    wide = [describe(job, "wide", focals, start=job.widest())] if job.widest() else []
+    found = reconstruct_all(
+        job, [describe(job, "held", focals), *wide, other("second", 1), other("global", 2, "global")]
+    )
+    whole = {name: found.pop(name) for name in ("held", "wide") if name in found}
+    if not whole:
         raise Refusal(NO_MODEL)
-    model = found.pop("held")
+    model = max(
+        whole.values(), key=support
+    )  # from neighbors, a camera that moves ahead may end as one that moves aside
     if "global" not in found or len(found["global"].image) < len(model.image):  # it needs more than there may be
         found.pop("global", None)
         found.update(reconstruct_all(job, [other("third", 2)]))
@@ -148,5 +153,6 @@ def _reconstructions(job: Job, focals: np.ndarray) -> tuple[SparseModel, list[Sp
 
 
 def _by_matches(job: Job) -> list[list[int]]:
-    """Pairs of photographs, those with most matches first."""
-    return [list(job.pairs[k]) for k in sorted(range(len(job.pairs)), key=lambda k: -job.inliers[k])]
+    """Pairs of photographs that take part, those with most matches first."""
+    order = sorted(range(len(job.pairs)), key=lambda k: -job.inliers[k])
+    return [list(job.pairs[k]) for k in order if set(job.pairs[k]) <= set(job.kept)]

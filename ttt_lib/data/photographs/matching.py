@@ -45,8 +45,8 @@ def match(job: Job, in_order: bool) -> None:
     if failed:
         raise Refusal(f"the photographs could not be matched ({failed}); try fewer of them.")
     with np.load(job.folder / "matches.npz") as arrays:
-        job.inliers, job.flat, moved = arrays["inliers"], arrays["flat"], arrays["moved"]
-    for (i, j), count, distance in zip(job.pairs, job.inliers, moved):
+        job.inliers, job.flat, job.moved = arrays["inliers"], arrays["flat"], arrays["moved"]
+    for (i, j), count, distance in zip(job.pairs, job.inliers, job.moved):
         side = max(job.grays[j].width, job.grays[j].height)
         if i in job.kept and j in job.kept and count >= MIN_MATCHES and distance < MOVED * side:
             job.leave_out(j, f"is a copy of {job.pictures[i].name}, or taken from the same place")
