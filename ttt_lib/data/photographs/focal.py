@@ -69,9 +69,8 @@ def believed(job: Job) -> Belief | None:
     if two:
         return compared({int(name[5:]): model for name, model in models.items()}, tried, belief.deviation)
     best = max((name for name in models if "@" not in name), key=lambda name: support(models[name]))
-    others = [models[f"{best}@{k}"] for k in range(2) if f"{best}@{k}" in models]
-    found = focals_of(job, models[best], belief.focals)
-    spread, bend = knowledge(models[best], others)
+    spread, bend, shift = knowledge(models[best], [models[f"{best}@{k}"] for k in range(2)])
+    found = focals_of(job, models[best], belief.focals) * math.exp(shift)
     result = combine(found, belief, np.array(exact), spread, bend)
     result.model = models[best]
     if np.abs(np.log(found / result.focals)).max() > math.log(STEP):  # what an error costs there may be something else
@@ -101,10 +100,12 @@ def compared(models: dict[int, SparseModel], tried: list[np.ndarray], deviation:
     return Belief(tried[chosen], deviation, float(deviation.max() * bend), models[chosen])
 
 
-def knowledge(model: SparseModel, others: list[SparseModel]) -> tuple[float, float]:
-    """What three and more photographs say: (deviation of the log focal length, log depth per log focal length).
+def knowledge(model: SparseModel, others: list[SparseModel]) -> tuple[float, float, float]:
+    """What three and more photographs say: (deviation of the log focal length, log depth per log focal length, what to
+    add to the log focal length).
 
-    others: the model fitted again at STEP times and 1 / STEP times its focal lengths.
+    others: the model fitted again at STEP times and 1 / STEP times its focal lengths. A fit in a flat valley ends before
+    its bottom; then the parabola through all three says where that is.
     """
     worse, bent, step = [], [], math.log(STEP)
     for other in others:
@@ -113,7 +114,10 @@ def knowledge(model: SparseModel, others: list[SparseModel]) -> tuple[float, flo
         free = max(2 * len(first) - 3 * len(np.unique(model.point[first])) - 6 * len(model.image), 1)
         worse.append(free * (held / max(cost, 1e-9) - 1) / math.sqrt(1 + free / INDEPENDENT))
         bent.append(signals.disagreement(model, other, 1)[0])
-    return max(SYSTEMATIC, step / math.sqrt(max(min(worse), 1e-6))), max(bent) / step
+    least, further, shift = min(worse), sum(worse) / 2, 0.0
+    if least < 0 < further:
+        least, shift = further, step * float(np.clip((worse[1] - worse[0]) / (4 * further), -1, 1))
+    return max(SYSTEMATIC, step / math.sqrt(max(least, 1e-6))), max(bent) / step, shift
 
 
 def combine(found: np.ndarray, before: Belief, exact: np.ndarray, spread: float, bend: float) -> Belief:
