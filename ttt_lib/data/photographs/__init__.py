@@ -6,8 +6,9 @@ A scene enters by `load.load_scene`: photographs as a list or a folder, with EXI
 model; a `transforms.json`, by whose cameras tracks are triangulated. It leaves by `writers`, in both of these formats.
 `groups` gives the photographs of a sample's scene from a set.
 
-Known: forward motion is refused or doubtful, and small scenes may be refused. Wrongly accepted: a given focal length
-far from the truth that runs away in refinement, and flat posters.
+Known: two photographs without any focal length are often refused, since their depth hangs on it; a given one that is
+wrong by half misleads them where several fit as well, which three photographs do not let happen. Frames of a drive may
+be refused for contradictions. Distortion of the lens is not modelled.
 
 pycolmap runs in a process of its own (`worker.py`): its seeds and logs stay there, a crash of it ends one job, and the
 libraries inside it do not meet those of Pillow (loaded together, the PNG encoder of one writes over the other's memory).

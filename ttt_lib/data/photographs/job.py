@@ -31,12 +31,21 @@ class Job:
     left_out: dict[int, str] = field(default_factory=dict)
     pairs: list[tuple[int, int]] = field(default_factory=list)
     inliers: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    moved: np.ndarray = field(default_factory=lambda: np.zeros(0))
     flat: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def leave_out(self, index: int, why: str) -> None:
         """From here on without this photograph."""
         self.kept.remove(index)
         self.left_out[index] = why
+
+    def widest(self) -> list[int] | None:
+        """Of the pairs with many matches the one whose matches moved furthest; None of two photographs."""
+        many = max(MIN_MATCHES, float(self.inliers.max(initial=0)) / 4)
+        good = [k for k, p in enumerate(self.pairs) if self.inliers[k] >= many and set(p) <= set(self.kept)]
+        if len(self.kept) == 2 or not good:
+            return None
+        return list(self.pairs[max(good, key=lambda k: self.moved[k])])
 
     def widths(self) -> np.ndarray:
         """Of each camera, pixels of the gray picture."""
@@ -51,10 +60,10 @@ class Job:
             result.append(float(np.median([p.focal for p in known])) if known else None)
         return result
 
-    def exact(self) -> bool:
-        """Whether EXIF gives the focal length of every camera."""
+    def exact(self) -> list[bool]:
+        """Of each camera whether EXIF gives its focal length."""
         cameras = {c for p, c in zip(self.pictures, self.camera_of) if p.focal and p.exact}
-        return cameras == set(self.camera_of)
+        return [camera in cameras for camera in range(max(self.camera_of) + 1)]
 
     def run(self, task: str, **arguments: Any) -> str:
         """Do a task of the worker; what `run_worker` returns."""

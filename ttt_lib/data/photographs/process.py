@@ -47,6 +47,7 @@ class SparseModel:
     camera; size (I,2) width and height; intrinsics (I,4) fx, fy, cx, cy in pixels, NaN of fisheye (I,) bool; xyz (P,3).
     Of an observation: seen_by (M,) row of the image, feature (M,) number of the picture's feature, point (M,) row of
     xyz, uv (M,2) in pixels with the first pixel's centre at 0.5, depth (M,), error (M,) of reprojection in pixels.
+    explained (I,): of each image the share of its verified matches that its cameras explain; None where none are known.
     """
 
     image: np.ndarray
@@ -63,6 +64,7 @@ class SparseModel:
     uv: np.ndarray
     depth: np.ndarray
     error: np.ndarray
+    explained: np.ndarray | None = None
 
 
 def read_sparse_model(path: Path) -> SparseModel | None:
@@ -70,4 +72,4 @@ def read_sparse_model(path: Path) -> SparseModel | None:
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as arrays:
-        return SparseModel(**{field.name: arrays[field.name] for field in fields(SparseModel)})
+        return SparseModel(**{field.name: arrays[field.name] for field in fields(SparseModel) if field.name in arrays})

@@ -43,19 +43,29 @@ def parallax(model: SparseModel) -> np.ndarray:
     return _farthest(rays, rays[row], model.point, count)[0]
 
 
-def disagreement(one: SparseModel, other: SparseModel, least: int) -> tuple[float, dict[int, float]]:
-    """How differently two reconstructions from the same features see the depth of their common points.
-
-    Returns the median |log ratio| after the median over all is taken away, and the same of each photograph that both
-    have. Infinite where fewer than `least` observations are common.
-    """
+def common(one: SparseModel, other: SparseModel) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the observations that two reconstructions from the same features have both, in front of the camera."""
 
     def keys(model: SparseModel) -> np.ndarray:
         return model.image[model.seen_by].astype(np.int64) * 2**32 + model.feature
 
     _, first, second = np.intersect1d(keys(one), keys(other), return_indices=True)
     positive = (one.depth[first] > 0) & (other.depth[second] > 0)
-    first, second = first[positive], second[positive]
+    return first[positive], second[positive]
+
+
+def robust_cost(error: np.ndarray) -> np.ndarray:
+    """What each reprojection error in pixels costs: its square, from half a pixel on its length."""
+    return np.sqrt(1 + 4 * error**2) - 1
+
+
+def disagreement(one: SparseModel, other: SparseModel, least: int) -> tuple[float, dict[int, float]]:
+    """How differently two reconstructions from the same features see the depth of their common points.
+
+    Returns the median |log ratio| after the median over all is taken away, and the same of each photograph that both
+    have. Infinite where fewer than `least` observations are common.
+    """
+    first, second = common(one, other)
     both = [int(i) for i in one.image if i in other.image]
     if len(first) < least:
         return float("inf"), dict.fromkeys(both, float("inf"))

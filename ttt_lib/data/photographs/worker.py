@@ -1,12 +1,13 @@
 """The program that runs pycolmap, in a process of its own: `python worker.py FOLDER`.
 
 FOLDER/job.json says what to do (`task`, the name of a function here, and its arguments); results are arrays in FOLDER.
-It imports nothing but NumPy and pycolmap, and nothing of this package: it must start at once, and Pillow's PNG encoder
-breaks where pycolmap was loaded first. One thread and fixed seeds: the same job gives the same result.
+It imports nothing but NumPy, pycolmap and the file beside it: it must start at once, and Pillow's PNG encoder breaks
+where pycolmap was loaded first. One thread and fixed seeds: the same job gives the same result.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -19,13 +20,16 @@ if __name__ == "__main__":
 import numpy as np
 import pycolmap
 
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parent))  # last: no library is hidden
+    import worker_mapping as mapping
+else:
+    from ttt_lib.data.photographs import worker_mapping as mapping
+
 COARSE = 256  # of each picture's features, the largest, decide which pictures are compared
+TWIN, TWIN_DISTANCE = 0.95, 0.03  # cosine of descriptors that look the same, of the picture how far apart they are
+FLAT_ERROR = 0.003  # of the longer side: three times what features are off by, a third of what relief moves them by
 FISHEYE = ("FISHEYE", "FOV", "EUCM", "EQUIRECTANGULAR")
-
-
-def image_name(index: int) -> str:
-    """The name of photograph `index` in the database; its id there is index + 1."""
-    return f"{index:06d}"
 
 
 # ------------------------------------------------------------------------------------------------ features, matches
@@ -35,7 +39,7 @@ def features(folder: Path, cameras: list[dict[str, Any]], camera_of: list[int], 
     """SIFT of FOLDER/gray_0.npy, gray_1.npy, ... (H,W) uint8 into FOLDER/database.db.
 
     cameras: width, height, focal (pixels), known (whether that comes from somewhere); camera_of: of each photograph;
-    most: features a photograph. Writes `features.npz`: how many each has, and the coarse descriptors.
+    most: features a photograph. Writes `features.npz`: how many each has, the coarse descriptors, and `twins` (`_twins`).
     """
     options = pycolmap.FeatureExtractionOptions(num_threads=1, use_gpu=False)
     options.sift.max_num_features = most
@@ -43,11 +47,11 @@ def features(folder: Path, cameras: list[dict[str, Any]], camera_of: list[int], 
     database = pycolmap.Database.open(folder / "database.db")
     for number, camera in enumerate(cameras, 1):
         _write_camera(database, number, camera)
-    counts, coarse = [], []
+    counts, coarse, twins = [], [], []
     for index, number in enumerate(camera_of):
         keypoints, descriptors = extractor.extract_from_uint8_array(np.load(folder / f"gray_{index}.npy"))
         keypoints, data = pycolmap.keypoints_to_matrix(keypoints), descriptors.data
-        image_id = database.write_image(pycolmap.Image(name=image_name(index), camera_id=number + 1))
+        image_id = database.write_image(pycolmap.Image(name=mapping.image_name(index), camera_id=number + 1))
         frame = pycolmap.Frame(rig_id=number + 1)
         frame.add_data_id(pycolmap.data_t(_sensor(number + 1), image_id))
         database.write_frame(frame)
@@ -56,9 +60,20 @@ def features(folder: Path, cameras: list[dict[str, Any]], camera_of: list[int], 
         size = np.abs(keypoints[:, 2:6]).max(1, initial=0)
         largest = np.argsort(-size, kind="stable")[:COARSE]
         counts.append(len(keypoints))
+        twins.append(_twins(keypoints[:, :2], data))
         coarse.append(np.pad(data[largest], ((0, COARSE - len(largest)), (0, 0))))
     database.close()
-    np.savez(folder / "features.npz", counts=counts, coarse=np.array(coarse))
+    np.savez(folder / "features.npz", counts=counts, coarse=np.array(coarse), twins=twins)
+
+
+def _twins(places: np.ndarray, descriptors: np.ndarray) -> float:
+    """The share of a picture's features that look like another one elsewhere in it; the first 500 are asked."""
+    if len(places) < 2:
+        return 0.0
+    unit = descriptors / np.maximum(np.linalg.norm(descriptors.astype(np.float32), axis=1, keepdims=True), 1e-6)
+    alike = unit[:500] @ unit.T > TWIN
+    apart = np.linalg.norm(places[:500, None] - places[None], axis=-1) > TWIN_DISTANCE * np.ptp(places, axis=0).max()
+    return float((alike & apart).any(1).mean())
 
 
 def _sensor(camera_id: int) -> pycolmap.sensor_t:
@@ -89,17 +104,20 @@ def match(folder: Path, pairs: list[list[int]], seed: int) -> None:
     """Mutual matching and guided geometric verification of pairs of photographs.
 
     Writes `matches.npz`, for each pair: inliers; moved, the distance in pixels that three quarters of them stay below;
-    flat, the share of them that one homography explains.
+    flat, the share of them that one homography explains (to FLAT_ERROR of the longer side).
     """
-    lines = "".join(f"{image_name(i)} {image_name(j)}\n" for i, j in pairs)
+    lines = "".join(f"{mapping.image_name(i)} {mapping.image_name(j)}\n" for i, j in pairs)
     (folder / "pairs.txt").write_text(lines, encoding="utf-8")
     options = pycolmap.FeatureMatchingOptions(num_threads=1, use_gpu=False, guided_matching=True)
     verification = pycolmap.TwoViewGeometryOptions(detect_watermark=False)
     verification.ransac.random_seed = seed
+    verification.max_H_inlier_ratio = 1.0  # never a plane alone: what lies off it would be lost
+    longest = max(max(np.load(folder / f"gray_{k}.npy", mmap_mode="r").shape) for pair in pairs for k in pair)
+    verification.ransac.max_error = mapping.tolerance(longest)
     pairing = pycolmap.ImportedPairingOptions(match_list_path=folder / "pairs.txt")
     pycolmap.set_random_seed(seed)
     pycolmap.match_image_pairs(folder / "database.db", options, pairing, verification, pycolmap.Device.cpu)
-    ransac = pycolmap.RANSACOptions(max_error=3.0, random_seed=seed, max_num_trials=2000)
+    ransac = pycolmap.RANSACOptions(max_error=FLAT_ERROR * longest, random_seed=seed, max_num_trials=2000)
     database = pycolmap.Database.open(folder / "database.db")
     inliers, moved, flat = np.zeros(len(pairs), int), np.full(len(pairs), np.inf), np.zeros(len(pairs))
     for row, (i, j) in enumerate(pairs):
@@ -127,81 +145,32 @@ def reconstructions(folder: Path, runs: list[dict[str, Any]]) -> None:
 
     A run: name, seed, method (`incremental`, `global`), focals (pixels, one a camera), fixed (whether they stay),
     share of the matches that it sees, start (two photographs or null), min_angle (degrees), two_view (whether points
-    seen by two photographs are taken), photographs (those that take part).
+    seen by two photographs are taken), photographs (those that take part), profile: factors of the focal lengths, for
+    each of which the result is fitted again with these held, in NAME@0.npz, NAME@1.npz, ...
     """
     for run in runs:
         path = folder / f"run_{run['name']}.db"
         shutil.copyfile(folder / "database.db", path)
-        _prepare(path, run)
+        mapping.prepare(path, run)
         output = folder / f"run_{run['name']}"
         output.mkdir(exist_ok=True)
         pycolmap.set_random_seed(run["seed"])
-        method = _global if run["method"] == "global" else _incremental
+        method = mapping.spread if run["method"] == "global" else mapping.grow
         models = method(path, output, run)
         if not models and run["start"] is not None:
             models = method(path, output, {**run, "start": None})
-        if models:
-            best = max(models.values(), key=lambda model: (model.num_reg_images(), model.num_points3D()))
-            np.savez(folder / f"{run['name']}.npz", **_arrays(best))
         path.unlink()
-
-
-def _prepare(path: Path, run: dict[str, Any]) -> None:
-    """The run's focal lengths, and its share of the matches."""
-    database = pycolmap.Database.open(path)
-    for camera in database.read_all_cameras():
-        params = camera.params
-        params[0] = run["focals"][camera.camera_id - 1]
-        camera.params = params
-        database.update_camera(camera)
-    if run["share"] < 1:
-        generator = np.random.default_rng(run["seed"])
-        for pair, geometry in zip(*database.read_two_view_geometries()):
-            matches = geometry.inlier_matches
-            count = round(run["share"] * len(matches))
-            geometry.inlier_matches = matches[np.sort(generator.permutation(len(matches))[:count])]
-            database.update_two_view_geometry(*pycolmap.pair_id_to_image_pair(pair), geometry)
-    database.close()
-
-
-def _incremental(path: Path, output: Path, run: dict[str, Any]) -> dict[int, pycolmap.Reconstruction]:
-    options = pycolmap.IncrementalPipelineOptions(
-        random_seed=run["seed"], num_threads=1, min_model_size=2, max_num_models=3, extract_colors=False
-    )
-    options.ba_refine_focal_length = not run["fixed"]
-    options.ba_refine_extra_params = options.ba_refine_principal_point = False
-    options.image_names = [image_name(index) for index in run["photographs"]]
-    if run["start"] is not None:
-        options.init_image_id1, options.init_image_id2 = (index + 1 for index in run["start"])
-    mapper, points = options.mapper, options.triangulation
-    mapper.random_seed = points.random_seed = run["seed"]
-    mapper.num_threads = 1
-    mapper.abs_pose_refine_focal_length = mapper.abs_pose_refine_extra_params = False
-    mapper.init_max_forward_motion = 1.0
-    mapper.init_min_num_inliers, mapper.abs_pose_min_num_inliers = 30, 20
-    mapper.init_min_tri_angle = mapper.filter_min_tri_angle = points.min_angle = run["min_angle"]
-    mapper.ba_local_min_tri_angle = run["min_angle"]
-    points.ignore_two_view_tracks = not run["two_view"]
-    return pycolmap.incremental_mapping(path, output, output, options)
-
-
-def _global(path: Path, output: Path, run: dict[str, Any]) -> dict[int, pycolmap.Reconstruction]:
-    options = pycolmap.GlobalPipelineOptions(random_seed=run["seed"], num_threads=1, min_model_size=2)
-    options.image_names = [image_name(index) for index in run["photographs"]]
-    mapper, views = options.mapper, 2 if run["two_view"] else 3
-    mapper.random_seed = mapper.rotation_averaging.random_seed = run["seed"]
-    mapper.global_positioning.random_seed = mapper.retriangulation.random_seed = run["seed"]
-    mapper.num_threads = 1
-    adjustment = mapper.bundle_adjustment
-    adjustment.refine_focal_length = not run["fixed"]
-    adjustment.refine_extra_params = adjustment.refine_principal_point = False
-    adjustment.ceres.solver_options.num_threads = 1
-    adjustment.ceres.use_gpu = mapper.global_positioning.use_gpu = False
-    adjustment.min_track_length = mapper.global_positioning.min_num_view_per_track = views
-    mapper.track_min_num_views_per_track = views
-    mapper.min_tri_angle_deg = mapper.retriangulation.min_angle = run["min_angle"]
-    mapper.retriangulation.ignore_two_view_tracks = not run["two_view"]
-    return pycolmap.global_mapping(path, output, output, options)
+        if not models:
+            continue
+        best = max(models.values(), key=lambda model: (model.num_reg_images(), model.num_points3D()))
+        mapping.fit(best, run["fixed"])
+        database = pycolmap.Database.open(folder / "database.db")
+        np.savez(folder / f"{run['name']}.npz", **_arrays(best), explained=mapping.explained(database, best))
+        database.close()
+        for number, factor in enumerate(run["profile"]):
+            other = copy.deepcopy(best)
+            mapping.fit(other, True, factor)
+            np.savez(folder / f"{run['name']}@{number}.npz", **_arrays(other))
 
 
 def triangulate(folder: Path, poses: list[Any], min_angle: float, two_view: bool) -> None:
