@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttt_lib.core.files import first_repeated, read_json, to_json, write_json
+from ttt_lib.core.files import absolute, first_repeated, read_json, to_json, write_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats() | st.text(),
@@ -78,3 +78,13 @@ def test_a_file_is_replaced_in_one_step(tmp_path, monkeypatch):
 
 def test_the_first_that_is_there_twice():
     assert first_repeated([3, 1, 2, 1, 3]) == 1 and first_repeated([]) is None
+
+
+def test_a_path_means_the_same_in_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    assert absolute("a/../b.pt") == absolute(Path("b.pt")) == str(tmp_path / "b.pt")
+    assert absolute("~/b.pt") == "/home/of/somebody/b.pt" and absolute("tcp://host/x") == "tcp://host/x"
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~" / "b.pt").touch()
+    assert absolute("~/b.pt") == str(tmp_path / "~" / "b.pt")

@@ -32,6 +32,21 @@ def first_repeated(values: Iterable[Value]) -> Value | None:
     return None
 
 
+def absolute(path: str | Path) -> str:
+    """A path that means the same in every folder: once, where it enters, because the notebooks of a batch run elsewhere.
+
+    `~` is your home, unless something here is called so; `scheme://...` stays as it is.
+
+    Example:
+        >>> absolute("/a/../b.pt"), absolute("s3://bucket/set")
+        ('/b.pt', 's3://bucket/set')
+    """
+    path = str(path)
+    if "://" in path:
+        return path
+    return os.path.abspath(path if os.path.lexists(path) else os.path.expanduser(path))
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """Plain values only, and a key that is there twice is a mistake: YAML itself would silently take the last."""
 

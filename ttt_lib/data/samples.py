@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ttt_lib.core.errors import DataError, UserError, printable, reason
+from ttt_lib.core.files import absolute
 from ttt_lib.core.provenance import file_hash
 from ttt_lib.core.types import Sample
 from ttt_lib.data import moge_layout
@@ -132,7 +133,7 @@ def open_moge(
     unit; None: not metric, unless a sample's `meta.json` says `"is_metric": true` as this package's writer does.
     subset: every n-th sample; count: only the first ones. Raises `DataError` if folder or index is missing.
     """
-    folder = Path(path)
+    folder = Path(absolute(path))
     names = moge_layout.read_index(folder, split)[::subset][:count]
     title = name or printable(folder.resolve().name)
 

@@ -30,20 +30,6 @@ def _choose_device(device: str) -> torch.device:
         raise UserError(f"model.device: {device!r} cannot be used here ({reason(error)}).") from error
 
 
-def absolute_name(name: str) -> str:
-    """The name of a model for a process in another folder: a path that exists becomes absolute, others stay.
-
-    Example:
-        >>> absolute_name("tiny")
-        'tiny'
-    """
-    path = os.path.expanduser(name)
-    family, added, _ = name.partition(":")
-    if name == "tiny" or (added and MODELS.knows(family)) or not os.path.exists(path):
-        return name
-    return os.path.abspath(path)
-
-
 def load_model(
     name: str = "tiny",
     device: str = "auto",
