@@ -244,10 +244,13 @@ LINES = {
     "set twice": ["adapt", "p.png", "--set", "train=3", "--set", "train.passes=3"],
     "set and option": ["adapt", "p.png", "--set", "model=3", "--model", "tiny"],
     "no image": ["adapt", "none.png", *PLAIN],
-    "image is a folder": ["adapt", ".", *PLAIN],
+    "folder without images": ["adapt", "empty", *PLAIN],
+    "image of a name no system takes": ["adapt", "y" * 283 + ".png", *PLAIN],
+    "unit is none": ["adapt", "p.png", "--metric-points", "x.png", "--metric-unit", "inch"],
+    "unit of nothing": ["adapt", "p.png", "--metric-unit", "mm"],
     "image is a device": ["adapt", "/dev/zero", *PLAIN],
     "empty name": ["adapt", "", *PLAIN],
-    "one result for two": ["adapt", "p.png", "other/p.jpg", *PLAIN],
+    "one result for two": ["adapt", "p.png", "other/p.png", *PLAIN],
     "experiment empty": ["adapt", "p.png", "--experiment", ""],
     "experiment long": ["adapt", "p.png", "--experiment", "x" * 300],
     "experiment is an image": ["adapt", "p.png", "--experiment", "p.png"],
@@ -263,12 +266,13 @@ LINES = {
     "sides without end": ["ablation", "--set", "data=[{kind: synthetic, width: 1000000000}]"],
     "shards without end": ["ablation", "--experiments", "original", "--shards", "1000000000", "--set", "data=[{kind: synthetic, count: 2}]"],
     "hard subset of photographs": ["hard-subset", "--data", ".", "-o", "hard"],
-    "hard subset of two of a name": ["hard-subset", "--data", "motorcycle", "--data", "motorcycle", "-o", "hard"],
+    "hard subset of two built in": ["hard-subset", "--data", "motorcycle", "--data", "synthetic", "-o", "hard"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LINES)
 def test_a_command_line(command, tmp_path, name):
+    (tmp_path / "empty").mkdir()
     code, said = command(*LINES[name])
     assert code in (1, 2) and said.startswith("ttt-depth: ") and said.count("\n") == 1, said
     sentence(said.strip())
@@ -339,13 +343,41 @@ def test_a_full_disk_leaves_nothing_behind(command, tmp_path, monkeypatch, what)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_full_disk_elsewhere_is_one_line_too(command, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.EACCES, "Permission denied", "/somewhere")
+JOBS = ["ablation", "--experiments", "original", "--set", "data=[{kind: synthetic, count: 1}]", "--runs=here"]
 
-    monkeypatch.setattr(batch, "run_jobs", full)
-    code, said = command("ablation", "--experiments", "original", "--set", "data=[{kind: synthetic, count: 1}]")
-    assert (code, said) == (2, "ttt-depth: /somewhere: Permission denied.\n")
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EACCES, "Permission denied", "/somewhere"), "/somewhere: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError(errno.ENOTDIR, "Not a directory", "here"), "here: Not a directory"),  # named on the command line
+    ],
+)
+def test_a_disk_or_a_file_that_the_user_can_put_right_is_one_line(command, monkeypatch, error, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(batch, "run_jobs", fail)
+    assert command(*JOBS) == (2, f"ttt-depth: {said}.\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EBADF, "Bad file descriptor"),
+        FileNotFoundError(errno.ENOENT, "No such file", "/of/the/program"),
+        ConnectionResetError("by somebody"),
+    ],
+)
+def test_a_mistake_of_the_program_keeps_its_trace(command, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(batch, "run_jobs", fail)
+    with pytest.raises(type(error)) as caught:
+        command(*JOBS)
+    assert caught.value is error
 
 
 # ------------------------------------------------------------------------------------------------ images, frames

@@ -29,6 +29,11 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def available_cores() -> int:
+    """Cores that this process may use; where the system does not say that (Windows, macOS), all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def git_revision() -> str:
     """Revision of the checkout this package runs from, or `unknown`."""
     try:
@@ -54,6 +59,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "git_revision": git_revision(),
         "device": device,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cores(),
         "host": socket.gethostname(),
     }
