@@ -61,7 +61,7 @@ class ModelConfig(Section):
     num_tokens: Annotated[int, Field(ge=16, le=10000)] | None = None
     device: str = "auto"
     autocast: Literal["none", "bfloat16"] = "none"
-    fov_x: Annotated[float, Field(gt=0.0, lt=180.0)] | None = None
+    fov_x: Annotated[float, Field(ge=1.0, lt=180.0)] | None = None
     checkpointing: bool = False
 
 

@@ -266,7 +266,7 @@ def run_experiment(
     reason; the others go on. limit: only the first samples, and no other is read. The same numbers come out whatever
     the shard count and the order.
     """
-    folder = Path(output_dir) if output_dir else None
+    folder = Path(absolute(output_dir)) if output_dir else None
     if folder is not None:
         (folder / "predictions").mkdir(parents=True, exist_ok=True)
     places = [(s, name) for s in open_samples(config, shard) for name in s.names][:limit]

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ttt_lib.core.errors import RunError, UserError, reason
-from ttt_lib.core.files import first_repeated, write_json
+from ttt_lib.core.files import absolute, first_repeated, write_json
 from ttt_lib.core.provenance import environment
 from ttt_lib.core.schema import RESERVED
 from ttt_lib.runs.cluster import open_client
@@ -136,9 +136,11 @@ def _sync(folder: Path) -> None:
     """Force a folder's files to the disk, so that a power loss after the move cannot leave empty ones."""
     for path in (*folder.rglob("*"), folder):
         try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except PermissionError:  # Windows opens no folder, and forces no file to the disk that is open for reading
-            return
+            descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # as Windows wants to have it
+        except PermissionError:
+            if not path.is_dir():
+                raise
+            continue  # Windows opens no folder
         try:
             os.fsync(descriptor)
         finally:
@@ -257,7 +259,7 @@ def run_jobs(
         if not name or name.startswith(".") or "/" in name or name in RESERVED:
             raise UserError(f"experiment {name!r}: cannot be the name of a folder of results; choose another one.")
     try:
-        runs = Path(runs).resolve()
+        runs = Path(absolute(runs)).resolve()
         runs.mkdir(parents=True, exist_ok=True)
         _clean_work(runs)
         clear_outdated(jobs, runs)

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from ttt_lib.core.errors import RunError
+from ttt_lib.core.files import absolute
 from ttt_lib.core.schema import RESERVED
 from ttt_lib.core.types import IDENTITY, KEYS
 from ttt_lib.evaluation.scores import TABLE1_COLUMNS
@@ -52,7 +53,7 @@ def read_runs(folder: str | Path) -> Runs:
 
     Raises `RunError` if the folder is missing, holds no finished shard, or a result file cannot be read.
     """
-    folder = Path(folder)
+    folder = Path(absolute(folder))
     finished, notes = _finished_shards(folder)
     if not finished:
         raise RunError(f"{folder}: holds no finished run; run `ttt-depth ablation` first or name another folder.")
