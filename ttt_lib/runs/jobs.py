@@ -15,7 +15,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -300,8 +300,3 @@ def _finish(
             else:
                 yield job, Outcome(job.experiment, job.shard, "failed", f"the worker died: {one_line(error)}")
             future.release()
-
-
-def as_dict(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """Plain values for JSON."""
-    return [asdict(outcome) for outcome in outcomes]
