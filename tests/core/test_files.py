@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ttt_lib.core.errors import UserError
 from ttt_lib.core.files import absolute, first_repeated, read_json, to_json, write_json
 
 VALUES = st.recursive(
@@ -88,3 +89,10 @@ def test_a_path_means_the_same_in_every_folder(tmp_path, monkeypatch):
     (tmp_path / "~").mkdir()
     (tmp_path / "~" / "b.pt").touch()
     assert absolute("~/b.pt") == str(tmp_path / "~" / "b.pt")
+
+
+def test_a_text_without_end_is_not_read(tmp_path):
+    with open(tmp_path / "long.json", "wb") as file:
+        file.truncate((1 << 28) + 1)  # takes no room on the disk
+    with pytest.raises(UserError, match="has more than 256 MiB"):
+        read_json(tmp_path / "long.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -215,6 +216,18 @@ def test_a_huge_configuration_is_refused_before_anything_is_built(tmp_path, untr
     monkeypatch.setattr("ttt_lib.models.tiny.TinyMoGe.__init__", lambda *_, **__: pytest.fail("a network was built"))
     with pytest.raises(UserError, match=f"its configuration says {size[0]} .*more than its tensors can hold"):
         load_model(str(tmp_path / "huge.pt"), "cpu")
+
+
+def test_a_checkpoint_that_unpacks_to_far_more_is_refused_before_it_is_read(
+    tmp_path, untrained_checkpoint, monkeypatch
+):
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(untrained_checkpoint) as whole, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in whole.infolist():
+            archive.writestr(entry.filename, whole.read(entry) if "data.pkl" in entry.filename else bytes(1 << 20))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(UserError, match=r"it would unpack to \d+ MiB from \d\.\d"):
+        load_model(str(bomb), "cpu")
 
 
 def test_moge_3_is_named_while_it_is_lacking():

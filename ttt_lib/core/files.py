@@ -14,6 +14,8 @@ import yaml
 
 from ttt_lib.core.errors import UserError, reason
 
+LARGEST_TEXT = 1 << 28  # bytes: a list of a million samples; what YAML and JSON make of it is far more
+
 Value = TypeVar("Value", bound=Hashable)
 
 
@@ -73,6 +75,8 @@ def read_text(path: str | Path) -> str:
     try:
         if path.exists() and not path.is_file():  # a pipe or a device may never end
             raise UserError(f"{path}: is not a file.")
+        if path.is_file() and path.stat().st_size > LARGEST_TEXT:
+            raise UserError(f"{path}: has more than {LARGEST_TEXT >> 20} MiB; a text that is read here has not.")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file; check the name.") from error
