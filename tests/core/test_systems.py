@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from ttt_lib.core import memory
+from ttt_lib.core.errors import UserError
 from ttt_lib.core.provenance import available_cores, environment
+from ttt_lib.models.load import load_model
 from ttt_lib.runs import jobs
+from ttt_lib.runs.hard_subset import write_subset_index
 
 ELSEWHERE = """
 import builtins, os, sys
@@ -81,3 +85,22 @@ def test_a_folder_that_the_system_does_not_open_is_not_forced_to_the_disk(tmp_pa
     monkeypatch.setattr(jobs.os, "fsync", forced.append)
     jobs._sync(tmp_path)
     assert len(forced) == 2
+
+
+def test_the_gpu_of_apple_is_not_chosen_and_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert load_model("tiny", "auto", num_tokens=48).device.type == "cpu"
+    for device in ("mps", "mps:0"):
+        with pytest.raises(UserError, match=f"model.device: '{device}' has no float64.*use cpu"):
+            load_model("tiny", device)
+
+
+def test_a_system_that_makes_no_links_says_so(tmp_path, monkeypatch):
+    def windows(*_, **__):
+        raise OSError(22, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", windows)
+    chosen = pd.DataFrame({"dataset": ["set"], "sample": ["a"], "value": [0.1]})
+    with pytest.raises(UserError, match="no link can be made there .*privilege.*choose another output folder"):
+        write_subset_index(chosen, {"set": tmp_path / "set"}, tmp_path / "hard")

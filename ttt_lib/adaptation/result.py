@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -55,7 +56,9 @@ class AdaptResult:
             facts.append(f"{self.passes_done} passes")
         if losses:
             facts.append(f"loss {losses[0]:.3g} to {losses[-1]:.3g}")
-        return [*facts, f"{self.seconds:.1f} s", f"peak memory {self.peak_memory_mb:.0f} MiB"]
+        measured = math.isfinite(self.peak_memory_mb)  # not on every system
+        memory = [f"peak memory {self.peak_memory_mb:.0f} MiB"] if measured else []
+        return [*facts, f"{self.seconds:.1f} s", *memory]
 
     def __repr__(self) -> str:
         return f"AdaptResult({', '.join(self.facts())}; final: {', '.join(self.final.facts())})"

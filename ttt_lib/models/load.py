@@ -20,8 +20,11 @@ TINY_TOKENS = 192  # the bundled model was trained at no more, and is far worse 
 
 
 def _choose_device(device: str) -> torch.device:
+    """`auto` is CUDA or the CPU: not Apple's MPS, which has no float64."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] == "mps":
+        raise UserError(f"model.device: {device!r} has no float64, which corrections and resizing need; use cpu.")
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).item()  # what cannot be read back, as from `meta`, is no device for results
