@@ -373,6 +373,7 @@ def test_every_mean_says_over_how_many_and_where_rows_differ(tmp_path):
         rows = pd.read_csv(path)
         rows[~(rows.metric.isin([m for m, _ in metric]) & ~rows["sample"].isin(["s0", "s2"]))].to_csv(path, index=False)
     runs = results.read_runs(tmp_path)
+    assert "seconds are means over all samples, also those without truth, which n does not count" not in runs.notes
     table = tables.table1(runs)
     assert table["n"].to_dict() == {"original": 5, "unfreeze_encoder": 5, "tta": 3} and table["n"].dtype == int
     counts = results.score_counts(runs)
@@ -401,3 +402,13 @@ def test_figures_say_over_how_many_their_means_are():
     figure, table = study_figures.pareto(gains, samples)
     assert table["n"].to_dict() == {"a": 2, "b": 1}
     assert [text.get_text() for text in figure.axes[0].texts] == ["a (n = 2)", "b (n = 1)"]
+
+
+def test_samples_without_truth_are_timed_and_not_counted(tmp_path):
+    place = write_shard(tmp_path, "original", samples=range(5))
+    rows = pd.read_csv(place / "metrics.csv")
+    rows[rows["sample"] != "s4"].to_csv(place / "metrics.csv", index=False)
+    runs = results.read_runs(tmp_path)
+    table = tables.table1(runs)
+    assert table.loc["original", "n"] == 4 and table.loc["original", "seconds"] == 3  # of 1, 2, 3, 4 and 5 seconds
+    assert "seconds are means over all samples, also those without truth, which n does not count" in runs.notes

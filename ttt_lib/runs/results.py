@@ -197,6 +197,9 @@ def _uneven(runs: Runs, told: set[str]) -> list[str]:
         for number, columns in [] if name in told else fewer.groupby(fewer):
             others = "/".join(str(n) for n in sorted({most[column] for column in columns.index}))
             notes.append(f"{name}: {', '.join(columns.index)} over {number} samples, elsewhere over {others}")
+    done = runs.samples.groupby("experiment").size().reindex(counts.index, fill_value=0)
+    if (done > counts.max(axis=1)).any():
+        notes.append("seconds are means over all samples, also those without truth, which n does not count")
     partly = most[(most > 0) & (most < most.max())]
     for number, columns in partly.groupby(partly):
         notes.append(
