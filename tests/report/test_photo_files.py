@@ -136,3 +136,18 @@ def test_views_are_made_from_pictures_with_something_to_crop(image, side, size):
     from ttt_lib.adaptation.adapter import working_image
 
     assert tuple(working_image(torch.rand(image), side).shape[1:]) == size
+
+
+def test_a_unit_that_is_taken_for_granted_is_said_and_recorded(tiny, tmp_path, caplog):
+    sparse = np.zeros((48, 64), np.uint16)
+    sparse[10:20, 10:20] = 2500
+    Image.fromarray(sparse).save(tmp_path / "d.png")
+    photo, points = photograph(tmp_path / "a.png"), tmp_path / "d.png"
+    for unit, metres, said in ((None, 2500 / 256, True), (1 / 256, 2500 / 256, False), (0.001, 2.5, False)):
+        caplog.clear()
+        folder = adapt_photo(photo, tmp_path / "out", tiny, experiment(), points, unit)
+        assert any("taken for 1/256 m, as KITTI" in record.getMessage() for record in caplog.records) == said
+        record = json.loads((folder / "record.json").read_text())
+        assert record["metric_unit"] == pytest.approx(metres / 2500) and record["metric_points"] == str(points)
+        assert record["unit"] == record["depth_png"]["unit"] == "metre"
+        assert np.load(folder / "depth.npy")[10:20, 10:20] == pytest.approx(metres, rel=0.05)

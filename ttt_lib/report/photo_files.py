@@ -108,6 +108,8 @@ def adapt_photo(
     """
     image = read_photo(path)
     references = read_references(metric_points, tuple(image.shape[-2:]), metric_unit) if metric_points else None
+    if references is not None and references.unit is not None and metric_unit is None:
+        log.warning("%s: a unit is taken for 1/256 m, as KITTI has it; --metric-unit says another", metric_points)
     folder = result_folder(path, output, name)
     work = folder.with_name(f".{folder.name[:40]}.{os.getpid()}.partial")  # its own may be as long as names may be
     try:

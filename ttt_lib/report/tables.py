@@ -116,7 +116,10 @@ def to_text(table: pd.DataFrame, decimals: int = 3) -> str:
         *(f"{m.split('_', 1)[0][0]}.{alignments[m.split('_', 1)[1]]}.{'rel' if s == 'rel' else 'd1'}" for m, s in TABLE1_COLUMNS),
         *table.columns[len(TABLE1_COLUMNS) :],
     ]  # fmt: skip
-    legend = "d: depth, p: points; met: metric, sc: scale-invariant, aff: affine-invariant; rel: lower, d1: higher is better; n: samples with a score"
+    legend = (
+        "d: depth, p: points; met: metric, sc: scale-invariant, aff: affine-invariant; rel: lower, d1: higher is better; "
+        "n: samples with a score"
+    )
     return f"{short.round(decimals).to_string(na_rep='-')}\n({legend})"
 
 
