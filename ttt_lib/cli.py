@@ -147,7 +147,9 @@ def adapt(
     model: Annotated[str | None, typer.Option(help="See `ttt-depth models`.")] = None,
     metric_points: Annotated[
         Path | None,
-        typer.Option(help="Known distances: CSV with u,v,metres (pixels), or a sparse 16-bit depth PNG; one image."),
+        typer.Option(
+            help="Known distances: CSV with u,v,metres (pixels), or a sparse 16-bit depth PNG (see --metric-unit); one image."
+        ),
     ] = None,
     metric_unit: Annotated[
         str | None,

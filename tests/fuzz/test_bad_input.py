@@ -288,6 +288,8 @@ def test_a_command_line(command, tmp_path, name):
     assert code in (1, 2) and said.startswith("ttt-depth: ") and said.count("\n") == 1, said
     sentence(said.strip())
     assert not (tmp_path / "SENTINEL").exists()
+    if name == "hard subset of two built in":
+        assert "in the MoGe layout, and 'motorcycle' is no such set" in said
 
 
 @pytest.mark.parametrize(

@@ -498,7 +498,7 @@ def test_damaged_files(copy, file, damage, says):
 @pytest.mark.parametrize(
     ("family", "key", "value", "says"),
     [
-        ("da_relative", "num_hidden_layers", 10**12, "num_hidden_layers 1000000000000, more than its tensors can hold"),
+        ("da_relative", "num_hidden_layers", 10**12, "config.json says num_hidden_layers 1000000000000, more than"),
         ("da_relative", "hidden_size", 10**9, "hidden_size 1000000000, more than"),
         ("da_relative", "fusion_hidden_size", 8192, "asks for [0-9]{9,} weights and the file holds [0-9]{4,6}"),
         ("dpt", "image_size", 60000, "asks for [0-9]{9,} weights"),
@@ -519,6 +519,15 @@ def test_a_huge_configuration_is_refused_before_anything_is_built(copy, monkeypa
     with pytest.raises(UserError, match=says) as caught:
         load_model(str(path), "cpu")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rules", [{"size": {"height": 10**9, "width": 10}}, {"ensure_multiple_of": 1e12}])
+def test_pictures_are_not_resized_without_end(copy, rules):
+    path = copy("da_relative")
+    content = json.loads((path / "preprocessor_config.json").read_text())
+    (path / "preprocessor_config.json").write_text(json.dumps(content | rules))
+    with pytest.raises(UserError, match="preprocessor_config.json says .*, more than 16384"):
+        load_model(str(path), "cpu")
 
 
 def test_shapes_that_a_file_only_says_it_has_allow_nothing(copy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from ttt_lib.core.types import Sample
 from ttt_lib.data import moge_layout
 from ttt_lib.data.moge_layout import SampleError, check_name
 
+log = logging.getLogger(__name__)
 FRAME_FILES = ("image.jpg", "depth.png", "meta.json", "segmentation.png")
 
 
@@ -57,6 +59,9 @@ class SampleSet:
                 yield self.load(name)
             except UserError as error:
                 self.left_out.append((name, str(error)))
+            except Exception as error:  # a reader of yours may raise anything
+                log.warning("%s/%s is left out", self.name, name, exc_info=True)
+                self.left_out.append((name, f"{type(error).__name__}: {reason(error)}"))
 
     def shard(self, index: int, count: int) -> SampleSet:
         """Every `count`-th sample from `index`: the shards 0..count-1 are disjoint and together the whole set."""

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from ttt_lib.core.files import read_json
+
 PLAIN = 1 << 16  # whole numbers of a configuration up to here are looked at by what they make together
+LARGEST_SIDE = 16384  # pixels that a picture may be resized to
 LAYERS = 64  # layers that a network may have with fewer tensors than that
 UNPACKED = 2.0  # times its own size: what a checkpoint, which is stored and not compressed, may unpack to
 SPARE = 1 << 20  # bytes or numbers beside that
@@ -57,18 +60,18 @@ def _stored_shapes(files: list[Path]) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _check_numbers(value: Any, largest: int, layers: int, key: str = "") -> None:
-    """Whole numbers of a configuration against the longest side of a tensor, or for layers the number of tensors."""
+def _check_numbers(value: Any, largest: int, layers: int, where: str, key: str = "") -> None:
+    """Whole numbers of a configuration against what may be the largest one, or for layers the number of tensors."""
     if isinstance(value, dict):
         for inner, content in value.items():
-            _check_numbers(content, largest, layers, str(inner))
+            _check_numbers(content, largest, layers, where, str(inner))
     elif isinstance(value, list):
         for content in value:
-            _check_numbers(content, largest, layers, key)
-    elif isinstance(value, int) and not isinstance(value, bool):
+            _check_numbers(content, largest, layers, where, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
         limit = layers if "layers" in key or key == "depths" else largest
-        if abs(value) > limit:
-            raise BoundsError(f"config.json says {key} {value}, more than its tensors can hold")
+        if not abs(value) <= limit:
+            raise BoundsError(f"{where} says {key} {value}, more than {limit}, which there can be")
 
 
 def check_folder(folder: Path, network: type) -> None:
@@ -79,9 +82,12 @@ def check_folder(folder: Path, network: type) -> None:
     """
     files = _weight_files(folder)
     shapes = _stored_shapes(files)
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     longest = max((side for shape in shapes for side in shape), default=0)
-    _check_numbers(content, max(PLAIN, longest), max(LAYERS, len(shapes)))
+    limits = {"config.json": max(PLAIN, longest), "preprocessor_config.json": LARGEST_SIDE}
+    for name, largest in limits.items():
+        if (folder / name).is_file():
+            content = read_json(folder / name)
+            _check_numbers(content, largest, max(LAYERS, len(shapes)), name)
     with torch.device("meta"):
         built = network(network.config_class.from_pretrained(folder, local_files_only=True))
     wanted = sum(tensor.numel() for tensor in built.state_dict().values())
