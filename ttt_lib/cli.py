@@ -268,7 +268,7 @@ def _is_the_users(error: OSError) -> bool:
     if error.errno in FULL_OR_FORBIDDEN:
         return True
     places = [absolute(argument.rpartition("=")[2]) for argument in sys.argv[1:]]
-    return isinstance(error.filename, str) and absolute(error.filename) in places
+    return isinstance(error.filename, str | Path) and absolute(error.filename) in places
 
 
 def main() -> None:

@@ -365,6 +365,7 @@ JOBS = ["ablation", "--experiments", "original", "--set", "data=[{kind: syntheti
         (OSError(errno.EACCES, "Permission denied", "/somewhere"), "/somewhere: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (OSError(errno.ENOTDIR, "Not a directory", "here"), "here: Not a directory"),  # named on the command line
+        (OSError(errno.EISDIR, "Is a directory", Path("here")), "here: Is a directory"),
     ],
 )
 def test_a_disk_or_a_file_that_the_user_can_put_right_is_one_line(command, monkeypatch, error, said):
