@@ -45,9 +45,9 @@ def default_workers() -> int:
     """One worker a GPU, or one a core."""
     import torch
 
-    from ttt_lib.core.provenance import available_cores
+    from ttt_lib.core.provenance import cores
 
-    return torch.cuda.device_count() or available_cores()
+    return torch.cuda.device_count() or cores()
 
 
 @app.command(epilog="Example: ttt-depth ablation --data path/to/set --experiments original,recommended --runs runs")

@@ -13,7 +13,7 @@ import torch
 
 from ttt_lib.core import memory
 from ttt_lib.core.errors import UserError
-from ttt_lib.core.provenance import available_cores, environment
+from ttt_lib.core.provenance import cores, environment
 from ttt_lib.models.load import load_model
 from ttt_lib.runs import jobs
 from ttt_lib.runs.hard_subset import write_subset_index
@@ -51,12 +51,12 @@ def test_the_command_works_without_what_only_linux_has(tmp_path):
 
 
 def test_cores_where_the_system_does_not_say_which(monkeypatch):
-    assert available_cores() == len(os.sched_getaffinity(0))
+    assert cores() == len(os.sched_getaffinity(0))
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert available_cores() == environment()["cores"] == 7
+    assert cores() == environment()["cores"] == 7
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert available_cores() == 1
+    assert cores() == 1
 
 
 @pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("linux", 1024)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -25,17 +26,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _resident_mb(key: str) -> float:
-    """MiB of this process: `VmRSS` now, `VmHWM` at most. Where /proc does not say: the peak since the start, for both;
-    where there is no `getrusage` either (Windows): NaN.
+    """MiB of this process: `VmRSS` now, `VmHWM` at most. Where /proc does not say: the peak since the start, for both (NaN on
+    Windows).
 
-    What `getrusage` says can begin with the peak of the process that started this one.
+    That one, of `getrusage`, can begin with the peak of the process that started this one.
     """
     try:
         lines = (PROCESS / "status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 2**10
     except (OSError, StopIteration):
         if resource is None:
-            return float("nan")
+            return math.nan
         unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 

@@ -29,8 +29,8 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def available_cores() -> int:
-    """Cores that this process may use; where the system does not say that (Windows, macOS), all there are."""
+def cores() -> int:
+    """Cores that this process may use; of systems that do not say, all there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -59,6 +59,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "git_revision": git_revision(),
         "device": device,
-        "cores": available_cores(),
+        "cores": cores(),
         "host": socket.gethostname(),
     }
