@@ -12,7 +12,7 @@ from PIL import Image
 from ttt_lib.core.errors import ConfigError, DataError, UserError
 from ttt_lib.core.schema import DataConfig
 from ttt_lib.data.catalog import open_dataset
-from ttt_lib.data.grouping import read_scenes, scenes_of, write_scenes
+from ttt_lib.data.grouping import read_scenes, write_scenes
 from ttt_lib.data.samples import open_moge, write_moge_layout
 from ttt_lib.data.scenes.detail import Detail
 from ttt_lib.data.scenes.failures import FAILURES
@@ -109,7 +109,7 @@ def test_detail_repeats_only_where_it_is_asked_to_and_fades_with_distance():
 
 def test_the_set_groups_its_samples_and_takes_its_options():
     tours = open_dataset("tours", count=5, views=[2, 3], baselines=[0.1], width=64, height=48)
-    groups = scenes_of(tours)
+    groups = tours.scenes
     assert list(groups) == [f"tour_{n:03d}" for n in range(5)] and {len(g) for g in groups.values()} <= {2, 3}
     assert [name for group in groups.values() for name in group] == tours.names
     sample = tours.load(groups["tour_001"][1])
@@ -136,12 +136,14 @@ def test_mistakes_with_tours_are_named():
 def test_a_tour_goes_through_moges_layout_with_its_scenes(tmp_path):
     tours = open_tours(count=2, views=[2], baselines=[0.1], width=64, height=48)
     write_moge_layout(tours.readable(), tmp_path)
-    write_scenes(tmp_path, scenes_of(tours))
-    assert read_scenes(tmp_path) == scenes_of(tours) == scenes_of(open_moge(tmp_path), read_scenes(tmp_path))
-    shard = open_moge(tmp_path)[1:3]
-    assert scenes_of(shard, {"tour_001": ["tour_001/view_0"]}) == {
-        "tour_000/view_1": ["tour_000/view_1"], "tour_001": ["tour_001/view_0"],
-    }  # fmt: skip
+    alone = open_moge(tmp_path)
+    assert alone.scenes == {} and alone.scene_of("tour_001/view_0") == ("tour_001/view_0", ["tour_001/view_0"])
+    write_scenes(tmp_path, tours.scenes)
+    grouped = open_moge(tmp_path)
+    assert read_scenes(tmp_path) == tours.scenes == grouped.scenes and grouped.data_hash() != alone.data_hash()
+    shard = grouped.shard(0, 4)  # the other photographs of its scene are in other shards
+    assert shard.names == ["tour_000/view_0"]
+    assert shard.scene_of("tour_000/view_0") == ("tour_000", ["tour_000/view_0", "tour_000/view_1"])
 
 
 @pytest.mark.parametrize(

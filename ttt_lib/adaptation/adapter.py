@@ -62,7 +62,7 @@ def _require_shape(model: GeometryModel, image: Tensor) -> None:
 
 
 @contextmanager
-def _training_possible() -> Iterator[None]:
+def training_possible() -> Iterator[None]:
     """Inside, gradients are on and new tensors are float32, whatever the caller has set."""
     kind = torch.get_default_dtype()
     try:
@@ -124,7 +124,7 @@ class Adapter:
         reset_peak_memory(model.device)
         image = as_image(image, "adapt: the image").to(model.device)
         _require_shape(model, image)
-        with _training_possible():
+        with training_possible():
             original = model.predict(image)
             result = AdaptResult(original=original, adapted=None, final=original, decision="original", image=image)
             generator = sample_generator(self.config.seed, name)

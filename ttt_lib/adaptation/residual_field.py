@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from ttt_lib.geometry.cameras import uv_map
 
 ENOUGH = 20  # references
 MOST = 1000  # that the field uses; of more, an even selection
@@ -18,7 +21,8 @@ PRIOR = 0.3  # weight of "no residual": far from all references nothing changes
 FOLDS = 5
 WORTHWHILE = 0.9  # of the error without a field, on left-out references
 USUAL, MARGIN = (0.15, 0.85), 0.75  # quantiles of the residuals; what lies farther outside than this share is cut off
-ELEMENTS = 2**24
+ELEMENTS = 2**22
+LONGEST_SIDE = 256  # pixels at which the field is computed; it is smooth, and enlarged to the picture
 
 
 def _place(uv: Tensor, size: tuple[int, int]) -> Tensor:
@@ -67,13 +71,13 @@ def residual_field(depth: Tensor, uv: Tensor, found: Tensor, true: Tensor) -> Te
     best = min(scores, key=scores.__getitem__)
     if scores[best] >= WORTHWHILE * float(residual.abs().mean()):
         return None
-    v, u = torch.meshgrid(
-        (torch.arange(size[0], device=depth.device, dtype=depth.dtype) + 0.5) / size[0],
-        (torch.arange(size[1], device=depth.device, dtype=depth.dtype) + 0.5) / size[1],
-        indexing="ij",
-    )
-    place = _place(torch.stack([u, v], -1).reshape(-1, 2), size)
-    logs = torch.where(torch.isfinite(depth) & (depth > 0), depth, 1.0).log().reshape(-1)
+    shrink = min(1.0, LONGEST_SIDE / max(size))
+    small = tuple(max(1, round(side * shrink)) for side in size)
+    nearest = F.interpolate(depth[None, None].float(), small, mode="nearest-exact")[0, 0]
+    place = _place(uv_map(*small, device=depth.device).reshape(-1, 2), size)
+    logs = torch.where(torch.isfinite(nearest) & (nearest > 0), nearest, 1.0).log().reshape(-1)
+    at, at_depth, residual = at.float(), at_depth.float(), residual.float()
     rows = max(1, ELEMENTS // len(at))
     parts = [_average(p, d, at, at_depth, residual, *best) for p, d in zip(place.split(rows), logs.split(rows))]
-    return torch.cat(parts).reshape(size)
+    field = torch.cat(parts).reshape(1, 1, *small)
+    return F.interpolate(field, size, mode="bilinear", align_corners=False)[0, 0].to(depth)

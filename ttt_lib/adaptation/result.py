@@ -12,6 +12,8 @@ from ttt_lib.core.types import Prediction
 DECISIONS = {
     "original": "the original prediction is used",
     "adapted": "the adapted prediction is used",
+    "corrected": "the original prediction, corrected by the tracks of the scene's photographs",
+    "adapted_corrected": "the adapted prediction, corrected by the tracks of the scene's photographs",
     "averaged": "the mean over predictions is used, nothing was trained",
     "accept": "the gate accepted the adapted prediction",
     "blend": "the gate mixed both predictions by region",
@@ -24,8 +26,7 @@ class AdaptResult:
     """What one image gave.
 
     original: before; adapted: after the last step (None if training failed); final: the one to use; blended: what
-    `blend` gives or would give, with a gate. decision: `original`, `adapted`, `averaged`, and with a gate `accept`,
-    `blend` or `reject`; reason: a sentence when the decision is not the expected one. history: one dictionary an
+    `blend` gives or would give, with a gate. decision: a key of `DECISIONS`; reason: a sentence when the decision is not the expected one. history: one dictionary an
     optimizer step: step, passes, loss, each term, gradient_norm, known (share of known target pixels), seconds.
     signals: of the gate. seconds: wall time of everything here; peak_memory_mb: during this adaptation, see
     `memory.peak_memory_mb`. micro_batch: views in the network at a time. weights: of the trained parameters, for the

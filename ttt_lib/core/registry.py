@@ -95,7 +95,7 @@ def load_installed() -> tuple[str, ...]:
 # `LossInputs` -> (B,) or a scalar; settings, needs, where, reads: see `adaptation/losses/terms.py`
 LOSSES = Registry("loss", home="ttt_lib.adaptation.losses")
 # `Episode` -> `Supervision`, or None where the experiment has none of it; settings: its section of `supervision`
-SUPERVISIONS = Registry("supervision", home="ttt_lib.adaptation.teacher")
+SUPERVISIONS = Registry("supervision", home="ttt_lib.adaptation.photographs.training")
 # image (3,H,W) in [0,1], depth (H,W) with inf or NaN where there is none, severity 1 to 5, generator -> image (3,H,W)
 SHIFTS = Registry("shift", home="ttt_lib.data.shifts")
 # Families: `register("mine")` makes `load_model("mine:REST", ...)` call `loader(REST, device=..., num_tokens=...,

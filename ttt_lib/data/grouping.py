@@ -2,7 +2,7 @@
 
 A set in MoGe's layout says it in `scenes.json` beside its index: `{"kitchen": ["kitchen/a", "kitchen/b"], ...}`, the name
 of a scene and the folders of its samples as the index lists them, in the order they were taken. A sample belongs to one
-scene at most; samples that are in none stand alone.
+scene at most; samples that are in none stand alone. `SampleSet.scenes` holds it for every kind of set.
 """
 
 from __future__ import annotations
@@ -13,30 +13,8 @@ from pathlib import Path
 from ttt_lib.core.errors import DataError, UserError
 from ttt_lib.core.files import read_json, write_json
 from ttt_lib.data.moge_layout import check_name
-from ttt_lib.data.samples import SampleSet
 
 SCENES = "scenes.json"
-
-
-def scenes_of(samples: SampleSet, scenes: dict[str, list[str]] | None = None) -> dict[str, list[str]]:
-    """Scenes of a set by name, each with its samples in the set's order; those of one sample too.
-
-    scenes: as `read_scenes` gives them; samples they name and the set lacks (a shard, a `count`) are passed over, samples
-    they do not name are scenes of their own. Without them a name is read as `scene/sample`.
-
-    Example:
-        >>> from ttt_lib.data.scenes.tours import open_tours
-        >>> scenes_of(open_tours(count=1, views=[2]))
-        {'tour_000': ['tour_000/view_0', 'tour_000/view_1']}
-    """
-    if scenes is None:
-        belongs = {name: name.rpartition("/")[0] or name for name in samples.names}
-    else:
-        belongs = {name: scene for scene, members in scenes.items() for name in members}
-    result: dict[str, list[str]] = {}
-    for name in samples.names:
-        result.setdefault(belongs.get(name, name), []).append(name)
-    return result
 
 
 def read_scenes(folder: str | Path) -> dict[str, list[str]]:

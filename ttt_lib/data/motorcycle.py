@@ -63,4 +63,5 @@ def open_motorcycle(
         view = moge_layout.target_view(_motorcycle_frames()[sample], width, height, 1.0)
         return to_sample(sample, name or "motorcycle", view, True, False)
 
-    return SampleSet(name or "motorcycle", names, load, f"motorcycle {width}x{height}")
+    scenes = {"motorcycle": ["motorcycle_left", "motorcycle_right"]}
+    return SampleSet(name or "motorcycle", names, load, f"motorcycle {width}x{height}", scenes=scenes)

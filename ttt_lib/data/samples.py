@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ttt_lib.core.files import absolute
 from ttt_lib.core.provenance import file_hash
 from ttt_lib.core.types import Sample
 from ttt_lib.data import moge_layout
+from ttt_lib.data.grouping import SCENES, read_scenes
 from ttt_lib.data.moge_layout import SampleError, check_name
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ class SampleSet:
     """A named list of samples that are read when they are asked for.
 
     `readable()` passes over those that cannot be read and notes them in `left_out`, (name, reason). `fingerprint`
-    stands for the content in `data_hash`.
+    stands for the content in `data_hash`. scenes: which samples are photographs of one scene, {scene: [name, ...]},
+    whole also in a shard; samples in none stand alone (`grouping.py`).
     """
 
     name: str
@@ -38,13 +40,14 @@ class SampleSet:
     load: Callable[[str], Sample]
     fingerprint: str = ""
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    scenes: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int | slice) -> Sample | SampleSet:
         if isinstance(index, slice):
-            return SampleSet(self.name, self.names[index], self.load, self.fingerprint)
+            return replace(self, names=self.names[index], left_out=[])
         return self.load(self.names[index])
 
     def __repr__(self) -> str:
@@ -67,7 +70,11 @@ class SampleSet:
         """Every `count`-th sample from `index`: the shards 0..count-1 are disjoint and together the whole set."""
         if not 0 <= index < count:
             raise DataError(f"shard {index} of {count}: the index must be from 0 to {count - 1}.")
-        return SampleSet(self.name, self.names[index::count], self.load, self.fingerprint)
+        return replace(self, names=self.names[index::count], left_out=[])
+
+    def scene_of(self, name: str) -> tuple[str, list[str]]:
+        """The scene of a sample, and all of its samples; a sample that stands alone is a scene of its own."""
+        return next(((scene, names) for scene, names in self.scenes.items() if name in names), (name, [name]))
 
     def data_hash(self) -> str:
         """Hash of the set's name, the names of its samples and its fingerprint (for files: their contents)."""
@@ -158,7 +165,8 @@ def open_moge(
 
     files = (folder / sample / file for sample in names for file in FRAME_FILES)
     options = f"{width}x{height} {depth_unit} {drop_max_depth} {has_sharp_boundary} {include_segmentation} {max_segments} {min_seg_area}"
-    return SampleSet(title, names, load, f"{options} {files_fingerprint(files)}")
+    scenes = read_scenes(folder) if (folder / SCENES).is_file() else {}
+    return SampleSet(title, names, load, f"{options} {scenes or ''} {files_fingerprint(files)}", scenes=scenes)
 
 
 # ------------------------------------------------------------------------------------------------ opening, writing

@@ -33,6 +33,7 @@ from ttt_lib.models.base import GeometryModel
 from ttt_lib.models.load import load_model
 from ttt_lib.runs.catalog import NOTEBOOKS
 from ttt_lib.runs.gallery import gallery_content, write_gallery_file
+from ttt_lib.runs.scenes import Scenes
 
 log = logging.getLogger(__name__)
 
@@ -220,8 +221,15 @@ class Adaptations:
     weights: list[Tensor] | None = None  # of the last image, where `train.reset` goes on from them
     seen: int = 0
 
-    def adapt(self, sample: Sample) -> tuple[Sample, AdaptResult]:
-        """Adapt to one sample; with `config.references` the sample lacks the pixels that were given away."""
+    def __post_init__(self) -> None:
+        self._scenes = Scenes(self.model, self.config)
+
+    def adapt(self, samples: SampleSet, sample: Sample) -> tuple[Sample, AdaptResult]:
+        """Adapt to one sample, or to its scene; with `config.references` it lacks the pixels that were given away."""
+        if "photographs" in self.config.supervision:
+            result = self._scenes.adapt(samples, sample)
+            if result is not None:
+                return sample, result
         config, reset, number = self.config, self.config.train.reset, self.seen
         self.seen += 1
         name, supervision = f"{sample.dataset}/{sample.name}", []
@@ -276,7 +284,7 @@ def run_experiment(
     last: dict[str, Any] = {}
     for sample_set, name in tqdm(places, desc=config.name, disable=not progress, mininterval=2.0):
         try:
-            sample, result = adaptations.adapt(sample_set.load(name))
+            sample, result = adaptations.adapt(sample_set, sample_set.load(name))
             rows = _rows(config, sample, result)
             kept = gallery_content(sample, result) if folder is not None else {}
         except Exception as error:

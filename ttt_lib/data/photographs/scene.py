@@ -93,6 +93,8 @@ class Scene:
         parallax    median over tracks of the largest angle between two rays to it, degrees
         cells       the fewest cells with tracks of a photograph
         error       median reprojection error, pixels
+        scale       where the cameras were given: that theirs is kept
+        origin      (3,) to be added for the coordinates of given cameras that stood far from their origin
     """
 
     photographs: list[Photograph]

@@ -216,7 +216,7 @@ def open_tours(
     baselines: Sequence[float] = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3), shifts: Sequence[str] | None = None,
     severities: Sequence[int] | None = None, width: int = SIZE[1], height: int = SIZE[0], name: str | None = None,
 ) -> SampleSet:  # fmt: skip
-    """The set `tours`: `count` scenes whose photographs are named `tour_003/view_0`, ... (`data.grouping.scenes_of`).
+    """The set `tours`: `count` scenes whose photographs are named `tour_003/view_0`, ... (`SampleSet.scenes`).
 
     The kinds of scene take turns; each tour has one of all combinations of `views`, `baselines`, `shifts` and
     `severities` (1 to 5 by default), in an order drawn from the seed. Without `shifts` the pictures are clean.
@@ -244,4 +244,8 @@ def open_tours(
         sample.name, sample.dataset = key, name or "tours"
         return sample
 
-    return SampleSet(name or "tours", list(plan), load, f"tours/{seed}/{width}x{height}/{list(plan.items())}")
+    scenes: dict[str, list[str]] = {}
+    for key in plan:
+        scenes.setdefault(key.rpartition("/")[0], []).append(key)
+    fingerprint = f"tours/{seed}/{width}x{height}/{list(plan.items())}"
+    return SampleSet(name or "tours", list(plan), load, fingerprint, scenes=scenes)

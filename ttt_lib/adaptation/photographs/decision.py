@@ -1,0 +1,95 @@
+"""Which prediction of a photograph to use, by tracks that neither training nor correction has seen.
+
+The test is a paired bootstrap over the held-back tracks: a prediction takes the place of a simpler one only where the
+lower bound of its improvement is above zero, and of the original only where it is clearly better.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ttt_lib.adaptation.photographs.evidence import Evidence, at_tracks, scaled, shifted
+from ttt_lib.adaptation.supervision import Judgement
+from ttt_lib.core.types import Prediction
+from ttt_lib.data.photographs.scene import Tracks
+
+CLIP = 1.0  # of |log ratio|: a track that is missed counts as missed, not by how much
+FEWEST = 12  # held-back tracks, and
+CELLS = 6  # of the picture's 16 cells that hold one, that are enough to decide by
+WORTHWHILE = 0.8  # of the original's error: what takes its place has to be below
+DOUBTS = 1.5  # times what the focal length's doubt may bend the depth: an original nearer than that is kept
+RESAMPLED, LOWER = 500, 0.05  # bootstrap draws, and the quantile of the improvement that must be above zero
+
+
+def track_errors(prediction: Prediction, tracks: Tracks) -> Tensor:
+    """|log of predicted over true depth| at tracks, (N,) float64 on the CPU, at most CLIP; not a depth: CLIP."""
+    found = at_tracks(prediction, tracks).double().cpu()
+    ratio = (found / tracks.depth.double().cpu()).log().abs()
+    return torch.where(torch.isfinite(ratio), ratio, CLIP).clamp_max(CLIP)
+
+
+def cell_weights(tracks: Tracks) -> Tensor:
+    """Weights (N,) float64 of tracks whose sum over each cell of the picture is the same, in all 1."""
+    cells = tracks.cells
+    count = torch.bincount(cells, minlength=int(cells.max()) + 1 if len(cells) else 1)
+    return 1 / (count[cells].double() * tracks.filled_cells())
+
+
+def original_errors(original: Prediction, evidence: Evidence) -> Tensor:
+    """Errors (N,) of the original at the held-back tracks after the better of a factor, and factor and shift."""
+    fits = [fit(original, evidence.used) for fit in (scaled, shifted)]
+    errors = [track_errors(fit, evidence.held) for fit in fits]
+    weights = cell_weights(evidence.held)
+    return min(errors, key=lambda each: float((each * weights).sum()))
+
+
+def lower_bound(improvement: Tensor, weights: Tensor, generator: torch.Generator) -> float:
+    """The LOWER quantile, over resampled tracks, of the weighted mean improvement (N,)."""
+    drawn = torch.randint(len(improvement), (RESAMPLED, len(improvement)), generator=generator)
+    means = (improvement * weights)[drawn].sum(1) / weights[drawn].sum(1)
+    return float(means.quantile(LOWER))
+
+
+def choose(
+    original: Prediction,
+    candidates: dict[str, Prediction],
+    evidence: Evidence,
+    doubt: float,
+    generator: torch.Generator,
+) -> Judgement:
+    """The prediction of a photograph that its held-back tracks prefer.
+
+    Args:
+        original: as the model gave it, in any scale.
+        candidates: others by name, in the scene's unit, the simplest first.
+        evidence: of the photograph.
+        doubt: median |log ratio| by which the tracks' own depth may be bent (the focal length is not known exactly).
+        generator: of the bootstrap.
+
+    Returns:
+        `original` or one of the candidates' names; signals `held_back_NAME` (mean error over the picture's cells) and
+        `held_back_tracks`; a sentence where the original stays.
+    """
+    held = evidence.held
+    signals = {"held_back_tracks": float(len(held)), "focal_doubt": doubt}
+    if len(held) < FEWEST or held.filled_cells() < CELLS:
+        return Judgement("original", signals, f"original kept: only {len(held)} tracks are left to decide by")
+    weights = cell_weights(held)
+    errors = {"original": original_errors(original, evidence)}
+    errors |= {name: track_errors(prediction, held) for name, prediction in candidates.items()}
+    means = {name: float((each * weights).sum()) for name, each in errors.items()}
+    signals |= {f"held_back_{name}": value for name, value in means.items()}
+    if means["original"] < DOUBTS * doubt:
+        return Judgement(
+            "original", signals, "original kept: it is as near to the tracks as their own uncertain focal length allows"
+        )
+    choice = "original"
+    for name in candidates:
+        better = lower_bound(errors[choice] - errors[name], weights, generator) > 0
+        if better and means[name] < WORTHWHILE * means["original"]:
+            choice = name
+    reason = (
+        "" if choice != "original" else "original kept: no other prediction is clearly nearer to the held-back tracks"
+    )
+    return Judgement(choice, signals, reason)

@@ -1,0 +1,172 @@
+"""What is known of one photograph of a scene, and a prediction corrected by it, without any training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ttt_lib.adaptation.correction import at_references, correct
+from ttt_lib.core.types import Prediction
+from ttt_lib.data.known_distances import References
+from ttt_lib.data.photographs.scene import Photograph, Tracks, select
+from ttt_lib.data.photographs.scene import Scene as PhotographScene
+from ttt_lib.data.photographs.scene import split as split_tracks
+from ttt_lib.data.photographs.stereo import measure_depth, to_gray
+from ttt_lib.geometry.cameras import unproject, uv_map
+from ttt_lib.geometry.exact_alignment import align_depth_affine
+
+FROM_STEREO = 1500  # measured pixels that join the tracks in the correction
+WILD = 0.35  # of |log ratio| between what is measured and the corrected prediction around it: a wrong match
+AROUND = 16  # pixels of the coarse map that says what is around
+WEAK = 0.05  # weight of the coarser level where residuals are spread
+
+
+@dataclass
+class Evidence:
+    """A photograph and what is known of it: the tracks to use, those held back, and the measured depth (h,w) or None.
+
+    All in the scene's unit. intrinsics (3,3): of the photograph, which the points of a corrected prediction follow.
+    """
+
+    photograph: Photograph
+    used: Tracks
+    held: Tracks
+    measured: Tensor | None = None
+
+    @property
+    def intrinsics(self) -> Tensor:
+        """(3,3) normalised."""
+        return self.photograph.intrinsics
+
+
+def gather(scene: PhotographScene, share: float, generator: torch.Generator, stereo: bool) -> list[Evidence]:
+    """The evidence of every photograph of a scene that was not refused; share: of the tracks, held back."""
+    used, held = split_tracks(scene, share, generator)
+    grays = [to_gray(photograph) for photograph in used.photographs] if stereo else []
+    return [
+        Evidence(photograph, own.tracks, other.tracks, measure_depth(grays, number) if stereo else None)
+        for number, (photograph, own, other) in enumerate(zip(scene.photographs, used.photographs, held.photographs))
+    ]
+
+
+def at_tracks(prediction: Prediction, tracks: Tracks) -> Tensor:
+    """Predicted depth (N,) at the tracks, bilinear; a disparity's own reading where there is no depth."""
+    depth = prediction.depth
+    return at_references(depth[None], References(tracks.uv.to(depth.device), tracks.depth))[0]
+
+
+def scaled(prediction: Prediction, tracks: Tracks) -> Prediction:
+    """The prediction times the one factor that brings it to the tracks' scale (the median of their ratios)."""
+    found, true = at_tracks(prediction, tracks), tracks.depth.to(prediction.depth)
+    good = torch.isfinite(found) & (found > 0)
+    factor = (true / found)[good].median() if bool(good.any()) else torch.ones_like(true[:1]).sum()
+    points = None if prediction.points is None else prediction.points * factor
+    return replace(prediction, depth=prediction.depth * factor, points=points)
+
+
+def shifted(prediction: Prediction, tracks: Tracks) -> Prediction:
+    """Factor and shift of the depth by least absolute relative error; the factor alone where nearer would be farther."""
+    found, true = at_tracks(prediction, tracks).double(), tracks.depth.to(prediction.depth).double()
+    good = torch.isfinite(found) & (found > 0)
+    a, b = align_depth_affine(found[good], true[good], 1 / true[good])
+    lowest = prediction.depth[torch.isfinite(prediction.depth)].min().double()
+    if not (float(a) > 0 and float(a * lowest + b) > 0):
+        return scaled(prediction, tracks)
+    depth = (a * prediction.depth.double() + b).to(prediction.depth)
+    return replace(prediction, depth=depth, points=unproject(depth, prediction.intrinsics))
+
+
+def spread(residual: Tensor) -> Tensor:
+    """Residuals (h,w), NaN where unknown, carried to all pixels: as they are where known, coarser with the distance.
+
+    Far from all that is known they fade to nothing.
+    """
+    known = torch.isfinite(residual)
+    levels = [(torch.where(known, residual, 0.0)[None, None], known.to(residual)[None, None])]
+    while min(levels[-1][0].shape[-2:]) > 2:
+        levels.append(tuple(F.avg_pool2d(each, 2, ceil_mode=True, count_include_pad=False) for each in levels[-1]))
+    value, weight = levels[-1]
+    result = value / (weight + WEAK)
+    for value, weight in reversed(levels[:-1]):
+        coarse = F.interpolate(result, value.shape[-2:], mode="bilinear", align_corners=False)
+        result = (value + WEAK * coarse) / (weight + WEAK)
+    return result[0, 0]
+
+
+def plausible(measured: Tensor, around: Tensor) -> Tensor:
+    """Measured depth (h,w) without what is far from the residuals around it: wrong matches come in small islands.
+
+    around (h,w): the corrected prediction, in the same unit.
+    """
+    residual = (measured / around).log()
+    known = torch.isfinite(residual)
+    size = [max(1, round(side / AROUND)) for side in residual.shape]
+    count = F.adaptive_avg_pool2d(known.to(residual)[None, None], size)
+    total = F.adaptive_avg_pool2d(torch.where(known, residual, 0.0)[None, None], size)
+    coarse = F.interpolate(total / (count + WEAK), residual.shape, mode="bilinear", align_corners=False)[0, 0]
+    return torch.where((residual - coarse).abs() < WILD, measured, torch.nan)
+
+
+def corrected(prediction: Prediction, evidence: Evidence, how: str, generator: torch.Generator) -> Prediction:
+    """The prediction as the photograph's tracks, and where it was measured the measured depth, would have it.
+
+    Args:
+        prediction: of the photograph, any size; the measured depth is brought to it.
+        evidence: its held-back tracks take no part.
+        how: `scale`, `affine` (factor and shift), or `full`: the best correction by left-out tracks with a smooth field
+            of factors (`correction.correct`), and the measured depth where there is any.
+        generator: picks the measured pixels that join the tracks.
+
+    Returns:
+        Depth and points in the scene's unit; points follow the scene's camera. kind stays `metric` for a metric model,
+        whose unit the scene has been brought to, and is `scale_invariant` for all others.
+    """
+    kind = "metric" if prediction.kind == "metric" else "scale_invariant"
+    intrinsics = evidence.intrinsics.to(prediction.depth)
+    if how != "full":
+        depth = {"scale": scaled, "affine": shifted}[how](prediction, evidence.used).depth
+    else:
+        depth = _fully(prediction, evidence, generator)
+    points = torch.where(torch.isinf(depth)[..., None], torch.inf, unproject(depth, intrinsics))
+    return replace(prediction, depth=depth, points=points, intrinsics=intrinsics, kind=kind, disparity=None)
+
+
+def _fully(prediction: Prediction, evidence: Evidence, generator: torch.Generator) -> Tensor:
+    """Depth (H,W) of `corrected` with `full`."""
+    uv, known = evidence.used.uv, evidence.used.depth
+    measured = evidence.measured
+    if measured is not None:
+        place = torch.nonzero(torch.isfinite(measured).flatten())[:, 0]
+        place = place[torch.randperm(len(place), generator=generator)[:FROM_STEREO]]
+        uv = torch.cat([uv, uv_map(*measured.shape).reshape(-1, 2)[place]])
+        known = torch.cat([known, measured.flatten()[place]])
+        order = torch.randperm(len(known), generator=generator)  # folds of the correction take every fifth
+        uv, known = uv[order], known[order]
+    device = prediction.depth.device
+    depth = correct(prediction, References(uv.to(device), known.to(device)))[0].depth
+    if measured is None:
+        return depth
+    small = F.interpolate(depth[None, None], measured.shape, mode="nearest")[0, 0]
+    residual = (plausible(measured.to(depth), small) / small).log()
+    field = F.interpolate(spread(residual)[None, None], depth.shape, mode="bilinear", align_corners=False)[0, 0]
+    return depth * field.exp()
+
+
+def in_scale(scene: PhotographScene, factor: float) -> PhotographScene:
+    """The scene with lengths `factor` times as long: tracks and places of cameras."""
+
+    def larger(photograph: Photograph) -> Photograph:
+        pose = photograph.pose.clone()
+        pose[:3, 3] *= factor
+        return replace(photograph, pose=pose, tracks=replace(photograph.tracks, depth=photograph.tracks.depth * factor))
+
+    return replace(scene, photographs=[larger(photograph) for photograph in scene.photographs])
+
+
+def without(scene: PhotographScene, ids: Tensor) -> PhotographScene:
+    """The scene without the tracks of these ids, (T,) long."""
+    every = scene.track_ids()
+    return select(scene, every[~torch.isin(every, ids)])

@@ -1,0 +1,238 @@
+"""A model adapted to several photographs of one scene: predict, correct, train once for all, and let each decide."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ttt_lib.adaptation.adapter import training_possible, working_image
+from ttt_lib.adaptation.ensemble import predict_ensemble
+from ttt_lib.adaptation.loop import train_student
+from ttt_lib.adaptation.photographs.decision import choose
+from ttt_lib.adaptation.photographs.evidence import Evidence, at_tracks, corrected, gather, in_scale
+from ttt_lib.adaptation.photographs.training import Lesson, PhotographsConfig, PhotographTraining, carried
+from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.adaptation.student import Student
+from ttt_lib.adaptation.supervision import TrainingLog
+from ttt_lib.core.config import ExperimentConfig
+from ttt_lib.core.errors import NumericalError
+from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
+from ttt_lib.core.seeds import sample_generator
+from ttt_lib.core.types import Prediction
+from ttt_lib.data.photographs.scene import Photograph, Scene
+from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot
+
+log = logging.getLogger(__name__)
+OnStep = Callable[[dict[str, float]], None]
+
+
+@dataclass
+class SceneAdaptation:
+    """What one scene gave. Predictions of its photographs are made when they are asked for, one photograph at a time.
+
+    scene: in the scale of all results: metres for a metric model, by the median of what it says of all photographs.
+    weights: name -> trained parameter; empty where nothing was trained. evidence: of each photograph of the scene.
+    log: of the training. failed: why training was given up, in words. seconds: of everything so far.
+    """
+
+    model: GeometryModel
+    config: ExperimentConfig
+    name: str
+    scene: Scene
+    evidence: list[Evidence] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    log: TrainingLog = field(default_factory=TrainingLog)
+    failed: str = ""
+    seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+
+    @property
+    def settings(self) -> PhotographsConfig:
+        """The experiment's section `supervision.photographs`."""
+        return self.config.supervision.get("photographs") or PhotographsConfig()
+
+    def __repr__(self) -> str:
+        return (
+            f"SceneAdaptation({self.name}: {len(self.weights)} weights trained in {self.seconds:.1f} s; {self.scene})"
+        )
+
+    def results(self) -> Iterator[tuple[Photograph, AdaptResult]]:
+        """Every photograph with its result; those that were left out, and all of a refused scene, keep the original."""
+        by_name = {each.photograph.name: each for each in self.evidence}
+        why = dict(self.scene.left_out)
+        for photograph in [*self.scene.photographs, *self.scene.rest]:
+            evidence = by_name.get(photograph.name)
+            if evidence is not None:
+                yield photograph, self.result(evidence)
+                continue
+            image = photograph.image.to(self.model.device)
+            begun, original = time.perf_counter(), self.model.predict(image)
+            reason = self.scene.refused or f"left out: {why.get(photograph.name, '')}"
+            seconds = time.perf_counter() - begun
+            yield (
+                photograph,
+                AdaptResult(
+                    original, None, original, "original", f"original kept: {reason}", seconds=seconds, image=image
+                ),
+            )
+
+    def result(self, evidence: Evidence) -> AdaptResult:
+        """Predict one photograph before and after, correct both, and decide. seconds: its share of the training too."""
+        begun, settings = time.perf_counter(), self.settings
+        image = evidence.photograph.image.to(self.model.device)
+        original = self.model.predict(image)
+        generator = sample_generator(self.config.seed, f"{self.name}/{evidence.photograph.name}")
+        candidates = {"corrected": corrected(self._averaged(image, original), evidence, settings.correction, generator)}
+        if self.weights:
+            with _holding(self.model, self.weights):
+                adapted = self._averaged(image, None)
+            candidates["adapted_corrected"] = corrected(adapted, evidence, settings.correction, generator)
+        doubt = float(self.scene.about.get("focal_doubt", 0.0))
+        judged = choose(original, candidates, evidence, doubt, generator)
+        if not settings.decide:
+            judged = replace(judged, choice=list(candidates)[-1], reason="")
+        final = original if judged.choice == "original" else candidates[judged.choice]
+        signals = judged.signals | {"measured": _share(evidence.measured), "tracks": float(len(evidence.used))}
+        return AdaptResult(
+            original, candidates.get("adapted_corrected"), final, judged.choice,
+            "; ".join(filter(None, [judged.reason, self.failed])), self.log.history,
+            self.seconds / len(self.evidence) + time.perf_counter() - begun, self.peak_memory_mb,
+            self.log.passes_done, self.log.view_stats, signals, self.log.micro_batch, image=image,
+        )  # fmt: skip
+
+    def _averaged(self, image: Tensor, single: Prediction | None) -> Prediction:
+        """The mean over the experiment's `ensemble.members`; without any, the prediction itself."""
+        members = self.config.ensemble.members
+        if not members and single is not None:
+            return single
+        return predict_ensemble(self.model, image, members)
+
+
+def _share(measured: Tensor | None) -> float:
+    return 0.0 if measured is None else float(torch.isfinite(measured).float().mean())
+
+
+class _holding:
+    """Inside, the network holds these weights; then its own."""
+
+    def __init__(self, model: GeometryModel, weights: dict[str, Tensor]) -> None:
+        named = dict(model.network.named_parameters())
+        self.pairs = [(named[name], value) for name, value in weights.items()]
+
+    def __enter__(self) -> None:
+        self.own = [parameter.data for parameter, _ in self.pairs]
+        for parameter, value in self.pairs:
+            parameter.data = value
+
+    def __exit__(self, *_: object) -> None:
+        for (parameter, _), own in zip(self.pairs, self.own):
+            parameter.data = own
+
+
+def adapt_scene(
+    model: GeometryModel, scene: Scene, config: ExperimentConfig, name: str = "scene", progress: bool = False,
+    on_step: OnStep | None = None,
+) -> SceneAdaptation:  # fmt: skip
+    """Adapt a model to all photographs of a scene at once; the model is as it was afterwards.
+
+    Args:
+        model: any; its own weights are where training starts.
+        scene: of `data.photographs`; of a refused one the results are the originals.
+        config: the experiment. `train` and `losses` are those of a single image; `supervision.photographs` says what of
+            the scene is used.
+        name: identifies the scene; with `config.seed` it fixes every random draw.
+        progress: show a bar.
+        on_step: called after each optimizer step with its entry of the history.
+
+    Returns:
+        The trained weights, and with `results()` the predictions of every photograph.
+
+    Raises:
+        UserError: `config.train.parts` names nothing the model has.
+    """
+    begun = time.perf_counter()
+    reset_peak_memory(model.device)
+    adaptation = SceneAdaptation(model, config, name, scene)
+    if not scene.refused and scene.photographs:
+        with training_possible():
+            generator = sample_generator(config.seed, name)
+            scene = adaptation.scene = in_scale(scene, _metric_factor(model, scene, config))
+            settings = adaptation.settings
+            adaptation.evidence = gather(scene, settings.held_back, generator, settings.stereo)
+            if config.train.method == "ttt" and config.train.passes:
+                _train(adaptation, generator, progress, on_step)
+    adaptation.seconds = time.perf_counter() - begun
+    adaptation.peak_memory_mb = peak_memory_mb(model.device)
+    log.info("%s: %s", name, adaptation)
+    return adaptation
+
+
+def guess_focal(model: GeometryModel, longest_side: int | None = None) -> Callable[[Tensor], float | None]:
+    """What a model believes of a picture's camera: a function from an image (3,H,W) to the focal length over the width.
+
+    None where the model has no idea of it (`Prediction.note` says that a field of view was assumed).
+    """
+
+    def guess(image: Tensor) -> float | None:
+        prediction = model.predict(working_image(image.to(model.device), longest_side))
+        return None if prediction.note or prediction.intrinsics is None else float(prediction.intrinsics[0, 0])
+
+    return guess
+
+
+def _metric_factor(model: GeometryModel, scene: Scene, config: ExperimentConfig) -> float:
+    """Metres in a unit of the scene, by the median of what a metric model says of its photographs; 1 for others."""
+    if model.kind != "metric":
+        return 1.0
+    logs = []
+    for photograph in scene.photographs:
+        image = working_image(photograph.image.to(model.device), config.views.longest_side)
+        found = at_tracks(model.predict(image), photograph.tracks).cpu()
+        good = torch.isfinite(found) & (found > 0)
+        logs.append((found / photograph.tracks.depth)[good].log().median())
+    return float(torch.stack(logs).nanmedian().exp())
+
+
+def _lessons(adaptation: SceneAdaptation, generator: torch.Generator) -> list[Lesson]:
+    """Small images with their targets."""
+    model, settings, lessons = adaptation.model, adaptation.settings, []
+    for evidence in adaptation.evidence:
+        image = working_image(evidence.photograph.image.to(model.device), adaptation.config.views.longest_side)
+        target = None
+        if settings.target != "none":
+            target = predict_ensemble(model, image, adaptation.config.ensemble.members)
+            how = "scale" if settings.target == "original" else settings.correction
+            target = corrected(target, evidence, how, generator)
+        lessons.append(Lesson(image, evidence, target))
+    if settings.target == "views":
+        for lesson, target in zip(lessons, [carried(lessons, number) for number in range(len(lessons))]):
+            lesson.target = target
+    return lessons
+
+
+def _train(
+    adaptation: SceneAdaptation, generator: torch.Generator, progress: bool, on_step: OnStep | None
+) -> None:  # fmt: skip
+    """Fill the adaptation's weights and log; a loss that is not finite ends it without weights."""
+    model, config = adaptation.model, adaptation.config
+    lessons = _lessons(adaptation, generator)
+    required = {key: parameter.requires_grad for key, parameter in model.network.named_parameters()}
+    named = select_parameters(model, config.train.parts)
+    before = snapshot(model, named)
+    try:
+        student = Student(model, named, config.train.lora_rank)
+        source = PhotographTraining(lessons, config, generator, adaptation.log)
+        train_student(student, [source], config, generator, adaptation.log, progress, on_step)
+        adaptation.weights = {key: value.clone() for key, value in zip(student.names, student.values())}
+    except (NumericalError, FloatingPointError) as error:
+        log.info("%s: %s", adaptation.name, error)
+        adaptation.failed = f"not trained: {error}"
+    finally:
+        restore(model, before)
+        for key, parameter in model.network.named_parameters():
+            parameter.requires_grad_(required[key])

@@ -1,0 +1,194 @@
+"""Depth that two photographs measure between their tracks: rectified stereo, believed where both ways agree.
+
+Tracks are some hundred points; with the cameras known, matching along lines gives most of the picture. OpenCV's
+semi-global matching does it in a tenth of a second a pair. Nothing here looks at a network's prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from ttt_lib.data.photographs.scene import Photograph, Tracks
+
+LONGEST_SIDE = 640  # pixels of the pictures that are compared
+NEIGHBOURS = 4  # photographs that one is compared with
+NARROW, WIDE = 1.5, 25.0  # degrees between two rays to a track: less measures nothing, more looks too different
+SHARED = 20  # tracks in common
+AHEAD = 0.7  # cosine between the step and the axes: from there on rectified pictures are stretched too far
+BLOCK = 5  # pixels of SGM's windows, and of its penalties
+LEAST = 4.0  # pixels of disparity: half a pixel is then an eighth of the depth
+MOST = 256  # disparities that are searched
+AGREE = 0.04  # relative depth by which two neighbours may differ, where there are two
+NEAR = 0.6  # of the nearest tracks' depth: nothing nearer is looked for
+INLIERS = 0.8  # of the tracks that the measured map has to meet within `MEETS`, or the map is dropped
+MEETS = 0.1
+
+
+@dataclass
+class GrayPhotograph:
+    """A photograph as stereo sees it: luma (h,w) uint8; matrix (3,3) intrinsics in its pixels; rotation (3,3) and
+    centre (3,) of the camera in the world, float64."""
+
+    luma: np.ndarray
+    matrix: np.ndarray
+    rotation: np.ndarray
+    centre: np.ndarray
+    tracks: Tracks
+
+
+def to_gray(photograph: Photograph) -> GrayPhotograph:
+    """Read the photograph and shrink its luma to at most LONGEST_SIDE."""
+    image = photograph.image
+    array = (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
+    luma = cv2.cvtColor(np.ascontiguousarray(array), cv2.COLOR_RGB2GRAY)
+    factor = min(1.0, LONGEST_SIDE / max(luma.shape))
+    if factor < 1:
+        size = max(1, round(luma.shape[1] * factor)), max(1, round(luma.shape[0] * factor))
+        luma = cv2.resize(luma, size, interpolation=cv2.INTER_AREA)
+    height, width = luma.shape
+    matrix = photograph.intrinsics.double().numpy() * np.array([[width], [height], [1.0]])
+    pose = photograph.pose.double().numpy()
+    rotation = pose[:3, :3]
+    return GrayPhotograph(luma, matrix, rotation, -rotation.T @ pose[:3, 3], photograph.tracks)
+
+
+def neighbours(grays: list[GrayPhotograph], index: int) -> list[int]:
+    """Which photographs measure the depth of one: those with many common tracks, seen at a useful angle."""
+    own = grays[index]
+    score = {}
+    for number, other in enumerate(grays):
+        common, mine, theirs = np.intersect1d(own.tracks.track_id, other.tracks.track_id, return_indices=True)
+        step = np.linalg.norm(other.centre - own.centre)
+        if number == index or len(common) < SHARED or step == 0:
+            continue
+        depth = float(own.tracks.depth[torch.from_numpy(mine)].median())
+        angle = math.degrees(math.atan2(step, depth))
+        if NARROW <= angle <= WIDE:
+            score[number] = len(common) * min(1.0, angle / 6)  # at some 6 degrees a pixel is a per cent or two
+    return sorted(score, key=lambda number: (-score[number], number))[:NEIGHBOURS]
+
+
+def _rectified(gray: GrayPhotograph, turn: np.ndarray, focal: float, top: float, height: int) -> tuple:
+    """Luma and coverage in the common plane, the homography to it (pixel centres at whole numbers), and its left edge."""
+    place = _corners(gray, turn) * focal
+    left = place[:, 0].min()
+    width = math.ceil(place[:, 0].max() - left)
+    camera = np.array([[focal, 0, -left], [0, focal, -top], [0, 0, 1]])
+    half = np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]])
+    warp = half @ camera @ turn @ gray.rotation.T @ np.linalg.inv(gray.matrix) @ np.linalg.inv(half)
+    luma = cv2.warpPerspective(gray.luma, warp, (width, height), flags=cv2.INTER_LINEAR)
+    covered = cv2.warpPerspective(np.full_like(gray.luma, 255), warp, (width, height), flags=cv2.INTER_NEAREST) > 0
+    return luma, covered, warp, left
+
+
+def _corners(gray: GrayPhotograph, turn: np.ndarray) -> np.ndarray:
+    """Where the corners of a picture lie in the common plane at distance 1, (4,2); infinite where it is behind."""
+    height, width = gray.luma.shape
+    corners = np.array([[0, 0, 1], [width, 0, 1], [0, height, 1], [width, height, 1]], dtype=float)
+    rays = corners @ np.linalg.inv(gray.matrix).T @ (turn @ gray.rotation.T).T
+    if rays[:, 2].min() < 0.2:
+        return np.full((4, 2), np.inf)
+    return rays[:, :2] / rays[:, 2:]
+
+
+def _search(left: np.ndarray, right: np.ndarray, least: int, count: int) -> np.ndarray:
+    """Disparity (h,w) of the left picture by semi-global matching, NaN where it is not sure."""
+    matcher = cv2.StereoSGBM_create(
+        minDisparity=least, numDisparities=count, blockSize=BLOCK, P1=8 * BLOCK**2, P2=32 * BLOCK**2, disp12MaxDiff=1,
+        uniquenessRatio=10, speckleWindowSize=50, speckleRange=2, mode=cv2.STEREO_SGBM_MODE_SGBM_3WAY,
+    )  # fmt: skip
+    edge = count + abs(least)  # the matcher leaves out what could lie outside of the other picture
+    wide = [np.pad(picture, ((0, 0), (edge, edge))) for picture in (left, right)]
+    found = matcher.compute(*wide)[:, edge:-edge].astype(np.float32) / 16
+    return np.where(found >= least, found, np.nan)
+
+
+def _both_ways(one: tuple, other: tuple, least: int, count: int) -> np.ndarray:
+    """Disparity of the first picture where the second one gives the same back."""
+    width = max(one[0].shape[1], other[0].shape[1])
+
+    def padded(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, ((0, 0), (0, width - array.shape[1])))
+
+    left, right = padded(one[0]), padded(other[0])
+    there = _search(left, right, least, count)
+    back = _search(right[:, ::-1], left[:, ::-1], least, count)[:, ::-1]
+    row, column = np.indices(there.shape)
+    target = np.round(column - np.nan_to_num(there)).astype(int)
+    inside = (target >= 0) & (target < width)
+    target = target.clip(0, width - 1)
+    same = np.abs(back[row, target] - there) <= 1  # False where either is NaN
+    return np.where(inside & same & padded(one[1]) & padded(other[1])[row, target], there, np.nan)
+
+
+def pair_depth(own: GrayPhotograph, other: GrayPhotograph) -> np.ndarray | None:
+    """Depth (h,w) of the first photograph's pixels by stereo with the second, in the scene's unit, NaN where unknown.
+
+    None where the two cannot be rectified: the step goes along the axes, or the pictures hardly overlap.
+    """
+    step = other.centre - own.centre
+    distance = np.linalg.norm(step)
+    across = step / distance
+    if max(abs(own.rotation[2] @ across), abs(other.rotation[2] @ across)) > AHEAD:
+        return None
+    ahead = own.rotation[2] + other.rotation[2]
+    ahead -= across * (ahead @ across)
+    ahead /= np.linalg.norm(ahead)
+    turn = np.stack([across, np.cross(ahead, across), ahead])
+    focal = (own.matrix[0, 0] + own.matrix[1, 1] + other.matrix[0, 0] + other.matrix[1, 1]) / 4
+    corners = np.stack([_corners(own, turn), _corners(other, turn)]) * focal
+    if not np.isfinite(corners).all():
+        return None
+    top = max(corners[0, :, 1].min(), corners[1, :, 1].min())
+    height = math.floor(min(corners[0, :, 1].max(), corners[1, :, 1].max()) - top)
+    if height < 32 or np.ptp(corners[..., 0], axis=1).max() > 4 * own.luma.shape[1]:
+        return None
+    first, second = (_rectified(gray, turn, focal, top, height) for gray in (own, other))
+    offset = first[3] - second[3]  # disparity as searched + offset = focal * distance / depth
+    nearest = NEAR * float(own.tracks.depth.quantile(0.01))
+    least = math.floor(-1 - offset)  # what is too far to measure has to be found there, or it is found elsewhere
+    count = 16 * max(1, math.ceil((focal * distance / nearest - offset - least) / 16))
+    disparity = _both_ways(first, second, least, min(count, MOST))
+    disparity = np.where(disparity + offset < LEAST, np.nan, disparity)
+    z = (focal * distance / (disparity + offset)).astype(np.float32)
+    v, u = np.indices(own.luma.shape)
+    place = np.stack([u, v, np.ones_like(u)], -1) @ first[2].T
+    x, y = (place[..., k] / place[..., 2] for k in (0, 1))
+    found = cv2.remap(z, x.astype(np.float32), y.astype(np.float32), cv2.INTER_NEAREST, borderValue=float("nan"))
+    rays = np.stack([u + 0.5, v + 0.5, np.ones_like(u)], -1) @ np.linalg.inv(own.matrix).T
+    return found / (rays @ (turn @ own.rotation.T)[2]).astype(np.float32)
+
+
+def measure_depth(grays: list[GrayPhotograph], index: int) -> Tensor | None:
+    """Depth of one photograph measured against its neighbours, (h,w) float32 in the scene's unit, NaN where unknown.
+
+    Args:
+        grays: the photographs of a scene (`to_gray`), with cameras and the tracks that may be used.
+        index: which of them.
+
+    Returns:
+        The median over the neighbours where two of them agree within `AGREE` (where there is one alone: its own). None
+        where no neighbour can measure anything, or where the map does not meet the photograph's tracks: a lens with
+        distortion, or something that moves.
+    """
+    own = grays[index]
+    maps = [pair_depth(own, grays[number]) for number in neighbours(grays, index)]
+    maps = [each for each in maps if each is not None]
+    if not maps:
+        return None
+    stack = torch.from_numpy(np.stack(maps))
+    middle = stack.nanmedian(0).values
+    agree = ((stack / middle).log().abs() < AGREE).sum(0)
+    depth = torch.where(agree >= min(2, len(maps)), middle, torch.nan)
+    height, width = depth.shape
+    column, row = (own.tracks.uv * torch.tensor([width, height])).long().unbind(-1)
+    found = depth[row.clamp(0, height - 1), column.clamp(0, width - 1)]
+    known = torch.isfinite(found)
+    meets = ((found / own.tracks.depth).log().abs() < MEETS)[known].float().mean()
+    return depth if known.sum() >= SHARED and meets >= INLIERS else None

@@ -1,0 +1,62 @@
+"""The samples of an ablation as photographs of scenes: each scene is reconstructed and adapted to once."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ttt_lib.adaptation.photographs.scene import SceneAdaptation, adapt_scene, guess_focal
+from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.core.config import ExperimentConfig
+from ttt_lib.core.types import Sample
+from ttt_lib.data.photographs.groups import scene_of_samples
+from ttt_lib.data.photographs.reconstruct import reconstruct
+from ttt_lib.data.photographs.scene import Scene
+from ttt_lib.data.samples import SampleSet
+from ttt_lib.models.base import GeometryModel
+
+ALONE = "original kept: no other photograph of its scene is in the set"
+
+
+class Scenes:
+    """Results of samples by their scenes. The scene that was asked for last is kept, since its samples are neighbours.
+
+    Example:
+        >>> from ttt_lib import load_experiment, load_model, load_samples
+        >>> config = load_experiment("scene_corrected")
+        >>> tours = load_samples("tours", count=1, views=[2], width=64, height=48)
+        >>> Scenes(load_model("tiny", num_tokens=48), config).adapt(tours, tours[0]).decision
+        'original'
+    """
+
+    def __init__(self, model: GeometryModel, config: ExperimentConfig) -> None:
+        self.model, self.config = model, config
+        self._adapted = lru_cache(maxsize=1)(self._adapt)
+        self._sets: dict[str, SampleSet] = {}
+
+    def adapt(self, samples: SampleSet, sample: Sample) -> AdaptResult | None:
+        """The result of one sample; None where the experiment is for a single photograph and the scene says nothing."""
+        scene, names = samples.scene_of(sample.name)
+        self._sets[samples.name] = samples
+        alone = self.config.supervision["photographs"].alone
+        reason, adaptation = ALONE, None
+        if len(names) > 1:
+            adaptation = self._adapted(samples.name, scene, sample.name if scene == sample.name else names[0])
+            found = next((e for e in adaptation.evidence if e.photograph.name == sample.name), None)
+            if found is not None:
+                return adaptation.result(found)
+            why = adaptation.scene.refused or dict(adaptation.scene.left_out).get(sample.name, "it was left out")
+            reason = f"original kept: {why}"
+        if alone == "single":
+            return None
+        original = self.model.predict(sample.image.to(self.model.device))
+        return AdaptResult(original, None, original, "original", reason, image=sample.image)
+
+    def _adapt(self, dataset: str, scene: str, first: str) -> SceneAdaptation:
+        pictures = scene_of_samples(self._sets[dataset], first)
+        return adapt_scene(self.model, self._reconstruct(pictures), self.config, f"{dataset}/{scene}")
+
+    def _reconstruct(self, pictures: list) -> Scene:
+        guess = guess_focal(self.model, self.config.views.longest_side)
+        for picture in pictures:
+            picture.focal = guess(picture.read())
+        return reconstruct(pictures, self.config.seed)
