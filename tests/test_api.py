@@ -105,6 +105,13 @@ def test_samples_by_name_folder_file_and_list(picture, tmp_path):
     assert repr(both) == "SampleSet(photos+a+moge: 4 samples, photos/a.jpg, photos/b.png, a/a.jpg, ...)"
     twice = load_samples([tmp_path / "photos", tmp_path / "photos"])
     assert len(set(twice.names)) == 4 and twice.data_hash() != photos.data_hash()
+    (tmp_path / "photos").rename(tmp_path / "photos_1")
+    (tmp_path / "more" / "photos").mkdir(parents=True)
+    (tmp_path / "photos").mkdir()
+    for folder in ("more/photos", "photos"):
+        Image.new("RGB", (40, 30), "red").save(tmp_path / folder / "a.jpg")
+    with pytest.raises(UserError, match="two samples are called 'photos_1/a.jpg'"):  # and none of them vanishes
+        load_samples([tmp_path / "photos", tmp_path / "more" / "photos", tmp_path / "photos_1"])
 
 
 @pytest.mark.parametrize(

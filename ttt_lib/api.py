@@ -18,6 +18,7 @@ from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError
+from ttt_lib.core.files import first_repeated
 from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.data.catalog import describe_sources, open_dataset
 from ttt_lib.data.images import read_photo
@@ -49,7 +50,12 @@ def load_samples(source: Source | Iterable[Source], **options: Any) -> SampleSet
         return sets[0]
     names = [s.name for s in sets]
     titles = [s.name if names.count(s.name) == 1 else f"{s.name}_{i}" for i, s in enumerate(sets)]
-    places = {f"{title}/{name}": (s, name) for title, s in zip(titles, sets) for name in s.names}
+    labels = [(f"{title}/{name}", (s, name)) for title, s in zip(titles, sets) for name in s.names]
+    if (twice := first_repeated(label for label, _ in labels)) is not None:
+        raise UserError(
+            f"load_samples: two samples are called {twice!r}; rename a folder, or name the sets in a JSON file."
+        )
+    places = dict(labels)
 
     def load(label: str) -> Sample:
         sample_set, name = places[label]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ttt_lib.core.errors import UserError, printable, reason
-from ttt_lib.core.files import first_repeated
+from ttt_lib.core.files import absolute, first_repeated
 from ttt_lib.runs.catalog import NOTEBOOKS, experiment_file, experiment_files, notebooks_folder
 from ttt_lib.runs.plan import choose_experiments, make_jobs, parse_set, put
 
@@ -44,7 +45,9 @@ def default_workers() -> int:
     """One worker a GPU, or one a core."""
     import torch
 
-    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    from ttt_lib.core.provenance import cores
+
+    return torch.cuda.device_count() or cores()
 
 
 @app.command(epilog="Example: ttt-depth ablation --data path/to/set --experiments original,recommended --runs runs")
@@ -77,6 +80,7 @@ def ablation(
     """Run every experiment through the notebooks, then make Table 1, the figures and the report."""
     from ttt_lib.runs.jobs import run_jobs
 
+    runs, cluster = Path(absolute(runs)), absolute(cluster) if cluster else None
     overrides = parse_set(set_ or [])
     if data:
         overrides["data"] = parse_data(data)
@@ -128,7 +132,7 @@ def summarise(runs: Path) -> None:
 
 @app.command(epilog="Example: ttt-depth adapt photo.jpg -o outputs --set train.passes=8")
 def adapt(
-    images: Annotated[list[Path], typer.Argument(help="Photographs of any size and kind.")],
+    images: Annotated[list[str], typer.Argument(help="Photographs of any size and kind, or folders of them.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the results.")] = Path("outputs"),
     experiment: Annotated[
         str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)
@@ -143,36 +147,45 @@ def adapt(
     model: Annotated[str | None, typer.Option(help="See `ttt-depth models`.")] = None,
     metric_points: Annotated[
         Path | None,
-        typer.Option(help="Known distances: CSV with u,v,metres (pixels), or a sparse 16-bit depth PNG; one image."),
+        typer.Option(
+            help="Known distances: CSV with u,v,metres (pixels), or a sparse 16-bit depth PNG (see --metric-unit); one image."
+        ),
+    ] = None,
+    metric_unit: Annotated[
+        str | None,
+        typer.Option(help="Of that PNG: kitti (1/256 m, the default), mm, or how many metres a unit is."),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,
 ) -> None:
-    """Adapt to photographs: depth (PNG, NPY), point cloud (PLY), a before/after figure and a JSON record for each."""
-    from ttt_lib.report.photo_files import adapt_photo
+    """Adapt to photographs: depth (PNG, NPY), point cloud (PLY), a before/after figure and a JSON record for each.
+
+    depth.png has 16 bits: depth = near * (far / near) ^ ((value - 1) / 65533), 65535 where there is no surface; near, far
+    and the unit are in record.json (and near and far in the PNG). depth.npy is the depth itself.
+    """
+    from ttt_lib.data.known_distances import parse_unit
+    from ttt_lib.report.photo_files import adapt_photos, find_photos, name_results
     from ttt_lib.runs.experiment import load_with_profile, open_model
 
+    output = Path(absolute(output))
     overrides = parse_set(set_ or [])
     if model:
         put(overrides, "model.name", model)
-    if metric_points is not None and len(images) != 1:
-        raise UserError(f"--metric-points {metric_points}: belongs to one image, but {len(images)} are given.")
-    stems = [image.stem for image in images]
-    if (twice := first_repeated(stems)) is not None:
-        raise UserError(f"{output / twice}: two of the photographs would be written there; rename one.")
+    photos = name_results(find_photos(images), output)
+    if metric_points is not None and len(photos) != 1:
+        raise UserError(f"--metric-points {metric_points}: belongs to one image, but {len(photos)} are given.")
+    if metric_unit is not None and metric_points is None:
+        raise UserError(f"--metric-unit {metric_unit}: is that of --metric-points, which is not given.")
+    unit = parse_unit(metric_unit) if metric_unit is not None else None
     config = load_with_profile(experiment_file(experiment, "--experiment"), profile, overrides)
-    loaded = open_model(config)
     failed = 0
-    for image in images:
-        try:
-            folder = adapt_photo(image, output, loaded, config, metric_points)
-            record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-            print(
-                f"{printable(image)}: {record['decision']} in {record['seconds']:.1f} s -> {printable(folder, 1000)}",
-                flush=True,
-            )
-        except UserError as error:
+    for photo, folder, why in adapt_photos(photos, output, open_model(config), config, metric_points, unit):
+        if folder is None:
             failed += 1
-            print(f"ttt-depth: {error}", file=sys.stderr, flush=True)
+            print(f"ttt-depth: {why}", file=sys.stderr, flush=True)
+            continue
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        decided = f"{record['decision']} in {record['seconds']:.1f} s"
+        print(f"{printable(photo)}: {decided} -> {printable(folder, 1000)}", flush=True)
     if failed:
         raise typer.Exit(1)
 
@@ -268,12 +281,15 @@ def hard_subset(
     from ttt_lib.runs.experiment import load_with_profile, run_experiment
     from ttt_lib.runs.hard_subset import select_hard, write_subset_index
 
-    entries = parse_data(data)
-    names = [entry.get("name") or Path(entry.get("path", "")).name for entry in entries]
+    output, entries = Path(absolute(output)), parse_data(data)
+    for entry in entries:
+        if entry["kind"] != "moge":
+            raise UserError(
+                f"--data: a hard subset links to samples on disk in the MoGe layout, and {entry['kind']!r} is no such set."
+            )
+    names = [entry.get("name") or Path(entry["path"]).name for entry in entries]
     if (twice := first_repeated(names)) is not None:
         raise UserError(f"--data: two sets are called {twice!r}; give them names in a JSON file of sets.")
-    if any(entry["kind"] != "moge" for entry in entries):
-        raise UserError("--data: a hard subset links to samples on disk, so every set must be in the MoGe layout.")
     overrides: dict[str, Any] = {"data": entries, **({"model": {"name": model}} if model else {})}
     config = load_with_profile(choose_experiments("original")[0], profile, overrides)
     run = run_experiment(config)
@@ -318,14 +334,31 @@ def doctor(json_: Annotated[bool, typer.Option("--json", help="As a list of JSON
         raise typer.Exit(1)
 
 
+# What a user can put right without knowing where in the program it happened.
+FULL_OR_FORBIDDEN = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def _is_the_users(error: OSError) -> bool:
+    """Whether an error of the system is about the disk, about permissions, or about something on the command line."""
+    if error.errno in FULL_OR_FORBIDDEN:
+        return True
+    places = [absolute(argument.rpartition("=")[2]) for argument in sys.argv[1:]]
+    return isinstance(error.filename, str | Path) and absolute(error.filename) in places
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # names of files hold more than some consoles can show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="ttt-depth")
     except UserError as error:
         print(f"ttt-depth: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # a full disk, a folder without permission: not this program's mistake either
+    except OSError as error:
+        if not _is_the_users(error):
+            raise  # a mistake of this program: its trace says where
         place = f"{printable(error.filename)}: " if error.filename else ""
         print(f"ttt-depth: {place}{reason(error)}.", file=sys.stderr)
         sys.exit(2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
 from conftest import adapt, small_experiment
 
 from ttt_lib.adaptation import gradients as gradients_module
+from ttt_lib.adaptation import teacher
 from ttt_lib.adaptation.adapter import working_image
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.seeds import sample_generator
@@ -161,13 +163,34 @@ def test_novel_views_take_part(tiny, image):
 
 
 def test_the_released_behaviour_can_be_switched_on(tiny, image):
-    """Each switch changes the result, and the files it writes are gone afterwards."""
+    """Each switch changes the result."""
     base = adapt(tiny, image, config(views={"mirror": 1.0}))
     for switch in ("mirror_keeps_x", "first_sample_only", "mask_positive_and_negative"):
         other = adapt(tiny, image, config(views={"mirror": 1.0}, released={switch: True}))
         assert not torch.equal(base.final.depth, other.final.depth), switch
-    written = adapt(tiny, image, config(views={"mirror": 1.0}, released={"write_files": True}))
-    assert torch.equal(base.final.depth, written.final.depth)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_the_files_of_the_release_are_written_change_nothing_and_are_gone_afterwards(
+    tiny, image, monkeypatch, micro_batch
+):
+    places, written, real = set(), set(), teacher._dump
+
+    def dump(folder, *rest):
+        real(folder, *rest)
+        places.add(folder)
+        written.update(path.name for path in folder.iterdir())
+
+    monkeypatch.setattr(teacher, "_dump", dump)
+    train = {"micro_batch": micro_batch, "passes": 4, "batch_size": 2, "accumulation": 2}
+    plain = adapt(tiny, image, config(train={**train, "micro_batch": min(micro_batch, 2)}))
+    result = adapt(tiny, image, config(train=train, released={"write_files": True}))
+    assert torch.equal(plain.final.depth, result.final.depth)
+    each = {f"{number}_{view}" for number in range(4) for view in range(2)}
+    assert {name for name in written if name.endswith(".png")} == {f"{name}.png" for name in each}
+    assert {name for name in written if name.endswith("_points.npy")} == {f"{name}_points.npy" for name in each}
+    gc.collect()
+    assert len(places) == 1 and not places.pop().exists()
 
 
 def test_large_photographs_are_shrunk_for_views_but_predicted_whole(tiny):

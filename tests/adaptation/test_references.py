@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import adapt
+from moge.utils import io as moge_io
 from PIL import Image
 
 from ttt_lib.adaptation.correction import correct
@@ -16,7 +17,7 @@ from ttt_lib.core.config import build_experiment
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.catalog import open_dataset
-from ttt_lib.data.known_distances import References, read_references, sample_references
+from ttt_lib.data.known_distances import References, parse_unit, read_references, sample_references
 from ttt_lib.geometry.cameras import unproject
 from ttt_lib.models.base import weights_checksum
 
@@ -53,8 +54,6 @@ def test_csv_and_png_say_the_same(tmp_path):
 
 
 def test_png_of_moge_is_read_by_its_own_encoding(tmp_path):
-    from moge.utils import io as moge_io
-
     depth = np.full((6, 8), np.nan, np.float32)
     depth[2, 3] = 7.5
     moge_io.write_depth(tmp_path / "d.png", depth)
@@ -93,6 +92,71 @@ def test_commas_at_the_ends_of_lines_shift_nothing(tmp_path):
     found = read_references(tmp_path / "points.csv", (24, 32))
     assert torch.allclose(found.uv, torch.tensor([[0.25, 0.25], [0.5, 0.5]]))
     assert found.depth.tolist() == [2, 3]
+
+
+def sparse_png(path, value=2500, shape=(24, 32)):
+    values = np.zeros(shape, np.uint16)
+    values[::4, ::4] = value
+    Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("unit", "metres"), [(None, 2500 / 256), ("kitti", 2500 / 256), ("mm", 2.5), ("0.01", 25.0), ("1e-3", 2.5)]
+)
+def test_a_unit_of_a_png_is_what_it_is_said_to_be(tmp_path, unit, metres):
+    path = sparse_png(tmp_path / "d.png")
+    found = read_references(path, (24, 32), parse_unit(unit) if unit else None)
+    assert found.depth.unique().tolist() == [pytest.approx(metres, rel=1e-6)]
+    assert found.unit == pytest.approx(metres / 2500)
+
+
+@pytest.mark.parametrize("text", ["inch", "", "0", "-1", "nan", "inf", "MM", "1/256"])
+def test_a_unit_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match="is no unit; use kitti, mm, or"):
+        parse_unit(text)
+
+
+def test_no_unit_is_taken_for_a_file_that_says_its_own(tmp_path):
+    (tmp_path / "d.csv").write_text("u,v,metres\n8,6,2\n")
+    moge_io.write_depth(tmp_path / "d.png", np.full((24, 32), 3.0, np.float32))
+    assert read_references(tmp_path / "d.csv", (24, 32)).unit is None
+    assert read_references(tmp_path / "d.png", (24, 32)).unit is None
+    for name in ("d.csv", "d.png"):
+        with pytest.raises(UserError, match="leave --metric-unit out"):
+            read_references(tmp_path / name, (24, 32), 0.001)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [((24, 32), ""), ((12, 16), ""), ((7, 9), ""), ((32, 24), "it is turned"), ((16, 12), "it is turned"),
+     ((24, 36), "another shape"), ((24, 24), "another shape")],
+)  # fmt: skip
+def test_a_png_of_another_shape_is_not_stretched(tmp_path, shape, says):
+    path = sparse_png(tmp_path / "d.png", shape=shape)
+    if not says:
+        assert len(read_references(path, (24, 32)).depth)
+        return
+    with pytest.raises(UserError, match=f"has {shape[1]} x {shape[0]} pixels, the photograph 32 x 24: .*{says}"):
+        read_references(path, (24, 32))
+
+
+@pytest.mark.parametrize("method", ["none", "tta", "ttt"])
+@pytest.mark.parametrize(
+    ("factor", "unit", "doubted"),
+    [(1000 / 256, 1 / 256, True), (256 / 1000, 1 / 1000, True), (3.3, 1 / 256, True), (1.0, 1 / 256, False),
+     (2.5, 1 / 256, False), (1000 / 256, None, False)],
+)  # fmt: skip
+def test_a_unit_that_was_mixed_up_is_doubted(tiny, image, caplog, factor, unit, doubted, method):
+    depth = tiny.predict(image).depth
+    known = replace(references(depth * factor, 40), unit=unit)
+    config = build_experiment({"name": "x", "train": {"method": method, "passes": 1, "accumulation": 1},
+                               "views": {"longest_side": 96}, "losses": {"global": {"align_resolution": 6}}})  # fmt: skip
+    result = adapt(tiny, image, config, references=known)
+    told = [record.getMessage() for record in caplog.records if "check the unit" in record.getMessage()]
+    assert len(told) == doubted == ("check the unit of their file (--metric-unit)" in result.reason)
+    if doubted:
+        assert f"{factor:.3g} times the prediction" in told[0] and f"taken for {unit:.4g} m" in told[0]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "LA", "P", "1"])

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment, load_profile, merge
 from ttt_lib.core.errors import UserError
+from ttt_lib.core.registry import MODELS
 
 EXPERIMENTS = sorted((ROOT / "notebooks" / "experiments").glob("*.yaml"))
 MORE = sorted((ROOT / "notebooks" / "experiments" / "more").glob("*.yaml"))
@@ -128,3 +129,31 @@ def test_an_override_adds_a_term_and_leaves_the_others():
     assert build_experiment({"name": "x", "losses": {}}).losses == {}
     chosen = build_experiment({"name": "x", "losses": {"global": {}}}, overrides={"losses": {"mask": {"weight": 0.1}}})
     assert set(chosen.losses) == {"global", "mask"}
+
+
+def test_paths_of_models_sets_and_calibrations_become_absolute_where_they_enter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("m.pt", "home/m.pt", "tiny", "gate.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def model(name):
+        return build_experiment({"name": "x"}, overrides={"model": {"name": name}}).model.name
+
+    assert model("m.pt") == str(tmp_path / "m.pt") and model("~/m.pt") == str(tmp_path / "home" / "m.pt")
+    assert [model(name) for name in ("tiny", "Ruicheng/moge-vitl", "none.pt")] == [
+        "tiny",
+        "Ruicheng/moge-vitl",
+        "none.pt",
+    ]
+    monkeypatch.setitem(MODELS, "mine", print)
+    assert model("mine:./m.pt") == f"mine:{tmp_path / 'm.pt'}" and model("mine:7") == "mine:7"
+    (tmp_path / "paths.yaml").write_text(
+        "name: paths\nmodel: {name: m.pt}\ngate: {calibration: gate.json}\ndata: [{kind: images, path: ~/photos}]"
+    )
+    (tmp_path / "mine.yaml").write_text("set: {model: {name: ~/m.pt}}")
+    config = load_experiment("paths.yaml")
+    assert config.model.name == str(tmp_path / "m.pt") and config.gate.calibration == str(tmp_path / "gate.json")
+    assert config.data[0].path == str(tmp_path / "home" / "photos")
+    assert load_experiment("paths.yaml", "mine.yaml").model.name == str(tmp_path / "home" / "m.pt")

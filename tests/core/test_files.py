@@ -14,7 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttt_lib.core.files import first_repeated, read_json, to_json, write_json
+from ttt_lib.core.errors import UserError
+from ttt_lib.core.files import absolute, first_repeated, read_json, to_json, write_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats() | st.text(),
@@ -78,3 +79,20 @@ def test_a_file_is_replaced_in_one_step(tmp_path, monkeypatch):
 
 def test_the_first_that_is_there_twice():
     assert first_repeated([3, 1, 2, 1, 3]) == 1 and first_repeated([]) is None
+
+
+def test_a_path_means_the_same_in_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    assert absolute("a/../b.pt") == absolute(Path("b.pt")) == str(tmp_path / "b.pt")
+    assert absolute("~/b.pt") == "/home/of/somebody/b.pt" and absolute("tcp://host/x") == "tcp://host/x"
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~" / "b.pt").touch()
+    assert absolute("~/b.pt") == str(tmp_path / "~" / "b.pt")
+
+
+def test_a_text_without_end_is_not_read(tmp_path):
+    with open(tmp_path / "long.json", "wb") as file:
+        file.truncate((1 << 28) + 1)  # takes no room on the disk
+    with pytest.raises(UserError, match="has more than 256 MiB"):
+        read_json(tmp_path / "long.json")

@@ -18,7 +18,7 @@ from ttt_lib.core.errors import UserError
 from ttt_lib.core.types import Sample
 from ttt_lib.data import moge_layout, motorcycle, samples
 from ttt_lib.data.catalog import open_dataset
-from ttt_lib.data.samples import write_moge_layout
+from ttt_lib.data.samples import SampleSet, write_moge_layout
 from ttt_lib.geometry.cameras import project, unproject
 from ttt_lib.runs.hard_subset import select_hard, write_subset_index
 
@@ -283,3 +283,14 @@ def test_paths_of_a_file_of_sets_count_from_the_file_or_else_from_the_working_fo
     assert moge_layout.read_eval_config(path)[0]["path"] == str(tmp_path / "data" / "NYUv2")
     (tmp_path / "configs" / "data" / "NYUv2").mkdir(parents=True)
     assert moge_layout.read_eval_config(path)[0]["path"] == str(tmp_path / "configs" / "data" / "NYUv2")
+
+
+def test_whatever_a_reader_raises_the_other_samples_are_read():
+    def load(name):
+        if name == "b":
+            raise KeyError("depth")
+        return Sample(name, "mine", torch.zeros(3, 20, 20))
+
+    mine = SampleSet("mine", ["a", "b", "c"], load)
+    assert [sample.name for sample in mine.readable()] == ["a", "c"]
+    assert mine.left_out == [("b", "KeyError: 'depth'")]

@@ -69,11 +69,27 @@ def test_examples_run_as_they_stand(registries, tmp_path, monkeypatch, capsys):
     assert "log_ratio" in space["result"].history[0]
 
 
-def test_the_layout_it_draws_is_there():
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    named = set(re.findall(r"`(ttt_lib/[\w/]+\.py|tests/[\w/]+\.py|notebooks/[\w/]+)`", text))
-    assert len(named) > 5
-    assert not [name for name in named if not (ROOT / name).exists()]
+def test_every_file_that_a_document_names_is_there():
+    for document, least in (("CONTRIBUTING.md", 10), ("README.md", 1)):
+        text = (ROOT / document).read_text()
+        named = set(re.findall(r"`((?:ttt_lib|tests|notebooks)/[\w/.]+)`", text))
+        assert len(named) >= least, named
+        assert not [name for name in named if not (ROOT / name).exists()], document
+
+
+def test_the_rooms_it_draws_are_those_of_the_package():
+    """In the order in which each says what it may import (`test_rooms` reads the imports themselves)."""
+    drawn = re.search(r"^core <.*$", (ROOT / "CONTRIBUTING.md").read_text(), re.M).group()
+    named = re.findall(r"[a-z]+", drawn.replace("(not each other)", ""))
+    rooms = {path.parent.name for path in (ROOT / "ttt_lib").glob("*/__init__.py")}
+    above = {path.stem for path in (ROOT / "ttt_lib").glob("*.py")}
+    assert set(named) - above == rooms and len(named) == len(set(named))
+    for number, room in enumerate(named):
+        said = re.search(
+            r"May import: (.*?)\.", (ROOT / "ttt_lib" / room / "__init__.py").read_text() if room in rooms else ""
+        )
+        if said and said.group(1) not in ("no other room", "every room", "every room but report"):
+            assert set(re.findall(r"\w+", said.group(1))) <= set(named[:number]), room
 
 
 def test_the_papermill_command_of_the_readme_is_a_complete_experiment(tmp_path):

@@ -160,17 +160,28 @@ def check_a_value_of_any_kind(place: tuple, junk: object) -> None:
 
 
 def check_any_bytes(folder: Path, content: bytes) -> None:
+    """What needs a beginning of its own takes no bytes at all; of the two that may take some, what they took is right."""
     for suffix, read in (
-        ("yaml", load_experiment), ("yaml", load_profile), ("json", moge_layout.read_eval_config), ("json", read_calibration),
+        ("yaml", load_experiment), ("json", moge_layout.read_eval_config), ("json", read_calibration),
         ("csv", lambda path: read_references(path, (9, 9))), ("png", lambda path: read_references(path, (9, 9))),
-        ("jpg", read_photo), ("pt", lambda path: load_model(str(path), "cpu")), ("txt", lambda path: moge_layout.read_index(path.parent, path.name)),
+        ("jpg", read_photo), ("pt", lambda path: load_model(str(path), "cpu")),
+    ):  # fmt: skip
+        path = folder / f"any.{suffix}"
+        path.write_bytes(content)
+        refused(read, path, words=[path])
+    for suffix, read, right in (
+        ("yaml", load_profile, lambda found: found.name == "any" and isinstance(yaml.safe_load(content), dict)),
+        ("txt", lambda path: moge_layout.read_index(path.parent, path.name), lambda names: names and all(
+            name.isprintable() and not name.startswith("/") and ".." not in name.split("/") for name in names)),
     ):  # fmt: skip
         path = folder / f"any.{suffix}"
         path.write_bytes(content)
         try:
-            read(path)
+            found = read(path)
         except UserError as error:
             sentence(error, path)
+        else:
+            assert right(found), (content, found)
 
 
 @few
@@ -244,10 +255,13 @@ LINES = {
     "set twice": ["adapt", "p.png", "--set", "train=3", "--set", "train.passes=3"],
     "set and option": ["adapt", "p.png", "--set", "model=3", "--model", "tiny"],
     "no image": ["adapt", "none.png", *PLAIN],
-    "image is a folder": ["adapt", ".", *PLAIN],
+    "folder without images": ["adapt", "empty", *PLAIN],
+    "image of a name no system takes": ["adapt", "y" * 283 + ".png", *PLAIN],
+    "unit is none": ["adapt", "p.png", "--metric-points", "x.png", "--metric-unit", "inch"],
+    "unit of nothing": ["adapt", "p.png", "--metric-unit", "mm"],
     "image is a device": ["adapt", "/dev/zero", *PLAIN],
     "empty name": ["adapt", "", *PLAIN],
-    "one result for two": ["adapt", "p.png", "other/p.jpg", *PLAIN],
+    "one result for two": ["adapt", "p.png", "other/p.png", *PLAIN],
     "experiment empty": ["adapt", "p.png", "--experiment", ""],
     "experiment long": ["adapt", "p.png", "--experiment", "x" * 300],
     "experiment is an image": ["adapt", "p.png", "--experiment", "p.png"],
@@ -263,16 +277,19 @@ LINES = {
     "sides without end": ["ablation", "--set", "data=[{kind: synthetic, width: 1000000000}]"],
     "shards without end": ["ablation", "--experiments", "original", "--shards", "1000000000", "--set", "data=[{kind: synthetic, count: 2}]"],
     "hard subset of photographs": ["hard-subset", "--data", ".", "-o", "hard"],
-    "hard subset of two of a name": ["hard-subset", "--data", "motorcycle", "--data", "motorcycle", "-o", "hard"],
+    "hard subset of two built in": ["hard-subset", "--data", "motorcycle", "--data", "synthetic", "-o", "hard"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LINES)
 def test_a_command_line(command, tmp_path, name):
+    (tmp_path / "empty").mkdir()
     code, said = command(*LINES[name])
     assert code in (1, 2) and said.startswith("ttt-depth: ") and said.count("\n") == 1, said
     sentence(said.strip())
     assert not (tmp_path / "SENTINEL").exists()
+    if name == "hard subset of two built in":
+        assert "in the MoGe layout, and 'motorcycle' is no such set" in said
 
 
 @pytest.mark.parametrize(
@@ -310,7 +327,7 @@ def test_photographs_named_to_escape_and_results_that_are_none(command, tmp_path
     for name in ("..png", "...png"):
         shutil.copy(tmp_path / "p.png", tmp_path / name)
         code, said = command("adapt", name, *PLAIN, "-o", work / "out")
-        assert code == 1 or (work / "out" / Path(name).stem / "record.json").is_file()
+        assert code == (0 if Path(name).stem.strip(".") else 1), said
     code, said = command("adapt", "p.png", *PLAIN, "-o", work / "out")
     assert code == 1 and "no earlier result" in said
     assert len(list(work.rglob("thesis.txt"))) == 3
@@ -339,13 +356,42 @@ def test_a_full_disk_leaves_nothing_behind(command, tmp_path, monkeypatch, what)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_full_disk_elsewhere_is_one_line_too(command, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.EACCES, "Permission denied", "/somewhere")
+JOBS = ["ablation", "--experiments", "original", "--set", "data=[{kind: synthetic, count: 1}]", "--runs=here"]
 
-    monkeypatch.setattr(batch, "run_jobs", full)
-    code, said = command("ablation", "--experiments", "original", "--set", "data=[{kind: synthetic, count: 1}]")
-    assert (code, said) == (2, "ttt-depth: /somewhere: Permission denied.\n")
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EACCES, "Permission denied", "/somewhere"), "/somewhere: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError(errno.ENOTDIR, "Not a directory", "here"), "here: Not a directory"),  # named on the command line
+        (OSError(errno.EISDIR, "Is a directory", Path("here")), "here: Is a directory"),
+    ],
+)
+def test_a_disk_or_a_file_that_the_user_can_put_right_is_one_line(command, monkeypatch, error, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(batch, "run_jobs", fail)
+    assert command(*JOBS) == (2, f"ttt-depth: {said}.\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EBADF, "Bad file descriptor"),
+        FileNotFoundError(errno.ENOENT, "No such file", "/of/the/program"),
+        ConnectionResetError("by somebody"),
+    ],
+)
+def test_a_mistake_of_the_program_keeps_its_trace(command, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(batch, "run_jobs", fail)
+    with pytest.raises(type(error)) as caught:
+        command(*JOBS)
+    assert caught.value is error
 
 
 # ------------------------------------------------------------------------------------------------ images, frames
@@ -694,19 +740,21 @@ def test_jobs_stay_in_the_folder_of_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "3", "{", "{}", '{"identity": 3}', '{"identity": {}, "finished": "x"}', "[" * 100000]
-)
-def test_a_manifest(tmp_path, monkeypatch, text):
+    ("text", "finished"),
+    [("", False), ("[]", False), ("3", False), ("{", False), ("{}", True), ('{"identity": 3}', False),
+     ('{"identity": {}, "finished": "x"}', True), ("[" * 100000, False)],
+)  # fmt: skip
+def test_a_manifest(tmp_path, monkeypatch, text, finished):
     monkeypatch.setattr(batch, "_fill", lambda job, work, begun: work.mkdir(parents=True))
     place = tmp_path / "a" / "000-of-001"
     place.mkdir(parents=True)
     (place / "manifest.json").write_text(text)
     (tmp_path / "a" / "000-of-000").mkdir()
     (tmp_path / "a" / "000-of-000" / "manifest.json").write_text("{}")
-    try:
-        read_runs(tmp_path)
-    except UserError as error:
-        sentence(error, tmp_path)
+    if finished:
+        assert read_runs(tmp_path).shards == [place]
+    else:
+        refused(read_runs, tmp_path, words=[tmp_path, "holds no finished run"])
     (outcome,) = batch.run_jobs([job()], tmp_path, announce=lambda line: None)
     assert outcome.status == "done" and (tmp_path / "superseded").exists()  # it counts as another run's
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from PIL import Image
 
 from ttt_lib.core.errors import NotSupported, UserError
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot, weights_checksum
-from ttt_lib.models.load import absolute_name, load_model
+from ttt_lib.models.load import load_model
 from ttt_lib.models.pretraining.stand_in import write_stand_in
 
 
@@ -217,18 +218,21 @@ def test_a_huge_configuration_is_refused_before_anything_is_built(tmp_path, untr
         load_model(str(tmp_path / "huge.pt"), "cpu")
 
 
+def test_a_checkpoint_that_unpacks_to_far_more_is_refused_before_it_is_read(
+    tmp_path, untrained_checkpoint, monkeypatch
+):
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(untrained_checkpoint) as whole, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in whole.infolist():
+            archive.writestr(entry.filename, whole.read(entry) if "data.pkl" in entry.filename else bytes(1 << 20))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(UserError, match=r"it would unpack to \d+ MiB from \d\.\d"):
+        load_model(str(bomb), "cpu")
+
+
 def test_moge_3_is_named_while_it_is_lacking():
     with pytest.raises(UserError, match="the installed moge has no MoGe-3"):
         load_model("Ruicheng/moge-3-vitl", "cpu")
-
-
-def test_paths_of_models_become_absolute_and_names_stay(tmp_path, monkeypatch):
-    (tmp_path / "m.pt").touch()
-    (tmp_path / "tiny").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert absolute_name("m.pt") == absolute_name("~/m.pt") == str(tmp_path / "m.pt")
-    assert [absolute_name(name) for name in ("tiny", "Ruicheng/moge-vitl")] == ["tiny", "Ruicheng/moge-vitl"]
 
 
 def test_a_network_of_another_kind_says_that_it_has_no_features():

@@ -357,3 +357,58 @@ def test_the_order_of_the_table_is_in_the_experiment_files(tmp_path):
     assert runs.experiments == expected and tables.table1(runs).index.tolist() == expected
     assert list(runs.metrics.experiment.unique()) == expected
     assert list(paired_gains(runs.metrics, "depth_metric", "rel").experiment.unique()) == expected
+
+
+def test_every_mean_says_over_how_many_and_where_rows_differ(tmp_path):
+    metric = [pair for pair in TABLE1_COLUMNS if pair[0] == "depth_metric"]
+    write_shard(tmp_path, "original", samples=range(5))
+    write_shard(tmp_path, "tta", samples=range(3))
+    place = write_shard(tmp_path, "unfreeze_encoder", samples=range(5))
+    rows = pd.read_csv(place / "metrics.csv")
+    lost = (rows.metric == "points_affine_invariant") & (rows["sample"] == "s1") & (rows.prediction == "final")
+    rows.loc[lost & (rows.score == "rel"), "value"] = np.nan  # a score that could not be computed
+    rows.to_csv(place / "metrics.csv", index=False)
+    for experiment in ("original", "tta", "unfreeze_encoder"):  # only s0 and s2 have a metric truth
+        path = tmp_path / experiment / "000-of-001" / "metrics.csv"
+        rows = pd.read_csv(path)
+        rows[~(rows.metric.isin([m for m, _ in metric]) & ~rows["sample"].isin(["s0", "s2"]))].to_csv(path, index=False)
+    runs = results.read_runs(tmp_path)
+    assert "seconds are means over all samples, also those without truth, which n does not count" not in runs.notes
+    table = tables.table1(runs)
+    assert table["n"].to_dict() == {"original": 5, "unfreeze_encoder": 5, "tta": 3} and table["n"].dtype == int
+    counts = results.score_counts(runs)
+    assert counts.loc["original", "depth_metric_rel"] == 2 and counts.loc["tta", "points_metric_rel"] == 3
+    assert "unfreeze_encoder: points_affine_invariant_rel over 4 samples, elsewhere over 5" in runs.notes
+    assert "depth_metric_rel, depth_metric_delta1: means over 2 of 5 samples, which alone have such truth" in runs.notes
+    assert [note for note in runs.notes if note.startswith("tta")] == [
+        "tta: 3 of 5 samples; its means are over fewer samples"
+    ]
+    printed = [line.split() for line in tables.to_text(table).splitlines()]
+    assert printed[0][-1] == "n"
+    assert {line[0]: line[-1] for line in printed[2:-1]} == {"original": "5", "unfreeze_encoder": "5", "tta": "3"}
+    assert tables.to_markdown(table).splitlines()[0].endswith("| n |")
+    assert tables.to_markdown(table).splitlines()[2].endswith("| 5 |")
+    assert tables.to_latex(table).splitlines()[2].endswith(r"& n \\")
+    assert "n |" not in tables.to_markdown(tables.published_table())
+
+
+def test_figures_say_over_how_many_their_means_are():
+    history = pd.DataFrame({"experiment": ["a"] * 3, "dataset": "d", "sample": ["s", "s", "t"], "passes": [1, 2, 1],
+                            "loss": [1.0, 0.5, 2.0]})  # fmt: skip
+    axis = study_figures.loss_curves(history).axes[0]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a (n = 1 to 2)"]
+    gains = pd.DataFrame({"experiment": ["a", "a", "b"], "gain": [0.1, 0.2, 0.3]})
+    samples = pd.DataFrame({"experiment": ["a", "b"], "seconds": [1.0, 2.0]})
+    figure, table = study_figures.pareto(gains, samples)
+    assert table["n"].to_dict() == {"a": 2, "b": 1}
+    assert [text.get_text() for text in figure.axes[0].texts] == ["a (n = 2)", "b (n = 1)"]
+
+
+def test_samples_without_truth_are_timed_and_not_counted(tmp_path):
+    place = write_shard(tmp_path, "original", samples=range(5))
+    rows = pd.read_csv(place / "metrics.csv")
+    rows[rows["sample"] != "s4"].to_csv(place / "metrics.csv", index=False)
+    runs = results.read_runs(tmp_path)
+    table = tables.table1(runs)
+    assert table.loc["original", "n"] == 4 and table.loc["original", "seconds"] == 3  # of 1, 2, 3, 4 and 5 seconds
+    assert "seconds are means over all samples, also those without truth, which n does not count" in runs.notes

@@ -21,7 +21,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from ttt_lib.core.errors import UserError
+from ttt_lib.core.errors import RunError, UserError
 from ttt_lib.runs import cluster as cluster_module
 from ttt_lib.runs import jobs as batch
 from ttt_lib.runs.cluster import visible_gpus
@@ -494,3 +494,41 @@ def test_the_gpus_of_the_workers_are_those_that_the_user_may_see(monkeypatch):
     listing = "GPU 0: one (UUID: GPU-a)\nGPU 1: two (UUID: GPU-b)\n  MIG 1g: ignored\n"
     monkeypatch.setattr(cluster_module.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listing))
     assert visible_gpus() == ["0", "1"]
+
+
+@pytest.mark.parametrize("failing", ["scale", "Client", "announce"])
+def test_a_cluster_that_was_started_is_closed_whatever_fails_after_it(tmp_path, monkeypatch, failing):
+    did = []
+
+    class SLURMCluster:
+        def __init__(self, cores):
+            did.append(f"started {cores}")
+
+        def scale(self, jobs):
+            did.append(f"scaled {jobs}")
+            if failing == "scale":
+                raise RuntimeError("sbatch: not found")
+
+        def close(self):
+            did.append("closed")
+
+    class Client:
+        dashboard_link = "http://nowhere"
+
+        def __init__(self, cluster):
+            if failing == "Client":
+                raise TimeoutError("no answer")
+
+        def close(self):
+            did.append("client closed")
+            raise OSError("it is gone")  # which keeps nobody from closing the cluster
+
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", SimpleNamespace(SLURMCluster=SLURMCluster))
+    monkeypatch.setattr("distributed.Client", Client)
+    (tmp_path / "slurm.yaml").write_text("class: SLURMCluster\noptions: {cores: 1}")
+    words = {"scale": "sbatch: not found", "Client": "no client can connect .*no answer", "announce": "gone"}
+    with pytest.raises(Exception, match=words[failing]) as caught:
+        with cluster_module.open_client(3, None, str(tmp_path / "slurm.yaml"), lambda line: [][0]):
+            did.append("worked")
+    assert did[:2] == ["started 1", "scaled 3"] and did[-1] == "closed" and "worked" not in did
+    assert isinstance(caught.value, RunError) == (failing != "announce")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 import torch
 from conftest import adapt
@@ -157,3 +159,15 @@ def test_the_notebook_runs_headless(tmp_path, notebook, parameters):
         from ttt_lib.adaptation.gate.decision import read_calibration
 
         assert read_calibration(tmp_path / "out" / "gate.json").about["samples"] == 4
+        return
+    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    shown = "\n".join(o.get("text") or o["data"].get("text/plain", "") for c in cells for o in c.get("outputs", []))
+    for table, rows in {
+        "ms a pass": ["augment", "render", "forward", "loss", "backward", "optimizer", "teacher"],
+        "loop  passes": ["as released", "all terms", "all terms, together", "demo"],
+    }.items():
+        assert table in shown
+        for row in rows:
+            assert re.search(rf"^\d* *{row} +\d", shown, re.M), row
+    for key in ("train.passes", "model.num_tokens", "views.longest_side", "train.batch_size", "images"):
+        assert re.search(rf"{re.escape(key)}  seconds  images_a_minute\n0 ", shown), key

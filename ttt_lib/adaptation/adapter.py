@@ -25,11 +25,11 @@ from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Episode, Judgement, Supervision, TrainingLog, configured
 from ttt_lib.core.config import ExperimentConfig
-from ttt_lib.core.errors import NumericalError
+from ttt_lib.core.errors import DataError, NumericalError
 from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import Prediction
-from ttt_lib.data.images import as_image
+from ttt_lib.data.images import SMALLEST, as_image
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot
 
 log = logging.getLogger(__name__)
@@ -37,13 +37,28 @@ OnStep = Callable[[dict[str, float]], None]
 
 
 def working_image(image: Tensor, longest_side: int | None) -> Tensor:
-    """The image the views are made from: (3,H,W), shrunk (anti-aliased) to at most `longest_side` pixels."""
+    """The image the views are made from: (3,H,W), shrunk (anti-aliased) to at most `longest_side` pixels.
+
+    The shorter side keeps `SMALLEST` of them, because a view is a part of it: crops of a single row teach nothing.
+    """
     height, width = image.shape[-2:]
     if longest_side is None or max(height, width) <= longest_side:
         return image
-    factor = longest_side / max(height, width)
+    factor = min(1.0, max(longest_side / max(height, width), SMALLEST / min(height, width)))
+    if factor == 1:
+        return image
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     return F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0].clamp(0, 1)
+
+
+def _require_shape(model: GeometryModel, image: Tensor) -> None:
+    """The shorter side of an image (3,H,W) gets a row of tokens at least, also of a quarter fewer (`ensemble`)."""
+    height, width = image.shape[-2:]
+    elongation, tokens = max(height, width) / min(height, width), model.num_tokens
+    if tokens is not None and elongation > 3 * tokens:
+        raise DataError(
+            f"adapt: an image of {width} x {height} pixels is too long for {tokens} tokens; cut it, or raise model.num_tokens."
+        )
 
 
 @contextmanager
@@ -108,6 +123,7 @@ class Adapter:
         begun, model, train = time.perf_counter(), self.model, self.config.train
         reset_peak_memory(model.device)
         image = as_image(image, "adapt: the image").to(model.device)
+        _require_shape(model, image)
         with training_possible():
             original = model.predict(image)
             result = AdaptResult(original=original, adapted=None, final=original, decision="original", image=image)

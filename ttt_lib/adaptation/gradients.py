@@ -15,7 +15,7 @@ from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.models.base import GeometryModel
 
-Dump = Callable[[dict[str, Tensor]], None]
+Dump = Callable[[dict[str, Tensor], Tensor], None]
 
 
 def unused_heads(config: ExperimentConfig) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ def _part_gradients(
     with student.attached():
         output = forward(model, images, batch.cameras(pictures), config)
         if dump is not None:
-            dump(output)
+            dump(output, pictures)
         features = (model.features(images), frozen) if compares else None
         loss, terms = loss_of(output, batch, config, pictures, features)
         gradients = torch.autograd.grad(loss * share, student.leaves, allow_unused=True)
@@ -100,7 +100,7 @@ def pass_gradients(
 
     For several passes that were joined: of the sum of their losses. The views go through the network in parts of
     `log.micro_batch`, with the result of the whole: every term is a mean over rows. When memory runs out, the part is
-    halved and done again. Raises the error when a single view does not fit. dump: called with each part's output.
+    halved and done again. Raises the error when a single view does not fit. dump: called with each part's output and pictures.
     """
     total: Gradients = [None] * len(student.leaves)
     terms: dict[str, Tensor] = {}

@@ -6,6 +6,9 @@ names this as the way to make metric predictions improve.
 
 from __future__ import annotations
 
+import logging
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,12 +20,35 @@ from ttt_lib.core.types import Prediction
 from ttt_lib.data.known_distances import References
 from ttt_lib.models.base import GeometryModel
 
+log = logging.getLogger(__name__)
+NEAR = 1.3  # times or a part of 3.9: as well as predicted metres are known
+
 
 def reference_loss(model: GeometryModel, image: Tensor, references: References) -> Tensor:
     """Mean |log d - log d*| of the metric depth at the references, on the clean image (3,H,W). ()."""
     depth = model.metric_depth(model.forward(image[None]), image[None])
     found = at_references(depth, references)[0].clamp_min(1e-6)
     return (found.log() - references.depth.to(found).log()).abs().mean()
+
+
+def unit_doubt(prediction: Prediction, references: References) -> str:
+    """In words, where the distances look as if a file's unit was taken for another; else nothing.
+
+    Only of a prediction in metres, and of a file that does not say its unit: then the two usual ones differ by 3.9.
+    """
+    if prediction.kind != "metric" or references.unit is None:
+        return ""
+    found = at_references(prediction.depth[None], references.to(prediction.depth.device))[0]
+    ratio = references.depth.to(found) / found
+    ratio = ratio[torch.isfinite(ratio) & (ratio > 0)]
+    if not len(ratio):
+        return ""
+    factor, usual = float(ratio.median()), 1000 / 256
+    near = min(abs(math.log(factor / usual)), abs(math.log(factor * usual)))
+    if near > math.log(NEAR):
+        return ""
+    said = f"known distances are {factor:.3g} times the prediction, as if millimetres and 1/256 m were mixed up"
+    return f"{said}: check the unit of their file (--metric-unit)"
 
 
 class KnownDistances(Supervision):
@@ -38,10 +64,19 @@ class KnownDistances(Supervision):
     def __init__(self, references: References, config: ExperimentConfig) -> None:
         term = config.losses.get("metric_reference")
         self.references, self.weight = references, term.weight if term is not None else 0.0
+        self.doubt: str | None = None  # of the unit; None: not looked at yet
 
     def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
         """Bring the distances to the model's device."""
+        self._look_at_unit(original)
         self.image, self.references = image, self.references.to(model.device)
+
+    def _look_at_unit(self, prediction: Prediction) -> None:
+        """Once, by the prediction before any training."""
+        if self.doubt is None:
+            self.doubt = unit_doubt(prediction, self.references)
+            if self.doubt:
+                log.warning("%s; it was taken for %.4g m", self.doubt, self.references.unit)
 
     def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
         """None where the term has no weight."""
@@ -53,5 +88,7 @@ class KnownDistances(Supervision):
 
     def correct(self, prediction: Prediction) -> tuple[Prediction, str]:
         """In metres, by the best correction (`correction.correct`)."""
+        self._look_at_unit(prediction)
         with torch.no_grad():
-            return correct(prediction, self.references.to(prediction.depth.device))
+            corrected, words = correct(prediction, self.references.to(prediction.depth.device))
+        return corrected, f"{words}; {self.doubt}" if self.doubt else words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -25,8 +26,9 @@ class AdaptResult:
     """What one image gave.
 
     original: before; adapted: after the last step (None if training failed); final: the one to use; blended: what
-    `blend` gives or would give, with a gate. decision: a key of `DECISIONS`; reason: a sentence when the decision is not the expected one. history: one dictionary an
-    optimizer step: step, passes, loss, each term, gradient_norm, known (share of known target pixels), seconds.
+    `blend` gives or would give, with a gate. decision: a key of `DECISIONS`; reason: a sentence when the decision is not
+    the expected one. history: one dictionary an optimizer step: step, passes, loss, each term, gradient_norm, known
+    (share of known target pixels), seconds.
     signals: of the gate. seconds: wall time of everything here; peak_memory_mb: during this adaptation, see
     `memory.peak_memory_mb`. micro_batch: views in the network at a time. weights: of the trained parameters, for the
     next image of a sequence (`train.reset`). image: (3,H,W), what was adapted to.
@@ -56,7 +58,9 @@ class AdaptResult:
             facts.append(f"{self.passes_done} passes")
         if losses:
             facts.append(f"loss {losses[0]:.3g} to {losses[-1]:.3g}")
-        return [*facts, f"{self.seconds:.1f} s", f"peak memory {self.peak_memory_mb:.0f} MiB"]
+        measured = math.isfinite(self.peak_memory_mb)  # not on every system
+        memory = [f"peak memory {self.peak_memory_mb:.0f} MiB"] if measured else []
+        return [*facts, f"{self.seconds:.1f} s", *memory]
 
     def __repr__(self) -> str:
         return f"AdaptResult({', '.join(self.facts())}; final: {', '.join(self.final.facts())})"

@@ -151,12 +151,15 @@ def reverse(episode: Episode) -> Supervision | None:
     return Reverse(episode) if episode.config.train.bidirectional > 0 else None
 
 
-def _dump(folder: Path, number: int, view: View, output: dict[str, Tensor]) -> None:
-    """The debug files that the public release writes in every iteration; only for `released.write_files`."""
+def _dump(folder: Path, number: int, view: View, output: dict[str, Tensor], pictures: Tensor) -> None:
+    """The debug files that the public release writes in every iteration; only for `released.write_files`.
+
+    output: of the views `pictures`, all of them or a part.
+    """
     for i, image in enumerate(view.image):
         array = (image.permute(1, 2, 0).cpu().numpy() * 255).astype(np.uint8)
         Image.fromarray(array).save(folder / f"{number}_{i}.png")
         np.save(folder / f"{number}_{i}_target.npy", view.points[i].cpu().numpy())
     for name in {"points", "depth", "disparity"} & output.keys():
-        for i, value in enumerate(output[name]):  # a part of the views where memory is short
+        for i, value in zip(pictures.tolist(), output[name]):
             np.save(folder / f"{number}_{i}_{name}.npy", value.detach().float().cpu().numpy())

@@ -14,6 +14,8 @@ import yaml
 
 from ttt_lib.core.errors import UserError, reason
 
+LARGEST_TEXT = 1 << 28  # bytes: a list of a million samples; what YAML and JSON make of it is far more
+
 Value = TypeVar("Value", bound=Hashable)
 
 
@@ -30,6 +32,21 @@ def first_repeated(values: Iterable[Value]) -> Value | None:
             return value
         seen.add(value)
     return None
+
+
+def absolute(path: str | Path) -> str:
+    """A path that means the same in every folder: once, where it enters, because the notebooks of a batch run elsewhere.
+
+    `~` is your home, unless something here is called so; `scheme://...` stays as it is.
+
+    Example:
+        >>> absolute("/a/../b.pt"), absolute("s3://bucket/set")
+        ('/b.pt', 's3://bucket/set')
+    """
+    path = str(path)
+    if "://" in path:
+        return path
+    return os.path.abspath(path if os.path.lexists(path) else os.path.expanduser(path))
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -58,6 +75,8 @@ def read_text(path: str | Path) -> str:
     try:
         if path.exists() and not path.is_file():  # a pipe or a device may never end
             raise UserError(f"{path}: is not a file.")
+        if path.is_file() and path.stat().st_size > LARGEST_TEXT:
+            raise UserError(f"{path}: has more than {LARGEST_TEXT >> 20} MiB; a text that is read here has not.")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file; check the name.") from error

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ttt_lib.core.registry import DATASETS, SHIFTS
+from ttt_lib.core.files import absolute
+from ttt_lib.core.registry import DATASETS, MODELS, SHIFTS
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -31,21 +32,36 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def absolute_name(name: str) -> str:
+    """The name of a model for a process in another folder: a path that exists becomes absolute, also `FAMILY:PATH`.
+
+    Example:
+        >>> absolute_name("tiny")
+        'tiny'
+    """
+    family, added, rest = name.partition(":")
+    if added and MODELS.knows(family):
+        written_as_path = os.path.basename(rest) != rest or os.path.splitext(rest)[1]  # `small:7` is a number
+        return f"{family}:{absolute(rest)}" if written_as_path and os.path.exists(absolute(rest)) else name
+    return absolute(name) if name != "tiny" and os.path.exists(absolute(name)) else name
+
+
 class ModelConfig(Section):
     """Which network, on which device.
 
-    `name`: `tiny` (bundled), a hub name such as `Ruicheng/moge-2-vits-normal`, or the path of a `.pt` file.
+    `name`: `tiny` (bundled), a hub name such as `Ruicheng/moge-2-vits-normal`, the path of a `.pt` file or of a folder
+    (which becomes absolute, `~` your home), or `FAMILY:REST`.
     `num_tokens`: base tokens of a forward pass; None takes the model's own default.
     `autocast`: `bfloat16` runs the network's training passes (not losses, alignment and predictions) in mixed precision.
     `fov_x`: horizontal field of view in degrees, for models that predict no camera (None: 60 is assumed, and said).
     `checkpointing`: keep fewer activations and compute them again in the backward pass: less memory, more time.
     """
 
-    name: str = "tiny"
+    name: Annotated[str, AfterValidator(absolute_name)] = "tiny"
     num_tokens: Annotated[int, Field(ge=16, le=10000)] | None = None
     device: str = "auto"
     autocast: Literal["none", "bfloat16"] = "none"
-    fov_x: Annotated[float, Field(gt=0.0, lt=180.0)] | None = None
+    fov_x: Annotated[float, Field(ge=1.0, lt=180.0)] | None = None
     checkpointing: bool = False
 
 
@@ -202,7 +218,7 @@ class GateConfig(Section):
     """
 
     mode: Literal["off", "measure", "decide"] = "off"
-    calibration: str | None = None
+    calibration: Annotated[str, AfterValidator(absolute)] | None = None
     views: Annotated[int, Field(ge=1, le=64)] = 4
     severity: Severity = 2
     signals: list[Literal["consistency", "votes", "ensemble", "reprojection", "edges", "drift", "loss", "camera"]] = [
@@ -239,11 +255,6 @@ def _known_kind(kind: str) -> str:
     return kind
 
 
-def _absolute(path: str) -> str:
-    """Once, where it enters: notebooks of a batch run in folders of their own. `scheme://...` stays as it is."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
-
 class DataConfig(Section):
     """One set of samples; the keys of MoGe's `configs/eval/*.json` plus `kind` and `name`. See `data.open_dataset`.
 
@@ -255,7 +266,7 @@ class DataConfig(Section):
 
     kind: Annotated[str, AfterValidator(_known_kind)] = "moge"
     name: str | None = None
-    path: Annotated[str, AfterValidator(_absolute)] | None = None
+    path: Annotated[str, AfterValidator(absolute)] | None = None
     split: str = ".index.txt"
     width: Side | None = None
     height: Side | None = None

@@ -9,6 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ttt_lib.core.errors import DataError
+
+NARROWEST = 1.0  # degrees; a focal length in pixels beside a centre that is not looks like less
+INTRINSICS = "`intrinsics` must be a 3x3 camera matrix divided by the image's width and height"
+
 
 def first_map(map_: Tensor | None, dimensions: int) -> Tensor | None:
     """The map itself, or of a batch the first."""
@@ -25,15 +30,32 @@ def _range(depth: Tensor, mask: Tensor | None, unit: str) -> str:
     return f"{low} to {high}{unit} (median {middle})"
 
 
+def _angle(intrinsics: Any, axis: int) -> float:
+    """Field of view in degrees along one axis, both sides of the principal point, as
+    `geometry.cameras.fov_from_intrinsics` (core imports no room); NaN for a focal length that is not above 0."""
+    focal, center = float(intrinsics[axis][axis]), float(intrinsics[axis][2])
+    return math.degrees(math.atan(center / focal) + math.atan((1 - center) / focal)) if focal > 0 else math.nan
+
+
 def _field_of_view(intrinsics: Tensor) -> str:
-    """Both sides of the principal point, as `geometry.cameras.fov_from_intrinsics` (core imports no room)."""
+    return f"field of view {_angle(intrinsics, 0):.0f} x {_angle(intrinsics, 1):.0f} degrees"
 
-    def angle(axis: int) -> float:
-        focal, center = float(intrinsics[axis, axis]), float(intrinsics[axis, 2])
-        both = math.atan(center / focal) + math.atan((1 - center) / focal) if focal > 0 else math.nan
-        return math.degrees(both)
 
-    return f"field of view {angle(0):.0f} x {angle(1):.0f} degrees"
+def are_normalised_intrinsics(value: Any) -> bool:
+    """Whether an array or tensor can be the camera of a photograph: finite, (3,3), a centre not far outside, and a field
+    of view of `NARROWEST` at least both ways. What is in pixels, all or half of it, is none.
+
+    Example:
+        >>> are_normalised_intrinsics(torch.tensor([[500.0, 0, 0.5], [0, 500, 0.5], [0, 0, 1]]))
+        False
+    """
+    rows = value.tolist() if hasattr(value, "tolist") else value
+    if not (isinstance(rows, list) and len(rows) == 3 and all(isinstance(r, list) and len(r) == 3 for r in rows)):
+        return False
+    finite = all(isinstance(number, int | float) and math.isfinite(number) for row in rows for number in row)
+    last = finite and max(abs(a - b) for a, b in zip(rows[2], (0, 0, 1))) < 1e-3
+    centred = last and max(abs(rows[0][2] - 0.5), abs(rows[1][2] - 0.5)) <= 1.5
+    return centred and all(_angle(rows, axis) >= NARROWEST for axis in (0, 1))  # which NaN is not
 
 
 @dataclass
@@ -56,6 +78,10 @@ class Sample:
     has_sharp_boundary: bool = False
     segmentation: Tensor | None = None
     segmentation_labels: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.intrinsics is not None and not are_normalised_intrinsics(self.intrinsics):
+            raise DataError(f"sample {self.name!r}: {INTRINSICS}.")
 
     def facts(self) -> list[str]:
         """Size, depth with its unit, camera: a phrase each."""

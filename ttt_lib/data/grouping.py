@@ -7,12 +7,11 @@ scene at most; samples that are in none stand alone. `SampleSet.scenes` holds it
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from ttt_lib.core.errors import DataError, UserError
-from ttt_lib.core.files import read_json
+from ttt_lib.core.files import read_json, write_json
 from ttt_lib.data.moge_layout import check_name
 
 SCENES = "scenes.json"
@@ -53,6 +52,4 @@ def _members(path: Path, scene: str, members: object) -> list[str]:
 
 def write_scenes(folder: str | Path, scenes: dict[str, list[str]]) -> None:
     """Write `scenes.json` in one step."""
-    temporary = Path(folder) / (SCENES + ".partial")
-    temporary.write_text(json.dumps(scenes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, Path(folder) / SCENES)
+    write_json(Path(folder) / SCENES, scenes)

@@ -14,6 +14,7 @@ from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ttt_lib.core.errors import DataError, UserError, printable, reason
+from ttt_lib.core.files import absolute
 from ttt_lib.core.types import Sample
 from ttt_lib.data.samples import SampleSet, files_fingerprint
 
@@ -148,7 +149,7 @@ def read_photo(path: str | Path) -> Tensor:
         >>> image.shape, image[:, 0, 0].tolist()
         (torch.Size([3, 30, 40]), [1.0, 0.0, 0.0])
     """
-    path = Path(path)
+    path = Path(path if os.path.lexists(path) else os.path.expanduser(path))
     try:
         if not os.path.isfile(path):  # also answers for names that no file system takes
             raise DataError(f"{path}: there is no such file; check the name.", path=str(path))
@@ -208,21 +209,42 @@ def _say_skipped(folder: Path, names: tuple[str, ...]) -> None:
     log.warning("%s: %d files are skipped, as no images that this can read: %s", folder, len(names), shown)
 
 
+def photographs_in(folder: str | Path) -> list[Path]:
+    """The photographs of a folder by name, hidden ones left out; what else is in it is skipped, with a warning.
+
+    Raises `DataError` if there are none, or the folder cannot be read.
+    """
+    folder = Path(folder)
+    try:
+        visible = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({reason(error)}).", path=str(folder)) from error
+    files = [p for p in visible if os.path.isfile(p)]
+    skipped = tuple(p.name for p in files if not is_photo(p))
+    found = [p for p in files if is_photo(p)]
+    if not found:
+        also = f", only {len(skipped)} other files such as {skipped[0]!r}" if skipped else ""
+        inner = " (folders in it are not looked into)" if len(visible) > len(files) else ""
+        raise DataError(f"{folder}: holds no images that this can read{also}{inner}; JPEG and PNG always work.")
+    if skipped:
+        _say_skipped(folder.resolve(), skipped)
+    return found
+
+
 def open_images(path: str | Path, name: str | None = None, count: int | None = None) -> SampleSet:
     """A folder of plain images (or one image), without truth; what else is in the folder is skipped, with a warning.
 
     Raises `DataError` if there are none.
     """
-    folder = Path(path)
+    folder = Path(absolute(path))
     if os.path.isdir(folder):  # os.path also answers for names that no file system takes
-        visible = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-        files = {printable(p.name): p for p in visible if is_photo(p)}
-        skipped = tuple(p.name for p in visible if not is_photo(p))
-        if not files:
-            also = f", only {len(skipped)} other files such as {skipped[0]!r}" if skipped else ""
-            raise DataError(f"{folder}: holds no images that this can read{also}; JPEG and PNG always work.")
-        if skipped:
-            _say_skipped(folder.resolve(), skipped)
+        files: dict[str, Path] = {}
+        for photo in photographs_in(folder):
+            label, again = printable(photo.name), 1
+            while label in files:  # of names that differ in what cannot be printed
+                again += 1
+                label = f"{printable(photo.name)} ({again})"
+            files[label] = photo
     elif os.path.isfile(folder):
         files = {printable(folder.name): folder}
     else:

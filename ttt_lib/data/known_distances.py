@@ -14,41 +14,66 @@ from moge.utils import io as moge_io
 from torch import Tensor
 
 from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.files import absolute
 from ttt_lib.core.types import Sample
 
-PNG_SCALE = 256.0  # of sparse 16-bit depth PNGs as KITTI has them: value / 256 is metres
-
-
+PNG_UNITS = {
+    "kitti": 1 / 256,
+    "mm": 1 / 1000,
+}  # metres a unit of sparse 16-bit depth PNGs; the first where none is said
+OFF_ASPECT = 0.02  # of log(width / height), beside what rounding to whole pixels can do
 PNG_MODES = ("I;16", "I;16B", "I;16L", "I")  # what Pillow calls one channel of 16 bits
 
 
 @dataclass
 class References:
     """Known distances: uv (N,2) image coordinates in [0,1] (pixel centres at (i + 0.5) / size), depth (N,) metres along
-    the optical axis."""
+    the optical axis. unit: metres that a unit of the file was taken for; None where it says them itself."""
 
     uv: Tensor
     depth: Tensor
+    unit: float | None = None
 
     def to(self, device: torch.device) -> References:
         """On another device."""
-        return References(self.uv.to(device), self.depth.to(device))
+        return replace(self, uv=self.uv.to(device), depth=self.depth.to(device))
 
 
-def read_references(path: Path, size: tuple[int, int]) -> References:
+def parse_unit(text: str, where: str = "--metric-unit") -> float:
+    """Metres a unit: a name of `PNG_UNITS`, or a number. Raises `UserError`.
+
+    Example:
+        >>> parse_unit("mm"), parse_unit("0.01")
+        (0.001, 0.01)
+    """
+    try:
+        unit = PNG_UNITS[text] if text in PNG_UNITS else float(text)
+    except ValueError:
+        unit = 0.0
+    if not 1e-6 <= unit <= 1e3:
+        raise UserError(
+            f"{where} {text}: is no unit; use {', '.join(PNG_UNITS)}, or the metres of a unit such as 0.001."
+        )
+    return unit
+
+
+def read_references(path: str | Path, size: tuple[int, int], unit: float | None = None) -> References:
     """From a CSV with columns u, v, metres (pixels of the image of `size` (H, W); the first pixel's centre is 0.5), or
-    from a sparse 16-bit depth PNG of any size, metres = value / 256, 0: unknown (as KITTI's); a PNG of this package or
-    MoGe says itself how it is encoded.
+    from a sparse 16-bit depth PNG of the image's shape and any size, metres = value * unit (None: 1/256, as KITTI's), 0:
+    unknown; a PNG of this package or MoGe says itself how it is encoded.
 
     Raises `UserError` for a file that cannot be read, lacks a column, has rows with more values than columns, has no
-    usable row, or has points outside; and for a PNG that is not one channel of 16 bits.
+    usable row, or has points outside; for a PNG that is not one channel of 16 bits or is turned against the image; and
+    for a unit where the file says its own.
     """
-    path = Path(path)
+    path = Path(absolute(path))
     where = f"--metric-points {path}"
     if not os.path.isfile(path):
         raise UserError(f"{where}: there is no such file; give a CSV (u, v, metres) or a sparse depth PNG.")
     if path.suffix.lower() == ".png":
-        return _from_png(path, where)
+        return _from_png(path, where, size, unit)
+    if unit is not None:
+        raise UserError(f"{where}: a CSV says metres; leave --metric-unit out, or convert the column.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -79,7 +104,7 @@ def read_references(path: Path, size: tuple[int, int]) -> References:
     return References(uv, torch.tensor(values[:, 2], dtype=torch.float32))
 
 
-def _from_png(path: Path, where: str) -> References:
+def _from_png(path: Path, where: str, size: tuple[int, int], unit: float | None) -> References:
     from PIL import Image
 
     try:
@@ -88,17 +113,41 @@ def _from_png(path: Path, where: str) -> References:
             mode, described = image.mode, {"near", "far"} <= {str(key).lower() for key in image.info}
             raw = np.asarray(image)
         with np.errstate(over="ignore"):  # of a far beyond all numbers
-            depth = moge_io.read_depth(path) if described and mode in PNG_MODES else raw.astype(np.float64) / PNG_SCALE
+            depth = moge_io.read_depth(path) if described and mode in PNG_MODES else raw.astype(np.float64)
     except Exception as error:
         raise UserError(f"{where}: is not a readable depth PNG ({reason(error)}).") from error
     if mode not in PNG_MODES:
         raise UserError(f"{where}: must have one channel of 16 bits; this one is of Pillow's mode {mode}.")
+    if described and unit is not None:
+        raise UserError(f"{where}: says itself how its depth is encoded; leave --metric-unit out.")
     depth = depth[0] if isinstance(depth, tuple) else depth
+    _check_shape(depth.shape[:2], size, where)
+    if not described:
+        unit = PNG_UNITS["kitti"] if unit is None else unit
+        depth = depth * unit
     row, column = np.nonzero(np.isfinite(depth) & (depth > 0))
     if not len(row):
         raise UserError(f"{where}: every pixel is unknown.")
     uv = np.stack([(column + 0.5) / depth.shape[1], (row + 0.5) / depth.shape[0]], -1)
-    return References(torch.tensor(uv, dtype=torch.float32), torch.tensor(depth[row, column], dtype=torch.float32))
+    metres = torch.tensor(depth[row, column], dtype=torch.float32)
+    return References(torch.tensor(uv, dtype=torch.float32), metres, unit)
+
+
+def _check_shape(found: tuple[int, int], size: tuple[int, int], where: str) -> None:
+    """Whether (H, W) of a map is the image's shape, if not its size: another one would be stretched over it."""
+
+    def off(height: int, width: int) -> bool:
+        difference = abs(np.log(width / height) - np.log(size[1] / size[0]))
+        return difference > OFF_ASPECT + 1 / height + 1 / width
+
+    if off(*found):
+        sizes = f"{found[1]} x {found[0]} pixels, the photograph {size[1]} x {size[0]}"
+        what = (
+            "it is of another shape; crop it as the photograph is"
+            if off(*found[::-1])
+            else "it is turned; turn one back"
+        )
+        raise UserError(f"{where}: has {sizes}: {what}.")
 
 
 def sample_references(sample: Sample, count: int, generator: torch.Generator) -> tuple[References, Sample]:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from ttt_lib.core.errors import DataError, UserError, reason
 from ttt_lib.core.files import first_repeated, read_json, read_text, write_json
+from ttt_lib.core.types import INTRINSICS, are_normalised_intrinsics
 
 INDEX = ".index.txt"
 LONGEST_SIDE = 640  # of samples whose configuration gives no size
@@ -82,11 +83,8 @@ def read_raw(folder: Path, include_segmentation: bool = False) -> Raw:
         intrinsics = np.array(meta["intrinsics"], dtype=np.float32)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SampleError(f"{folder / 'meta.json'}: has no 3x3 `intrinsics`.") from error
-    usable = intrinsics.shape == (3, 3) and np.isfinite(intrinsics).all() and intrinsics[2].tolist() == [0, 0, 1]
-    if not usable or min(intrinsics[0, 0], intrinsics[1, 1]) <= 0 or np.abs(intrinsics[:2, 2] - 0.5).max() > 1.5:
-        raise SampleError(
-            f"{folder / 'meta.json'}: `intrinsics` must be a 3x3 camera matrix divided by the image's width and height."
-        )
+    if not are_normalised_intrinsics(intrinsics):
+        raise SampleError(f"{folder / 'meta.json'}: {INTRINSICS}.")
     if image.shape[:2] != depth.shape[:2] or depth.ndim != 2:
         turned = ", which its EXIF orientation turns: store it upright" if image.shape[:2] == depth.shape[::-1] else ""
         raise SampleError(
@@ -260,14 +258,16 @@ def check_name(name: str, where: str) -> str:
 def write_frame(folder: Path, image: np.ndarray, depth: np.ndarray, intrinsics: np.ndarray, **meta: Any) -> None:
     """Write one frame: image uint8 (H,W,3), depth (H,W) with NaN and inf, normalised intrinsics (3,3).
 
-    The folder appears at once with all its files, or not at all; one that is there is replaced.
+    The folder appears at once with all its files, or not at all; one that is there is replaced. Raises `DataError` for
+    intrinsics that are none.
     """
+    if not are_normalised_intrinsics(np.asarray(intrinsics)):
+        raise DataError(f"{folder}: {INTRINSICS}.")
     temporary = folder.with_name(folder.name + ".partial")
     temporary.mkdir(parents=True, exist_ok=True)
     moge_io.write_image(temporary / "image.jpg", np.ascontiguousarray(image), quality=98)
     moge_io.write_depth(temporary / "depth.png", depth)
-    content = {"intrinsics": np.asarray(intrinsics, dtype=float).tolist(), **meta}
-    write_json(temporary / "meta.json", content)
+    write_json(temporary / "meta.json", {"intrinsics": np.asarray(intrinsics, dtype=float), **meta})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 

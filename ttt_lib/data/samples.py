@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,14 @@ import numpy as np
 import torch
 
 from ttt_lib.core.errors import DataError, UserError, printable, reason
+from ttt_lib.core.files import absolute
 from ttt_lib.core.provenance import file_hash
 from ttt_lib.core.types import Sample
 from ttt_lib.data import moge_layout
 from ttt_lib.data.grouping import SCENES, read_scenes
 from ttt_lib.data.moge_layout import SampleError, check_name
 
+log = logging.getLogger(__name__)
 FRAME_FILES = ("image.jpg", "depth.png", "meta.json", "segmentation.png")
 
 
@@ -59,6 +62,9 @@ class SampleSet:
                 yield self.load(name)
             except UserError as error:
                 self.left_out.append((name, str(error)))
+            except Exception as error:  # a reader of yours may raise anything
+                log.warning("%s/%s is left out", self.name, name, exc_info=True)
+                self.left_out.append((name, f"{type(error).__name__}: {reason(error)}"))
 
     def shard(self, index: int, count: int) -> SampleSet:
         """Every `count`-th sample from `index`: the shards 0..count-1 are disjoint and together the whole set."""
@@ -139,7 +145,7 @@ def open_moge(
     unit; None: not metric, unless a sample's `meta.json` says `"is_metric": true` as this package's writer does.
     subset: every n-th sample; count: only the first ones. Raises `DataError` if folder or index is missing.
     """
-    folder = Path(path)
+    folder = Path(absolute(path))
     names = moge_layout.read_index(folder, split)[::subset][:count]
     title = name or printable(folder.resolve().name)
 

@@ -216,8 +216,9 @@ def area_under_roc(score: np.ndarray, positive: np.ndarray) -> float:
 
 
 def signal_quality(table: pd.DataFrame) -> pd.DataFrame:
-    """How well each signal, and their estimate, predicts the true gain of adapting: columns signal, spearman, auc.
+    """How well each signal, and their estimate, predicts the true gain of adapting: columns signal, samples, spearman, auc.
 
+    samples: those that have the signal.
     spearman: rank correlation with the gain; auc: area under the ROC curve for "the adapted prediction is better". A
     signal that is smaller where adapting helps has a negative correlation and an area below one half.
     """
@@ -227,10 +228,10 @@ def signal_quality(table: pd.DataFrame) -> pd.DataFrame:
         score, gain = usable[name].to_numpy(float), usable.gain_adapted.to_numpy(float)
         if len(usable) > 2 and score.std() > 0:
             rows.append({
-                "signal": name.removeprefix("signal_"), "spearman": _correlation(_ranks(score), _ranks(gain)),
+                "signal": name.removeprefix("signal_"), "samples": len(usable), "spearman": _correlation(_ranks(score), _ranks(gain)),
                 "auc": area_under_roc(score, gain > 0),
             })  # fmt: skip
-    result = pd.DataFrame(rows, columns=["signal", "spearman", "auc"])
+    result = pd.DataFrame(rows, columns=["signal", "samples", "spearman", "auc"])
     return result.reindex(result.spearman.abs().sort_values(ascending=False).index).reset_index(drop=True)
 
 

@@ -20,28 +20,17 @@ TINY_TOKENS = 192  # the bundled model was trained at no more, and is far worse 
 
 
 def _choose_device(device: str) -> torch.device:
+    """`auto` is CUDA or the CPU: not Apple's MPS, which has no float64."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] == "mps":
+        raise UserError(f"model.device: {device!r} has no float64, which corrections and resizing need; use cpu.")
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).item()  # what cannot be read back, as from `meta`, is no device for results
         return chosen
     except Exception as error:  # a device that PyTorch knows by name only fails in its own way
         raise UserError(f"model.device: {device!r} cannot be used here ({reason(error)}).") from error
-
-
-def absolute_name(name: str) -> str:
-    """The name of a model for a process in another folder: a path that exists becomes absolute, others stay.
-
-    Example:
-        >>> absolute_name("tiny")
-        'tiny'
-    """
-    path = os.path.expanduser(name)
-    family, added, _ = name.partition(":")
-    if name == "tiny" or (added and MODELS.knows(family)) or not os.path.exists(path):
-        return name
-    return os.path.abspath(path)
 
 
 def load_model(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ttt_lib.core.errors import ModelError
+from ttt_lib.models.bounds import BoundsError, check_archive
 from ttt_lib.models.hub import NotInRepository, download, hub_answers
 
 HUB_NAMES = (
@@ -46,7 +47,10 @@ def _read_checkpoint(path: Path, name: str) -> dict[str, Any]:
         "transformers model"
     )
     try:
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except BoundsError as error:
+        raise ModelError(f"model {name!r}: {path} is no checkpoint to be read ({error}).") from error
     except OSError as error:
         raise ModelError(f"model {name!r}: {path} cannot be read ({error.strerror or error}).") from error
     except Exception as error:  # damaged bytes end in nearly any exception inside the unpickler

@@ -13,6 +13,7 @@ from torch import nn
 
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.files import read_json
+from ttt_lib.models.bounds import check_folder
 from ttt_lib.models.hub import NotInRepository, download, hub_answers
 from ttt_lib.models.preprocessing import read_rules
 from ttt_lib.models.transformers_models import TransformersModel, ZoeDepthModel
@@ -94,6 +95,7 @@ def _network(folder: Path, family: str, name: str) -> nn.Module:
 
     try:
         with _quietly():
+            check_folder(folder, getattr(transformers, FAMILIES[family]))
             network, report = getattr(transformers, FAMILIES[family]).from_pretrained(
                 folder, local_files_only=True, output_loading_info=True
             )

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import utils3d
 from moge.utils import io as moge_io
+from PIL import Image
 from torch.nn import functional as F
 
 from ttt_lib.adaptation.adapter import Adapter
 from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
-from ttt_lib.core.errors import UserError, printable, reason
+from ttt_lib.core.errors import TTTError, UserError, printable, reason
+from ttt_lib.core.files import absolute, first_repeated, write_json
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.types import Prediction
-from ttt_lib.data.images import read_photo
+from ttt_lib.data.images import photographs_in, read_photo
 from ttt_lib.data.known_distances import read_references
 from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges
 from ttt_lib.models.base import GeometryModel, weights_checksum
 from ttt_lib.report.figures import plot_before_after
+from ttt_lib.runs.experiment import why_left_out
+
+log = logging.getLogger(__name__)
 
 LONGEST_CLOUD = 1024  # pixels of the longer side from which the point cloud is made
+DEPTH_ENCODING = "depth = near * (far / near) ** ((value - 1) / 65533); value 0: unknown, 65535: no surface"
 
 
 def write_cloud(path: Path, image: torch.Tensor, prediction: Prediction) -> None:
@@ -44,27 +52,77 @@ def write_cloud(path: Path, image: torch.Tensor, prediction: Prediction) -> None
     moge_io.save_ply(path, vertices * np.array([1, -1, -1], np.float32), faces, (colours * 255).astype(np.uint8))
 
 
-def adapt_photo(
-    path: Path, output: Path, model: GeometryModel, config: ExperimentConfig, metric_points: Path | None = None
-) -> Path:
-    """Adapt `model` to one photograph; writes `output/<stem>/` in one step and returns it.
+def find_photos(entries: Sequence[str | Path]) -> list[Path]:
+    """Photographs that are named, and those of folders that are named. Raises `DataError` for a folder without any."""
+    found = []
+    for entry in entries:
+        path = Path(absolute(entry))
+        found += photographs_in(path) if str(entry) and os.path.isdir(path) else [Path(entry)]
+    return found
 
-    depth.png (16-bit, MoGe's logarithmic encoding; inf where there is no surface), depth.npy (H,W) float32, and the
-    same before adaptation in depth_original.npy, cloud.ply, before_after.png, record.json (settings, device, times,
-    decision). Depth is in metres for metric models, and for all with `metric_points`, a file of known distances
-    (`references.read_references`). An earlier result of this name is replaced. Raises `UserError` when the photograph
-    or the file cannot be read, or the folder cannot be written or holds something else.
+
+def name_results(paths: Sequence[Path], output: Path) -> dict[Path, str]:
+    """The name of each photograph's folder, another one for every other: its stem, or its whole name where two have one.
+
+    Raises `UserError` if these are the same too (no system keeps names apart that differ in case alone).
+    """
+    stems = [path.stem.casefold() for path in paths]
+    names = [path.stem if stems.count(stem) == 1 else path.name for path, stem in zip(paths, stems)]
+    if (twice := first_repeated(name.casefold() for name in names)) is not None:
+        raise UserError(f"{output / twice}: two of the photographs would be written there; rename one.")
+    return dict(zip(paths, names))
+
+
+def adapt_photos(
+    photos: dict[Path, str], output: Path, model: GeometryModel, config: ExperimentConfig,
+    metric_points: Path | None = None, metric_unit: float | None = None,
+) -> Iterator[tuple[Path, Path | None, str]]:  # fmt: skip
+    """Adapt to each of the photographs (`name_results`); gives it, its folder, or None and in words why not.
+
+    Whatever goes wrong with one costs no other; what nobody expected is logged with its trace. Only a device that has
+    failed ends all of it.
+    """
+    for path, name in photos.items():
+        try:
+            yield path, adapt_photo(path, output, model, config, metric_points, metric_unit, name), ""
+        except UserError as error:
+            yield path, None, str(error)
+        except Exception as error:
+            why = why_left_out(error)
+            log.warning("%s: %s", printable(path), why, exc_info=not isinstance(error, TTTError))
+            yield path, None, f"{printable(path)}: cannot be adapted to ({why.rstrip('.')})."
+
+
+def adapt_photo(
+    path: Path, output: Path, model: GeometryModel, config: ExperimentConfig, metric_points: Path | None = None,
+    metric_unit: float | None = None, name: str | None = None,
+) -> Path:  # fmt: skip
+    """Adapt `model` to one photograph; writes `output/<name>/` in one step and returns it.
+
+    depth.png (16 bits, `DEPTH_ENCODING`), depth.npy (H,W) float32 (inf where there is no surface), and the same before
+    adaptation in depth_original.npy, cloud.ply, before_after.png, record.json (settings, device, times, decision, how
+    depth.png is encoded). Depth is in metres for metric models, and for all with `metric_points`, a file of known
+    distances of `metric_unit` metres (`data.known_distances.read_references`). name: default the photograph's stem. An
+    earlier result of this name is replaced. Raises `UserError` when the photograph or the file cannot be read, or the
+    folder cannot be written or holds something else.
     """
     image = read_photo(path)
-    references = read_references(metric_points, tuple(image.shape[-2:])) if metric_points else None
-    folder = result_folder(path, output)
-    work = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    references = read_references(metric_points, tuple(image.shape[-2:]), metric_unit) if metric_points else None
+    if references is not None and references.unit is not None and metric_unit is None:
+        log.warning("%s: a unit is taken for 1/256 m, as KITTI has it; --metric-unit says another", metric_points)
+    folder = result_folder(path, output, name)
+    work = folder.with_name(f".{folder.name[:40]}.{os.getpid()}.partial")  # its own may be as long as names may be
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         supervision = [KnownDistances(references, config)] if references is not None else []
         result = Adapter(model, config).adapt(image, printable(Path(path).name), supervision)
-        _write_result(work, path, image, result, model, config, metric_points)
+        _write_result(work, image, result)
+        write_json(work / "record.json", {
+            "image": str(path), **_record(work, image, result, model, config),
+            "metric_points": absolute(metric_points) if metric_points else None,
+            "metric_unit": references.unit if references is not None else None,
+        })  # fmt: skip
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(work, folder)
     except OSError as error:
@@ -82,9 +140,10 @@ def adapt_photo(
     return folder
 
 
-def result_folder(path: Path, output: Path) -> Path:
-    """`output/<stem>`. Raises `UserError` if it is there and no earlier result, or if it would not be inside."""
-    stem = Path(path).stem
+def result_folder(path: Path, output: Path, name: str | None = None) -> Path:
+    """`output/<name>`, by default the photograph's stem. Raises `UserError` if it is there and no earlier result, or if
+    it would not be inside."""
+    stem = name or Path(path).stem
     folder = Path(output) / stem
     if stem in (".", ".."):
         raise UserError(f"{path}: no folder can be named after it; rename the photograph.")
@@ -95,11 +154,8 @@ def result_folder(path: Path, output: Path) -> Path:
     return folder
 
 
-def _write_result(
-    work: Path, path: Path, image: torch.Tensor, result: AdaptResult, model: GeometryModel, config: ExperimentConfig,
-    metric_points: Path | None,
-) -> None:  # fmt: skip
-    """The files of one photograph into the folder `work`."""
+def _write_result(work: Path, image: torch.Tensor, result: AdaptResult) -> None:
+    """Depth, cloud and figure of one photograph into the folder `work`."""
     for name, prediction in (("depth", result.final), ("depth_original", result.original)):
         depth = torch.where(prediction.mask, prediction.depth, torch.inf).cpu().numpy().astype(np.float32)
         np.save(work / f"{name}.npy", depth)
@@ -107,16 +163,26 @@ def _write_result(
             moge_io.write_depth(work / "depth.png", depth)
     write_cloud(work / "cloud.ply", image, result.final)
     shrink = min(1.0, 640 / max(image.shape[-2:]))
-    shown = F.interpolate(image[None], scale_factor=shrink, mode="area")[0] if shrink < 1 else image
-    plot_before_after(shown, result).savefig(work / "before_after.png", dpi=110)
-    record = {
-        "image": str(path), "width": image.shape[-1], "height": image.shape[-2],
-        "unit": "metre" if result.final.kind == "metric" else "arbitrary",
+    size = [max(1, round(side * shrink)) for side in image.shape[-2:]]
+    plot_before_after(F.interpolate(image[None], size, mode="area")[0], result).savefig(
+        work / "before_after.png", dpi=110
+    )
+
+
+def _record(
+    work: Path, image: torch.Tensor, result: AdaptResult, model: GeometryModel, config: ExperimentConfig
+) -> dict[str, Any]:
+    """What there is to know of a result, its files in `work` among it."""
+    unit, encoded = "metre" if result.final.kind == "metric" else "arbitrary", None
+    if (work / "depth.png").is_file():
+        with Image.open(work / "depth.png") as png:
+            near, far = float(png.info["near"]), float(png.info["far"])
+        encoded = {"encoding": DEPTH_ENCODING, "near": near, "far": far, "unit": unit}
+    return {
+        "width": image.shape[-1], "height": image.shape[-2], "unit": unit, "depth_png": encoded,
         "decision": result.decision, "reason": result.reason, "seconds": result.seconds,
         "peak_memory_mb": result.peak_memory_mb, "passes_done": result.passes_done, "views": result.view_stats,
-        "intrinsics": result.final.intrinsics.tolist(), "device": str(model.device), "model": model.name,
+        "intrinsics": result.final.intrinsics, "device": str(model.device), "model": model.name,
         "weights": weights_checksum(model), "settings": config.as_parameters(), "history": result.history,
-        "signals": result.signals, "assumptions": result.original.note,
-        "metric_points": str(metric_points) if metric_points else None, "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "signals": result.signals, "assumptions": result.original.note, "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }  # fmt: skip
-    (work / "record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -33,7 +33,7 @@ def plot_risk_coverage(curves: dict[str, pd.DataFrame]) -> Figure:
     """Gain and harm against the share of samples that are adapted; curves: of `calibration.risk_coverage`, by name."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for name, curve in curves.items():
-        axes[0].plot(curve.coverage, curve.gain, label=name)
+        axes[0].plot(curve.coverage, curve.gain, label=f"{name} (n = {len(curve) - 1})")
         axes[1].plot(curve.coverage, curve.worse, label=name)
     last = next(iter(curves.values())).gain.iloc[-1]
     axes[0].plot([0, 1], [0, last], color="0.7", ls=":", label="at random")

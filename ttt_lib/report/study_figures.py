@@ -50,14 +50,25 @@ def figure4(gains: pd.DataFrame, tolerance: float = 1e-3, title: str = "") -> Fi
     return figure
 
 
+def over(counts: pd.Series) -> str:
+    """Over how many samples means are: `n = 5`, or `n = 3 to 5`.
+
+    Example:
+        >>> over(pd.Series([3, 5, 4]))
+        'n = 3 to 5'
+    """
+    few, most = (0, 0) if not len(counts) else (int(counts.min()), int(counts.max()))
+    return f"n = {most}" if few == most else f"n = {few} to {most}"
+
+
 def loss_curves(history: pd.DataFrame) -> Figure:
     """Mean loss over the samples, by passes, relative to each sample's first step."""
     figure, axis = plt.subplots(figsize=(7, 3.5))
     for name in history["experiment"].unique():
         rows = history[history.experiment == name].dropna(subset=["loss"])
         first = rows.groupby(["dataset", "sample"])["loss"].transform("first")  # rows are in the order of the steps
-        curve = (rows["loss"] / first).groupby(rows["passes"]).mean()
-        axis.plot(curve.index, curve.to_numpy(), marker=".", label=name)
+        curve = (rows["loss"] / first).groupby(rows["passes"]).agg(["mean", "count"])
+        axis.plot(curve.index, curve["mean"].to_numpy(), marker=".", label=f"{name} ({over(curve['count'])})")
     axis.set(xlabel="passes", ylabel="loss / loss of the first step")
     if axis.lines:
         axis.legend(fontsize=6, ncol=2)
@@ -67,10 +78,11 @@ def loss_curves(history: pd.DataFrame) -> Figure:
 
 
 def pareto(gains: pd.DataFrame, samples: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Mean gain against seconds an image, and the table with those that nothing beats in both (`front`)."""
+    """Mean gain against seconds an image, and the table with those that nothing beats in both (`front`); n: samples."""
     table = pd.DataFrame({
         "gain": gains.groupby("experiment")["gain"].mean(),
         "seconds": samples.groupby("experiment")["seconds"].mean(),
+        "n": gains.groupby("experiment")["gain"].count(),
     }).astype(float).dropna()  # fmt: skip
     beaten = [
         ((table.gain >= row.gain) & (table.seconds <= row.seconds) & ((table.gain > row.gain) | (table.seconds < row.seconds))).any()
@@ -82,8 +94,9 @@ def pareto(gains: pd.DataFrame, samples: pd.DataFrame) -> tuple[Figure, pd.DataF
     front = table[table.front].sort_values("seconds")
     axis.plot(front.seconds, front.gain, "tab:orange", linewidth=1)
     for row in table.itertuples():
-        axis.annotate(row.Index, (row.seconds, row.gain), fontsize=6)
-    axis.set(xlabel="seconds an image", ylabel="mean gain")
+        label = row.Index if table.n.nunique() == 1 else f"{row.Index} (n = {row.n:.0f})"
+        axis.annotate(label, (row.seconds, row.gain), fontsize=6)
+    axis.set(xlabel="seconds an image", ylabel=f"mean gain, {over(table.n)}")
     if len(table):
         axis.set_xscale("log")
     axis.axhline(0, color="k", linewidth=0.5)

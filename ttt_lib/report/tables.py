@@ -27,9 +27,10 @@ def published_table() -> pd.DataFrame:
 
 
 def table1(runs: Runs) -> pd.DataFrame:
-    """Means over the samples, in the published columns, and seconds an image; NaN where nothing was measured.
+    """Means over the samples, in the published columns, seconds an image, and n; NaN where nothing was measured.
 
-    One row an experiment, also for one without any score.
+    One row an experiment, also for one without any score. n: samples with a score; where a mean is over fewer of them
+    than another, `runs.notes` say it.
     """
     final = runs.metrics[runs.metrics.prediction == "final"]
     wide = final.assign(column=final.metric + "_" + final.score).pivot_table(
@@ -40,6 +41,8 @@ def table1(runs: Runs) -> pd.DataFrame:
     table = wide.reindex(index=experiments, columns=COLUMN_NAMES).astype(float)
     table.columns.name = None
     table["seconds"] = runs.samples.groupby("experiment")["seconds"].mean().astype(float)
+    scored = final.dropna(subset=["value"]).drop_duplicates(["experiment", "dataset", "sample"])
+    table["n"] = scored.groupby("experiment").size().reindex(table.index, fill_value=0)
     return table
 
 
@@ -62,11 +65,11 @@ def best_cells(table: pd.DataFrame, decimals: int = 2) -> pd.DataFrame:
 
 
 def cells(table: pd.DataFrame, decimals: int, bold: str) -> pd.DataFrame:
-    """The table as text, the best cells put into `bold` (a format with one place); seconds to three decimals."""
+    """The table as text, the best cells put into `bold` (a format with one place); seconds to three decimals, n to none."""
     best = best_cells(table, decimals)
     text = pd.DataFrame("", index=table.index, columns=table.columns, dtype=object)
     for column in table.columns:
-        digits = decimals if column in COLUMN_NAMES else 3
+        digits = decimals if column in COLUMN_NAMES else {"n": 0}.get(column, 3)
         text[column] = [
             bold.format(printed(value, digits)) if chosen else printed(value, digits)
             for value, chosen in zip(table[column], best[column])
@@ -74,19 +77,19 @@ def cells(table: pd.DataFrame, decimals: int, bold: str) -> pd.DataFrame:
     return text
 
 
-def _headers() -> list[str]:
+def _headers(table: pd.DataFrame) -> list[str]:
     short = {"metric": "metric", "scale_invariant": "scale-inv.", "affine_invariant": "affine-inv."}
     names = []
     for metric, score in TABLE1_COLUMNS:
         quantity, alignment = metric.split("_", 1)
         names.append(f"{quantity} {short[alignment]} {'Rel ↓' if score == 'rel' else 'δ1 ↑'}")
-    return [*names, "s / image"]
+    return [*names, "s / image", *(["n"] if "n" in table else [])]
 
 
 def to_markdown(table: pd.DataFrame, decimals: int = 2) -> str:
     """The table with the best cells in bold."""
     text = cells(table, decimals, "**{}**")
-    lines = ["| experiment | " + " | ".join(_headers()) + " |", "|---" * (len(text.columns) + 1) + "|"]
+    lines = ["| experiment | " + " | ".join(_headers(table)) + " |", "|---" * (len(text.columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in zip(text.index, text.to_numpy())]
     return "\n".join(lines) + "\n"
 
@@ -95,7 +98,7 @@ def to_latex(table: pd.DataFrame, decimals: int = 2) -> str:
     """A `tabular` with the best cells in bold; needs booktabs."""
     text = cells(table, decimals, r"\textbf{{{}}}")
     arrows = {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "δ1": r"$\delta_1$"}
-    head = " & ".join(["experiment", *_headers()])
+    head = " & ".join(["experiment", *_headers(table)])
     for symbol, code in arrows.items():
         head = head.replace(symbol, code)
     names = [re.sub(r"([&%$#_{}])", r"\\\1", name) for name in text.index]
@@ -111,10 +114,11 @@ def to_text(table: pd.DataFrame, decimals: int = 3) -> str:
     alignments = {"metric": "met", "scale_invariant": "sc", "affine_invariant": "aff"}
     short.columns = [
         *(f"{m.split('_', 1)[0][0]}.{alignments[m.split('_', 1)[1]]}.{'rel' if s == 'rel' else 'd1'}" for m, s in TABLE1_COLUMNS),
-        "seconds",
+        *table.columns[len(TABLE1_COLUMNS) :],
     ]  # fmt: skip
     legend = (
-        "d: depth, p: points; met: metric, sc: scale-invariant, aff: affine-invariant; rel: lower, d1: higher is better"
+        "d: depth, p: points; met: metric, sc: scale-invariant, aff: affine-invariant; rel: lower, d1: higher is better; "
+        "n: samples with a score"
     )
     return f"{short.round(decimals).to_string(na_rep='-')}\n({legend})"
 

@@ -26,6 +26,7 @@ from ttt_lib.data.catalog import open_dataset
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.models.load import load_model
 from ttt_lib.report.figures import inverse_depth, to_array
+from ttt_lib.report.study_figures import over
 from ttt_lib.runs.catalog import NOTEBOOKS
 from ttt_lib.runs.experiment import load_with_profile
 from ttt_lib.views.carry import View
@@ -129,11 +130,12 @@ def plot_from_above(clouds: dict[str, Tensor], title: str = "", most: int = 3000
 
 def plot_costs(costs: pd.DataFrame, column: str = "loss") -> Figure:
     """Mean over views of a score of `exact.compare_targets`, one bar a target; log scale."""
-    mean = costs.groupby("target", sort=False)[column].mean()
+    groups = costs.groupby("target", sort=False)[column]
+    mean, counts = groups.mean(), groups.count()
     figure, axis = plt.subplots(figsize=(6, 0.4 * len(mean) + 0.8))
     wrong = [any(word in name for word in ("kept", "plain", "no mask")) for name in mean.index]
     axis.barh(mean.index, mean.clip(lower=1e-8), color=["tab:red" if bad else "tab:blue" for bad in wrong])
-    axis.set(xscale="log", xlabel=f"{column} of a perfect student")
+    axis.set(xscale="log", xlabel=f"{column} of a perfect student, mean over views ({over(counts)})")
     axis.invert_yaxis()
     axis.tick_params(labelsize=8)
     figure.tight_layout()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import ConfigError, RunError
-from ttt_lib.core.files import read_yaml
+from ttt_lib.core.files import absolute, read_yaml
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Inside the package where it was installed, beside it in a checkout.
@@ -56,4 +56,4 @@ def experiment_file(name: str | Path, where: str = "experiment") -> Path:
         return files[str(name)]
     if Path(name).suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{where} {str(name)!r}: there is no such experiment; there are {', '.join(files)}.")
-    return Path(name)
+    return Path(absolute(name))

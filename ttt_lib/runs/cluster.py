@@ -7,10 +7,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ttt_lib.core.errors import NotSupported, UserError, reason
+from ttt_lib.core.errors import NotSupported, RunError, UserError, reason
 from ttt_lib.core.files import read_yaml
 
 ANSWER_WITHIN = 20  # seconds for a scheduler that is said to run
@@ -40,8 +40,8 @@ def _local(workers: int) -> Any:
     )  # fmt: skip
 
 
-def _batch_system(description: str, workers: int) -> Any:
-    """The dask-jobqueue cluster of a YAML file with `class` and `options`."""
+def _batch_system(description: str) -> Any:
+    """The dask-jobqueue cluster of a YAML file with `class` and `options`, without workers yet."""
     try:
         import dask_jobqueue
     except ImportError as error:
@@ -57,7 +57,6 @@ def _batch_system(description: str, workers: int) -> Any:
         cluster = getattr(dask_jobqueue, kind)(**settings.get("options", settings))
     except Exception as error:  # whatever the batch system's class makes of the options
         raise UserError(f"{where}: {kind} does not start with these options ({reason(error)}).") from error
-    cluster.scale(jobs=workers)
     return cluster
 
 
@@ -68,6 +67,21 @@ def _existing(scheduler: str) -> Any:
         return Client(scheduler, timeout=f"{ANSWER_WITHIN}s")
     except Exception as error:  # an address of any shape ends in nearly any exception
         raise UserError(f"--scheduler {scheduler}: no scheduler answers there ({reason(error)}).") from error
+
+
+def _connect(cluster: Any, description: str | None, workers: int) -> Any:
+    """A client of a cluster that was just started; one of a batch system gets its workers now."""
+    from distributed import Client
+
+    where = f"--cluster {description}" if description else f"--workers {workers}"
+    try:
+        if description:
+            cluster.scale(jobs=workers)
+        return Client(cluster)
+    except Exception as error:  # of the batch system, of the network, of dask
+        raise RunError(
+            f"{where}: no client can connect to what was started, and it is closed ({reason(error)})."
+        ) from error
 
 
 def _require_single_threads(client: Any, scheduler: str) -> None:
@@ -85,25 +99,21 @@ def open_client(
     workers: int, scheduler: str | None, cluster_file: str | None, announce: Callable[[str], None]
 ) -> Iterator[Any]:
     """A dask client of `scheduler` (an address), of the cluster that `cluster_file` describes, or of local processes."""
-    from distributed import Client
-
-    with _collector_paused():
-        if scheduler:
-            cluster, client = None, _existing(scheduler)
-        else:
-            cluster = _batch_system(cluster_file, workers) if cluster_file else _local(workers)
-            client = Client(cluster)
-    try:
+    with ExitStack() as opened:  # what was started is closed, whatever fails after it
+        with _collector_paused():
+            if scheduler:
+                client = _existing(scheduler)
+            else:
+                cluster = _batch_system(cluster_file) if cluster_file else _local(workers)
+                opened.callback(cluster.close)
+                client = _connect(cluster, cluster_file, workers)
+            opened.callback(client.close)
         if scheduler:
             _require_single_threads(client, scheduler)
         announce(f"dashboard: {client.dashboard_link}")
         if not scheduler and not cluster_file:
             _pin_gpus(client)
         yield client
-    finally:
-        client.close()
-        if cluster is not None:
-            cluster.close()
 
 
 def _set_device(name: str) -> None:

@@ -21,7 +21,7 @@ from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment, load_profile
 from ttt_lib.core.errors import ConfigError, DataError, NumericalError, TTTError, UserError, reason
-from ttt_lib.core.files import first_repeated
+from ttt_lib.core.files import absolute, first_repeated
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import KEYS, Sample
@@ -56,7 +56,7 @@ def resolve_profile(profile: str | None) -> Path | None:
         return None
     path = Path(profile)
     if path.suffix in (".yaml", ".yml"):
-        return path
+        return Path(absolute(path))
     path = NOTEBOOKS / "profiles" / f"{profile}.yaml"
     if not os.path.isfile(path):  # also answers for names that no file system takes
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
@@ -274,7 +274,7 @@ def run_experiment(
     reason; the others go on. limit: only the first samples, and no other is read. The same numbers come out whatever
     the shard count and the order.
     """
-    folder = Path(output_dir) if output_dir else None
+    folder = Path(absolute(output_dir)) if output_dir else None
     if folder is not None:
         (folder / "predictions").mkdir(parents=True, exist_ok=True)
     places = [(s, name) for s in open_samples(config, shard) for name in s.names][:limit]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ttt_lib.core.errors import UserError
+from ttt_lib.core.errors import UserError, reason
 from ttt_lib.data import moge_layout
 from ttt_lib.data.moge_layout import check_name
 
@@ -27,6 +27,14 @@ def select_hard(scores: pd.DataFrame, metric: str, below: float, count: int) -> 
     return rows[["dataset", "sample", "value"]].head(count).reset_index(drop=True)
 
 
+def _relative(target: Path, start: Path) -> str:
+    """The way from one folder to another; the whole path where there is none, as between drives of Windows."""
+    try:
+        return os.path.relpath(target, start)
+    except ValueError:
+        return str(target)
+
+
 def write_subset_index(chosen: pd.DataFrame, folders: dict[str, Path], output: str | Path) -> Path:
     """A set in MoGe's layout that links to the chosen samples: `output/<dataset>/<sample>` and `.index.txt`.
 
@@ -37,11 +45,16 @@ def write_subset_index(chosen: pd.DataFrame, folders: dict[str, Path], output: s
     for row, name in zip(chosen.itertuples(), names):
         link = output / name
         link.parent.mkdir(parents=True, exist_ok=True)
-        target = os.path.relpath((folders[row.dataset] / row.sample).resolve(), link.parent.resolve())
+        target = _relative((folders[row.dataset] / row.sample).resolve(), link.parent.resolve())
         if link.is_symlink() and os.readlink(link) == target:
             continue
         if link.exists() or link.is_symlink():
             raise UserError(f"{link}: is there already and is something else; choose another output folder.")
-        link.symlink_to(target)
+        try:
+            link.symlink_to(target, target_is_directory=True)
+        except OSError as error:  # Windows makes links for those only who may (its developer mode)
+            raise UserError(
+                f"{link}: no link can be made there ({reason(error)}); choose another output folder."
+            ) from error
     moge_layout.write_index(output, names)
     return output / moge_layout.INDEX

@@ -8,7 +8,6 @@ settings is moved aside, never mixed and never deleted.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import time
@@ -16,13 +15,14 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ttt_lib.core.errors import RunError, UserError, reason
+from ttt_lib.core.files import absolute, first_repeated, write_json
 from ttt_lib.core.provenance import environment
 from ttt_lib.core.schema import RESERVED
 from ttt_lib.runs.cluster import open_client
@@ -135,7 +135,12 @@ def _lock_of(runs: Path, name: str) -> Path:
 def _sync(folder: Path) -> None:
     """Force a folder's files to the disk, so that a power loss after the move cannot leave empty ones."""
     for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # as Windows wants to have it
+        except PermissionError:
+            if not path.is_dir():
+                raise
+            continue  # Windows opens no folder
         try:
             os.fsync(descriptor)
         finally:
@@ -214,7 +219,7 @@ def _fill(job: Job, work: Path, begun: float) -> None:
         "threads": job.threads, **environment(), "started": begun, "finished": time.time(),
         "seconds": time.time() - begun,
     }  # fmt: skip
-    (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    write_json(work / MANIFEST, manifest)
     _sync(work)
 
 
@@ -248,14 +253,13 @@ def run_jobs(
     """
     jobs = [replace(job, threads=threads, identity={**job.identity, "threads": str(threads)}) for job in jobs]
     names = [(job.experiment, job.shard) for job in jobs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)[0]
-        raise UserError(f"experiment {twice}: is there twice; give each a name of its own.")
+    if (twice := first_repeated(names)) is not None:
+        raise UserError(f"experiment {twice[0]}: is there twice; give each a name of its own.")
     for name in {job.experiment for job in jobs}:
         if not name or name.startswith(".") or "/" in name or name in RESERVED:
             raise UserError(f"experiment {name!r}: cannot be the name of a folder of results; choose another one.")
     try:
-        runs = Path(runs).resolve()
+        runs = Path(absolute(runs)).resolve()
         runs.mkdir(parents=True, exist_ok=True)
         _clean_work(runs)
         clear_outdated(jobs, runs)
@@ -296,8 +300,3 @@ def _finish(
             else:
                 yield job, Outcome(job.experiment, job.shard, "failed", f"the worker died: {one_line(error)}")
             future.release()
-
-
-def as_dict(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """Plain values for JSON."""
-    return [asdict(outcome) for outcome in outcomes]

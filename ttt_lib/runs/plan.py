@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, printable
 from ttt_lib.runs.catalog import experiment_file, experiment_files, list_experiments, notebooks_folder
 
@@ -53,6 +55,26 @@ def choose_experiments(names: str | None) -> list[Path]:
     return [files[name] for name in list_experiments(more=False)]
 
 
+def _model_files(name: str) -> str:
+    """Of a model that is a file or folder here, what is beside its weights: how pictures are prepared, sizes, ranges."""
+    from ttt_lib.data.samples import files_fingerprint
+
+    path = Path(name)
+    files = [path] if os.path.isfile(path) else sorted(path.glob("*.json")) if os.path.isdir(path) else []
+    return files_fingerprint(files) if files else ""
+
+
+def _calibration(config: ExperimentConfig) -> str:
+    """Hash of the file by which the gate decides; nothing where it does not. Raises `UserError` for one that is none."""
+    from ttt_lib.adaptation.gate.decision import BUNDLED, read_calibration
+    from ttt_lib.core.provenance import file_hash
+
+    if config.gate.mode != "decide":
+        return ""
+    read_calibration(config.gate.calibration)
+    return file_hash(Path(config.gate.calibration or BUNDLED))
+
+
 def make_jobs(
     files: list[Path], profile: str, overrides: dict[str, Any], shards: int, limit: int | None, views: bool
 ) -> list:
@@ -84,7 +106,7 @@ def make_jobs(
         sets = open_samples(config)
         if config.model.name not in models:
             loaded = load_model(config.model.name, "cpu")  # for its checksum only: GPUs are for the jobs
-            models[config.model.name] = weights_checksum(loaded)[:16]
+            models[config.model.name] = fingerprint([weights_checksum(loaded), _model_files(config.model.name)])
         settings = config.as_parameters()
         identity = {
             "settings": fingerprint(
@@ -94,6 +116,7 @@ def make_jobs(
             "shards": str(shards),
             "model": models[config.model.name],
             "data": fingerprint([s.data_hash() for s in sets]),
+            "calibration": _calibration(config),
             "code": code,
             "torch": versions,
         }

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from ttt_lib.core.errors import RunError
+from ttt_lib.core.files import absolute
 from ttt_lib.core.schema import RESERVED
 from ttt_lib.core.types import IDENTITY, KEYS
 from ttt_lib.evaluation.scores import TABLE1_COLUMNS
@@ -52,7 +53,7 @@ def read_runs(folder: str | Path) -> Runs:
 
     Raises `RunError` if the folder is missing, holds no finished shard, or a result file cannot be read.
     """
-    folder = Path(folder)
+    folder = Path(absolute(folder))
     finished, notes = _finished_shards(folder)
     if not finished:
         raise RunError(f"{folder}: holds no finished run; run `ttt-depth ablation` first or name another folder.")
@@ -178,13 +179,43 @@ def _incomparable(chosen: dict[str, dict[Path, dict[str, Any]]]) -> list[str]:
     return notes
 
 
+def score_counts(runs: Runs) -> pd.DataFrame:
+    """Over how many samples each mean of Table 1 is: a row an experiment, a column a score (`metric_score`)."""
+    final = runs.metrics[runs.metrics["prediction"] == "final"].dropna(subset=["value"])
+    counts = final.groupby(["experiment", final["metric"] + "_" + final["score"]]).size().unstack(fill_value=0)
+    columns = [f"{metric}_{score}" for metric, score in TABLE1_COLUMNS]
+    return counts.reindex(index=runs.experiments, columns=columns, fill_value=0).astype(int)
+
+
+def _uneven(runs: Runs, told: set[str]) -> list[str]:
+    """A line where means that stand beside each other are over different numbers of samples. told: experiments of which
+    it is known that they lack samples as such."""
+    counts = score_counts(runs)
+    most, notes = counts.max(), []
+    for name, row in counts.iterrows():
+        fewer = row[(row < most) & (row > 0)]
+        for number, columns in [] if name in told else fewer.groupby(fewer):
+            others = "/".join(str(n) for n in sorted({most[column] for column in columns.index}))
+            notes.append(f"{name}: {', '.join(columns.index)} over {number} samples, elsewhere over {others}")
+    done = runs.samples.groupby("experiment").size().reindex(counts.index, fill_value=0)
+    if (done > counts.max(axis=1)).any():
+        notes.append("seconds are means over all samples, also those without truth, which n does not count")
+    partly = most[(most > 0) & (most < most.max())]
+    for number, columns in partly.groupby(partly):
+        notes.append(
+            f"{', '.join(columns.index)}: means over {number} of {most.max()} samples, which alone have such truth"
+        )
+    return notes
+
+
 def _missing(runs: Runs) -> list[str]:
     """One line for each thing that the tables lack."""
     notes = []
     done = runs.samples.groupby("experiment").size()
     everything = len(runs.samples.drop_duplicates(["dataset", "sample"]))
+    told = {name for name in runs.experiments if done.get(name, 0) < everything}
     for name in runs.experiments:
-        if done.get(name, 0) < everything:
+        if name in told:
             notes.append(f"{name}: {done.get(name, 0)} of {everything} samples; its means are over fewer samples")
     if "original" not in runs.experiments:
         notes.append("original: not run, so there are no paired differences")
@@ -197,6 +228,7 @@ def _missing(runs: Runs) -> list[str]:
         absent = [m for m in dict.fromkeys(metric for metric, _ in TABLE1_COLUMNS) if m not in known]
         if absent:
             notes.append(f"no scores for {', '.join(absent)}: the samples' truth does not allow them")
+        notes += _uneven(runs, told)
     if not len(runs.history):
         notes.append("no experiment trained, so there are no loss curves")
     return notes

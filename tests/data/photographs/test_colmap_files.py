@@ -147,6 +147,13 @@ def test_images_whose_cameras_cannot_be_are_left_out_by_name(tmp_path):
     assert all(torch.isfinite(p.tracks.depth).all() for p in scene.photographs)
 
 
+@pytest.mark.parametrize("camera", [b"0.9 80 60", b"140 0.5 0.5", b"0.9 0.5 0.5", b"140 80 1e9", b"14000 80 60"])
+def test_a_camera_of_which_a_part_is_not_in_pixels_is_none(tmp_path, camera):
+    write_model(tmp_path, {**text(), "cameras.txt": b"1 SIMPLE_PINHOLE 160 120 " + camera + b"\n"})
+    scene = load_scene(tmp_path)
+    assert "has a camera that cannot be" in scene.refused and len(scene.left_out) == 4, (scene.refused, scene.left_out)
+
+
 def test_a_fisheye_lens_is_refused(tmp_path):
     files = text()
     cameras = b"1 OPENCV_FISHEYE 160 120 140 140 80 60 0 0 0 0\n"

@@ -266,7 +266,9 @@ def test_transforms_that_are_none(tmp_path, content, words):
 
 def test_lenses_of_a_transforms_file_that_cannot_be(house, views, tmp_path):
     path = tmp_path / "transforms.json"
-    for camera, words in (({}, "no focal length"), ({"fl_x": 1e8}, "cannot be"), ({"fl_x": 300, "cx": -1e6}, "centre")):
+    for camera, words in (({}, "no focal length"), ({"fl_x": 1e8}, "cannot be"), ({"fl_x": 300, "cx": -1e6}, "centre"),
+                          ({"fl_x": 0.9, "cx": 80, "cy": 60}, "cannot be"), ({"fl_x": 300, "cx": 0.5, "cy": 0.5}, "not in pixels"),
+                          ({"fl_x": 0.9, "cx": 0.5, "cy": 0.5}, "cannot be")):  # fmt: skip
         path.write_text(json.dumps({**camera, "frames": frames(views)}))
         with pytest.raises(DataError, match=words):
             load_scene(house[0] / "images", cameras=path)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ttt_lib.adaptation.ensemble import fitted_disparity, log_difference
 from ttt_lib.core.errors import UserError, reason
-from ttt_lib.core.files import read_json, write_json
+from ttt_lib.core.files import absolute, read_json, write_json
 from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import unproject
 
@@ -67,7 +67,7 @@ class Calibration:
 
 def read_calibration(path: str | Path | None = None) -> Calibration:
     """The calibration in a JSON file, or the bundled one. Raises `UserError` for a file that is not one."""
-    path = Path(path) if path else BUNDLED
+    path = Path(absolute(path)) if path else BUNDLED
     try:
         content = read_json(path)
         never = {key: math.inf for key in ("accept", "blend") if content.get(key, 0.0) is None}

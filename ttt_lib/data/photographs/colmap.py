@@ -11,14 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from ttt_lib.core.errors import DataError
+from ttt_lib.core.types import are_normalised_intrinsics
 from ttt_lib.data.photographs.colmap_files import Listing, Model, list_model
 from ttt_lib.data.photographs.process import SparseModel, read_sparse_model, run_worker
 from ttt_lib.data.photographs.sources import natural
+from ttt_lib.data.photographs.tracks import normalized_intrinsics
 
 BASE_MEMORY = 2**31  # bytes that the process which reads may take: its libraries,
 MEMORY_PER_BYTE = 12  # and what becomes of a byte of the files
 PATIENCE, BYTES_A_SECOND = 60, 2**20  # how long it may take
 FARTHEST = 1e8  # units: a coordinate beyond is no measurement
+LEAST_FOCAL = 0.02  # of the picture's side, as for transforms.json: 175 degrees
 # Fields of a SparseModel.
 OF_IMAGES = ("image", "name", "camera", "pose", "size", "intrinsics", "fisheye")  # one row an image
 OBSERVED = ("seen_by", "feature", "point", "uv", "depth", "error")  # one row an observation
@@ -93,7 +96,7 @@ def _check_images(finished: Finished) -> None:
     """Fill in `unusable`, and put a camera that is a number in its place so that nothing else breaks."""
     model = finished.model
     for row, image in enumerate(map(int, model.image)):
-        pose, (fx, fy, cx, cy) = model.pose[row], model.intrinsics[row]
+        pose = model.pose[row]
         rotation = pose[:3, :3]
         if model.fisheye[row]:
             finished.unusable[image] = (
@@ -104,8 +107,10 @@ def _check_images(finished: Finished) -> None:
             np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3
         ):
             finished.unusable[image] = "has a pose that is none"
-        elif not (np.isfinite([fx, fy, cx, cy]).all() and fx > 0 and fy > 0 and _is_inside(model, row, cx, cy)):
-            finished.unusable[image] = "has a camera that cannot be: a focal length below zero or a centre far outside"
+        elif not _is_a_camera(model, row):
+            finished.unusable[image] = (
+                "has a camera that cannot be: a focal length below zero, a centre far outside, or one of them not in pixels"
+            )
         if image in finished.unusable:
             model.pose[row], model.intrinsics[row] = np.eye(4), (1.0, 1.0, 0.5, 0.5)
     bad = np.isin(model.image[model.seen_by], list(finished.unusable))
@@ -113,6 +118,8 @@ def _check_images(finished: Finished) -> None:
         setattr(model, name, getattr(model, name)[~bad])
 
 
-def _is_inside(model: SparseModel, row: int, cx: float, cy: float) -> bool:
-    width, height = model.size[row]
-    return -width < cx < 2 * width and -height < cy < 2 * height
+def _is_a_camera(model: SparseModel, row: int) -> bool:
+    """All of it in pixels: what is not has a centre in the first one, or a field of view near 180 degrees."""
+    (fx, fy, cx, cy), (width, height) = model.intrinsics[row], model.size[row]
+    in_pixels = not (0 <= min(cx, cy) and max(cx, cy) <= 1) and min(fx / width, fy / height) > LEAST_FOCAL
+    return bool(in_pixels) and are_normalised_intrinsics(normalized_intrinsics(model, row))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ttt_lib.core.errors import printable
+from ttt_lib.core.files import write_json
 
 log = logging.getLogger(__name__)
 WORKER = Path(__file__).with_name("worker.py")
@@ -21,7 +21,7 @@ WORKER = Path(__file__).with_name("worker.py")
 
 def run_worker(folder: Path, task: str, timeout: float, **arguments: Any) -> str:
     """Do one task of `worker.py` in a folder. Returns "" or, in words, how it ended: of its errors the last line."""
-    (folder / "job.json").write_text(json.dumps({"task": task, **arguments}), encoding="utf-8")
+    write_json(folder / "job.json", {"task": task, **arguments})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": ""}
     try:
         done = subprocess.run(

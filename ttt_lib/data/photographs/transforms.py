@@ -140,6 +140,8 @@ def lens_of(values: Mapping[str, float], size: tuple[int, int]) -> Lens:
         raise UserError("has a focal length in transforms.json that cannot be.")
     if not (-width < center[0] < 2 * width and -height < center[1] < 2 * height):
         raise UserError("has its optical centre far outside in transforms.json.")
+    if 0 <= min(center) and max(center) <= 1:
+        raise UserError("has an optical centre in transforms.json that is not in pixels, as its focal length is.")
     bent = [values.get(key, 0.0) for key in DISTORTION]
     if not any(bent):
         return Lens("PINHOLE", width, height, (focal, across, *center))

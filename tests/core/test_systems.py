@@ -1,0 +1,106 @@
+"""What other systems lack is done without: Windows has no `resource` and opens no folder, macOS no affinity of cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from ttt_lib.core import memory
+from ttt_lib.core.errors import UserError
+from ttt_lib.core.provenance import cores, environment
+from ttt_lib.models.load import load_model
+from ttt_lib.runs import jobs
+from ttt_lib.runs.hard_subset import write_subset_index
+
+ELSEWHERE = """
+import builtins, os, sys
+absent = {"resource", "fcntl", "grp", "pwd", "termios"}
+held = builtins.__import__
+def find(name, *rest, **more):
+    caller = (more.get("globals") or (rest[0] if rest else None) or {}).get("__name__", "")
+    if name in absent and caller.startswith("ttt_lib"):
+        raise ImportError(f"No module named {name!r}")
+    return held(name, *rest, **more)
+builtins.__import__ = find
+for name in ("sched_getaffinity", "sched_setaffinity", "fork", "mkfifo", "getuid"):
+    if hasattr(os, name):
+        delattr(os, name)
+from ttt_lib.cli import main
+main()
+"""
+
+
+def test_the_command_works_without_what_only_linux_has(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (48, 32), "gray").save(tmp_path / "a.png")
+    line = ["adapt", tmp_path / "a.png", "-o", tmp_path / "out", "--set", "model.num_tokens=48", "--set", "gate.mode=off",
+            "--set", "train.method=none"]  # fmt: skip
+    for arguments in (line, ["models"]):
+        done = subprocess.run(
+            [sys.executable, "-c", ELSEWHERE, *arguments], capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "a" / "record.json").is_file()
+
+
+def test_cores_where_the_system_does_not_say_which(monkeypatch):
+    assert cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert cores() == environment()["cores"] == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores() == 1
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("linux", 1024)])
+def test_memory_without_proc_is_the_peak_since_the_start(monkeypatch, platform, unit):
+    monkeypatch.setattr(memory, "PROCESS", Path("/nowhere"))
+    monkeypatch.setattr(memory.sys, "platform", platform)
+    peak = memory.resource.getrusage(memory.resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    assert memory.memory_mb(torch.device("cpu")) == pytest.approx(peak, rel=0.05)
+    monkeypatch.setattr(memory, "resource", None)  # Windows
+    assert str(memory.peak_memory_mb(torch.device("cpu"))) == "nan"
+    memory.reset_peak_memory(torch.device("cpu"))
+
+
+def test_a_folder_that_the_system_does_not_open_is_not_forced_to_the_disk(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    for name in ("a/b", "z"):
+        (tmp_path / name).write_text("x")
+    forced, whole = [], os.open
+
+    def windows(path, flags):
+        if os.path.isdir(path) or not flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path, flags)
+
+    monkeypatch.setattr(jobs.os, "open", windows)
+    monkeypatch.setattr(jobs.os, "fsync", forced.append)
+    jobs._sync(tmp_path)
+    assert len(forced) == 2
+
+
+def test_the_gpu_of_apple_is_not_chosen_and_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert load_model("tiny", "auto", num_tokens=48).device.type == "cpu"
+    for device in ("mps", "mps:0"):
+        with pytest.raises(UserError, match=f"model.device: '{device}' has no float64.*use cpu"):
+            load_model("tiny", device)
+
+
+def test_a_system_that_makes_no_links_says_so(tmp_path, monkeypatch):
+    def windows(*_, **__):
+        raise OSError(22, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", windows)
+    chosen = pd.DataFrame({"dataset": ["set"], "sample": ["a"], "value": [0.1]})
+    with pytest.raises(UserError, match="no link can be made there .*privilege.*choose another output folder"):
+        write_subset_index(chosen, {"set": tmp_path / "set"}, tmp_path / "hard")
