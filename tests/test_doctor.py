@@ -15,7 +15,7 @@ import torch
 from ttt_lib import doctor, machine
 from ttt_lib.doctor import CHECKS, broken, diagnose, to_json, to_text
 from ttt_lib.machine import Finding
-from ttt_lib.models import load
+from ttt_lib.models import moge
 
 
 def ttt(*arguments, **options) -> subprocess.CompletedProcess:
@@ -215,8 +215,8 @@ def test_models_in_the_cache_are_named(monkeypatch):
 
 def test_assets_missing_damaged_or_replaced(tmp_path, monkeypatch, untrained_checkpoint):
     assert doctor.check_model().state == "ok"
-    real = load.ASSETS
-    monkeypatch.setattr(load, "ASSETS", tmp_path)
+    real = moge.ASSETS
+    monkeypatch.setattr(moge, "ASSETS", tmp_path)
     finding = doctor.check_model()
     assert finding.state == "problem" and finding.essential and "pip install ." in finding.advice
     (tmp_path / "tiny.pt").write_bytes((real / "tiny.pt").read_bytes()[:1000])

@@ -24,13 +24,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ttt_lib.api import adapt, evaluate, load_samples
     from ttt_lib.core.errors import UserError
-    from ttt_lib.models.load import load_model
+    from ttt_lib.models.load import list_models, load_model
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "adapt", "evaluate", "load_model", "load_samples"]
+__all__ = ["UserError", "adapt", "evaluate", "list_models", "load_model", "load_samples"]
 _MODULES = {
-    "UserError": "core.errors", "adapt": "api", "evaluate": "api", "load_model": "models.load", "load_samples": "api",
-}  # fmt: skip
+    "UserError": "core.errors",
+    "adapt": "api",
+    "evaluate": "api",
+    "list_models": "models.load",
+    "load_model": "models.load",
+    "load_samples": "api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -218,11 +218,9 @@ def hard_subset(
 @app.command(epilog="Example: ttt-depth models")
 def models() -> None:
     """List what --model takes."""
-    from ttt_lib.models.moge import HUB_NAMES, TRANSFORMERS_PREFIXES
+    from ttt_lib.models.load import list_models
 
-    print("tiny  (bundled, works offline)")
-    print("\n".join(HUB_NAMES))
-    print("\n".join(f"{prefix}...  (transformers)" for prefix in TRANSFORMERS_PREFIXES))
+    print("\n".join(list_models()))
     print("PATH  (a MoGe-1 or MoGe-2 checkpoint file, or the folder of a transformers model)")
 
 

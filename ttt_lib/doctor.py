@@ -59,7 +59,7 @@ def check_requirements() -> Finding:
 
 def check_model() -> Finding:
     """The bundled model is the file that its card describes, loads, and predicts."""
-    from ttt_lib.models.load import ASSETS
+    from ttt_lib.models.moge import ASSETS
 
     path, advice = ASSETS / "tiny.pt", REINSTALL
     if not path.is_file():

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ttt_lib.models.load import ASSETS, load_model
+from ttt_lib.models.load import load_model
+from ttt_lib.models.moge import ASSETS
 from ttt_lib.models.pretraining import pictures as pretrain_data
 from ttt_lib.models.pretraining import train as pretrain
 

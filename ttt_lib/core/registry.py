@@ -98,8 +98,8 @@ LOSSES = Registry("loss", home="ttt_lib.adaptation.losses")
 SUPERVISIONS = Registry("supervision", home="ttt_lib.adaptation.teacher")
 # image (3,H,W) in [0,1], depth (H,W) with inf or NaN where there is none, severity 1 to 5, generator -> image (3,H,W)
 SHIFTS = Registry("shift", home="ttt_lib.data.shifts")
-# Families: `register("mine")` makes `load_model("mine:REST", ...)` call `loader(REST, device=..., num_tokens=...,
-# autocast=..., fov_x=...)`, which gives a `GeometryModel`.
-MODELS = Registry("model", reserved=("tiny", "hf", "http", "https", "file"))
+# Families of models: `loader(name, device=..., num_tokens=..., autocast=..., fov_x=...)` -> `GeometryModel`. matches: whether
+# a name is the family's; without it those that begin with `FAMILY:` are, and the loader gets what follows. listed: names.
+MODELS = Registry("model", home="ttt_lib.models.load", reserved=("http", "https", "file"))
 # Kinds of data: an opener with options by name -> `SampleSet`. `needs`: options without which there is no such set.
 DATASETS = Registry("data set", home="ttt_lib.data.catalog")

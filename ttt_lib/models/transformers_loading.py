@@ -13,6 +13,7 @@ from torch import nn
 
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.files import read_json
+from ttt_lib.core.registry import MODELS
 from ttt_lib.models.hub import NotInRepository, download, hub_answers
 from ttt_lib.models.preprocessing import read_rules
 from ttt_lib.models.transformers_models import TransformersModel, ZoeDepthModel
@@ -22,6 +23,23 @@ FAMILIES = {
     "zoedepth": "ZoeDepthForDepthEstimation",
     "dpt": "DPTForDepthEstimation",
 }
+
+
+# Hub names that start so are loaded through transformers; these are some that are published.
+PREFIXES = ("LiheYoung/", "depth-anything/", "Intel/zoedepth", "Intel/dpt")
+SIZES = ("Small", "Base", "Large")
+PUBLISHED = (
+    *(f"LiheYoung/depth-anything-{size.lower()}-hf" for size in SIZES),
+    *(f"depth-anything/Depth-Anything-V2-{size}-hf" for size in SIZES),
+    *(
+        f"depth-anything/Depth-Anything-V2-Metric-{place}-{size}-hf"
+        for place in ("Indoor", "Outdoor")
+        for size in SIZES
+    ),
+    *(f"Intel/zoedepth-{data}" for data in ("nyu", "kitti", "nyu-kitti")),
+    "Intel/dpt-large",
+    "Intel/dpt-hybrid-midas",
+)
 
 
 def _fetch(name: str) -> Path:
@@ -114,12 +132,19 @@ def _network(folder: Path, family: str, name: str) -> nn.Module:
     return network.float()
 
 
+def _is_transformers(name: str) -> bool:
+    """A folder with `config.json`, or a hub name of a family that is known here."""
+    path = os.path.expanduser(name)
+    return os.path.isfile(os.path.join(path, "config.json")) or (not os.path.exists(path) and name.startswith(PREFIXES))
+
+
+@MODELS.register("hf", matches=_is_transformers, listed=PUBLISHED)
 def load_transformers_model(
     name: str, device: torch.device, num_tokens: int | None, autocast: str, fov_x: float | None
 ) -> TransformersModel:
     """Load Depth Anything V1/V2, ZoeDepth or DPT/MiDaS, frozen, by hub name or local folder.
 
-    Arguments as `models.load_model`. Raises `UserError`, one sentence: transformers is missing, the hub cannot be
+    Arguments as `load.load_model`. Raises `UserError`, one sentence: transformers is missing, the hub cannot be
     reached, the folder holds another kind of model, or damaged or incomplete files.
     """
     try:

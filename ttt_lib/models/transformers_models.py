@@ -1,4 +1,4 @@
-"""Depth Anything, ZoeDepth and DPT/MiDaS from transformers behind the interface of `models.GeometryModel`.
+"""Depth Anything, ZoeDepth and DPT/MiDaS from transformers behind the interface of `base.GeometryModel`.
 
 The networks are the library's own; what they are fed is made by `preprocessing.py`; `transformers_loading.py` finds and
 checks their files.
@@ -6,7 +6,7 @@ checks their files.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,7 @@ class TransformersModel(GeometryModel):
     of the picture and of its mirror image, which ZoeDepth's post-processing offers and its paper's numbers use.
     """
 
+    part_of: ClassVar[dict[str, str]] = {**GeometryModel.part_of, "dpt": "encoder"}
     average_flipped = False
 
     def __init__(
@@ -103,7 +104,7 @@ class TransformersModel(GeometryModel):
         with intrinsics (B,3,3) or the assumed field of view.
         """
         pixels = self.pixel_values(images)
-        with self._mixed():
+        with self.mixed():
             output, _ = self._run(pixels)
         output = self._at_size(output.float(), *images.shape[-2:])
         if self.output == "disparity":
@@ -116,7 +117,7 @@ class TransformersModel(GeometryModel):
         float32; after the encoder's last normalisation where it has one; rows of patches one after the other.
         """
         pixels = self.pixel_values(images)
-        with self._mixed():
+        with self.mixed():
             if getattr(self.network, "backbone", None) is not None:
                 tokens = self.network.backbone(pixels).feature_maps[-1]
             else:
