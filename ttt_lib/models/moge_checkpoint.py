@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ttt_lib.core.errors import ModelError
-from ttt_lib.models.hub import NotInRepository, download, hub_answers
+from ttt_lib.models.hub import fetch
 
 HUB_NAMES = (
     "Ruicheng/moge-vitl",
@@ -29,13 +29,7 @@ def download_checkpoint(name: str) -> Path:
         raise ModelError(f"model {name!r}: the installed moge has no MoGe-3; use a MoGe-2 such as {HUB_NAMES[-1]!r}.")
     page = f"https://huggingface.co/{name}"
     advice = f"download `model.pt` of {page} on a machine with access and pass its path as the model"
-    try:
-        return download(name, "model.pt", hub_answers(), advice)
-    except NotInRepository as error:
-        raise ModelError(
-            f"model {name!r}: the repository holds no `model.pt`, so it is no MoGe model; `ttt-depth models` lists known"
-            " names."
-        ) from error
+    return fetch(name, ("model.pt",), advice) / "model.pt"
 
 
 def _read_checkpoint(path: Path, name: str) -> dict[str, Any]:
