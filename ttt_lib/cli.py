@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,7 +43,9 @@ def default_workers() -> int:
     """One worker a GPU, or one a core."""
     import torch
 
-    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    from ttt_lib.core.provenance import cores
+
+    return torch.cuda.device_count() or cores()
 
 
 @app.command(epilog="Example: ttt-depth ablation --data path/to/set --experiments original,recommended --runs runs")

@@ -29,6 +29,11 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def cores() -> int:
+    """Cores that this process may use; of systems that do not say, all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def git_revision() -> str:
     """Revision of the checkout this package runs from, or `unknown`."""
     try:
@@ -54,6 +59,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "git_revision": git_revision(),
         "device": device,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "host": socket.gethostname(),
     }
