@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +16,28 @@ from ttt_lib.core.files import first_repeated
 from ttt_lib.runs.catalog import NOTEBOOKS, experiment_file, experiment_files, notebooks_folder
 from ttt_lib.runs.plan import choose_experiments, make_jobs, parse_set, put
 
+LOG = logging.getLogger("ttt_lib")
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Test-time training of monocular geometry models: adapt to photographs, run the ablation, look at this machine.",
     epilog="Example: ttt-depth adapt photo.jpg -o outputs",
 )
+
+
+@app.callback()
+def _say(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say on stderr what is loaded, left out and decided.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Say everything; an error shows its trace and cause.")] = False,
+) -> None:
+    """The level of the package's loggers, before any command."""
+    if verbose or debug:
+        handler = logging.StreamHandler()  # stderr
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+        LOG.handlers = [handler]
+        LOG.setLevel(logging.DEBUG if debug else logging.INFO)
 
 
 def parse_data(entries: list[str]) -> list[dict[str, Any]]:
@@ -243,13 +261,14 @@ def doctor(json_: Annotated[bool, typer.Option("--json", help="As a list of JSON
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    """Entry point: a user's mistake is one line on stderr and exit code 2, with `--debug` below its trace and cause."""
     try:
         app(prog_name="ttt-depth")
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if LOG.isEnabledFor(logging.DEBUG):
+            traceback.print_exc()
+        if isinstance(error, OSError):  # a full disk, a folder without permission: not this program's mistake either
+            place = f"{printable(error.filename)}: " if error.filename else ""
+            error = f"{place}{reason(error)}."
         print(f"ttt-depth: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a full disk, a folder without permission: not this program's mistake either
-        place = f"{printable(error.filename)}: " if error.filename else ""
-        print(f"ttt-depth: {place}{reason(error)}.", file=sys.stderr)
         sys.exit(2)

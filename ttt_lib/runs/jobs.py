@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import time
@@ -16,7 +17,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from ttt_lib.runs.cluster import open_client
 from ttt_lib.runs.notebook import ENVIRONMENT, execute, own_kernel, thread_limits
 from ttt_lib.runs.progress import Progress
 from ttt_lib.runs.results import MANIFEST, read_manifest
+
+log = logging.getLogger(__name__)
 
 # Sums over another number of threads differ in the last bits and training amplifies that, so the count is part of what
 # a result depends on and must not follow from the number of workers. One is the only count that fits any number.
@@ -183,6 +186,7 @@ def run_job(job: Job, runs: str | Path) -> Outcome:
             if is_done(job, runs):
                 return ended("skipped")
             try:
+                log.info("%s: begins in %s", job.name, work)
                 _fill(job, work, begun)
                 if final.exists():
                     set_aside(final, runs)
@@ -191,6 +195,7 @@ def run_job(job: Job, runs: str | Path) -> Outcome:
                 shutil.rmtree(kept, ignore_errors=True)  # of an earlier try
                 return ended("done")
             except BaseException as error:
+                log.info("%s: failed", job.name, exc_info=error)
                 left = _keep(work, kept)
                 if not isinstance(error, Exception):
                     raise
@@ -296,8 +301,3 @@ def _finish(
             else:
                 yield job, Outcome(job.experiment, job.shard, "failed", f"the worker died: {one_line(error)}")
             future.release()
-
-
-def as_dict(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """Plain values for JSON."""
-    return [asdict(outcome) for outcome in outcomes]
