@@ -1,7 +1,7 @@
 """The functions of a first result, as `ttt_lib` gives them: sources by name, settings by name, scores as a table.
 
 They only choose: samples come from `data.py`, settings from `config.py`, the method is `adapt.adapt`, and the scores
-are those of `metrics.evaluate`.
+are those of `metrics.scores_of`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def adapt(
 
 
 def evaluate(what: Evaluated | Iterable[Prediction | AdaptResult], samples: Sample | Iterable[Sample]) -> pd.DataFrame:
-    """Scores against the truth of the samples, one row a score (`metrics.evaluate` says what they are).
+    """Scores against the truth of the samples, one row a score (`metrics.scores_of` says what they are).
 
     what: a prediction or a result of `adapt` for one sample, a list of them in the order of the samples, or a model,
     which predicts each sample. Columns: `value`; for results `before`, `after`, `better`, which names the better of these
@@ -126,7 +126,7 @@ def evaluate(what: Evaluated | Iterable[Prediction | AdaptResult], samples: Samp
 def _scores(what: Prediction | AdaptResult, sample: Sample) -> pd.DataFrame:
     """The rows of one sample: dataset, sample, metric, score, and `value` or `before`, `after`, `better`."""
     before = what if isinstance(what, Prediction) else what.original
-    rows = metrics.tidy_rows(metrics.evaluate(before, sample))
+    rows = metrics.tidy_rows(metrics.scores_of(before, sample))
     if rows.empty:
         raise UserError(
             f"evaluate: sample {sample.name!r} has no true depth for at least {metrics.MINIMUM_TRUTH} pixels."
@@ -136,10 +136,10 @@ def _scores(what: Prediction | AdaptResult, sample: Sample) -> pd.DataFrame:
         if what.final is what.original:  # the very same prediction has the same scores
             rows["after"] = rows["before"]
         else:
-            after = metrics.tidy_rows(metrics.evaluate(what.final, sample)).rename(columns={"value": "after"})
+            after = metrics.tidy_rows(metrics.scores_of(what.final, sample)).rename(columns={"value": "after"})
             rows = rows.merge(after, how="left", on=["metric", "score"])
         if what.adapted is not None and what.adapted is not what.final:
-            adapted = metrics.tidy_rows(metrics.evaluate(what.adapted, sample)).rename(columns={"value": "adapted"})
+            adapted = metrics.tidy_rows(metrics.scores_of(what.adapted, sample)).rename(columns={"value": "adapted"})
             rows = rows.merge(adapted, how="left", on=["metric", "score"])
         gain = [metrics.SCORES[s].gain(b, a) for s, b, a in zip(rows["score"], rows["before"], rows["after"])]
         better = ["after" if g > 0 else "before" if g < 0 else "same" if g == 0 else "" for g in gain]

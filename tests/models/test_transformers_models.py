@@ -607,7 +607,7 @@ def test_adaptation_runs_on_every_family_and_leaves_the_weights(load, family):
     from ttt_lib.core.config import build_experiment
     from ttt_lib.data.catalog import open_dataset
     from ttt_lib.data.known_distances import sample_references
-    from ttt_lib.evaluation.scores import evaluate
+    from ttt_lib.evaluation.scores import scores_of
 
     model = load(family)
     sample = next(iter(open_dataset(kind="synthetic", count=1, width=80, height=60).readable()))
@@ -626,7 +626,7 @@ def test_adaptation_runs_on_every_family_and_leaves_the_weights(load, family):
     assert TERMS[family].keys() <= result.history[0].keys()
     assert not torch.equal(result.adapted.depth, result.original.depth)
     assert np.isfinite(result.signals["consistency_score"])
-    scores = evaluate(result.final, rest)
+    scores = scores_of(result.final, rest)
     expected = "depth_affine_invariant" if family in METRIC else "disparity_affine_invariant"
     assert expected in scores
 

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ttt_lib.core.errors import UserError
-from ttt_lib.data.scenes.generate import KINDS, make_scenes
-from ttt_lib.data.scenes.generate import sample_cameras as scene_cameras
+from ttt_lib.data.scenes.generate import KINDS, make_scenes, place_cameras
 from ttt_lib.data.scenes.raycast import Picture, draw
 from ttt_lib.geometry.cameras import (
     MIRROR,
@@ -66,7 +65,7 @@ class Case:
 @functools.cache
 def make_case(kind, seed, severity) -> Case:
     scenes, places = make_scenes([kind], seed)
-    transform, intrinsics = scene_cameras([kind], places, seed, SIZE[1] / SIZE[0])
+    transform, intrinsics = place_cameras([kind], places, seed, SIZE[1] / SIZE[0])
     lens = intrinsics.repeat(2, 1, 1)
     if severity == 3:
         intrinsics[:, 0, 2], intrinsics[:, 1, 2] = 0.43, 0.55

@@ -117,7 +117,7 @@ def to_truth(sample: Sample) -> dict:
     return truth
 
 
-def evaluate(prediction: Prediction, sample: Sample) -> Scores:
+def scores_of(prediction: Prediction, sample: Sample) -> Scores:
     """All scores of one prediction: {"depth_metric": {"rel": ..., "delta1": ...}, ...}.
 
     `moge.test.metrics.compute_metrics` on the same tensors, plus `zoedepth` (after one scale by the median) and, for

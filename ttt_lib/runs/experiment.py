@@ -28,7 +28,7 @@ from ttt_lib.core.types import KEYS, Sample
 from ttt_lib.data.catalog import open_dataset
 from ttt_lib.data.known_distances import sample_references
 from ttt_lib.data.samples import SampleSet
-from ttt_lib.evaluation.scores import MINIMUM_TRUTH, evaluate, tidy_rows
+from ttt_lib.evaluation.scores import MINIMUM_TRUTH, scores_of, tidy_rows
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.models.load import load_model
 from ttt_lib.runs.catalog import NOTEBOOKS
@@ -140,7 +140,7 @@ def _scores(experiment: str, sample: Sample, result: AdaptResult) -> pd.DataFram
         if prediction is None or (kind in ("adapted", "blended") and prediction is result.final):
             continue
         if id(prediction) not in tables:
-            tables[id(prediction)] = tidy_rows(evaluate(prediction, sample))
+            tables[id(prediction)] = tidy_rows(scores_of(prediction, sample))
         rows = tables[id(prediction)].copy()
         identity = {"experiment": experiment, "dataset": sample.dataset, "sample": sample.name, "prediction": kind}
         for place, (key, value) in enumerate(identity.items()):
