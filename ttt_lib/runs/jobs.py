@@ -24,6 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ttt_lib.core.errors import RunError, UserError, reason
+from ttt_lib.core.files import first_repeated
 from ttt_lib.core.provenance import environment
 from ttt_lib.core.schema import RESERVED
 from ttt_lib.runs.cluster import open_client
@@ -33,8 +34,8 @@ from ttt_lib.runs.results import MANIFEST, read_manifest
 
 log = logging.getLogger(__name__)
 
-# Sums over another number of threads differ in the last bits and training amplifies that, so the count is part of what
-# a result depends on and must not follow from the number of workers. One is the only count that fits any number.
+# Sums over another number of threads differ in the last bits, so the count is part of what a result depends on and must
+# not follow from the number of workers. One is the only count that fits any number.
 THREADS = 1
 
 
@@ -73,9 +74,6 @@ class Outcome:
     status: str
     reason: str = ""
     seconds: float = 0.0
-
-
-# ------------------------------------------------------------------------------------------------- places on disk
 
 
 def is_done(job: Job, runs: Path) -> bool:
@@ -253,9 +251,8 @@ def run_jobs(
     """
     jobs = [replace(job, threads=threads, identity={**job.identity, "threads": str(threads)}) for job in jobs]
     names = [(job.experiment, job.shard) for job in jobs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)[0]
-        raise UserError(f"experiment {twice}: is there twice; give each a name of its own.")
+    if (twice := first_repeated(names)) is not None:
+        raise UserError(f"experiment {twice[0]}: is there twice; give each a name of its own.")
     for name in {job.experiment for job in jobs}:
         if not name or name.startswith(".") or "/" in name or name in RESERVED:
             raise UserError(f"experiment {name!r}: cannot be the name of a folder of results; choose another one.")

@@ -3,6 +3,8 @@
 FOLDER/job.json says what to do (`task`, the name of a function here, and its arguments); results are arrays in FOLDER.
 It imports nothing but NumPy and pycolmap, and nothing of this package: it must start at once, and Pillow's PNG encoder
 breaks where pycolmap was loaded first. One thread and fixed seeds: the same job gives the same result.
+
+Long: a program that imports nothing of this package is one file.
 """
 
 from __future__ import annotations
