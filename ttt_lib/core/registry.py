@@ -26,7 +26,26 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Registry(dict[str, Callable[..., Any]]):
-    """Functions by name. home: the module that registers the package's own. reserved: names that are taken otherwise."""
+    """Functions by name: `LOSSES`, `SHIFTS`, `MODELS` and others below, which say what their functions take and give.
+
+    Args:
+        what: what one of them is called in a sentence.
+        home: the module that registers the package's own.
+        reserved: names that are taken otherwise.
+
+    Raises:
+        UserError: by `register`, for a name that something else has.
+
+    Example:
+        >>> from ttt_lib import SHIFTS
+        >>> SHIFTS.all_names()[:2]
+        ['low_light', 'fog']
+        >>> @SHIFTS.register("dimmed")
+        ... def dimmed(image, depth, severity, generator):
+        ...     return image / (1 + severity)
+        >>> SHIFTS.knows("dimmed"), SHIFTS.pop("dimmed") is dimmed
+        (True, True)
+    """
 
     def __init__(self, what: str, home: str = "", reserved: tuple[str, ...] = ()) -> None:
         super().__init__()

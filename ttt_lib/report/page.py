@@ -55,8 +55,25 @@ def write_report(
 ) -> dict[str, Path]:  # fmt: skip
     """Write Table 1 (CSV, LaTeX, Markdown), statistics (CSV), Figure 4 and others (PNG), and `report.html`.
 
-    metric and score: what Figure 4, the front and the gallery are about. Returns the files by name. What the runs do
-    not allow (no `original`, no truth, no history) is left out, and the page says so.
+    Args:
+        runs: of `read_runs`.
+        output: the folder for the files.
+        metric, score: what Figure 4, the front and the gallery are about.
+        tolerance: a smaller difference counts as none.
+        bootstrap_samples: of each interval.
+
+    Returns:
+        The files by name. What the runs do not allow (no `original`, no truth, no history) is left out, and the page
+        says so.
+
+    Raises:
+        OSError: the folder cannot be written.
+
+    Example:
+        >>> from ttt_lib import read_runs, write_report
+        >>> files = write_report(read_runs("runs"), "report", bootstrap_samples=20)
+        >>> files["html"].name, files["table1"].name
+        ('report.html', 'table1.csv')
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
