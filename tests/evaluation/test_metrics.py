@@ -15,7 +15,6 @@ from ttt_lib.evaluation.scores import (
     SCORES,
     TABLE1_COLUMNS,
     disparity_aligned_metrics,
-    mean_relative_improvement,
     scores_of,
     tidy_rows,
     to_moge,
@@ -120,13 +119,6 @@ def test_disparity_alignment_undoes_scale_and_shift():
     truth = torch.linspace(1, 20, 50)
     found = disparity_aligned_metrics(5 / truth - 3, truth)
     assert found["abs_rel"] == pytest.approx(0, abs=1e-4) and found["delta1"] == 1
-
-
-def test_mean_relative_improvement_by_hand():
-    baseline = {"a": {"delta1": 0.8, "rel": 0.2}, "b": {"delta1": 0.5, "rel": 0.4}}
-    scores = {"a": {"delta1": 0.88, "rel": 0.1}, "b": {"delta1": 0.5, "rel": 0.5}}
-    # delta1: (+10 % + 0 %) / 2 = 5 %; rel: (+50 % - 25 %) / 2 = 12.5 %
-    assert mean_relative_improvement(scores, baseline) == pytest.approx(8.75)
 
 
 def test_too_little_truth_gives_no_scores(sample, prediction):

@@ -34,7 +34,8 @@ class AdaptResult:
         >>> import torch
         >>> before = Prediction(None, torch.full((48, 64), 2.0), None, None, "metric")
         >>> AdaptResult(before, None, before, "original", seconds=0.25)
-        AdaptResult(original: the original prediction is used, 0.2 s, peak memory 0 MiB; final: metric, 64 x 48 pixels, depth 2 to 2 m (median 2))
+        AdaptResult(original: the original prediction is used, 0.2 s, peak memory 0 MiB;
+        final: metric, 64 x 48 pixels, depth 2 to 2 m (median 2))
     """
 
     original: Prediction

@@ -5,11 +5,12 @@ Everything is computed from the runs; nothing is remembered from elsewhere but t
 
 from __future__ import annotations
 
-import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from ttt_lib.evaluation.scores import SCORES, TABLE1_COLUMNS
 from ttt_lib.runs.results import Runs
@@ -83,6 +84,15 @@ def _headers() -> list[str]:
     return [*names, "s / image"]
 
 
+def styled(table: pd.DataFrame, decimals: int, bold: str, escape: str) -> Styler:
+    """The table for pandas to write as `html` or `latex`, the best cells in `bold`, whatever that is there."""
+    shown = table.set_axis(_headers(), axis=1).rename_axis(None)
+    best = best_cells(table, decimals).to_numpy()
+    digits = {name: decimals if column in COLUMN_NAMES else 3 for name, column in zip(shown.columns, table.columns)}
+    style = shown.style.format({name: partial(printed, decimals=n) for name, n in digits.items()})
+    return style.format_index(escape=escape).apply(lambda _: np.where(best, bold, ""), axis=None)
+
+
 def to_markdown(table: pd.DataFrame, decimals: int = 2) -> str:
     """The table with the best cells in bold."""
     text = cells(table, decimals, "**{}**")
@@ -93,16 +103,11 @@ def to_markdown(table: pd.DataFrame, decimals: int = 2) -> str:
 
 def to_latex(table: pd.DataFrame, decimals: int = 2) -> str:
     """A `tabular` with the best cells in bold; needs booktabs."""
-    text = cells(table, decimals, r"\textbf{{{}}}")
     arrows = {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "δ1": r"$\delta_1$"}
-    head = " & ".join(["experiment", *_headers()])
-    for symbol, code in arrows.items():
-        head = head.replace(symbol, code)
-    names = [re.sub(r"([&%$#_{}])", r"\\\1", name) for name in text.index]
-    rows = [" & ".join([name, *row]) + r" \\" for name, row in zip(names, text.to_numpy())]
-    columns = "l" + "r" * len(text.columns)
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head + r" \\", r"\midrule", *rows,
-                      r"\bottomrule", r"\end{tabular}", ""])  # fmt: skip
+    code = styled(table, decimals, "textbf:--rwrap;", "latex").to_latex(hrules=True)
+    for symbol, command in arrows.items():
+        code = code.replace(symbol, command)
+    return code
 
 
 def to_text(table: pd.DataFrame, decimals: int = 3) -> str:

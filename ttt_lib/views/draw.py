@@ -64,19 +64,12 @@ def _cameras(median_depth: Tensor | float, severity: int, draws: Tensor) -> Tens
     return look_at_transform(offset, target, roll=torch.deg2rad(signed[:, 3] * roll))
 
 
-def sample_crops(
-    intrinsics: Tensor, config: CropConfig, count: int, generator: torch.Generator, aspect: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random crops: rotation (count,4,4), intrinsics (count,3,3) and which are crops at all, (count,) bool.
-
-    A crop's side is uniform in `config.scale` (of the image), its place uniform where it fits. `aspect`: width over
-    height of the crop, relative to the image's; the crop is narrowed about its centre to get there, so that pixels
-    stay square.
-    """
-    return _crops(intrinsics, config, torch.rand(count, CROP_DRAWS, generator=generator), aspect)
-
-
 def _crops(intrinsics: Tensor, config: CropConfig, draws: Tensor, aspect: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Crops: rotation (B,4,4), intrinsics (B,3,3) and which are crops at all, (B,) bool; draws (B, `CROP_DRAWS`).
+
+    A crop's side is uniform in `config.scale` (of the image), its place uniform where it fits. aspect: width over height
+    of the crop, relative to the image's; the crop is narrowed about its centre to get there: pixels stay square.
+    """
     low, high = config.scale
     scale = low + (high - low) * draws[:, 0]
     centre = 0.5 + (draws[:, 1:3] - 0.5) * (1 - scale[:, None])
