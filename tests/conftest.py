@@ -17,6 +17,7 @@ from ttt_lib.adaptation.student import Student
 from ttt_lib.core.config import ExperimentConfig, build_experiment, merge
 from ttt_lib.models.base import GeometryModel, select_parameters
 from ttt_lib.models.load import load_model
+from ttt_lib.models.moge import MoGe
 from ttt_lib.models.pretraining.train import new_model, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +74,7 @@ def _tiny() -> GeometryModel:
 @pytest.fixture
 def tiny(_tiny) -> GeometryModel:
     """The bundled model at 48 tokens, a copy of its own for each test."""
-    return GeometryModel(copy.deepcopy(_tiny.network), _tiny.name, _tiny.kind, 48)
+    return MoGe(copy.deepcopy(_tiny.network), _tiny.name, _tiny.kind, 48)
 
 
 @pytest.fixture(scope="session")

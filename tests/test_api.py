@@ -187,7 +187,7 @@ def samples():
 
 
 def test_scores_of_models_predictions_and_results(tiny, samples):
-    from ttt_lib.evaluation.scores import evaluate as scores_of
+    from ttt_lib.evaluation.scores import scores_of
 
     prediction = tiny.predict(samples[0].image)
     table = evaluate(prediction, samples[0])

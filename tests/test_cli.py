@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -188,3 +189,29 @@ def test_hard_subset(frames, tmp_path):
     assert len((tmp_path / "hard" / ".index.txt").read_text().split()) == 1 and "broken" in done.stderr
     (sample,) = open_dataset(kind="moge", path=tmp_path / "hard").readable()
     assert torch.isfinite(sample.depth).any()
+
+
+def test_verbose_says_what_is_done_and_debug_shows_the_cause(tmp_path, monkeypatch, capsys):
+    from ttt_lib.cli import main
+
+    (tmp_path / "bad.yaml").write_text("name: [")
+    log = logging.getLogger("ttt_lib")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "level", logging.NOTSET)
+    command = ["adapt", "x.jpg", "--experiment", str(tmp_path / "bad.yaml"), "-o", str(tmp_path)]
+    said = {}
+    for option in ("", "--verbose", "--debug"):
+        monkeypatch.setattr("sys.argv", ["ttt-depth", *filter(None, [option]), *command])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        said[option] = capsys.readouterr().err
+    assert said[""].count("\n") == 1 and "Traceback" not in said["--verbose"]
+    assert "Traceback" in said["--debug"] and "yaml" in said["--debug"] and "direct cause" in said["--debug"]
+    assert all(text.splitlines()[-1].startswith("ttt-depth: ") for text in said.values())
+    monkeypatch.setattr("sys.argv", ["ttt-depth", "-v", "doctor", "--json"])
+    monkeypatch.setattr(
+        "ttt_lib.doctor.CHECKS", [c for c in __import__("ttt_lib.doctor").doctor.CHECKS if c.name == "bundled model"]
+    )
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "ttt_lib.models.load: model tiny: family tiny on cpu" in capsys.readouterr().err

@@ -22,15 +22,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ttt_lib.api import adapt, evaluate, load_samples
+    from ttt_lib.adaptation.adapter import Adapter
+    from ttt_lib.adaptation.result import AdaptResult
+    from ttt_lib.api import adapt, evaluate, load_experiment, load_samples
     from ttt_lib.core.errors import UserError
-    from ttt_lib.models.load import load_model
+    from ttt_lib.core.registry import LOSSES, MODELS, SHIFTS
+    from ttt_lib.core.types import Prediction, Sample
+    from ttt_lib.models.load import list_models, load_model
+    from ttt_lib.report.page import write_report
+    from ttt_lib.runs.catalog import list_experiments
+    from ttt_lib.runs.experiment import run_experiment
+    from ttt_lib.runs.results import read_runs
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "adapt", "evaluate", "load_model", "load_samples"]
-_MODULES = {
-    "UserError": "core.errors", "adapt": "api", "evaluate": "api", "load_model": "models.load", "load_samples": "api",
-}  # fmt: skip
+__all__ = [
+    "LOSSES", "MODELS", "SHIFTS", "AdaptResult", "Adapter", "Prediction", "Sample", "UserError", "adapt", "evaluate",
+    "list_experiments", "list_models", "load_experiment", "load_model", "load_samples", "read_runs", "run_experiment",
+    "write_report",
+]  # fmt: skip
+_PLACES = {  # module -> its names here
+    "adaptation.adapter": ["Adapter"],
+    "adaptation.result": ["AdaptResult"],
+    "api": ["adapt", "evaluate", "load_experiment", "load_samples"],
+    "core.errors": ["UserError"],
+    "core.registry": ["LOSSES", "MODELS", "SHIFTS"],
+    "core.types": ["Prediction", "Sample"],
+    "models.load": ["list_models", "load_model"],
+    "report.page": ["write_report"],
+    "runs.catalog": ["list_experiments"],
+    "runs.experiment": ["run_experiment"],
+    "runs.results": ["read_runs"],
+}
+_MODULES = {name: module for module, names in _PLACES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

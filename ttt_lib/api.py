@@ -1,7 +1,7 @@
 """The functions of a first result, as `ttt_lib` gives them: sources by name, settings by name, scores as a table.
 
-They only choose: samples come from `data.py`, settings from `config.py`, the method is `adapt.adapt`, and the scores
-are those of `metrics.evaluate`.
+They only choose: samples come from the room `data`, settings from `core.config`, the method is `adaptation.adapter`, and
+the scores are those of `evaluation.scores`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,25 @@ Evaluated = Prediction | AdaptResult | GeometryModel
 def load_samples(source: Source | Iterable[Source], **options: Any) -> SampleSet:
     """The samples of a source, read when they are asked for.
 
-    source: `motorcycle` (two real photographs with metric depth), `synthetic` or `shifted` (procedural scenes), a folder
-    in MoGe's evaluation layout, a folder of images, one image, a JSON file of sets, or a list of these. options: of the
-    set, `count=3`, `width=320`, `height=216`, `seed=1`, as the `open_*` functions of `data.py` take them. The result
-    has `names` and a length; `samples[0]` and a loop over it give `Sample`s, `samples.readable()` passes over what
-    cannot be read. Raises `UserError` for a source that is not there or an option that it does not take.
+    Args:
+        source: `motorcycle` (two real photographs with metric depth), `synthetic`, `shifted` or `tours` (procedural
+            scenes), a folder in MoGe's evaluation layout, a folder of images, one image, a JSON file of sets, or a list
+            of these.
+        options: of the set, `count=3`, `width=320`, `height=216`, `seed=1`, as the `open_*` functions of the room `data`
+            take them.
+
+    Returns:
+        A `SampleSet` with `names` and a length; `samples[0]` and a loop over it give `Sample`s, `samples.readable()`
+        passes over what cannot be read.
+
+    Raises:
+        UserError: for a source that is not there or an option that it does not take.
+
+    Example:
+        >>> from ttt_lib import load_samples
+        >>> samples = load_samples("motorcycle", width=96, height=64)
+        >>> samples.names, tuple(samples[0].image.shape)
+        (['motorcycle_left', 'motorcycle_right'], (3, 64, 96))
     """
     entries = [source] if isinstance(source, str | Path) else list(source)
     if not entries:
@@ -64,6 +78,31 @@ def load_samples(source: Source | Iterable[Source], **options: Any) -> SampleSet
     return SampleSet("+".join(titles), list(places), load, "\n".join(s.data_hash() for s in sets))
 
 
+def load_experiment(
+    experiment: Source, profile: str | None = None, overrides: dict[str, Any] | None = None
+) -> ExperimentConfig:
+    """The settings of an experiment.
+
+    Args:
+        experiment: a name of `list_experiments()`, or a YAML file.
+        profile: `demo`, `paper`, `as_released` or a YAML file, laid over it; None for none; `auto` for `demo` where the
+            experiment's model is the bundled one.
+        overrides: settings, laid over both: `{"train": {"passes": 4}}`.
+
+    Returns:
+        An `ExperimentConfig`, validated, which `adapt`, `Adapter` and `run_experiment` take.
+
+    Raises:
+        UserError: for a name that is not there, and a setting that is unknown or out of range, by its place.
+
+    Example:
+        >>> from ttt_lib import load_experiment
+        >>> load_experiment("unfreeze_encoder", overrides={"train": {"passes": 4}}).train.passes
+        4
+    """
+    return load_with_profile(experiment_file(experiment), profile, overrides)
+
+
 def adapt(
     model: GeometryModel,
     image: Sample | Tensor | Source,
@@ -76,16 +115,31 @@ def adapt(
 ) -> AdaptResult:
     """Adapt the model to one image and predict; the model is left exactly as it was.
 
-    image: a `Sample`, a tensor (3,H,W) float in [0,1], or the path of a photograph. experiment: a name or file of
-    `notebooks/experiments`, or a complete `ExperimentConfig`, which profile and overrides leave alone. profile: `demo`,
-    `paper`, `as_released`, a YAML file, None for none; `auto` takes `demo` for the bundled model, whose rates must be
-    small, and none for others. overrides: settings, `{"train": {"passes": 4}}`. name: with the experiment's seed it
-    fixes every random draw (default: that of the sample or file). references: known distances
-    (`references.read_references`). progress: show a bar.
+    Args:
+        model: used as it was loaded; the experiment's section `model` is not.
+        image: a `Sample`, a tensor (3,H,W) float in [0,1], or the path of a photograph.
+        experiment: a name or file of `notebooks/experiments`, or a complete `ExperimentConfig`, which profile and
+            overrides leave alone.
+        profile: `demo`, `paper`, `as_released`, a YAML file, None for none; `auto` takes `demo` for the bundled model,
+            whose rates must be small, and none for others.
+        overrides: settings, `{"train": {"passes": 4}}`.
+        name: with the experiment's seed it fixes every random draw (default: that of the sample or file).
+        references: known distances (`data.known_distances.read_references`).
+        progress: show a bar.
 
-    The result has `original`, `adapted` and `final` predictions and the gate's `decision`. The model is used as it was
-    loaded: the experiment's section `model` is not. Raises `UserError` for an image that cannot be read and for
-    unknown names or settings.
+    Returns:
+        An `AdaptResult`: `original`, `adapted` and `final` predictions and the `decision`.
+
+    Raises:
+        UserError: for an image that cannot be read and for unknown names or settings.
+
+    Example:
+        >>> from ttt_lib import adapt, load_model, load_samples
+        >>> model, sample = load_model("tiny", num_tokens=48), load_samples("motorcycle", width=96, height=64)[0]
+        >>> quick = {"train": {"passes": 2, "accumulation": 1}}
+        >>> result = adapt(model, sample, "unfreeze_encoder", overrides=quick, progress=False)
+        >>> result.decision, result.passes_done
+        ('adapted', 2)
     """
     if isinstance(image, Sample):
         name, image = name or f"{image.dataset}/{image.name}", image.image
@@ -93,8 +147,7 @@ def adapt(
         name, image = name or Path(image).name, read_photo(image)
     if not isinstance(experiment, ExperimentConfig):
         chosen = default_profile(model.name) if profile == "auto" else profile
-        file = experiment_file(experiment, "adapt: experiment")
-        experiment = load_with_profile(file, chosen, overrides)
+        experiment = load_with_profile(experiment_file(experiment, "adapt: experiment"), chosen, overrides)
     # What the gate was calibrated for is compared with the model at hand.
     at_hand = experiment.model.model_copy(update={"name": model.name, "num_tokens": model.num_tokens})
     config = experiment.model_copy(update={"model": at_hand})
@@ -103,13 +156,27 @@ def adapt(
 
 
 def evaluate(what: Evaluated | Iterable[Prediction | AdaptResult], samples: Sample | Iterable[Sample]) -> pd.DataFrame:
-    """Scores against the truth of the samples, one row a score (`metrics.evaluate` says what they are).
+    """Scores against the truth of the samples, one row a score (`evaluation.scores.scores_of` says what they are).
 
-    what: a prediction or a result of `adapt` for one sample, a list of them in the order of the samples, or a model,
-    which predicts each sample. Columns: `value`; for results `before`, `after`, `better`, which names the better of these
-    two or says `same`, and `adapted`, what training gave, where the gate did not take that as it is. Index: metric and
-    score, for several samples also dataset and sample; `.reset_index()` makes columns of it. Raises `UserError` for a
-    sample without enough truth, and for lists of different lengths.
+    Args:
+        what: a prediction or a result of `adapt` for one sample, a list of them in the order of the samples, or a model,
+            which predicts each sample.
+        samples: one, or several.
+
+    Returns:
+        A table with the column `value`; for results `before`, `after`, `better`, which names the better of these two or
+        says `same`, and `adapted`, what training gave, where the gate did not take that as it is. Index: metric and
+        score, for several samples also dataset and sample; `.reset_index()` makes columns of it.
+
+    Raises:
+        UserError: for a sample without enough truth, and for lists of different lengths.
+
+    Example:
+        >>> from ttt_lib import evaluate, load_model, load_samples
+        >>> sample = load_samples("motorcycle", width=96, height=64)[0]
+        >>> scores = evaluate(load_model("tiny"), sample)
+        >>> scores.index.names, bool(scores.loc[("points_affine_invariant", "delta1"), "value"] > 0.5)
+        (FrozenList(['metric', 'score']), True)
     """
     one = isinstance(samples, Sample)
     samples = [samples] if one else list(samples)
@@ -132,7 +199,7 @@ def evaluate(what: Evaluated | Iterable[Prediction | AdaptResult], samples: Samp
 def _scores(what: Prediction | AdaptResult, sample: Sample) -> pd.DataFrame:
     """The rows of one sample: dataset, sample, metric, score, and `value` or `before`, `after`, `better`."""
     before = what if isinstance(what, Prediction) else what.original
-    rows = metrics.tidy_rows(metrics.evaluate(before, sample))
+    rows = metrics.tidy_rows(metrics.scores_of(before, sample))
     if rows.empty:
         raise UserError(
             f"evaluate: sample {sample.name!r} has no true depth for at least {metrics.MINIMUM_TRUTH} pixels."
@@ -142,10 +209,10 @@ def _scores(what: Prediction | AdaptResult, sample: Sample) -> pd.DataFrame:
         if what.final is what.original:  # the very same prediction has the same scores
             rows["after"] = rows["before"]
         else:
-            after = metrics.tidy_rows(metrics.evaluate(what.final, sample)).rename(columns={"value": "after"})
+            after = metrics.tidy_rows(metrics.scores_of(what.final, sample)).rename(columns={"value": "after"})
             rows = rows.merge(after, how="left", on=["metric", "score"])
         if what.adapted is not None and what.adapted is not what.final:
-            adapted = metrics.tidy_rows(metrics.evaluate(what.adapted, sample)).rename(columns={"value": "adapted"})
+            adapted = metrics.tidy_rows(metrics.scores_of(what.adapted, sample)).rename(columns={"value": "adapted"})
             rows = rows.merge(adapted, how="left", on=["metric", "score"])
         gain = [metrics.SCORES[s].gain(b, a) for s, b, a in zip(rows["score"], rows["before"], rows["after"])]
         better = ["after" if g > 0 else "before" if g < 0 else "same" if g == 0 else "" for g in gain]

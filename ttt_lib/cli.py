@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +18,28 @@ from ttt_lib.core.files import absolute, first_repeated
 from ttt_lib.runs.catalog import NOTEBOOKS, experiment_file, experiment_files, notebooks_folder
 from ttt_lib.runs.plan import choose_experiments, make_jobs, parse_set, put
 
+LOG = logging.getLogger("ttt_lib")
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Test-time training of monocular geometry models: adapt to photographs, run the ablation, look at this machine.",
     epilog="Example: ttt-depth adapt photo.jpg -o outputs",
 )
+
+
+@app.callback()
+def _say(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say on stderr what is loaded, left out and decided.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Say everything; an error shows its trace and cause.")] = False,
+) -> None:
+    """The level of the package's loggers, before any command."""
+    if verbose or debug:
+        handler = logging.StreamHandler()  # stderr
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+        LOG.handlers = [handler]
+        LOG.setLevel(logging.DEBUG if debug else logging.INFO)
 
 
 def parse_data(entries: list[str]) -> list[dict[str, Any]]:
@@ -309,11 +327,9 @@ def hard_subset(
 @app.command(epilog="Example: ttt-depth models")
 def models() -> None:
     """List what --model takes."""
-    from ttt_lib.models.moge import HUB_NAMES, TRANSFORMERS_PREFIXES
+    from ttt_lib.models.load import list_models
 
-    print("tiny  (bundled, works offline)")
-    print("\n".join(HUB_NAMES))
-    print("\n".join(f"{prefix}...  (transformers)" for prefix in TRANSFORMERS_PREFIXES))
+    print("\n".join(list_models()))
     print("PATH  (a MoGe-1 or MoGe-2 checkpoint file, or the folder of a transformers model)")
 
 
@@ -347,18 +363,19 @@ def _is_the_users(error: OSError) -> bool:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    """Entry point: a user's mistake is one line on stderr and exit code 2, with `--debug` below its trace and cause."""
     for stream in (sys.stdout, sys.stderr):  # names of files hold more than some consoles can show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="ttt-depth")
-    except UserError as error:
-        print(f"ttt-depth: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if not _is_the_users(error):
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and not _is_the_users(error):
             raise  # a mistake of this program: its trace says where
-        place = f"{printable(error.filename)}: " if error.filename else ""
-        print(f"ttt-depth: {place}{reason(error)}.", file=sys.stderr)
+        if LOG.isEnabledFor(logging.DEBUG):
+            traceback.print_exc()
+        if isinstance(error, OSError):
+            place = f"{printable(error.filename)}: " if error.filename else ""
+            error = f"{place}{reason(error)}."
+        print(f"ttt-depth: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,7 @@
 """What the machine has: interpreter, torch, GPU, model libraries, OpenGL, the hub. `doctor.py` puts the list together.
 
-Each check looks at one thing. What draws through OpenGL runs in another process, because drivers can crash.
+A check returns what it found, or raises: `Missing` for what the package works without, anything else for a problem. What
+draws through OpenGL runs in another process, because drivers can crash.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
-from typing import Literal
 
 from ttt_lib.core.errors import reason
 
 GL_TIMEOUT = 120.0  # seconds, with the import of torch on a slow disk
 HUB_PATIENCE = 15.0  # seconds; name servers may be slower to fail than the hub's own time limit
-REINSTALL = "install the package again in a fresh environment: `pip install .` in its checkout"
+TRIED = ("Linux",)  # systems on which the tests run
+WITHOUT_GL = "set views.novel_view.backend=torch, or try PYOPENGL_PLATFORM=osmesa with `libosmesa6` installed"
 
 # What `NovelViewRenderer("auto")` does in a run: make the context, upload a mesh, draw it.
 DRAW = """
@@ -36,15 +36,16 @@ print("FOUND " + json.dumps([renderer.backend, renderer.reason, bool(abs(depth -
 """
 
 
-@dataclass
-class Finding:
-    """One line of the list. state: `ok`, `missing` (works without it) or `problem`; essential: nothing works without."""
+class Problem(Exception):
+    """What a check found wrong; advice, where the table's is not the right one."""
 
-    name: str
-    state: Literal["ok", "missing", "problem"]
-    found: str
-    advice: str = ""
-    essential: bool = False
+    def __init__(self, found: str, advice: str = "") -> None:
+        super().__init__(found)
+        self.advice = advice
+
+
+class Missing(Problem):
+    """What is not there, and the package works without."""
 
 
 def version_of(package: str) -> str | None:
@@ -55,127 +56,114 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def check_python() -> Finding:
-    """The interpreter; pip has seen to its version."""
-    found = f"{platform.python_version()}, {platform.system()} {platform.machine()}, {sys.executable}"
-    return Finding("Python", "ok", found, essential=True)
+def python_here() -> str:
+    """The interpreter, whose version pip has seen to, and the system."""
+    system = platform.system()
+    tried = "" if system in TRIED else f"; the tests run on {', '.join(TRIED)}, here nothing is promised"
+    return f"{platform.python_version()}, {system} {platform.machine()}, {sys.executable}{tried}"
 
 
-def check_torch() -> Finding:
-    """PyTorch imports and computes."""
-    try:
-        import torch
+def torch_computes() -> str:
+    """PyTorch imports and multiplies."""
+    import torch
 
-        if float(torch.ones(8, 8).matmul(torch.ones(8, 8)).sum()) != 512:
-            return Finding("torch", "problem", f"{torch.__version__} multiplies matrices wrongly", REINSTALL, True)
-        found = f"{torch.__version__}, {torch.get_num_threads()} threads"
-    except Exception as error:
-        return Finding("torch", "problem", f"cannot be imported ({reason(error)})", REINSTALL, True)
-    return Finding("torch", "ok", found, essential=True)
+    if float(torch.ones(8, 8).matmul(torch.ones(8, 8)).sum()) != 512:
+        raise Problem(f"{torch.__version__} multiplies matrices wrongly")
+    return f"{torch.__version__}, {torch.get_num_threads()} threads"
 
 
-def check_gpu() -> Finding:
+def gpus() -> str:
     """CUDA devices and their memory, or why torch sees none."""
     import torch
 
-    if torch.cuda.is_available():
-        found = []
-        for index in range(torch.cuda.device_count()):
-            try:
-                free, total = (n / 2**30 for n in torch.cuda.mem_get_info(index))
-                torch.ones(2, device=f"cuda:{index}").sum().item()
-                found.append(f"cuda:{index} {torch.cuda.get_device_name(index)}, {free:.1f} of {total:.1f} GiB free")
-            except RuntimeError as error:
-                advice = (
-                    "free the device (`nvidia-smi` shows who uses it), choose another with CUDA_VISIBLE_DEVICES, or "
-                    "install a torch built for it"
-                )
-                return Finding("GPU", "problem", f"cuda:{index} cannot be used ({reason(error)})", advice)
-        return Finding("GPU", "ok", "; ".join(found))
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        try:
+            free, total = (n / 2**30 for n in torch.cuda.mem_get_info(index))
+            torch.ones(2, device=f"cuda:{index}").sum().item()
+        except RuntimeError as error:
+            raise Problem(
+                f"cuda:{index} cannot be used ({reason(error)})",
+                "free the device (`nvidia-smi` shows who uses it), choose another with CUDA_VISIBLE_DEVICES, or install "
+                "a torch built for it",
+            ) from error
+        found.append(f"cuda:{index} {torch.cuda.get_device_name(index)}, {free:.1f} of {total:.1f} GiB free")
+    if found:
+        return "; ".join(found)
     works = "everything also works on the CPU"
+    if torch.backends.mps.is_available():
+        raise Missing("Apple's MPS is not used: it has no float64, which the alignment needs", works)
     if shutil.which("nvidia-smi") is None:
-        return Finding("GPU", "missing", "no NVIDIA driver", f"{works}; for large models use a machine with a GPU")
+        raise Missing("no NVIDIA driver", f"{works}; for large models use a machine with a GPU")
+    there = f"a driver is there, but torch {torch.__version__}"
     if torch.version.cuda is None:
-        advice = f"{works}; for the GPU install a torch built for CUDA (environment.yml does)"
-        return Finding(
-            "GPU", "problem", f"a driver is there, but torch {torch.__version__} is built without CUDA", advice
+        raise Problem(
+            f"{there} is built without CUDA",
+            f"{works}; for the GPU install a torch built for CUDA (environment.yml does)",
         )
-    found = f"a driver is there, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds no device"
-    advice = f"{works}; check that `nvidia-smi` lists a device, that CUDA_VISIBLE_DEVICES is not empty, and that the driver is new enough"
-    return Finding("GPU", "problem", found, advice)
+    raise Problem(
+        f"{there} (CUDA {torch.version.cuda}) finds no device",
+        f"{works}; check that `nvidia-smi` lists a device, that CUDA_VISIBLE_DEVICES is not empty, and that the driver is"
+        " new enough",
+    )
 
 
-def check_torchvision() -> Finding:
+def torchvision() -> str:
     """Nothing here needs torchvision; a broken one counts as absent."""
     version = version_of("torchvision")
     if version is None:
-        return Finding("torchvision", "ok", "absent; nothing needs it")
+        return "absent; nothing needs it"
     from ttt_lib.models.torchvision import hide_broken_torchvision
 
     hide_broken_torchvision()
     if sys.modules.get("torchvision") is not None:
-        return Finding("torchvision", "ok", version)
-    found = f"{version} cannot be imported beside this torch; it counts as absent, and nothing needs it"
-    return Finding("torchvision", "ok", found)
+        return version
+    return f"{version} cannot be imported beside this torch; it counts as absent, and nothing needs it"
 
 
-def check_moge() -> Finding:
+def moge() -> str:
     """MoGe's network, losses and metrics import."""
-    try:
-        for module in ("moge.model.v2", "moge.train.losses", "moge.test.metrics"):
-            importlib.import_module(module)
-    except Exception as error:
-        found = f"cannot be imported ({reason(error)})"
-        return Finding("MoGe", "problem", found, "install it: `pip install dlr-moge==2.0.0`", True)
-    return Finding("MoGe", "ok", f"dlr-moge {version_of('dlr-moge') or 'of unknown version'}", essential=True)
+    for module in ("moge.model.v2", "moge.train.losses", "moge.test.metrics"):
+        importlib.import_module(module)
+    return f"dlr-moge {version_of('dlr-moge') or 'of unknown version'}"
 
 
-def check_transformers() -> Finding:
+def transformers() -> str:
     """For Depth Anything, ZoeDepth and DPT/MiDaS only."""
     from packaging.version import Version
 
-    version, advice = (
-        version_of("transformers"),
-        'for Depth Anything, ZoeDepth and MiDaS: `pip install "transformers>=4.45"`',
-    )
+    version = version_of("transformers")
     if version is None:
-        return Finding("transformers", "missing", "not installed", advice)
+        raise Missing("not installed")
     if Version(version) < Version("4.45"):
-        return Finding("transformers", "problem", f"{version} is older than 4.45", advice)
-    try:
-        importlib.import_module("transformers")
-    except Exception as error:
-        return Finding("transformers", "problem", f"{version} cannot be imported ({reason(error)})", advice)
-    return Finding("transformers", "ok", version)
+        raise Problem(f"{version} is older than 4.45")
+    importlib.import_module("transformers")
+    return version
 
 
-def check_gl() -> Finding:
+def gl() -> str:
     """What `auto` draws novel views through, found by drawing one in another process."""
     try:
         done = subprocess.run([sys.executable, "-c", DRAW], capture_output=True, text=True, timeout=GL_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        advice = "the GL driver hangs; set views.novel_view.backend=torch, or PYOPENGL_PLATFORM=osmesa"
-        return Finding("GL", "problem", f"no picture after {GL_TIMEOUT:.0f} s", advice)
+    except subprocess.TimeoutExpired as error:
+        raise Problem(f"no picture after {GL_TIMEOUT:.0f} s", f"the GL driver hangs; {WITHOUT_GL}") from error
     line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND ")), None)
     if line is None:
         last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
-        found = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"failed: {last[:200]}"
-        advice = "set views.novel_view.backend=torch, or try PYOPENGL_PLATFORM=osmesa with `libosmesa6` installed"
-        return Finding("GL", "problem", f"drawing through GL {found}", advice)
+        ended = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"failed: {last[:200]}"
+        raise Problem(f"drawing through GL {ended}")
     backend, why, right = json.loads(line[len("FOUND ") :])
     if not right:
-        return Finding("GL", "problem", f"{why}; the picture is wrong", "set views.novel_view.backend=torch")
-    if backend == "pyrender":
-        return Finding("GL", "ok", why)
-    from ttt_lib.views.pyrender_backend import INSTALL_GL
+        raise Problem(f"{why}; the picture is wrong")
+    if backend != "pyrender":
+        from ttt_lib.views.pyrender_backend import INSTALL_GL
 
-    install = INSTALL_GL.split(", or use")[0]
-    return Finding(
-        "GL", "missing", why, f"torch draws the novel views instead; to have them drawn through GL, {install}"
-    )
+        install = INSTALL_GL.split(", or use")[0]
+        raise Missing(why, f"torch draws the novel views instead; to have them drawn through GL, {install}")
+    return why
 
 
-def check_hub() -> Finding:
+def hub() -> str:
     """Whether models can be downloaded, and which are in the cache."""
     from huggingface_hub import constants, scan_cache_dir
 
@@ -188,13 +176,11 @@ def check_hub() -> Finding:
     held = f"in the cache: {', '.join(cached) or 'no model'}"
     advice = "use `tiny`, a model of the cache, or the path of a `model.pt` that another machine downloaded"
     if constants.HF_HUB_OFFLINE:
-        return Finding("hub", "missing", f"switched off by HF_HUB_OFFLINE; {held}", f"unset it, or {advice}")
+        raise Missing(f"switched off by HF_HUB_OFFLINE; {held}", f"unset it, or {advice}")
     answers: list[bool] = []
     asked = threading.Thread(target=lambda: answers.append(hub_answers()), daemon=True)
     asked.start()
     asked.join(HUB_PATIENCE)
-    if answers == [True]:
-        return Finding("hub", "ok", f"{constants.ENDPOINT} answers; {held}")
-    return Finding(
-        "hub", "missing", f"{constants.ENDPOINT} does not answer; {held}", f"{advice}; HF_ENDPOINT sets a mirror"
-    )
+    if answers != [True]:
+        raise Missing(f"{constants.ENDPOINT} does not answer; {held}", f"{advice}; HF_ENDPOINT sets a mirror")
+    return f"{constants.ENDPOINT} answers; {held}"

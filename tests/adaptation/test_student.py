@@ -22,12 +22,13 @@ from ttt_lib.core import memory
 from ttt_lib.core.config import merge
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.seeds import sample_generator
-from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot, weights_checksum
+from ttt_lib.models.base import restore, select_parameters, snapshot, weights_checksum
+from ttt_lib.models.moge import MoGe
 
 config = small_experiment(train={"optimizer": {"learning_rate": 1e-4}})
 
 
-class Exact(GeometryModel):
+class Exact(MoGe):
     """The network in float64: sums in another order differ there by 1e-16, and what differs by more is a mistake.
 
     In float32 the kernels of another processor, or of another batch size, may round by 1e-5 of the largest gradient.

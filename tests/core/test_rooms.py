@@ -67,3 +67,20 @@ def test_each_room_says_what_it_is():
         text = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8"))) or ""
         assert 5 <= len(text.splitlines()) <= 20 and "Comes in" in text and "Goes out" in text, name
         assert "Start reading" in text, name
+
+
+LINES, FUNCTION_LINES = 300, 60  # a reason to be longer is a sentence in the docstring that begins with "Long:"
+
+
+def test_files_and_functions_are_short_or_say_why():
+    too_long = {}
+    for name, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        lengths = [(name, len(text.splitlines()), LINES, tree)]
+        lengths += [(f"{name}.{f.name}", f.end_lineno - f.lineno + 1, FUNCTION_LINES, f) for f in functions]
+        too_long |= {
+            what: n for what, n, most, node in lengths if n > most and "Long:" not in (ast.get_docstring(node) or "")
+        }
+    assert not too_long, f"split or shorten: {too_long}"

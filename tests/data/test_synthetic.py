@@ -9,7 +9,7 @@ import torch
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.registry import SHIFTS
 from ttt_lib.data.catalog import open_dataset
-from ttt_lib.data.scenes.generate import KINDS, make_pictures, make_scenes, sample_cameras
+from ttt_lib.data.scenes.generate import KINDS, make_pictures, make_scenes, place_cameras
 from ttt_lib.data.scenes.raycast import draw
 from ttt_lib.data.scenes.solids import FAR, Solids, intersect
 from ttt_lib.data.shifts import apply_shift
@@ -58,7 +58,7 @@ def test_points_lie_on_their_pixels_rays_and_normals_face_the_camera(kind):
 def test_two_cameras_see_the_same_world():
     """Points seen by one camera, moved into the other, lie on or behind what that one sees; most of them on it."""
     scenes, places = make_scenes(["room"], 11)
-    transform, intrinsics = sample_cameras(["room"], places, 11, 4 / 3)
+    transform, intrinsics = place_cameras(["room"], places, 11, 4 / 3)
     moved = transform.clone()
     moved[:, 0, 3] += 0.1
     first, second = (draw(scenes, t, intrinsics, (96, 128)) for t in (transform, moved))
@@ -83,7 +83,7 @@ def test_the_same_from_the_same_seed_and_not_from_another():
 
 def test_cameras_have_fields_of_view_from_30_to_100_degrees_and_tilt():
     _, places = make_scenes(list(KINDS) * 10, 0)
-    transform, intrinsics = sample_cameras(list(KINDS) * 10, places, 0, 4 / 3)
+    transform, intrinsics = place_cameras(list(KINDS) * 10, places, 0, 4 / 3)
     fov = fov_from_intrinsics(intrinsics)[0]
     assert fov.min() >= 30 - 1e-3 and fov.max() <= 100 + 1e-3 and fov.std() > 5
     rotation = transform[:, :3, :3]

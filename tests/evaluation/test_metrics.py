@@ -15,8 +15,7 @@ from ttt_lib.evaluation.scores import (
     SCORES,
     TABLE1_COLUMNS,
     disparity_aligned_metrics,
-    evaluate,
-    mean_relative_improvement,
+    scores_of,
     tidy_rows,
     to_moge,
     to_truth,
@@ -58,7 +57,7 @@ def test_equal_to_calling_moge_directly(sample, prediction, kind):
         "intrinsics": prediction.intrinsics,
     }
     expected, _ = compute_metrics(named, to_truth(sample))
-    found = evaluate(prediction, sample)
+    found = scores_of(prediction, sample)
     for metric, scores in expected.items():
         for score, value in scores.items():
             assert found[metric][score] == same(value, score, sample), (metric, score)
@@ -71,24 +70,24 @@ def test_disparity_models_are_scored_as_such(sample, prediction):
     disparity = 3 / prediction.depth + 0.1
     model = Prediction(None, None, prediction.mask, None, "disparity", disparity=disparity)
     expected, _ = compute_metrics({"disparity_affine_invariant": disparity}, to_truth(sample))
-    found = evaluate(model, sample)["disparity_affine_invariant"]
+    found = scores_of(model, sample)["disparity_affine_invariant"]
     for score, value in expected["disparity_affine_invariant"].items():
         assert found[score] == same(value, score, sample), score
 
 
 def test_the_prediction_is_not_changed(sample, prediction):
     before = [t.clone() for t in (prediction.points, prediction.depth, prediction.intrinsics)]
-    evaluate(prediction, sample)
+    scores_of(prediction, sample)
     after = (prediction.points, prediction.depth, prediction.intrinsics)
     assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
 def test_scale_and_shift_invariance(sample, prediction):
-    base = evaluate(prediction, sample)
+    base = scores_of(prediction, sample)
     scaled = Prediction(
         prediction.points * 2.5, prediction.depth * 2.5, prediction.mask, prediction.intrinsics, "metric"
     )
-    found = evaluate(scaled, sample)
+    found = scores_of(scaled, sample)
     for metric in ("depth_scale_invariant", "points_scale_invariant", "points_affine_invariant", "zoedepth"):
         for score, value in found[metric].items():
             assert value == pytest.approx(base[metric][score], rel=1e-3, abs=2e-3), metric
@@ -97,7 +96,7 @@ def test_scale_and_shift_invariance(sample, prediction):
 
 def test_perfect_is_perfect(sample):
     points = sample.points.nan_to_num(5.0)
-    found = evaluate(Prediction(points, points[..., 2], None, sample.intrinsics, "metric"), sample)
+    found = scores_of(Prediction(points, points[..., 2], None, sample.intrinsics, "metric"), sample)
     for metric, score in TABLE1_COLUMNS:
         assert found[metric][score] == pytest.approx(1.0 if score == "delta1" else 0.0, abs=1e-4)
 
@@ -122,25 +121,18 @@ def test_disparity_alignment_undoes_scale_and_shift():
     assert found["abs_rel"] == pytest.approx(0, abs=1e-4) and found["delta1"] == 1
 
 
-def test_mean_relative_improvement_by_hand():
-    baseline = {"a": {"delta1": 0.8, "rel": 0.2}, "b": {"delta1": 0.5, "rel": 0.4}}
-    scores = {"a": {"delta1": 0.88, "rel": 0.1}, "b": {"delta1": 0.5, "rel": 0.5}}
-    # delta1: (+10 % + 0 %) / 2 = 5 %; rel: (+50 % - 25 %) / 2 = 12.5 %
-    assert mean_relative_improvement(scores, baseline) == pytest.approx(8.75)
-
-
 def test_too_little_truth_gives_no_scores(sample, prediction):
     empty = Sample(
         "x", "y", sample.image, sample.depth, sample.points, torch.zeros_like(sample.mask), sample.intrinsics
     )
-    assert evaluate(prediction, empty) == {}
+    assert scores_of(prediction, empty) == {}
     assert tidy_rows({}).columns.tolist() == ["metric", "score", "value"]
 
 
 def test_predictions_of_another_size_are_fitted(sample, prediction):
     half = Prediction(prediction.points[::2, ::2], prediction.depth[::2, ::2], None, prediction.intrinsics, "metric")
     assert to_moge(half, tuple(sample.mask.shape))["points_metric"].shape == sample.points.shape
-    assert len(tidy_rows(evaluate(half, sample))) > 12
+    assert len(tidy_rows(scores_of(half, sample))) > 12
 
 
 def exact(sample) -> Prediction:
@@ -154,7 +146,7 @@ def test_depths_that_are_none_are_wrong_and_their_share_is_said(sample):
     chosen = sample.mask & (torch.rand(sample.mask.shape, generator=torch.Generator().manual_seed(3)) < 0.31)
     share = float(chosen.sum() / sample.mask.sum())
     for value in (-1.0, 0.0, math.nan, math.inf):
-        scores = evaluate(replace(truth, depth=torch.where(chosen, value, truth.depth)), sample)
+        scores = scores_of(replace(truth, depth=torch.where(chosen, value, truth.depth)), sample)
         assert scores["prediction"] == {"invalid": pytest.approx(share)}
         for metric in (
             "depth_metric",
@@ -171,7 +163,7 @@ def test_depths_that_are_none_are_wrong_and_their_share_is_said(sample):
 def test_a_prediction_of_the_wrong_sign_or_of_nothing_scores_nothing(sample):
     truth = exact(sample)
     for depth in (-truth.depth, torch.full_like(truth.depth, math.nan), torch.zeros_like(truth.depth)):
-        scores = evaluate(replace(truth, depth=depth), sample)
+        scores = scores_of(replace(truth, depth=depth), sample)
         assert scores["prediction"]["invalid"] == 1.0
         assert all(group["delta1"] == 0.0 for group in scores.values() if "delta1" in group)
 
@@ -182,13 +174,13 @@ def test_one_pixel_that_is_no_number_costs_one_pixel(sample):
     row, column = (int(x[0]) for x in torch.nonzero(sample.mask, as_tuple=True))
     depth[row, column] = math.inf
     points[row, column] = math.nan
-    scores = evaluate(replace(truth, depth=depth, points=points), sample)
+    scores = scores_of(replace(truth, depth=depth, points=points), sample)
     assert scores["points_affine_invariant"]["delta1"] == pytest.approx(1 - 1 / int(sample.mask.sum()), abs=1e-6)
-    assert "prediction" not in evaluate(truth, sample)
+    assert "prediction" not in scores_of(truth, sample)
 
 
 def test_every_score_says_which_way_is_better(sample, prediction):
-    for group in evaluate(prediction, sample).values():
+    for group in scores_of(prediction, sample).values():
         assert group.keys() <= SCORES.keys()
     assert SCORES["delta1"].gain(0.5, 0.7) > 0 > SCORES["rel"].gain(0.1, 0.2)
     before, after = pd.Series([-8.0, 2.0]), pd.Series([3.0, -6.0])  # signed: nearer to zero is better

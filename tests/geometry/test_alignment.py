@@ -31,7 +31,7 @@ def test_same_optimum_as_moge(seed, count, noise, outliers):
         return (weight[:, None] * (scale * source + shift - target).abs()).sum()
 
     best = cost(*moge.align_points_scale_xyz_shift(source, target, weight))
-    found = cost(*alignment.align_points_scale_xyz_shift(source, target, weight))
+    found = cost(*alignment.align_points_scale_xyz_shift_exact(source, target, weight))
     assert found <= best * (1 + 1e-5) + 1e-4
 
     x, y, w = source[:, 2], target[:, 2], 1 / target[:, 2].abs().clamp_min(0.1)
@@ -44,15 +44,15 @@ def test_same_optimum_as_moge(seed, count, noise, outliers):
 def test_to_the_bit_where_the_optimum_is_unique(seed):
     source, target, weight = problem(seed, 700, 0.1, 0.1)
     expected = moge.align_points_scale_xyz_shift(source, target, weight)
-    found = alignment.align_points_scale_xyz_shift(source, target, weight)
+    found = alignment.align_points_scale_xyz_shift_exact(source, target, weight)
     assert torch.equal(expected[0], found[0]) and torch.equal(expected[1], found[1])
 
 
 def test_points_of_no_weight_do_not_count():
     source, target, weight = problem(3, 200, 0.05, 0.0)
     wild = torch.cat([source, 100 * torch.ones(5, 3)]), torch.cat([target, torch.zeros(5, 3)])
-    scale, shift = alignment.align_points_scale_xyz_shift(*wild, torch.cat([weight, torch.zeros(5)]))
-    expected = alignment.align_points_scale_xyz_shift(source, target, weight)
+    scale, shift = alignment.align_points_scale_xyz_shift_exact(*wild, torch.cat([weight, torch.zeros(5)]))
+    expected = alignment.align_points_scale_xyz_shift_exact(source, target, weight)
     assert torch.allclose(scale, expected[0]) and torch.allclose(shift, expected[1])
 
 

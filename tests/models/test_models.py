@@ -15,8 +15,10 @@ from moge.model.v2 import MoGeModel as MoGe2
 from PIL import Image
 
 from ttt_lib.core.errors import NotSupported, UserError
+from ttt_lib.core.registry import MODELS
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot, weights_checksum
-from ttt_lib.models.load import load_model
+from ttt_lib.models.load import list_models, load_model
+from ttt_lib.models.moge import MoGe
 from ttt_lib.models.pretraining.stand_in import write_stand_in
 
 
@@ -49,7 +51,7 @@ def real_moge(request, tmp_path_factory):
 def test_heads_that_are_left_out_do_not_run_and_change_nothing_else(picture):
     torch.manual_seed(0)
     network = MoGe2(**V2, normal_head=stack(18, 3)).eval()
-    model = GeometryModel(network, "with normals", "metric", 48)
+    model = MoGe(network, "with normals", "metric", 48)
     names, ran = [name for name, _ in network.named_parameters()], []
     for head in ("points_head", "normal_head", "mask_head"):
         getattr(network, head).register_forward_hook(lambda *_, head=head: ran.append(head))
@@ -235,10 +237,53 @@ def test_moge_3_is_named_while_it_is_lacking():
         load_model("Ruicheng/moge-3-vitl", "cpu")
 
 
-def test_a_network_of_another_kind_says_that_it_has_no_features():
-    model = GeometryModel(torch.nn.Conv2d(3, 1, 1), "mine", "metric")
+class Bare(GeometryModel):
+    """A family that says no more than it must."""
+
+    def forward(self, images, intrinsics=None):
+        return {"points": self.network(images).movedim(1, -1)}
+
+    def predict(self, images, intrinsics=None):
+        raise NotImplementedError
+
+
+def test_a_family_says_what_it_cannot_do():
+    with pytest.raises(TypeError, match="abstract"):
+        GeometryModel(torch.nn.Conv2d(3, 1, 1), "mine", "metric")
+    model, images = Bare(torch.nn.Conv2d(3, 3, 1), "mine", "metric"), torch.rand(1, 3, 20, 20)
     with pytest.raises(NotSupported, match="gives no features"):
-        model.features(torch.rand(1, 3, 20, 20))
+        model.features(images)
+    with pytest.raises(NotSupported, match="metric depth"):
+        model.metric_depth(model.forward(images), images)
+    with pytest.raises(NotSupported, match="checkpointing: not for mine"):
+        model.save_memory()
+    with model.without(("normal",)):
+        assert model.forward(images).keys() == {"points"}
+    assert [len(named) for named in model.parameter_groups().values()] == [0, 0, 2, 0]  # heads
+
+
+def test_built_in_and_added_families_enter_by_the_same_decorator(monkeypatch):
+    monkeypatch.setattr(MODELS, "about", MODELS.about.copy())
+    assert MODELS.all_names()[:3] == ["moge", "tiny", "hf"]
+    assert list_models("tiny") == ["tiny"] and {"tiny", *list_models("moge"), *list_models("hf")} <= set(list_models())
+    with pytest.raises(UserError, match="no family is called 'nope'"):
+        list_models("nope")
+
+    @MODELS.register("gray", matches=lambda name: name.endswith(".gray"), listed=("a.gray",))
+    def load_gray(name, device, **settings):
+        return name, device.type, settings
+
+    try:
+        assert load_model("b.gray", "cpu", num_tokens=3) == (
+            "b.gray", "cpu", {"num_tokens": 3, "autocast": "none", "fov_x": None}
+        )  # fmt: skip
+        assert list_models("gray") == ["a.gray"]
+        assert load_model("owner/c.gray", "cpu")[0] == "owner/c.gray"  # before moge, which takes every hub name
+    finally:
+        del MODELS["gray"]
+    for name in ("tiny:1", "moge:x", "hf:x"):  # families with names of their own are not reached by prefix
+        with pytest.raises(UserError, match="neither 'tiny'"):
+            load_model(name, "cpu")
 
 
 def test_unknown_names_and_an_unreachable_hub(tmp_path):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ttt_lib.models.load import ASSETS, load_model
+from ttt_lib.models.load import load_model
+from ttt_lib.models.moge import ASSETS
 from ttt_lib.models.pretraining import pictures as pretrain_data
 from ttt_lib.models.pretraining import train as pretrain
 
@@ -100,13 +101,13 @@ def test_the_bundled_checkpoint_is_trained_small_and_described():
 def test_the_bundled_model_beats_a_constant_plane_on_the_motorcycle():
     from ttt_lib.core.types import Prediction
     from ttt_lib.data.catalog import open_dataset
-    from ttt_lib.evaluation.scores import evaluate
+    from ttt_lib.evaluation.scores import scores_of
 
     model = load_model("tiny", "cpu", num_tokens=192)
     for sample in open_dataset(kind="motorcycle").readable():
-        found = evaluate(model.predict(sample.image), sample)["depth_affine_invariant"]["delta1"]
+        found = scores_of(model.predict(sample.image), sample)["depth_affine_invariant"]["delta1"]
         plane = Prediction(None, torch.ones_like(sample.depth), None, None, "scale_invariant")
-        guess = evaluate(plane, sample)["depth_scale_invariant"]["delta1"]
+        guess = scores_of(plane, sample)["depth_scale_invariant"]["delta1"]
         assert found > guess + 0.1
 
 

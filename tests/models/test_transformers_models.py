@@ -22,13 +22,16 @@ from PIL import Image
 from ttt_lib.core.errors import UserError
 from ttt_lib.models.base import restore, select_parameters, snapshot, weights_checksum
 from ttt_lib.models.load import load_model
-from ttt_lib.models.preprocessing import BICUBIC, BILINEAR, resize_as_pillow
+from ttt_lib.models.preprocessing import resize_rounded
 from ttt_lib.models.transformers_models import DEPTH_RATIO, depth_from_disparity
 
 TRANSFORMER = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
 NECK = {"neck_hidden_sizes": [8, 12, 16, 24], "fusion_hidden_size": 16}
 ALL_STAGES = ["stage1", "stage2", "stage3", "stage4"]
 FAMILIES = ("da_relative", "da_metric", "zoe_n", "zoe_nk", "dpt", "dpt_hybrid", "dpt_beit", "dpt_dinov2")
+LEVELS = (
+    2  # of 255: half one through Pillow's rounding between the passes (bicubic rows weigh it by 1.4), half at each end
+)
 METRIC = ("da_metric", "zoe_n", "zoe_nk", "dpt_dinov2")
 
 
@@ -136,7 +139,7 @@ def _pictures(count: int = 2, size: tuple[int, int] = (60, 82), seed: int = 0) -
     for _ in range(count):
         layers = [
             np.asarray(
-                Image.fromarray(generator.integers(0, 256, (n, n + 1, 3), dtype=np.uint8)).resize(size[::-1], BICUBIC),
+                Image.fromarray(generator.integers(0, 256, (n, n + 1, 3), dtype=np.uint8)).resize(size[::-1], 3),
                 dtype=np.float64,
             )
             for n in (3, 9, 40)
@@ -197,14 +200,21 @@ def _post_process(processor, outputs, size: tuple[int, int], monkeypatch, flippe
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [(60, 82), (82, 60), (150, 190)])
 def test_prediction_is_that_of_transformers_called_directly(folder, load, family, size, monkeypatch):
-    """Processor, network and post-processing of the library on 8-bit pictures, one at a time: 1e-5."""
+    """Network and post-processing of the library on 8-bit pictures, one at a time: 1e-5; what they are fed up to rounding."""
     model, network, processor = load(family), _direct_network(folder(family)), _processor(folder(family))
     pictures = _pictures(2, size)
+    prepared = [processor(images=Image.fromarray(picture), return_tensors="pt")["pixel_values"] for picture in pictures]
+    found = model.pixel_values(_batch(pictures))
+    level = model.rules.scale / min(model.rules.std)  # one of 255, as the network sees it
+    exact = family.startswith("zoe") or not model.rules.resize  # nothing is rounded
+    assert (found - torch.cat(prepared)).abs().max() <= (1e-5 if exact else LEVELS) * level
+    own = model.predict(_batch(pictures))
+    monkeypatch.setattr(model, "pixel_values", lambda images: torch.cat(prepared))
     prediction = model.predict(_batch(pictures))
     forward = model.forward(_batch(pictures))[model.output]
-    for k, picture in enumerate(pictures):
-        inputs = processor(images=Image.fromarray(picture), return_tensors="pt")["pixel_values"]
-        _close(model.pixel_values(_batch([picture])), inputs, 1e-6)
+    said = [each.disparity if model.kind == "disparity" else each.depth for each in (own, prediction)]
+    assert (said[0] - said[1]).abs().mean() < 0.05 * said[1].abs().mean()  # random weights magnify the levels
+    for k, inputs in enumerate(prepared):
         with torch.no_grad():
             outputs = network(inputs)
         expected = _post_process(processor, outputs, size, monkeypatch)[0]
@@ -227,24 +237,15 @@ def test_zoedepth_averages_with_the_mirrored_picture(folder, load, monkeypatch):
     assert (plain - expected).abs().max() > 1e-4 * expected.max()
 
 
-@pytest.mark.parametrize("resample", [BILINEAR, BICUBIC])
+@pytest.mark.parametrize("mode, number", [("bilinear", 2), ("bicubic", 3)])
 @pytest.mark.parametrize("old, new", [((60, 82), (42, 56)), ((33, 70), (98, 126)), ((120, 90), (64, 90))])
-def test_resizing_is_bit_identical_to_pillow(resample, old, new):
-    noise = np.random.default_rng(1).integers(0, 256, (*old, 3), dtype=np.uint8)
-    for picture in (noise, _pictures(1, old)[0], (noise > 127).astype(np.uint8) * 255):
-        expected = np.asarray(Image.fromarray(picture).resize(new[::-1], resample)).astype(float)
-        found = resize_as_pillow(_batch([picture]) * 255, new, resample)[0].permute(1, 2, 0).numpy()
-        assert np.abs(found - expected).max() < 1e-4  # float32 pictures are not exactly k / 255
-
-
-def test_resizing_has_the_gradient_of_the_resize():
-    image = torch.rand(1, 1, 12, 10, dtype=torch.float64) * 100 + 80
-    image.requires_grad_()
-    weight = torch.randn(1, 1, 8, 14, dtype=torch.float64)
-    (resize_as_pillow(image, (8, 14), BICUBIC) * weight).sum().backward()
-    plain = image.detach().clone().requires_grad_()
-    (F.interpolate(plain, (8, 14), mode="bicubic", antialias=True) * weight).sum().backward()
-    assert torch.allclose(image.grad, plain.grad, atol=1e-5)
+def test_resizing_is_that_of_pillow_up_to_its_rounding(mode, number, old, new):
+    """Pillow rounds twice and each of us once: at most half a level each at the end, and half a level through the rows."""
+    picture = _pictures(1, old)[0]
+    expected = np.asarray(Image.fromarray(picture).resize(new[::-1], number)).astype(float)
+    found = resize_rounded(_batch([picture]) * 255, new, mode)[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(found, found.round()) and np.abs(found - expected).max() <= LEVELS
+    assert (np.abs(found - expected) > 1).mean() < 0.01
 
 
 @pytest.mark.parametrize("family", ["da_relative", "dpt", "zoe_n"])
@@ -670,7 +671,7 @@ def test_adaptation_runs_on_every_family_and_leaves_the_weights(load, family):
     from ttt_lib.core.config import build_experiment
     from ttt_lib.data.catalog import open_dataset
     from ttt_lib.data.known_distances import sample_references
-    from ttt_lib.evaluation.scores import evaluate
+    from ttt_lib.evaluation.scores import scores_of
 
     model = load(family)
     sample = next(iter(open_dataset(kind="synthetic", count=1, width=80, height=60).readable()))
@@ -689,7 +690,7 @@ def test_adaptation_runs_on_every_family_and_leaves_the_weights(load, family):
     assert TERMS[family].keys() <= result.history[0].keys()
     assert not torch.equal(result.adapted.depth, result.original.depth)
     assert np.isfinite(result.signals["consistency_score"])
-    scores = evaluate(result.final, rest)
+    scores = scores_of(result.final, rest)
     expected = "depth_affine_invariant" if family in METRIC else "disparity_affine_invariant"
     assert expected in scores
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from markupsafe import escape
 from scipy import stats
 
 from ttt_lib.core.errors import UserError
@@ -235,7 +235,7 @@ def test_what_can_be_computed_of_a_partial_run_is_shown_and_the_rest_is_said(cas
     printed, files = capsys.readouterr().out, space["files"]
     assert all(note in printed for note in runs.notes)
     text = files["html"].read_text(encoding="utf-8")
-    assert all(html.escape(note) in text for note in runs.notes)
+    assert all(str(escape(note)) in text for note in runs.notes)
     table = pd.read_csv(files["table1"])
     there = {place.parent.name for place in runs.shards}
     in_order = [name for name in list_experiments() if name in there]

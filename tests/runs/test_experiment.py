@@ -19,8 +19,9 @@ from ttt_lib.core.errors import DataError
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.types import Sample
 from ttt_lib.runs import experiment as experiment_module
-from ttt_lib.runs.experiment import _append, load_with_profile, run_experiment
+from ttt_lib.runs.experiment import load_with_profile, run_experiment
 from ttt_lib.runs.gallery import gallery_content, prediction_name
+from ttt_lib.runs.result_tables import _append
 
 BASE = {
     "name": "test",
@@ -155,7 +156,7 @@ NAMES = {("synthetic", name) for name in ("000", "001", "002")}
         ("adapt", IndexError("index 7 is out of bounds"), "IndexError: index 7 is out of bounds"),
         ("adapt", RuntimeError("out of memory"), "out of memory: lower views.longest_side"),
         ("adapt", RuntimeError("shapes differ"), "RuntimeError: shapes differ"),
-        ("evaluate", IndexError("no finite pixel"), "IndexError: no finite pixel"),
+        ("scores_of", IndexError("no finite pixel"), "IndexError: no finite pixel"),
         ("gallery_content", AttributeError("no depth"), "AttributeError: no depth"),
     ],
 )

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ttt_lib.core.config import ViewConfig
-from ttt_lib.data.scenes.generate import make_scenes
-from ttt_lib.data.scenes.generate import sample_cameras as place_cameras
+from ttt_lib.data.scenes.generate import make_scenes, place_cameras
 from ttt_lib.data.scenes.raycast import draw, make_atlas
 from ttt_lib.geometry.cameras import (
     MIRROR,

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ttt_lib.core.errors import UserError
-from ttt_lib.data.scenes.generate import KINDS, make_scenes
-from ttt_lib.data.scenes.generate import sample_cameras as scene_cameras
+from ttt_lib.data.scenes.generate import KINDS, make_scenes, place_cameras
 from ttt_lib.data.scenes.raycast import Picture, draw
 from ttt_lib.geometry.cameras import (
     MIRROR,
@@ -31,7 +30,7 @@ from ttt_lib.geometry.cameras import (
 from ttt_lib.views import pyrender_backend as gl_module
 from ttt_lib.views.draw import sample_cameras
 from ttt_lib.views.mesh import build_mesh
-from ttt_lib.views.pyrender_backend import egl_device, gl_renderer
+from ttt_lib.views.pyrender_backend import gl_renderer
 from ttt_lib.views.renderer import NovelViewRenderer
 
 SIZE = (240, 320)
@@ -66,7 +65,7 @@ class Case:
 @functools.cache
 def make_case(kind, seed, severity) -> Case:
     scenes, places = make_scenes([kind], seed)
-    transform, intrinsics = scene_cameras([kind], places, seed, SIZE[1] / SIZE[0])
+    transform, intrinsics = place_cameras([kind], places, seed, SIZE[1] / SIZE[0])
     lens = intrinsics.repeat(2, 1, 1)
     if severity == 3:
         intrinsics[:, 0, 2], intrinsics[:, 1, 2] = 0.43, 0.55
@@ -295,53 +294,21 @@ def test_threads_take_turns(backend):
     assert all(torch.equal(image, first) for image in [*found, renderer.render(*place).image])
 
 
-def test_the_egl_device_is_that_of_the_cuda_device():
-    assert egl_device(1, [0, 1]) == 1
-    assert egl_device(1, [1, 0]) == 0  # EGL's order is not CUDA's
-    assert egl_device(0, [None, 0, 1]) == 1 and egl_device(1, [None, 0, 1]) == 2  # a software device comes first
-    assert egl_device(1, [None, None]) == 1  # no driver tells: the same order
-    assert egl_device(3, [0, None]) == 0 and egl_device(3, [None]) == 0 and egl_device(0, []) == 0
-
-
-def test_each_device_gets_its_context_once(monkeypatch):
-    made = []
-
-    def make(device):
-        made.append(device)
-        return f"renderer {device}"
-
-    monkeypatch.setattr(gl_module, "_make_context", make)
-    monkeypatch.setattr(gl_module, "_context", {})
-    monkeypatch.setattr(gl_module, "_cuda_ordinals", lambda: [None, 1, 0])
-    monkeypatch.delenv("EGL_DEVICE_ID", raising=False)
-    monkeypatch.setenv("PYOPENGL_PLATFORM", "egl")
-    assert [gl_renderer(d) for d in ("cuda:1", "cuda:0", "cpu", "cuda:1")] == [f"renderer {d}" for d in (1, 2, 2, 1)]
-    assert made == [1, 2]
-    monkeypatch.setenv("EGL_DEVICE_ID", "5")  # chosen by hand
-    assert gl_renderer("cuda:1") == "renderer 5"
-    gl_module._context.clear()
-    made.clear()
-    monkeypatch.setenv("PYOPENGL_PLATFORM", "osmesa")  # draws on the CPU: one context for all
-    assert [gl_renderer(d) for d in ("cuda:1", "cpu")] == ["renderer 0"] * 2 and made == [0]
-    gl_module._context.clear()
-
-
 @pytest.mark.skipif(not GL, reason="there is no GL library")
-def test_devices_without_an_egl_device_of_their_own_share_one():
-    assert NovelViewRenderer("pyrender", "cuda:6").backend == "pyrender"
-    assert gl_renderer("cuda:6") is gl_renderer() or len(gl_module._cuda_ordinals()) > 6
+def test_one_context_is_for_every_device():
+    before = gl_renderer()
+    assert NovelViewRenderer("pyrender", "cuda:6").backend == "pyrender" and gl_renderer() is before
 
 
 @pytest.mark.parametrize("works", ["egl", "osmesa", ""])
 def test_osmesa_is_what_is_left_when_egl_fails(monkeypatch, works):
-    def make(device):
+    def make():
         if os.environ["PYOPENGL_PLATFORM"] != works:
             raise OSError(f"no {os.environ['PYOPENGL_PLATFORM']} here")
         return works
 
     monkeypatch.setattr(gl_module, "_make_context", make)
     monkeypatch.setattr(gl_module, "_context", {})
-    monkeypatch.setattr(gl_module, "_cuda_ordinals", lambda: [])
     monkeypatch.setenv("PYOPENGL_PLATFORM", "restored afterwards")
     monkeypatch.delenv("PYOPENGL_PLATFORM")
     if works:

@@ -32,6 +32,13 @@ class AdaptResult:
     signals: of the gate. seconds: wall time of everything here; peak_memory_mb: during this adaptation, see
     `memory.peak_memory_mb`. micro_batch: views in the network at a time. weights: of the trained parameters, for the
     next image of a sequence (`train.reset`). image: (3,H,W), what was adapted to.
+
+    Example:
+        >>> import torch
+        >>> before = Prediction(None, torch.full((48, 64), 2.0), None, None, "metric")
+        >>> AdaptResult(before, None, before, "original", seconds=0.25)
+        AdaptResult(original: the original prediction is used, 0.2 s, peak memory 0 MiB;
+        final: metric, 64 x 48 pixels, depth 2 to 2 m (median 2))
     """
 
     original: Prediction

@@ -58,6 +58,14 @@ class UserError(TTTError):
 
     The command line prints it without a traceback (`--debug` shows its cause); notebooks and Python callers may catch
     it. Names of files may hold anything; the message is one line all the same.
+
+    Example:
+        >>> from ttt_lib import UserError, load_samples
+        >>> try:
+        ...     load_samples("no/such/folder")
+        ... except UserError as error:
+        ...     print("no such" in str(error), type(error).__name__)
+        True DataError
     """
 
 

@@ -26,7 +26,26 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Registry(dict[str, Callable[..., Any]]):
-    """Functions by name. home: the module that registers the package's own. reserved: names that are taken otherwise."""
+    """Functions by name: `LOSSES`, `SHIFTS`, `MODELS` and others below, which say what their functions take and give.
+
+    Args:
+        what: what one of them is called in a sentence.
+        home: the module that registers the package's own.
+        reserved: names that are taken otherwise.
+
+    Raises:
+        UserError: by `register`, for a name that something else has.
+
+    Example:
+        >>> from ttt_lib import SHIFTS
+        >>> SHIFTS.all_names()[:2]
+        ['low_light', 'fog']
+        >>> @SHIFTS.register("dimmed")
+        ... def dimmed(image, depth, severity, generator):
+        ...     return image / (1 + severity)
+        >>> SHIFTS.knows("dimmed"), SHIFTS.pop("dimmed") is dimmed
+        (True, True)
+    """
 
     def __init__(self, what: str, home: str = "", reserved: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -98,8 +117,8 @@ LOSSES = Registry("loss", home="ttt_lib.adaptation.losses")
 SUPERVISIONS = Registry("supervision", home="ttt_lib.adaptation.photographs.training")
 # image (3,H,W) in [0,1], depth (H,W) with inf or NaN where there is none, severity 1 to 5, generator -> image (3,H,W)
 SHIFTS = Registry("shift", home="ttt_lib.data.shifts")
-# Families: `register("mine")` makes `load_model("mine:REST", ...)` call `loader(REST, device=..., num_tokens=...,
-# autocast=..., fov_x=...)`, which gives a `GeometryModel`.
-MODELS = Registry("model", reserved=("tiny", "hf", "http", "https", "file"))
+# Families of models: `loader(name, device=..., num_tokens=..., autocast=..., fov_x=...)` -> `GeometryModel`. matches: whether
+# a name is the family's; without it those that begin with `FAMILY:` are, and the loader gets what follows. listed: names.
+MODELS = Registry("model", home="ttt_lib.models.load", reserved=("http", "https", "file"))
 # Kinds of data: an opener with options by name -> `SampleSet`. `needs`: options without which there is no such set.
 DATASETS = Registry("data set", home="ttt_lib.data.catalog")

@@ -65,6 +65,10 @@ class Sample:
     image (3,H,W) float32 in [0,1]; depth (H,W) float32, NaN where unknown; points (H,W,3), NaN where unknown; mask
     (H,W) bool, True where the truth is known; intrinsics (3,3) normalised. Without truth these are None. is_metric:
     depth and points are in metres. segmentation (H,W) long with labels name -> id, for local metrics.
+
+    Example:
+        >>> Sample("photo.jpg", "mine", torch.rand(3, 48, 64))
+        Sample(mine/photo.jpg: 64 x 48 pixels, no truth)
     """
 
     name: str
@@ -115,6 +119,11 @@ class Prediction:
     scale and shift, else None. kind: `metric` (metres), `scale_invariant`, `affine_invariant` or `disparity`. note:
     assumptions made, in words; extra: what only some models say: `assumed_fov` (degrees, horizontal) where the model
     predicts no camera, `domain` (of ZoeDepth NK: the head that was chosen, one a picture for a batch).
+
+    Example:
+        >>> depth = torch.full((48, 64), 2.0)
+        >>> Prediction(None, depth, None, None, "metric")
+        Prediction(metric, 64 x 48 pixels, depth 2 to 2 m (median 2))
     """
 
     points: Tensor | None

@@ -3,7 +3,7 @@
 A folder holds `.index.txt` (one sample's folder a line) and in each sample's folder `image.jpg`, `depth.png` (16-bit,
 logarithmic), `meta.json` (normalised intrinsics) and optionally `segmentation.png`. Reading makes the target view of
 `moge.test.dataloader.EvalDataLoaderPipeline`: turned to the image centre, field of view restricted to what the image
-covers, resized. (That class cannot run in the packaged release: it calls an undefined `read_meta`.)
+covers, resized. (Only that part of the class runs in the packaged release: its reading calls an undefined `read_meta`.)
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
-import cv2
 import numpy as np
-import utils3d
+import torch
+from moge.test.dataloader import EvalDataLoaderPipeline
 from moge.utils import io as moge_io
 from PIL import Image
 
@@ -133,6 +135,31 @@ def _read_segmentation(path: Path) -> tuple[np.ndarray, dict[str, int]]:
     return segmentation, labels
 
 
+class _CheckedImage:
+    """Stands where MoGe's loader uses `PIL.Image`, to refuse a frame that intrinsics far off ask to be enlarged."""
+
+    Resampling = Image.Resampling
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image = image
+
+    @classmethod
+    def fromarray(cls, array: np.ndarray) -> _CheckedImage:
+        return cls(Image.fromarray(array))
+
+    def resize(self, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+        if size[0] * size[1] > LARGEST:
+            raise ValueError(f"the intrinsics and the size of the view ask for {size[0]} x {size[1]} pixels")
+        return self.image.resize(size, resampling)
+
+
+# MoGe's own function, where `Image` means the class above.
+_process = FunctionType(
+    EvalDataLoaderPipeline._process_instance.__code__,
+    {**EvalDataLoaderPipeline._process_instance.__globals__, "Image": _CheckedImage},
+)
+
+
 def target_view(
     raw: Raw,
     width: int | None = None,
@@ -142,90 +169,38 @@ def target_view(
     max_segments: int = 100,
     min_seg_area: int = 1000,
 ) -> dict[str, Any]:
-    """MoGe's evaluation view of a frame, step by step as `EvalDataLoaderPipeline._process_instance`.
+    """MoGe's evaluation view of a frame, by its own `EvalDataLoaderPipeline._process_instance`.
 
-    Returns image uint8 (h,w,3), depth float32 (h,w) and its mask (h,w), points (h,w,3), intrinsics (3,3) centred,
-    segmentation and labels. Depth is multiplied by `depth_unit` (metres a unit) where that is given.
+    Returns image float32 (3,h,w) in [0,1], depth float32 (h,w) and its mask `depth_mask` (h,w), points (h,w,3),
+    intrinsics (3,3) centred, all tensors; `segmentation_mask` and `segmentation_labels` where the frame has them. Depth is
+    multiplied by `depth_unit` (metres a unit) where that is given.
     """
     raw_height, raw_width = raw.image.shape[:2]
     if width is None or height is None:
         factor = min(1.0, LONGEST_SIDE / max(raw_height, raw_width))
         width, height = width or max(1, round(raw_width * factor)), height or max(1, round(raw_height * factor))
-    intrinsics = raw.intrinsics
-    mask = np.isfinite(raw.depth)
-    depth = np.nan_to_num(raw.depth, nan=1, posinf=1, neginf=1)
-    raw_horizontal, raw_vertical = abs(1.0 / intrinsics[0, 0]), abs(1.0 / intrinsics[1, 1])
-    aspect = width / height
-    horizontal = min(raw_horizontal, raw_vertical * aspect)
-    vertical = horizontal / aspect
-
-    # Turn so that the middle of the image is on the axis.
-    middle = utils3d.np.unproject_cv(
-        np.array([[0.5, 0.5]], dtype=np.float32), np.array([1.0], dtype=np.float32), intrinsics=intrinsics
-    )[0]
-    rotation = utils3d.np.rotation_matrix_from_vectors(middle, np.array([0, 0, 1], dtype=np.float32))
-
-    # Restrict the field of view to what the frame covers after the turn.
-    corners = np.array([[0, 0], [0, 1], [1, 1], [1, 0]], dtype=np.float32)
-    corners = np.concatenate([corners, np.ones((4, 1), dtype=np.float32)], axis=1)
-    corners = corners @ (np.linalg.inv(intrinsics).T @ rotation.T)
-    corners = corners[:, :2] / corners[:, 2:3]
-    covered_w, covered_h = raw_horizontal, raw_vertical
-    for i in range(4):
-        crossing, _ = utils3d.np.ray_intersection(
-            np.array([0.0, 0.0]), np.array([[aspect, 1.0], [aspect, -1.0]]), corners[i - 1], corners[i] - corners[i - 1]
-        )
-        covered_w = min(covered_w, 2 * np.abs(crossing[:, 0]).min())
-        covered_h = min(covered_h, 2 * np.abs(crossing[:, 1]).min())
-    horizontal, vertical = min(horizontal, covered_w), min(vertical, covered_h)
-    new = utils3d.np.intrinsics_from_focal_center(1.0 / horizontal, 1.0 / vertical, 0.5, 0.5).astype(np.float32)
-
-    # Bring the frame to about the target's pixel size first (anti-aliased image, nearest depth), then warp.
-    pixel_w, pixel_h = horizontal / width, vertical / height
-    scaled_w = int(raw_width * (raw_horizontal / raw_width) / pixel_w)
-    scaled_h = int(raw_height * (raw_vertical / raw_height) / pixel_h)
-    if max(scaled_w * scaled_h, width * height) > LARGEST:
-        raise ValueError(f"the intrinsics and the size {width} x {height} ask for {scaled_w} x {scaled_h} pixels")
-    image = np.array(Image.fromarray(raw.image).resize((scaled_w, scaled_h), Image.Resampling.LANCZOS))
-    depth, mask = utils3d.np.masked_nearest_resize(depth, mask=mask, size=(scaled_h, scaled_w))
-    distance = np.linalg.norm(utils3d.np.depth_map_to_point_map(depth, intrinsics=intrinsics), axis=-1)
-    uv = utils3d.np.uv_map(height, width)
-    transform = intrinsics @ np.linalg.inv(rotation) @ np.linalg.inv(new)
-    place = np.concatenate([uv, np.ones((height, width, 1), dtype=np.float32)], axis=-1) @ transform.T
-    place = place[:, :, :2] / (place[:, :, 2:3] + 1e-12)
-    place = utils3d.np.uv_to_pixel(place, (scaled_h, scaled_w)).astype(np.float32)
-
-    def warp(array: np.ndarray, how: int) -> np.ndarray:
-        return cv2.remap(array, place[:, :, 0], place[:, :, 1], how)
-
-    image = warp(image, cv2.INTER_LINEAR)
-    distance = warp(distance, cv2.INTER_NEAREST)
-    ray = utils3d.np.unproject_cv(uv, np.ones_like(uv[:, :, 0]), intrinsics=new)
-    length = (ray[:, :, 0] ** 2 + ray[:, :, 1] ** 2 + ray[:, :, 2] ** 2) ** 0.5
-    depth = distance / (length + 1e-12)
-    mask = warp(mask.astype(np.uint8), cv2.INTER_NEAREST) > 0
-    if mask.any():
-        mask &= depth <= np.nanquantile(np.where(mask, depth, np.nan), 0.01) * drop_max_depth
-    depth = np.nan_to_num(depth, nan=0.0)
-    depth = depth * depth_unit if depth_unit is not None else depth
-
-    segmentation, labels = None, None
-    if raw.segmentation is not None:
-        segmentation = cv2.resize(raw.segmentation, (scaled_w, scaled_h), interpolation=cv2.INTER_NEAREST)
-        segmentation = warp(segmentation, cv2.INTER_NEAREST)
-        labels = {k: v for k, v in raw.labels.items() if k not in ("undefined", "unannotated", "background", "sky")}
-        counts = dict(zip(*np.unique(segmentation, return_counts=True)))
-        largest = sorted(labels, key=lambda k: counts.get(labels[k], 0), reverse=True)[:max_segments]
-        labels = {k: labels[k] for k in largest if counts.get(labels[k], 0) >= min_seg_area}
-    return {
-        "image": image,
-        "depth": depth.astype(np.float32),
-        "mask": mask,
-        "points": utils3d.np.unproject_cv(uv, depth, intrinsics=new).astype(np.float32),
-        "intrinsics": new,
-        "segmentation": segmentation,
-        "labels": labels,
+    if width * height > LARGEST:
+        raise ValueError(f"a view of {width} x {height} pixels is too large")
+    settings = SimpleNamespace(
+        drop_max_depth=drop_max_depth, depth_unit=depth_unit, include_segmentation=raw.segmentation is not None,
+        max_segments=max_segments, min_seg_area=min_seg_area, has_sharp_boundary=False,
+    )  # fmt: skip
+    instance = {
+        "width": width,
+        "height": height,
+        "image": raw.image,
+        "depth": np.nan_to_num(raw.depth, nan=1, posinf=1, neginf=1),
+        "depth_mask": np.isfinite(raw.depth),
+        "intrinsics": raw.intrinsics,
     }
+    if raw.segmentation is not None:
+        instance |= {"segmentation_mask": raw.segmentation, "segmentation_labels": dict(raw.labels)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All-NaN slice")  # no depth in view: said below
+        view = _process(settings, instance)
+    if view.get("label_type") == "invalid":  # where no pixel is known, MoGe makes all of them known, at a depth of one
+        view["depth_mask"] = torch.zeros_like(view["depth_mask"])
+    return view
 
 
 def read_index(folder: Path, split: str = INDEX) -> list[str]:

@@ -83,22 +83,20 @@ class SampleSet:
 
 
 def to_sample(name: str, dataset: str, view: dict[str, Any], is_metric: bool, has_sharp_boundary: bool) -> Sample:
-    """A `Sample` from the arrays of `moge_layout.target_view`."""
-    mask = torch.from_numpy(view["mask"])
-    depth, points = torch.from_numpy(view["depth"]), torch.from_numpy(view["points"])
-    segmentation = view["segmentation"]
+    """A `Sample` from what `moge_layout.target_view` gives."""
+    mask = view["depth_mask"]
     return Sample(
         name=name,
         dataset=dataset,
-        image=torch.from_numpy(view["image"].astype(np.float32) / 255).permute(2, 0, 1).contiguous(),
-        depth=torch.where(mask, depth, torch.nan),
-        points=torch.where(mask[..., None], points, torch.nan),
+        image=view["image"].contiguous(),
+        depth=torch.where(mask, view["depth"], torch.nan),
+        points=torch.where(mask[..., None], view["points"], torch.nan),
         mask=mask,
-        intrinsics=torch.from_numpy(view["intrinsics"]).float(),
+        intrinsics=view["intrinsics"],
         is_metric=is_metric,
         has_sharp_boundary=has_sharp_boundary,
-        segmentation=torch.from_numpy(segmentation.astype(np.int64)) if segmentation is not None else None,
-        segmentation_labels=view["labels"],
+        segmentation=view.get("segmentation_mask"),
+        segmentation_labels=view.get("segmentation_labels"),
     )
 
 
@@ -156,10 +154,10 @@ def open_moge(
             view = moge_layout.target_view(raw, width, height, unit, drop_max_depth, max_segments, min_seg_area)
         except Exception as error:  # e.g. intrinsics so far off that nothing of the image is left
             raise SampleError(f"{folder / sample}: no view can be made of it ({reason(error)}).") from error
-        known = view["depth"][view["mask"]]
+        known = view["depth"][view["depth_mask"]]
         if not len(known):
             raise SampleError(f"{folder / sample / 'depth.png'}: the evaluated part of the image has no depth.")
-        if not (np.isfinite(known).all() and (known > 0).all()):
+        if not (torch.isfinite(known).all() and (known > 0).all()):
             raise SampleError(f"{folder / sample / 'depth.png'}: holds depths that are no numbers above 0.")
         return to_sample(sample, title, view, unit is not None, has_sharp_boundary)
 

@@ -10,10 +10,12 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from ttt_lib.adaptation.gate.decision import Calibration
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.types import IDENTITY
+from ttt_lib.evaluation.paired import bootstrap_interval
 
 MEASURES = ("depth_affine_invariant", "points_affine_invariant")
 RELATIVE = "disparity_affine_invariant"  # of models that predict neither
@@ -189,17 +191,12 @@ def compare_policies(table: pd.DataFrame, seed: int = 0, draws: int = 2000) -> p
     rows = []
     for policy, decided in choices.items():
         values = decided.gain.to_numpy()
-        means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
-        low, high = np.quantile(means, [0.025, 0.975])
+        low, high = bootstrap_interval(values, draws, seed=rng)
         rows.append({"policy": policy, "samples": len(values), **outcome(decided), "low": low, "high": high})
     result = pd.DataFrame(rows)
     best = float(result.gain[result.policy == "oracle"].iloc[0])
     result["kept"] = result.gain / best if best > 0 else np.nan
     return result[["policy", "samples", "gain", "low", "high", "worse", "worst", "kept"]]
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    return pd.Series(values).rank().to_numpy()
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -208,11 +205,10 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def area_under_roc(score: np.ndarray, positive: np.ndarray) -> float:
     """Chance that a positive has the higher score (ties count half); NaN without both kinds."""
-    positives, negatives = int(positive.sum()), int((~positive).sum())
-    if not positives or not negatives:
+    if positive.all() or not positive.any():
         return float("nan")
-    ranks = _ranks(score)
-    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    wins = stats.mannwhitneyu(score[positive], score[~positive], method="asymptotic").statistic
+    return float(wins / (positive.sum() * (~positive).sum()))
 
 
 def signal_quality(table: pd.DataFrame) -> pd.DataFrame:
@@ -228,7 +224,8 @@ def signal_quality(table: pd.DataFrame) -> pd.DataFrame:
         score, gain = usable[name].to_numpy(float), usable.gain_adapted.to_numpy(float)
         if len(usable) > 2 and score.std() > 0:
             rows.append({
-                "signal": name.removeprefix("signal_"), "samples": len(usable), "spearman": _correlation(_ranks(score), _ranks(gain)),
+                "signal": name.removeprefix("signal_"), "samples": len(usable),
+                "spearman": stats.spearmanr(score, gain).statistic if np.ptp(gain) > 0 else np.nan,
                 "auc": area_under_roc(score, gain > 0),
             })  # fmt: skip
     result = pd.DataFrame(rows, columns=["signal", "samples", "spearman", "auc"])

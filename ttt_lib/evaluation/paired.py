@@ -10,7 +10,7 @@ from ttt_lib.evaluation.scores import SCORES
 
 
 def bootstrap_interval(
-    values: np.ndarray, samples: int = 2000, level: float = 0.95, seed: int = 0
+    values: np.ndarray, samples: int = 2000, level: float = 0.95, seed: int | np.random.Generator = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values` (N,); NaN for fewer than two values."""
     if len(values) < 2:

@@ -117,7 +117,7 @@ def to_truth(sample: Sample) -> dict:
     return truth
 
 
-def evaluate(prediction: Prediction, sample: Sample) -> Scores:
+def scores_of(prediction: Prediction, sample: Sample) -> Scores:
     """All scores of one prediction: {"depth_metric": {"rel": ..., "delta1": ...}, ...}.
 
     `moge.test.metrics.compute_metrics` on the same tensors, plus `zoedepth` (after one scale by the median) and, for
@@ -230,21 +230,6 @@ def disparity_aligned_metrics(disparity: Tensor, truth: Tensor) -> dict[str, flo
     depth = 1 / (disparity * scale + shift).clamp_min(float(1 / truth.max()))
     scores = zoedepth_metrics(depth, truth)
     return {"abs_rel": scores["abs_rel"], "delta1": scores["delta1"]}
-
-
-def mean_relative_improvement(scores: dict[str, dict[str, float]], baseline: dict[str, dict[str, float]]) -> float:
-    """ZoeDepth's mRI over data sets and metrics, in percent; positive is better.
-
-    scores and baseline: {data set: {metric: value}}. For deltas the improvement is (s - b) / b, for errors (b - s) / b;
-    the mean over metrics of the means over data sets. Raises `KeyError` when the two do not hold the same metrics.
-    """
-    per_metric: dict[str, list[float]] = {}
-    for dataset, values in baseline.items():
-        for metric, value in values.items():
-            sign = 1.0 if metric.startswith("delta") else -1.0
-            per_metric.setdefault(metric, []).append(sign * (scores[dataset][metric] - value) / value)
-    means = [sum(values) / len(values) for values in per_metric.values()]
-    return 100 * sum(means) / len(means)
 
 
 def tidy_rows(scores: Scores) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import torch
 from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.data.catalog import open_dataset
 from ttt_lib.data.samples import SampleSet
-from ttt_lib.evaluation.scores import evaluate
+from ttt_lib.evaluation.scores import scores_of
 from ttt_lib.models.base import GeometryModel
 
 SHOWN = (("depth_scale_invariant", "delta1"), ("depth_affine_invariant", "delta1"), ("depth_affine_invariant", "rel"),
@@ -52,7 +52,7 @@ def zero_shot_table(models: dict[str, GeometryModel], count: int = 40) -> pd.Dat
             predictions = {name: model.predict(sample.image) for name, model in models.items()}
             predictions["constant plane"] = constant_plane(sample)
             for name, prediction in predictions.items():
-                scores = evaluate(prediction, sample)
+                scores = scores_of(prediction, sample)
                 found[name].append({f"{metric} {score}": scores[metric][score] for metric, score in SHOWN})
         for name, values in found.items():
             rows.append({"set": title, "model": name, "samples": len(values), **pd.DataFrame(values).mean().to_dict()})

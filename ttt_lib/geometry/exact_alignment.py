@@ -109,7 +109,7 @@ def _align_anchored(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Ten
     return scale, target[anchor] - scale * source[anchor]
 
 
-def align_points_scale_xyz_shift(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def align_points_scale_xyz_shift_exact(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """As `moge.utils.alignment.align_points_scale_xyz_shift` without truncation, for one set of points.
 
     source and target (N,3), weight (N,) >= 0 -> scale () and shift (3,).
@@ -150,7 +150,7 @@ def fast_alignment() -> AbstractContextManager[None]:
     """Inside, `moge.test.metrics.compute_metrics` uses the three functions of this module."""
     return replaced(
         moge_metrics,
-        align_points_scale_xyz_shift=align_points_scale_xyz_shift,
+        align_points_scale_xyz_shift=align_points_scale_xyz_shift_exact,
         align_depth_affine=align_depth_affine,
         align_affine_lstsq=align_affine_lstsq,
     )

@@ -67,12 +67,7 @@ def warp_view(
 
     # How many source pixels a view pixel spans, for a prefilter against aliasing: one for the whole view.
     span = intrinsics[:, 0, 0] * width / (new_intrinsics[:, 0, 0] * size[1])
-    reach = torch.where(span > 1.5, span.round() / 2, 0).long()
-    smooth = image
-    for k in set(reach.tolist()) - {0}:
-        filtered = F.avg_pool2d(image, 2 * k + 1, 1, k, count_include_pad=False)
-        smooth = torch.where((reach == k)[:, None, None, None], filtered, smooth)
-    warped = F.grid_sample(smooth, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    warped = F.grid_sample(_smoothed(image, span), grid, mode="bilinear", padding_mode="border", align_corners=False)
 
     known = mask & torch.isfinite(points).all(-1) & (points[..., 2] > 0)
     z = torch.where(known, points[..., 2], torch.ones_like(points[..., 2]))
@@ -83,20 +78,36 @@ def warp_view(
     sampled = sampled.permute(0, 2, 3, 1)
     found = sampled[..., :3] / sampled[..., 3:].clamp_min(1e-12)
 
-    # The four taps, by index, for the tests; the outermost half pixel has its taps on the border.
+    # Half a pixel inside the frame: beyond the outermost centres there would be extrapolation.
+    inside_x = grid[..., 0].abs() <= 1 - 1 / width + 1e-5
+    inside_y = grid[..., 1].abs() <= 1 - 1 / height + 1e-5
+    result_mask = in_front & inside_x & inside_y & _taps_agree(grid, 1 / z, known, edge_rtol)
+    return warped, transform_points(found, transform[:, None, None]), result_mask
+
+
+def _smoothed(image: Tensor, span: Tensor) -> Tensor:
+    """The images (B,3,H,W), each averaged over as many of its pixels as `span` (B,) says, where that is two or more."""
+    reach = torch.where(span > 1.5, span.round() / 2, 0).long()
+    smooth = image
+    for k in set(reach.tolist()) - {0}:
+        filtered = F.avg_pool2d(image, 2 * k + 1, 1, k, count_include_pad=False)
+        smooth = torch.where((reach == k)[:, None, None, None], filtered, smooth)
+    return smooth
+
+
+def _taps_agree(grid: Tensor, inverse: Tensor, known: Tensor, edge_rtol: float) -> Tensor:
+    """Whether the four taps of each place of `grid` (B,h,w,2) are known and on one surface, (B,h,w).
+
+    inverse (B,H,W): inverse depth; known (B,H,W). The outermost half pixel has its taps on the border.
+    """
+    height, width = known.shape[-2:]
     column = ((grid[..., 0] + 1) * width / 2 - 0.5).clamp(0, width - 1)
     row = ((grid[..., 1] + 1) * height / 2 - 0.5).clamp(0, height - 1)
     x0, y0 = column.floor().long(), row.floor().long()
     x1, y1 = (x0 + 1).clamp_max(width - 1), (y0 + 1).clamp_max(height - 1)
-    batch = torch.arange(len(image), device=image.device)[:, None, None]
+    batch = torch.arange(len(known), device=known.device)[:, None, None]
     # A step to the next column or row, False beyond the last one, where a tap meets itself.
-    across = F.pad(broken_steps(1 / z, known, edge_rtol), (0, 1))
-    down = F.pad(broken_steps((1 / z).mT, known.mT, edge_rtol), (0, 1)).mT
+    across = F.pad(broken_steps(inverse, known, edge_rtol), (0, 1))
+    down = F.pad(broken_steps(inverse.mT, known.mT, edge_rtol), (0, 1)).mT
     one_surface = ~(across[batch, y0, x0] | across[batch, y1, x0] | down[batch, y0, x0] | down[batch, y0, x1])
-    all_known = known[batch, y0, x0] & known[batch, y0, x1] & known[batch, y1, x0] & known[batch, y1, x1]
-    # Half a pixel inside the frame: beyond the outermost centres there would be extrapolation.
-    inside_x = grid[..., 0].abs() <= 1 - 1 / width + 1e-5
-    inside_y = grid[..., 1].abs() <= 1 - 1 / height + 1e-5
-    result_mask = in_front & inside_x & inside_y & all_known & one_surface
-    moved = transform_points(found, transform[:, None, None])
-    return warped, moved, result_mask
+    return one_surface & known[batch, y0, x0] & known[batch, y0, x1] & known[batch, y1, x0] & known[batch, y1, x1]

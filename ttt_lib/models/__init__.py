@@ -5,7 +5,7 @@ Goes out: a `base.GeometryModel`, whose `predict` gives a `core.types.Prediction
 with gradients. `pretraining/` is how the bundled model was made.
 
 May import: core, geometry, data. Knows nothing of views or of adapting.
-Start reading at `base.py` (the interface), then `load.py` (which name means what).
+Start reading at `base.py` (the interface), then `moge.py` (two families and how they are registered).
 """
 
 from ttt_lib.models.torchvision import hide_broken_torchvision

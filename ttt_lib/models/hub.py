@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.errors import ModelError, reason
+
+log = logging.getLogger(__name__)
 
 TIMEOUT = 5.0  # seconds; a hub that has not answered a HEAD request by then counts as unreachable
 
 
-class NotInRepository(Exception):
-    """The repository exists and does not hold the file; or offline, the cache does not."""
+class NotHeld(ModelError):
+    """The repository, or offline its copy in the cache, lacks a file; `about["file"]` names it."""
 
 
 def hub_answers() -> bool:
@@ -31,37 +34,42 @@ def hub_answers() -> bool:
     return True
 
 
-def download(name: str, file: str, online: bool, advice: str) -> Path:
-    """The path of `file` of the repository `name`, in the hub's cache.
+def fetch(name: str, files: tuple[str, ...], advice: str, optional: tuple[str, ...] = ()) -> Path:
+    """The folder, in the hub's cache, that holds files of the repository `name`; downloaded if need be.
 
-    online: what `hub_answers` said; offline only the cache is looked into. advice: what to do when the hub cannot be
-    reached. Raises `NotInRepository`, or `UserError` for every other failure.
+    Offline only the cache is looked into. advice: what to do when the hub cannot be reached. Raises `NotHeld`, or
+    `ModelError` for every other failure.
     """
-    from huggingface_hub import constants, errors, hf_hub_download
+    from huggingface_hub import constants, errors, snapshot_download
 
-    known = f"model {name!r}:"
+    known, online, folder = f"model {name!r}:", hub_answers(), None
+    log.info("%s %s, hub %s", known, ", ".join(files), "answers" if online else "does not answer")
     try:
-        return Path(hf_hub_download(name, file, local_files_only=not online, etag_timeout=TIMEOUT))
+        folder = snapshot_download(
+            name, allow_patterns=[*files, *optional], local_files_only=not online, etag_timeout=TIMEOUT
+        )
     except errors.GatedRepoError as error:
-        raise UserError(
+        raise ModelError(
             f"{known} its authors must grant access first; ask on its page, then `hf auth login`."
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError(
+        raise ModelError(
             f"{known} the hub has no such repository (or it is private); `ttt-depth models` lists known names."
         ) from error
+    except errors.HFValidationError as error:
+        raise ModelError(f"{known} is neither a file or folder that exists nor a valid hub name.") from error
     except errors.LocalEntryNotFoundError as error:
         if online:
-            raise UserError(f"{known} the hub stopped answering; {advice}.") from error
-        cause = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
-        raise UserError(
-            f"{known} the hub cannot be reached{cause} and no copy of {file} is cached; {advice}."
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise NotInRepository(file) from error
-    except errors.HFValidationError as error:
-        raise UserError(f"{known} is neither a file or folder that exists nor a valid hub name.") from error
+            raise ModelError(f"{known} the hub stopped answering; {advice}.") from error
     except Exception as error:  # full disk, broken connection, a proxy's page: not to be had from here
-        raise UserError(
-            f"{known} the download of {file} failed ({type(error).__name__}: {reason(error)}); {advice}."
-        ) from error
+        raise ModelError(f"{known} the download failed ({type(error).__name__}: {reason(error)}); {advice}.") from error
+    for file in files:
+        if folder is None or not (Path(folder) / file).is_file():
+            cause = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+            raise NotHeld(
+                f"{known} the repository holds no {file}; `ttt-depth models` lists known names."
+                if online
+                else f"{known} the hub cannot be reached{cause} and no copy of {file} is cached; {advice}.",
+                file=file,
+            )
+    return Path(folder)

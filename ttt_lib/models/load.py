@@ -1,22 +1,17 @@
-"""Models by name: bundled, from a hub, a file, or a registered family."""
+"""Models by name. Each family registers a loader and says which names are its own; here nothing is known of any."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import logging
 
 import torch
 
-from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.errors import ModelError, UserError, reason
 from ttt_lib.core.registry import MODELS
-from ttt_lib.core.types import Kind
+from ttt_lib.models import moge, transformers_loading  # noqa: F401  (they register their families)
 from ttt_lib.models.base import GeometryModel
-from ttt_lib.models.moge import HUB_NAMES, TRANSFORMERS_PREFIXES, download_checkpoint, load_network
 
-ASSETS = Path(__file__).parents[1] / "assets"
-
-
-TINY_TOKENS = 192  # the bundled model was trained at no more, and is far worse at the most of its range
+log = logging.getLogger(__name__)
 
 
 def _choose_device(device: str) -> torch.device:
@@ -42,48 +37,71 @@ def load_model(
 ) -> GeometryModel:
     """Load a geometry model, frozen and in evaluation mode.
 
-    name: `tiny` (bundled, offline); a MoGe hub name (`HUB_NAMES`) or the path of a MoGe checkpoint; the hub name of a
-    Depth Anything, ZoeDepth or DPT/MiDaS model (`TRANSFORMERS_PREFIXES`) or its local folder; `FAMILY:REST` for one that
-    is registered in `MODELS`. device: `auto`, `cpu`, `cuda`, `cuda:1`. num_tokens: base tokens of a picture (None: `tiny`
-    what it was trained at, MoGe the most of its range, transformers models the size that their own rules give).
-    autocast: `none`, or `bfloat16` for mixed precision of training passes. fov_x: horizontal field of view in degrees,
-    for models that predict no camera (None: 60 is assumed, and said).
+    Args:
+        name: `tiny` (bundled, offline); a MoGe hub name or the path of a MoGe checkpoint; the hub name of a Depth
+            Anything, ZoeDepth or DPT/MiDaS model or its local folder (`list_models` knows the published names);
+            `FAMILY:REST` for a family that is registered in `MODELS`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`.
+        num_tokens: base tokens of a picture (None: `tiny` what it was trained at, MoGe the most of its range,
+            transformers models the size that their own rules give).
+        autocast: `none`, or `bfloat16` for mixed precision of training passes.
+        fov_x: horizontal field of view in degrees, for models that predict no camera (None: 60 is assumed, and said).
 
-    Raises `UserError`, one sentence, for a hub that cannot be reached, an unknown name, a wrong or truncated file.
+    Returns:
+        A `GeometryModel`: `predict` for a prediction, `forward` for outputs with gradients.
+
+    Raises:
+        UserError: one sentence, for a hub that cannot be reached, an unknown name, a wrong or truncated file.
+
+    Example:
+        >>> from ttt_lib import load_model
+        >>> model = load_model("tiny", device="cpu")
+        >>> model.kind, model.num_tokens
+        ('metric', 192)
     """
     if autocast not in ("none", "bfloat16"):
         raise UserError(f"model.autocast: {autocast!r} is not known; use none or bfloat16.")
-    target, path = _choose_device(device), Path(os.path.expanduser(name))
-    family, added, rest = name.partition(":")
-    if added and MODELS.knows(family):
-        return MODELS[family](rest, device=target, num_tokens=num_tokens, autocast=autocast, fov_x=fov_x)
-    hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix not in (".pt", ".pth")
-    if name == "tiny":
-        path = ASSETS / "tiny.pt"
-        if not path.exists():
-            raise UserError(f"model 'tiny': {path} is missing; install the package again.")
-        num_tokens = num_tokens or TINY_TOKENS
-    # `os.path` also answers for names that no file system takes.
-    elif os.path.isfile(path / "config.json") or (not os.path.exists(path) and name.startswith(TRANSFORMERS_PREFIXES)):
-        from ttt_lib.models.transformers_loading import load_transformers_model
+    target = _choose_device(device)
+    family, rest = _family(name)
+    log.info("model %s: family %s on %s", name, family, target)
+    return MODELS[family](rest, device=target, num_tokens=num_tokens, autocast=autocast, fov_x=fov_x)
 
-        return load_transformers_model(name, target, num_tokens, autocast, fov_x)
-    elif os.path.isdir(path):
-        path = path / "model.pt"
-        if not path.is_file():
-            raise UserError(f"model {name!r}: the folder holds neither config.json (transformers) nor model.pt (MoGe).")
-    elif not os.path.isfile(path):
-        if not hub_name:
-            raise UserError(
-                f"model {name!r}: neither 'tiny', nor a file that exists, nor a hub name such as {HUB_NAMES[-1]!r}."
-            )
-        path = download_checkpoint(name)
-    if fov_x is not None:
-        raise UserError(f"model {name!r}: it predicts the camera itself; leave the field of view out.")
-    network = load_network(path, name).to(target)
-    kind: Kind = "metric" if hasattr(network, "scale_head") else "scale_invariant"
-    if target.type == "cpu" and name == "tiny":  # a third less time for its convolutions there; ViTs gain nothing
-        network = network.to(memory_format=torch.channels_last)
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-    return GeometryModel(network, name, kind, num_tokens, autocast)
+
+def _family(name: str) -> tuple[str, str]:
+    """The family of a name, and what its loader is called with: for `FAMILY:REST` the rest, otherwise the name.
+
+    Families with `matches` are asked, the newest first: MoGe, whose `matches` takes every file, is the oldest.
+    """
+    prefix, colon, rest = name.partition(":")
+    if colon and MODELS.knows(prefix) and "matches" not in MODELS.about[prefix]:
+        return prefix, rest
+    for family in reversed(MODELS.all_names()):
+        if (matches := MODELS.about[family].get("matches")) and matches(name):
+            return family, name
+    raise ModelError(
+        f"model {name!r}: neither 'tiny', nor a file that exists, nor a hub name such as {moge.HUB_NAMES[-1]!r}."
+    )
+
+
+def list_models(family: str | None = None) -> list[str]:
+    """Published names that `load_model` takes, beside files and folders.
+
+    Args:
+        family: only of this one, such as `moge`, `tiny`, `hf` or one of yours (None: of all).
+
+    Returns:
+        What each family says is `listed`; a family that is reached as `FAMILY:REST` and lists nothing is named so.
+
+    Raises:
+        UserError: there is no such family.
+
+    Example:
+        >>> from ttt_lib import list_models
+        >>> list_models("tiny")
+        ['tiny']
+    """
+    families = MODELS.all_names()
+    if family is not None and family not in families:
+        raise ModelError(f"list_models: no family is called {family!r}; there are {', '.join(families)}.")
+    chosen = [family] if family is not None else families
+    return [name for each in chosen for name in MODELS.about[each].get("listed", (f"{each}:...",))]

@@ -1,163 +1,147 @@
-"""MoGe's checkpoints: from the hub or a file to a network, and one sentence for each mistake."""
+"""MoGe-1 and MoGe-2 behind the interface of `base.py`, and the bundled small model, which is MoGe-2 with another encoder."""
 
 from __future__ import annotations
 
-import importlib.util
+import os
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from moge.utils.geometry_torch import recover_focal_shift
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ttt_lib.core.errors import ModelError
-from ttt_lib.models.bounds import BoundsError, check_archive
-from ttt_lib.models.hub import NotInRepository, download, hub_answers
+from ttt_lib.core.registry import MODELS
+from ttt_lib.core.types import Kind, Prediction
+from ttt_lib.models.base import GeometryModel
+from ttt_lib.models.moge_checkpoint import HUB_NAMES, download_checkpoint, load_network
 
-HUB_NAMES = (
-    "Ruicheng/moge-vitl",
-    "Ruicheng/moge-2-vitl",
-    "Ruicheng/moge-2-vitl-normal",
-    "Ruicheng/moge-2-vitb-normal",
-    "Ruicheng/moge-2-vits-normal",
-)
-# Hub names that start so are loaded through transformers, every other one through moge.
-TRANSFORMERS_PREFIXES = ("LiheYoung/", "depth-anything/", "Intel/zoedepth", "Intel/dpt")
+ASSETS = Path(__file__).parents[1] / "assets"
+TINY_TOKENS = 192  # the bundled model was trained at no more, and is far worse at the most of its range
 
 
-def download_checkpoint(name: str) -> Path:
-    """The file of MoGe's checkpoint `name` in the hub's cache, downloaded if need be. Raises `ModelError`."""
-    if "moge-3" in name.lower() and importlib.util.find_spec("moge.model.v3") is None:
-        raise ModelError(f"model {name!r}: the installed moge has no MoGe-3; use a MoGe-2 such as {HUB_NAMES[-1]!r}.")
-    page = f"https://huggingface.co/{name}"
-    advice = f"download `model.pt` of {page} on a machine with access and pass its path as the model"
-    try:
-        return download(name, "model.pt", hub_answers(), advice)
-    except NotInRepository as error:
-        raise ModelError(
-            f"model {name!r}: the repository holds no `model.pt`, so it is no MoGe model; known are {', '.join(HUB_NAMES)}"
-            f" and names that begin with {', '.join(TRANSFORMERS_PREFIXES)}."
-        ) from error
+class MoGe(GeometryModel):
+    """A MoGe network. num_tokens: None for the most of the network's range, MoGe's default. Has no use for intrinsics."""
+
+    def __init__(
+        self, network: nn.Module, name: str, kind: Kind, num_tokens: int | None = None, autocast: str = "none"
+    ) -> None:
+        super().__init__(network, name, kind, num_tokens or int(network.num_tokens_range[1]), autocast)
+
+    def forward(self, images: Tensor, intrinsics: Tensor | None = None) -> dict[str, Tensor]:
+        """See `GeometryModel.forward`: `points`, and `mask`, `normal`, `metric_scale` where the network has them."""
+        with self.mixed():
+            output = self.network(images, num_tokens=self.num_tokens)
+        return {key: value.float() for key, value in output.items() if isinstance(value, Tensor)}
+
+    @contextmanager
+    def without(self, outputs: tuple[str, ...]) -> Iterator[None]:
+        """Inside, `forward` does not compute these outputs, where the network has a head of their own for them.
+
+        MoGe-2 runs the heads it finds, so those of `normal` and `mask` are hidden from it.
+        """
+        modules = self.network._modules
+        held = dict(modules)
+        try:
+            for output in outputs:
+                modules.pop(f"{output}_head", None)
+            yield
+        finally:
+            modules.clear()
+            modules.update(held)  # in their order, which is that of the parameters
+
+    def predict(self, images: Tensor, intrinsics: Tensor | None = None) -> Prediction:
+        """As `network.infer(..., apply_mask=False, use_fp16=False)`; depth of metric models in metres."""
+        with warnings.catch_warnings():
+            # MoGe asks for a float32 autocast, which a CPU does not have and does not need.
+            warnings.filterwarnings("ignore", message="In CPU autocast")
+            try:
+                output = self.network.infer(images, num_tokens=self.num_tokens, apply_mask=False, use_fp16=False)
+            except ValueError as error:  # of scipy, which fits the camera
+                if "not finite" not in str(error):
+                    raise
+                raise FloatingPointError("the network's prediction is not finite") from error
+        # Clones leave inference mode, so that a target can take part in training.
+        output = {key: value.clone() for key, value in output.items()}
+        mask = output.get("mask")
+        return Prediction(
+            points=output["points"].float(),
+            depth=output["depth"].float(),
+            mask=mask if mask is not None else torch.isfinite(output["depth"]),
+            intrinsics=output["intrinsics"].float(),
+            kind=self.kind,
+            normal=output.get("normal"),
+        )
+
+    def metric_depth(self, output: dict[str, Tensor], images: Tensor) -> Tensor:
+        """The z-shift is recovered as `infer` does it, and taken as given."""
+        if output.get("metric_scale") is None:
+            return super().metric_depth(output, images)
+        points, mask = output["points"], output.get("mask")
+        _, shift = recover_focal_shift(points.detach(), None if mask is None else mask > 0.5)
+        return (points[..., 2] + shift[:, None, None]) * output["metric_scale"].reshape(-1, 1, 1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The encoder's patches on the token grid that `num_tokens` gives an image of this shape."""
+        height, width = images.shape[-2:]
+        rows = max(1, round((self.num_tokens * height / width) ** 0.5))
+        columns = max(1, round((self.num_tokens * width / height) ** 0.5))
+        with self.mixed():
+            if isinstance(getattr(self.network, "encoder", None), nn.Module):
+                found = self.network.encoder(images, rows, columns)
+            else:  # MoGe-1 keeps its encoder in `backbone`
+                sized = F.interpolate(images, (rows * 14, columns * 14), mode="bilinear", antialias=True)
+                sized = (sized - self.network.image_mean) / self.network.image_std
+                return self.network.backbone.get_intermediate_layers(sized, n=1)[0].float()
+        return found.flatten(2).mT.float()
+
+    def save_memory(self) -> None:
+        """MoGe-2 recomputes its encoder; MoGe-1 always does so in its head, and nothing is left to do."""
+        if hasattr(self.network, "neck"):
+            self.network.enable_gradient_checkpointing()
 
 
-def _read_checkpoint(path: Path, name: str) -> dict[str, Any]:
-    advice = (
-        "a model is the `model.pt` of a MoGe repository, a file written by this package, or the folder of a "
-        "transformers model"
-    )
-    try:
-        check_archive(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except BoundsError as error:
-        raise ModelError(f"model {name!r}: {path} is no checkpoint to be read ({error}).") from error
-    except OSError as error:
-        raise ModelError(f"model {name!r}: {path} cannot be read ({error.strerror or error}).") from error
-    except Exception as error:  # damaged bytes end in nearly any exception inside the unpickler
-        raise ModelError(
-            f"model {name!r}: {path} is not a readable checkpoint (truncated, or another kind of file); {advice}."
-        ) from error
-    if not isinstance(checkpoint, dict) or not {"model", "model_config"} <= checkpoint.keys():
-        raise ModelError(f"model {name!r}: {path} holds no `model_config` and `model`; {advice}.")
-    return checkpoint
+def _build(
+    path: Path, name: str, device: torch.device, num_tokens: int | None, autocast: str, fov_x: float | None
+) -> MoGe:
+    if fov_x is not None:
+        raise ModelError(f"model {name!r}: it predicts the camera itself; leave the field of view out.")
+    network = load_network(path, name).to(device).requires_grad_(False)
+    kind: Kind = "metric" if hasattr(network, "scale_head") else "scale_invariant"
+    return MoGe(network, name, kind, num_tokens, autocast)
 
 
-SMALL = 64  # numbers of a configuration up to here are never too large
-FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+def _is_checkpoint(name: str) -> bool:
+    """A file or folder that is there, or what looks like a hub's `owner/name`."""
+    hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and Path(name).suffix not in (".pt", ".pth")
+    return hub or os.path.exists(os.path.expanduser(name))  # `os.path` also answers for names that no file system takes
 
 
-class _WithoutMemory(TorchFunctionMode):
-    """Inside, new tensors have a shape and no memory. (`torch.device("meta")` goes too far: DINOv2 reads a number.)"""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        more = {"device": "meta"} if function in FACTORIES else {}
-        return function(*args, **{**(kwargs or {}), **more})
-
-
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a configuration with its key."""
-    if isinstance(value, dict):
-        for inner, content in value.items():
-            yield from _numbers(content, str(inner))
-    elif isinstance(value, list | tuple):
-        for content in value:
-            yield from _numbers(content, key)
-    elif isinstance(value, int | float):
-        yield key, value
+@MODELS.register("moge", matches=_is_checkpoint, listed=HUB_NAMES)
+def load_moge(name: str, device: torch.device, num_tokens: int | None, autocast: str, fov_x: float | None) -> MoGe:
+    """A checkpoint of MoGe: a file, a folder that holds `model.pt`, or a name of the hub."""
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
+        path = path / "model.pt"
+        if not path.is_file():
+            raise ModelError(
+                f"model {name!r}: the folder holds neither config.json (transformers) nor model.pt (MoGe)."
+            )
+    elif not os.path.isfile(path):
+        path = download_checkpoint(name)
+    return _build(path, name, device, num_tokens, autocast, fov_x)
 
 
-def _check_sizes(config: dict[str, Any], weights: dict[str, Any]) -> None:
-    """Whether a configuration asks for no more than the file's own tensors show. Raises `ValueError`.
-
-    A width is a side of some tensor, and each layer has a tensor: so a network that fits its file is never refused, and
-    another one is before anything of its size is made.
-    """
-    tensors = [value for value in weights.values() if isinstance(value, torch.Tensor)]
-    if any(value.numel() * value.element_size() > value.untyped_storage().nbytes() for value in tensors):
-        raise ValueError("a tensor in it is larger than what is stored of it")
-    largest = max([SMALL, *(side for value in tensors for side in value.shape)])
-    for key, number in _numbers(
-        {k: v for k, v in config.items() if k not in ("num_tokens_range", "trained_area_range")}
-    ):
-        limit = max(SMALL, len(tensors)) if "_blocks" in key and key[:3] != "dim" or "layers" in key else largest
-        if not -1 <= number <= limit:
-            raise ValueError(f"its configuration says {key} {number}, more than its tensors can hold")
-
-
-def _plain_names(weights: dict[str, Any]) -> dict[str, Any]:
-    """Names without what data-parallel training (`module.`) and `torch.compile` (`_orig_mod.`) put before them."""
-    plain = {str(key).replace("_orig_mod.", ""): value for key, value in weights.items()}
-    while plain and all(key.startswith("module.") for key in plain):
-        plain = {key.removeprefix("module."): value for key, value in plain.items()}
-    return plain
-
-
-def load_network(path: Path, name: str) -> nn.Module:
-    """The network of a checkpoint, float32 on the CPU: MoGe-1, MoGe-2 or the small one, as its configuration says.
-
-    `name` is what the user called it. Raises `ModelError` for another kind of file, damaged or incomplete weights.
-    """
-    checkpoint = _read_checkpoint(path, name)
-    config, weights = checkpoint["model_config"], checkpoint["model"]
-    wrong = f"model {name!r}: {path} is not a MoGe checkpoint"
-    if not isinstance(config, dict) or not isinstance(weights, dict):
-        raise ModelError(f"{wrong}: its `model_config` and `model` are not dictionaries.")
-    try:
-        if config.get("architecture") == "tiny":
-            from ttt_lib.models.tiny import TinyMoGe as Network
-        elif "neck" in config:
-            from moge.model.v2 import MoGeModel as Network
-        else:
-            from moge.model.v1 import MoGeModel as Network
-        weights = _plain_names(weights)
-        _check_sizes(config, weights)
-        with _WithoutMemory():
-            shapes = {key: value.shape for key, value in Network(**config).state_dict().items()}
-        wrong_shapes = [key for key, shape in shapes.items() if key in weights and weights[key].shape != shape]
-        if wrong_shapes:
-            key = wrong_shapes[0]
-            raise ValueError(f"{key} has the shape {tuple(weights[key].shape)}, not {tuple(shapes[key])}")
-        if missing := [key for key in shapes if key not in weights]:
-            raise ModelError(f"model {name!r}: {path} lacks {len(missing)} of its weights, first {missing[0]!r}.")
-        network = Network(**config)
-        missing = network.load_state_dict(weights, strict=False).missing_keys
-    except ModelError:
-        raise
-    except Exception as error:  # whatever a network's constructor makes of a wrong configuration
-        # PyTorch's report of wrong shapes says what is wrong from its second line on.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ModelError(f"{wrong} ({lines[min(1, len(lines) - 1)].rstrip('.')}).") from error
-    if missing:
-        raise ModelError(f"model {name!r}: {path} lacks {len(missing)} of its weights, first {missing[0]!r}.")
-    if not hasattr(network, "points_head") and not hasattr(network, "head"):
-        raise ModelError(f"{wrong} of points: it has no points head.")
-    broken = [key for key, value in network.state_dict().items() if not torch.isfinite(value).all()]
-    if broken:
-        raise ModelError(f"model {name!r}: {path} holds numbers that are not finite, first in {broken[0]!r}.")
-    try:
-        low, high = map(float, getattr(network, "num_tokens_range", (1, 1)))
-    except (TypeError, ValueError):
-        low, high = 0.0, 0.0
-    if not 0 < low <= high <= 1e5:
-        raise ModelError(f"{wrong}: its `num_tokens_range` is not two numbers of tokens, the lower one first.")
-    return network
+@MODELS.register("tiny", matches=lambda name: name == "tiny", listed=("tiny",))
+def load_tiny(name: str, device: torch.device, num_tokens: int | None, autocast: str, fov_x: float | None) -> MoGe:
+    """The bundled small model, which needs no network."""
+    path = ASSETS / "tiny.pt"
+    if not path.exists():
+        raise ModelError(f"model 'tiny': {path} is missing; install the package again.")
+    model = _build(path, name, device, num_tokens or TINY_TOKENS, autocast, fov_x)
+    if device.type == "cpu":  # a third less time for its convolutions there; ViTs gain nothing
+        model.network.to(memory_format=torch.channels_last)
+    return model

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ttt_lib.core.errors import UserError
+from ttt_lib.core.errors import ModelError, UserError, reason
 from ttt_lib.core.files import read_json
+from ttt_lib.core.registry import MODELS
 from ttt_lib.models.bounds import check_folder
-from ttt_lib.models.hub import NotInRepository, download, hub_answers
-from ttt_lib.models.preprocessing import read_rules
+from ttt_lib.models.hub import NotHeld, fetch
+from ttt_lib.models.preprocessing import read_processor, read_rules
 from ttt_lib.models.transformers_models import TransformersModel, ZoeDepthModel
 
 FAMILIES = {
@@ -25,52 +26,44 @@ FAMILIES = {
 }
 
 
+# Hub names that start so are loaded through transformers; these are some that are published.
+PREFIXES = ("LiheYoung/", "depth-anything/", "Intel/zoedepth", "Intel/dpt")
+SIZES = ("Small", "Base", "Large")
+PUBLISHED = (
+    *(f"LiheYoung/depth-anything-{size.lower()}-hf" for size in SIZES),
+    *(f"depth-anything/Depth-Anything-V2-{size}-hf" for size in SIZES),
+    *(
+        f"depth-anything/Depth-Anything-V2-Metric-{place}-{size}-hf"
+        for place in ("Indoor", "Outdoor")
+        for size in SIZES
+    ),
+    *(f"Intel/zoedepth-{data}" for data in ("nyu", "kitti", "nyu-kitti")),
+    "Intel/dpt-large",
+    "Intel/dpt-hybrid-midas",
+)
+
+
 def _fetch(name: str) -> Path:
-    """The folder, in the hub's cache, with the files of the repository `name`. Raises `UserError`."""
-    online = hub_answers()
+    """The folder, in the hub's cache, with the files of the repository `name`. Raises `ModelError`."""
     advice = f"download the files of https://huggingface.co/{name} on a machine with access and pass their folder"
     try:
-        download(name, "config.json", online, advice)
-    except NotInRepository as error:
-        raise UserError(
-            f"model {name!r}: the repository holds no `config.json`, so it is no transformers model (the names of those"
-            " of Depth Anything end in `-hf`)."
-        ) from error
+        return fetch(name, ("config.json", "model.safetensors"), advice, optional=("preprocessor_config.json",))
+    except NotHeld as error:
+        if error.about["file"] != "config.json":
+            with suppress(NotHeld):  # older repositories
+                return fetch(name, ("pytorch_model.bin",), advice)
+        raise
+
+
+def _model_type(folder: Path, name: str) -> Any:
+    """What `config.json` of a folder says."""
     try:
-        download(name, "preprocessor_config.json", online, advice)
-    except NotInRepository:
-        pass  # `read_rules` has the published values
-    except UserError:
-        if online:
-            raise
-    try:
-        return download(name, "model.safetensors", online, advice).parent
-    except NotInRepository as error:
-        return _older_weights(name, online, advice, error)
+        content = read_json(folder / "config.json")
     except UserError as error:
-        if online:
-            raise
-        return _older_weights(name, online, advice, error)
-
-
-def _older_weights(name: str, online: bool, advice: str, failure: Exception) -> Path:
-    """The folder with `pytorch_model.bin`, after `failure` to find the newer file."""
-    try:
-        return download(name, "pytorch_model.bin", online, advice).parent
-    except NotInRepository as error:
-        raise UserError(f"model {name!r}: the repository holds no weights (model.safetensors).") from error
-    except UserError as error:
-        raise (failure if isinstance(failure, UserError) else error) from error
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        content = read_json(path)
-    except UserError as error:
-        raise UserError(f"model {name!r}: {error}") from error
+        raise ModelError(f"model {name!r}: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"model {name!r}: {path} holds no dictionary.")
-    return content
+        raise ModelError(f"model {name!r}: {folder / 'config.json'} holds no dictionary.")
+    return content.get("model_type")
 
 
 @contextmanager
@@ -90,7 +83,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _network(folder: Path, family: str, name: str) -> nn.Module:
-    """The network of a folder, float32, with every weight that it uses. Raises `UserError`."""
+    """The network of a folder, float32, with every weight that it uses. Raises `ModelError`."""
     import transformers
 
     try:
@@ -100,15 +93,14 @@ def _network(folder: Path, family: str, name: str) -> nn.Module:
                 folder, local_files_only=True, output_loading_info=True
             )
     except Exception as error:  # damaged weights and wrong configurations end in nearly any exception
-        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-        if "weights_only" in reason:  # PyTorch's advice would run the code in the file
-            reason = "its weights are no plain tensors"
-        raise UserError(f"model {name!r}: its files in {folder} cannot be loaded as {family} ({reason}).") from error
+        # PyTorch's advice would run the code in the file.
+        why = "its weights are no plain tensors" if "weights_only" in str(error) else reason(error)
+        raise ModelError(f"model {name!r}: its files in {folder} cannot be loaded as {family} ({why}).") from error
     # The first fusion layer has nothing to add: its weights are never used, and published files leave them out.
     unused = [key for key in report["missing_keys"] if "fusion_stage.layers.0.residual_layer1." in key]
     missing = sorted(set(report["missing_keys"]) - set(unused))
     if missing:
-        raise UserError(
+        raise ModelError(
             f"model {name!r}: the weights in {folder} lack {len(missing)} of those a depth model needs, first {missing[0]!r}."
         )
     for key in unused:  # not left to chance, so that a checksum of the weights is the same each time
@@ -116,36 +108,45 @@ def _network(folder: Path, family: str, name: str) -> nn.Module:
     return network.float()
 
 
+def _is_transformers(name: str) -> bool:
+    """A folder with `config.json`, or a hub name of a family that is known here."""
+    path = os.path.expanduser(name)
+    return os.path.isfile(os.path.join(path, "config.json")) or (not os.path.exists(path) and name.startswith(PREFIXES))
+
+
+@MODELS.register("hf", matches=_is_transformers, listed=PUBLISHED)
 def load_transformers_model(
     name: str, device: torch.device, num_tokens: int | None, autocast: str, fov_x: float | None
 ) -> TransformersModel:
     """Load Depth Anything V1/V2, ZoeDepth or DPT/MiDaS, frozen, by hub name or local folder.
 
-    Arguments as `models.load_model`. Raises `UserError`, one sentence: transformers is missing, the hub cannot be
+    Arguments as `load.load_model`. Raises `ModelError`, one sentence: transformers is missing, the hub cannot be
     reached, the folder holds another kind of model, or damaged or incomplete files.
     """
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError(f"model {name!r}: transformers is not installed; run `pip install -e '.[hf]'`.") from error
+        raise ModelError(f"model {name!r}: transformers is not installed; run `pip install -e '.[hf]'`.") from error
     if fov_x is not None and not 0 < fov_x < 180:
-        raise UserError(f"model.fov_x: {fov_x:g} is not a field of view in degrees; it lies between 0 and 180.")
+        raise ModelError(f"model.fov_x: {fov_x:g} is not a field of view in degrees; it lies between 0 and 180.")
     if num_tokens is not None and num_tokens < 1:
-        raise UserError(f"model.num_tokens: {num_tokens} is less than one token.")
+        raise ModelError(f"model.num_tokens: {num_tokens} is less than one token.")
     folder = Path(os.path.expanduser(name))
     if not (folder / "config.json").is_file():
         folder = _fetch(name)
-    family = _read_json(folder / "config.json", name).get("model_type")
+    family = _model_type(folder, name)
     if family not in FAMILIES:
-        raise UserError(f"model {name!r}: its config.json says model type {family!r}; known are {', '.join(FAMILIES)}.")
+        raise ModelError(
+            f"model {name!r}: its config.json says model type {family!r}; known are {', '.join(FAMILIES)}."
+        )
     network = _network(folder, family, name)
-    path, notes = folder / "preprocessor_config.json", ()
-    given = _read_json(path, name) if path.is_file() else None
-    if given is None:
+    notes = ()
+    if not (folder / "preprocessor_config.json").is_file():
         notes = (f"preprocessor_config.json is missing, so pictures are prepared as the published {family} models do",)
-    rules = read_rules(given, family, network, name)
+    with _quietly():
+        rules = read_rules(read_processor(folder, family, name), family, network, name)
     if rules.fixed and num_tokens is not None:
-        raise UserError(f"model {name!r}: a DPT hybrid takes pictures of one size; leave model.num_tokens out.")
+        raise ModelError(f"model {name!r}: a DPT hybrid takes pictures of one size; leave model.num_tokens out.")
     backbone = getattr(network.config.backbone_config, "model_type", None)
     # The DPT models on DINOv2 (facebook/dpt-dinov2-*) are the only ones of their family with depth in metres.
     metric = (

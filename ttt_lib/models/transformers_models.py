@@ -1,4 +1,4 @@
-"""Depth Anything, ZoeDepth and DPT/MiDaS from transformers behind the interface of `models.GeometryModel`.
+"""Depth Anything, ZoeDepth and DPT/MiDaS from transformers behind the interface of `base.GeometryModel`.
 
 The networks are the library's own; what they are fed is made by `preprocessing.py`; `transformers_loading.py` finds and
 checks their files.
@@ -6,7 +6,7 @@ checks their files.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ttt_lib.core.errors import UserError
 from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import intrinsics_from_fov, unproject
 from ttt_lib.models.base import GeometryModel
-from ttt_lib.models.preprocessing import BICUBIC, BILINEAR, Rules, resize_as_pillow, zoedepth_border
+from ttt_lib.models.preprocessing import Rules, resize_rounded, zoedepth_border
 
 ASSUMED_FOV = 60.0  # degrees, horizontal
 DEPTH_RATIO = 10.0  # of the farthest to the nearest depth that is made of a disparity
@@ -47,6 +47,7 @@ class TransformersModel(GeometryModel):
     of the picture and of its mirror image, which ZoeDepth's post-processing offers and its paper's numbers use.
     """
 
+    part_of: ClassVar[dict[str, str]] = {**GeometryModel.part_of, "dpt": "encoder"}
     average_flipped = False
 
     def __init__(
@@ -65,12 +66,12 @@ class TransformersModel(GeometryModel):
         self.rules, self.fov_x, self.notes = rules, fov_x, notes
 
     def pixel_values(self, images: Tensor) -> Tensor:
-        """The network's input (B,3,H',W') of images (B,3,H,W) in [0,1], by the model's own rules, with gradients."""
+        """The network's input (B,3,H',W') of images (B,3,H,W) in [0,1], by the model's own rules."""
         rules = self.rules
         size = rules.processed_size(*images.shape[-2:], self.num_tokens)
         values = images * 255
         if rules.resize or self.num_tokens is not None:
-            values = resize_as_pillow(values, size, rules.resample)
+            values = resize_rounded(values, size, rules.mode)
         values = self._normalised((values * rules.scale).float())
         if rules.divisor:
             above, left = (-side % rules.divisor // 2 for side in size)
@@ -103,7 +104,7 @@ class TransformersModel(GeometryModel):
         with intrinsics (B,3,3) or the assumed field of view.
         """
         pixels = self.pixel_values(images)
-        with self._mixed():
+        with self.mixed():
             output, _ = self._run(pixels)
         output = self._at_size(output.float(), *images.shape[-2:])
         if self.output == "disparity":
@@ -116,7 +117,7 @@ class TransformersModel(GeometryModel):
         float32; after the encoder's last normalisation where it has one; rows of patches one after the other.
         """
         pixels = self.pixel_values(images)
-        with self._mixed():
+        with self.mixed():
             if getattr(self.network, "backbone", None) is not None:
                 tokens = self.network.backbone(pixels).feature_maps[-1]
             else:
@@ -173,19 +174,18 @@ class ZoeDepthModel(TransformersModel):
     def pixel_values(self, images: Tensor) -> Tensor:
         """The network's input (B,3,H',W'): a reflected border, resizing with aligned corners, normalisation."""
         rules, values = self.rules, images * (255 * self.rules.scale)
-        if rules.pad:
+        if rules.border:
             above, beside = zoedepth_border(*images.shape[-2:])
             if above >= images.shape[-2] or beside >= images.shape[-1]:
                 raise UserError(f"model {self.name!r}: a picture of {tuple(images.shape[-2:])} pixels is too small.")
             values = F.pad(values, (beside, beside, above, above), mode="reflect")
         if rules.resize or self.num_tokens is not None:
             size = rules.processed_size(*values.shape[-2:], self.num_tokens)
-            mode = {BILINEAR: "bilinear", BICUBIC: "bicubic"}[rules.resample]
-            values = F.interpolate(values, size, mode=mode, align_corners=True)
+            values = F.interpolate(values, size, mode=rules.mode, align_corners=True)
         return self._normalised(values)
 
     def _at_size(self, output: Tensor, height: int, width: int) -> Tensor:
-        above, beside = zoedepth_border(height, width) if self.rules.pad else (0, 0)
+        above, beside = zoedepth_border(height, width) if self.rules.border else (0, 0)
         bordered = super()._at_size(output, height + 2 * above, width + 2 * beside)
         return bordered[:, above : above + height, beside : beside + width]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import base64
+import io
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,6 +18,18 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from ttt_lib.adaptation.result import AdaptResult
+
+
+def picture(figure: Figure, kind: str, **options: Any) -> bytes:
+    """The bytes of a figure's picture; kind: `png` or `jpeg`; options: of `savefig`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def encoded(content: bytes) -> str:
+    """Bytes as pages and notebooks hold them: base64."""
+    return base64.b64encode(content).decode("ascii")
 
 
 def to_array(image: Tensor) -> np.ndarray:

@@ -5,7 +5,6 @@ Pictures are inline JPEGs of at most `SIDE` pixels and `BUDGET` bytes, so that a
 
 from __future__ import annotations
 
-import base64
 import io
 from html import escape
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.types import Prediction, Sample, first_map
-from ttt_lib.report.figures import inverse_depth, to_array
+from ttt_lib.report.figures import encoded, inverse_depth, to_array
 
 SIDE, BUDGET = 280, 32_000
 UNKNOWN = (0.75, 0.75, 0.75)  # gray: no colour of a map
@@ -31,9 +30,8 @@ def _tag(picture: np.ndarray, title: str) -> str:
         image.save(file, "JPEG", quality=quality)
         if file.tell() <= BUDGET:
             break
-    data = base64.b64encode(file.getvalue()).decode()
     said = escape(title)
-    source = f'src="data:image/jpeg;base64,{data}"'
+    source = f'src="data:image/jpeg;base64,{encoded(file.getvalue())}"'
     return (
         f'<td style="text-align:center;vertical-align:top"><img {source} width="{image.width}" height="{image.height}" '
         f'alt="{said}"><br><small>{said}</small></td>'

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 import plotly.io
+from jinja2 import Environment
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ttt_lib.evaluation.paired import paired_gains, summarise
 from ttt_lib.evaluation.scores import TABLE1_COLUMNS
+from ttt_lib.report.figures import encoded, picture
 from ttt_lib.report.study_figures import best_row, figure4, gallery, gallery_cloud, gallery_samples, loss_curves, pareto
 from ttt_lib.report.tables import (
     PUBLISHED_SOURCE,
-    cells,
     confound,
     control_is_exact,
     published_table,
+    styled,
     table1,
     to_latex,
     to_markdown,
@@ -31,10 +31,16 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 FIGURES = ("loss_curves", "figure4", "pareto", "gallery")
-STYLE = (
-    "body{font-family:sans-serif;margin:2em} table{border-collapse:collapse;font-size:12px} "
-    "td,th{padding:2px 6px;border:1px solid #ccc} img{max-width:100%} li{font-size:13px}"
-)
+NOTHING = Markup("<p>nothing</p>")
+PAGE = Environment(autoescape=True).from_string("""<!doctype html><meta charset="utf-8"><title>Ablation</title>
+<style>
+body{font-family:sans-serif;margin:2em} table{border-collapse:collapse;font-size:12px}
+td,th{padding:2px 6px;border:1px solid #ccc} img{max-width:100%} li{font-size:13px}
+</style>
+<h1>Ablation</h1>
+{% if notes %}<h2>Missing</h2><ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
+{% for heading, content in sections.items() %}<h2>{{ heading }}</h2>{{ content }}
+{% endfor %}""")
 VERDICTS = {
     True: "equals `original` to the last bit",
     False: "DIFFERS from `original`: the rows were not evaluated alike",
@@ -44,9 +50,8 @@ VERDICTS = {
 
 def image_tag(figure: Figure) -> str:
     """A figure as an HTML image that needs no other file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    content = encoded(picture(figure, "png", dpi=90, bbox_inches="tight"))
+    return f'<img src="data:image/png;base64,{content}">'
 
 
 def write_report(
@@ -55,8 +60,25 @@ def write_report(
 ) -> dict[str, Path]:  # fmt: skip
     """Write Table 1 (CSV, LaTeX, Markdown), statistics (CSV), Figure 4 and others (PNG), and `report.html`.
 
-    metric and score: what Figure 4, the front and the gallery are about. Returns the files by name. What the runs do
-    not allow (no `original`, no truth, no history) is left out, and the page says so.
+    Args:
+        runs: of `read_runs`.
+        output: the folder for the files.
+        metric, score: what Figure 4, the front and the gallery are about.
+        tolerance: a smaller difference counts as none.
+        bootstrap_samples: of each interval.
+
+    Returns:
+        The files by name. What the runs do not allow (no `original`, no truth, no history) is left out, and the page
+        says so.
+
+    Raises:
+        OSError: the folder cannot be written.
+
+    Example:
+        >>> from ttt_lib import read_runs, write_report
+        >>> files = write_report(read_runs("runs"), "report", bootstrap_samples=20)
+        >>> files["html"].name, files["table1"].name
+        ('report.html', 'table1.csv')
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -123,38 +145,26 @@ def _page(
     runs: Runs, table: pd.DataFrame, tables: dict[str, pd.DataFrame], title: str, figures: dict[str, Figure],
     clouds: list[tuple[str, go.Figure]],
 ) -> str:  # fmt: skip
-    def section(heading: str, *parts: str) -> str:
-        return f"<h2>{html.escape(heading)}</h2>" + "".join(parts)
-
     published = published_table()
-    body = [
-        section("Missing", _list(runs.notes)) if runs.notes else "",
-        section("Table 1", _bold(table)),
-        section("Published Table 1", f"<p>{PUBLISHED_SOURCE}</p>", _bold(published)),
-        section("Paired differences to original (positive is better)", _html(tables["paired"].round(4))),
-        section(f"By data set: {title}", _html(tables["paired_by_dataset"].round(4))),
-        section(
-            "Evaluation, not training",
-            f"<p>control_lr0 {VERDICTS[control_is_exact(runs)]}.</p>",
-            _html(confound(published).round(3)),
+    sections = {
+        "Table 1": _table1(table),
+        "Published Table 1": Markup("<p>{}</p>{}").format(PUBLISHED_SOURCE, _table1(published)),
+        "Paired differences to original (positive is better)": _html(tables["paired"].round(4)),
+        f"By data set: {title}": _html(tables["paired_by_dataset"].round(4)),
+        "Evaluation, not training": Markup("<p>control_lr0 {}.</p>{}").format(
+            VERDICTS[control_is_exact(runs)], _html(confound(published).round(3))
         ),
-        *(section(name, image_tag(figure)) for name, figure in figures.items()),
-    ]
+    }
+    sections |= {name: Markup(image_tag(figure)) for name, figure in figures.items()}
     for i, (heading, cloud) in enumerate(clouds):
-        body.append(section(heading, plotly.io.to_html(cloud, include_plotlyjs=i == 0, full_html=False)))
-    body.append(section("Left out", _html(runs.left_out)))
-    head = f"<!doctype html><meta charset='utf-8'><title>Ablation</title><style>{STYLE}</style><h1>Ablation</h1>"
-    return head + "".join(body)
+        sections[heading] = Markup(plotly.io.to_html(cloud, include_plotlyjs=i == 0, full_html=False))
+    sections["Left out"] = _html(runs.left_out)
+    return PAGE.render(notes=runs.notes, sections=sections)
 
 
-def _list(lines: list[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+def _table1(table: pd.DataFrame) -> Markup:
+    return Markup(styled(table, 2, "font-weight: bold", "html").to_html()) if len(table) else NOTHING
 
 
-def _bold(table: pd.DataFrame) -> str:
-    """Table 1 with the best cells in bold; only our own tags are left unescaped."""
-    return _html(cells(table, 2, "<b>{}</b>").rename(index=html.escape), escape=False)
-
-
-def _html(frame: pd.DataFrame, escape: bool = True) -> str:
-    return frame.to_html(escape=escape, na_rep="") if len(frame) else "<p>nothing</p>"
+def _html(frame: pd.DataFrame) -> Markup:
+    return Markup(frame.to_html(na_rep="")) if len(frame) else NOTHING

@@ -5,11 +5,12 @@ Everything is computed from the runs; nothing is remembered from elsewhere but t
 
 from __future__ import annotations
 
-import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from ttt_lib.evaluation.scores import SCORES, TABLE1_COLUMNS
 from ttt_lib.runs.results import Runs
@@ -51,6 +52,11 @@ def printed(value: float, decimals: int) -> str:
     return "" if pd.isna(value) else f"{value:.{decimals}f}"
 
 
+def _digits(column: str, decimals: int) -> int:
+    """Seconds to three decimals, n to none, scores as asked."""
+    return decimals if column in COLUMN_NAMES else {"n": 0}.get(column, 3)
+
+
 def best_cells(table: pd.DataFrame, decimals: int = 2) -> pd.DataFrame:
     """Which cells are the best of their column as printed (ties count), seconds excepted: a frame of booleans.
 
@@ -69,7 +75,7 @@ def cells(table: pd.DataFrame, decimals: int, bold: str) -> pd.DataFrame:
     best = best_cells(table, decimals)
     text = pd.DataFrame("", index=table.index, columns=table.columns, dtype=object)
     for column in table.columns:
-        digits = decimals if column in COLUMN_NAMES else {"n": 0}.get(column, 3)
+        digits = _digits(column, decimals)
         text[column] = [
             bold.format(printed(value, digits)) if chosen else printed(value, digits)
             for value, chosen in zip(table[column], best[column])
@@ -86,6 +92,15 @@ def _headers(table: pd.DataFrame) -> list[str]:
     return [*names, "s / image", *(["n"] if "n" in table else [])]
 
 
+def styled(table: pd.DataFrame, decimals: int, bold: str, escape: str) -> Styler:
+    """The table for pandas to write as `html` or `latex`, the best cells in `bold`, whatever that is there."""
+    shown = table.set_axis(_headers(table), axis=1).rename_axis(None)
+    best = best_cells(table, decimals).to_numpy()
+    digits = {name: _digits(column, decimals) for name, column in zip(shown.columns, table.columns)}
+    style = shown.style.format({name: partial(printed, decimals=n) for name, n in digits.items()})
+    return style.format_index(escape=escape).apply(lambda _: np.where(best, bold, ""), axis=None)
+
+
 def to_markdown(table: pd.DataFrame, decimals: int = 2) -> str:
     """The table with the best cells in bold."""
     text = cells(table, decimals, "**{}**")
@@ -96,16 +111,11 @@ def to_markdown(table: pd.DataFrame, decimals: int = 2) -> str:
 
 def to_latex(table: pd.DataFrame, decimals: int = 2) -> str:
     """A `tabular` with the best cells in bold; needs booktabs."""
-    text = cells(table, decimals, r"\textbf{{{}}}")
     arrows = {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "δ1": r"$\delta_1$"}
-    head = " & ".join(["experiment", *_headers(table)])
-    for symbol, code in arrows.items():
-        head = head.replace(symbol, code)
-    names = [re.sub(r"([&%$#_{}])", r"\\\1", name) for name in text.index]
-    rows = [" & ".join([name, *row]) + r" \\" for name, row in zip(names, text.to_numpy())]
-    columns = "l" + "r" * len(text.columns)
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head + r" \\", r"\midrule", *rows,
-                      r"\bottomrule", r"\end{tabular}", ""])  # fmt: skip
+    code = styled(table, decimals, "textbf:--rwrap;", "latex").to_latex(hrules=True)
+    for symbol, command in arrows.items():
+        code = code.replace(symbol, command)
+    return code
 
 
 def to_text(table: pd.DataFrame, decimals: int = 3) -> str:

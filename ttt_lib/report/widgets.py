@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 import time
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from ttt_lib.core.schema import ViewConfig
 from ttt_lib.core.types import Prediction
+from ttt_lib.report.figures import encoded, picture
 from ttt_lib.report.view_figures import plot_views
 from ttt_lib.views.draw import make_views
 from ttt_lib.views.renderer import NovelViewRenderer
@@ -36,11 +35,6 @@ VIEW_TYPES: dict[str, dict[str, Any]] = {
 }
 
 
-def _text(picture: bytes) -> str:
-    """Bytes as a notebook stores them."""
-    return base64.b64encode(picture).decode("ascii")
-
-
 def show_cloud(figure: go.Figure) -> None:
     """Display a plotly point cloud, first seen from near its camera, with a picture for viewers that run no scripts."""
     cloud = figure.data[0]
@@ -53,10 +47,11 @@ def show_cloud(figure: go.Figure) -> None:
     axis.set_box_aspect([max(float(np.ptp(values)), 1e-6) for values in points])
     axis.set(xlabel="x", ylabel="z, forward", zlabel="up")
     axis.view_init(elev=15, azim=-75)
-    buffer = io.BytesIO()
-    still.savefig(buffer, format="jpeg", dpi=85)
+    bundle = {
+        "application/vnd.plotly.v1+json": json.loads(figure.to_json()),
+        "image/jpeg": encoded(picture(still, "jpeg", dpi=85)),
+    }
     plt.close(still)
-    bundle = {"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "image/jpeg": _text(buffer.getvalue())}
     display(bundle, raw=True)
 
 
@@ -90,7 +85,7 @@ class ViewExplorer(ipywidgets.VBox):
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """With the picture as it is now, for viewers that run no scripts."""
-        return {**super()._repr_mimebundle_(**options), "image/jpeg": _text(self.image.value)}
+        return {**super()._repr_mimebundle_(**options), "image/jpeg": encoded(self.image.value)}
 
     @property
     def config(self) -> ViewConfig:
@@ -115,9 +110,7 @@ class ViewExplorer(ipywidgets.VBox):
             image, target.points, target.mask, target.intrinsics, self.config, self.count, generator, self.renderer
         )
         spent = (time.perf_counter() - begun) * 1000 / self.count
-        buffer = io.BytesIO()
-        plot_views(view).savefig(buffer, format="jpeg", dpi=85)
-        self.image.value = buffer.getvalue()
+        self.image.value = picture(plot_views(view), "jpeg", dpi=85)
         known = ", ".join(f"{share:.0%}" for share in view.mask.flatten(1).float().mean(1).tolist())
         self.status.value = (
             f"known: {known} of the pixels; {view.stats['redrawn']} drawn again, {view.stats['identity']} stayed in "

@@ -103,16 +103,7 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
                 surface = fresh.mask & torch.isfinite(fresh.points).all(-1) & (fresh.points[..., 2] > 0)
                 spare.set_scene(image, fresh.points, surface, fresh.intrinsics)
             marks.append(_now(device))
-            spent = [b - a for a, b in zip(marks, marks[1:])]
-            steps = 1 / config.train.accumulation
-            refresh = config.teacher.refresh_every
-            refreshes = steps / refresh if refresh else 0.0
-            scene = spent[6] if drawing[0] > 0 else 0.0
-            for stage, seconds in {
-                "augment": spent[0] - drawing[0], "render": drawing[0] + scene * refreshes, "forward": spent[1], "loss": spent[2],
-                "backward": spent[3], "optimizer": spent[4] * steps,
-                "teacher": spent[5] * refreshes,
-            }.items():  # fmt: skip
+            for stage, seconds in _shares([b - a for a, b in zip(marks, marks[1:])], drawing[0], config).items():
                 times[stage].append(seconds)
     finally:
         restore(model, before)
@@ -120,6 +111,17 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
     total = sum(medians.values())
     rows = [{"stage": stage, "seconds": seconds, "share": seconds / total} for stage, seconds in medians.items()]
     return pd.DataFrame(rows)
+
+
+def _shares(spent: list[float], drawing: float, config: ExperimentConfig) -> dict[str, float]:
+    """Seconds of each stage for one pass, from those between the marks; what a step or a refresh does once, in parts."""
+    steps = 1 / config.train.accumulation
+    refreshes = steps / config.teacher.refresh_every if config.teacher.refresh_every else 0.0
+    scene = spent[6] if drawing > 0 else 0.0
+    return {
+        "augment": spent[0] - drawing, "render": drawing + scene * refreshes, "forward": spent[1], "loss": spent[2],
+        "backward": spent[3], "optimizer": spent[4] * steps, "teacher": spent[5] * refreshes,
+    }  # fmt: skip
 
 
 def _timed(function: Callable, total: list[float], device: torch.device) -> Callable:

@@ -32,7 +32,15 @@ def experiment_files(more: bool = True) -> dict[str, Path]:
 def list_experiments(more: bool = True) -> list[str]:
     """Names of the package's experiments in the order of the table (`order:` of their files, then by name).
 
-    more: also those in `more/`, which run only by name. Raises `RunError`, and `ConfigError` for a file that is no YAML.
+    Args:
+        more: also those in `more/`, which run only by name.
+
+    Returns:
+        Names that `load_experiment`, `adapt` and the command take.
+
+    Raises:
+        RunError: the installation lacks them.
+        ConfigError: for a file that is no YAML.
 
     Example:
         >>> list_experiments(more=False)[:2]

@@ -24,15 +24,16 @@ from ttt_lib.core.errors import ConfigError, DataError, NumericalError, TTTError
 from ttt_lib.core.files import absolute, first_repeated
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.seeds import sample_generator
-from ttt_lib.core.types import KEYS, Sample
+from ttt_lib.core.types import Sample
 from ttt_lib.data.catalog import open_dataset
 from ttt_lib.data.known_distances import sample_references
 from ttt_lib.data.samples import SampleSet
-from ttt_lib.evaluation.scores import MINIMUM_TRUTH, evaluate, tidy_rows
+from ttt_lib.evaluation.scores import MINIMUM_TRUTH, scores_of, tidy_rows
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.models.load import load_model
 from ttt_lib.runs.catalog import NOTEBOOKS
 from ttt_lib.runs.gallery import gallery_content, write_gallery_file
+from ttt_lib.runs.result_tables import ResultTables
 from ttt_lib.runs.scenes import Scenes
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def _scores(experiment: str, sample: Sample, result: AdaptResult) -> pd.DataFram
         if prediction is None or (kind in ("adapted", "blended") and prediction is result.final):
             continue
         if id(prediction) not in tables:
-            tables[id(prediction)] = tidy_rows(evaluate(prediction, sample))
+            tables[id(prediction)] = tidy_rows(scores_of(prediction, sample))
         rows = tables[id(prediction)].copy()
         identity = {"experiment": experiment, "dataset": sample.dataset, "sample": sample.name, "prediction": kind}
         for place, (key, value) in enumerate(identity.items()):
@@ -169,46 +170,6 @@ def _rows(config: ExperimentConfig, sample: Sample, result: AdaptResult) -> dict
         "samples": pd.DataFrame([about]),
         "history": pd.DataFrame([{**identity, **entry} for entry in result.history]),
     }
-
-
-def _append(rows: pd.DataFrame, path: Path | None, before: list[pd.DataFrame]) -> None:
-    """Add rows to a CSV at once, so that a run that ends early keeps what it has.
-
-    A sample may bring columns that none had before (signals after one that failed): then the file is written again.
-    """
-    if path is None or not len(rows):
-        return
-    known = list(dict.fromkeys(column for table in before for column in table.columns)) if path.exists() else []
-    if not known or set(rows.columns) <= set(known):
-        rows.reindex(columns=known or rows.columns).to_csv(path, mode="a", header=not known, index=False)
-        return
-    temporary = path.with_suffix(".tmp")
-    pd.concat([*before, rows], ignore_index=True).to_csv(temporary, index=False)
-    os.replace(temporary, path)
-
-
-class ResultTables:
-    """The tables of `core.types.KEYS`, in memory and, as they grow, as CSV files of a folder (None: no files)."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder, self.parts = folder, {name: [] for name in KEYS}
-
-    def add(self, **tables: pd.DataFrame) -> None:
-        """Rows at the end of the tables of these names."""
-        for name, rows in tables.items():
-            _append(rows, self.folder / f"{name}.csv" if self.folder else None, self.parts[name])
-            if len(rows):
-                self.parts[name].append(rows)
-
-    def leave_out(self, dataset: str, sample: str, why: str) -> None:
-        """Note a sample that has no result."""
-        self.add(left_out=pd.DataFrame([(dataset, sample, why)], columns=["dataset", "sample", "reason"]))
-
-    def joined(self) -> dict[str, pd.DataFrame]:
-        """Whole tables by name, empty ones without columns."""
-        return {
-            name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame() for name, parts in self.parts.items()
-        }
 
 
 @dataclass
@@ -269,10 +230,28 @@ def run_experiment(
 ) -> RunSummary:
     """Adapt to every sample of the experiment (of this shard) and evaluate original and final predictions.
 
-    Writes `metrics.csv`, `samples.csv`, `history.csv`, `left_out.csv` and `predictions/*.npz` to `output_dir` (None:
-    nothing is written). Every sample is either in `samples` or, whatever went wrong with it, in `left_out` with its
-    reason; the others go on. limit: only the first samples, and no other is read. The same numbers come out whatever
-    the shard count and the order.
+    Every sample is either in `samples` or, whatever went wrong with it, in `left_out` with its reason; the others go on.
+    The same numbers come out whatever the shard count and the order.
+
+    Args:
+        config: its `data` says which samples, its `model` which model.
+        output_dir: gets `metrics.csv`, `samples.csv`, `history.csv`, `left_out.csv`, `predictions/*.npz`; None: nothing.
+        shard: which part of the samples, (index, count).
+        progress: show a bar.
+        limit: only the first samples, and no other is read.
+
+    Returns:
+        A `RunSummary` with these tables.
+
+    Raises:
+        UserError: for data, a model or a calibration that is not there; not for what goes wrong with one sample.
+
+    Example:
+        >>> from ttt_lib import load_experiment, run_experiment
+        >>> quick = {"data": [{"kind": "motorcycle", "width": 96, "height": 64}], "model": {"num_tokens": 48}}
+        >>> config = load_experiment("original", profile="demo", overrides=quick)
+        >>> run_experiment(config, progress=False).samples["sample"].tolist()
+        ['motorcycle_left', 'motorcycle_right']
     """
     folder = Path(absolute(output_dir)) if output_dir else None
     if folder is not None:

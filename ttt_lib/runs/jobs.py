@@ -8,6 +8,7 @@ settings is moved aside, never mixed and never deleted.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import time
@@ -30,8 +31,10 @@ from ttt_lib.runs.notebook import ENVIRONMENT, execute, own_kernel, thread_limit
 from ttt_lib.runs.progress import Progress
 from ttt_lib.runs.results import MANIFEST, read_manifest
 
-# Sums over another number of threads differ in the last bits and training amplifies that, so the count is part of what
-# a result depends on and must not follow from the number of workers. One is the only count that fits any number.
+log = logging.getLogger(__name__)
+
+# Sums over another number of threads differ in the last bits, so the count is part of what a result depends on and must
+# not follow from the number of workers. One is the only count that fits any number.
 THREADS = 1
 
 
@@ -70,9 +73,6 @@ class Outcome:
     status: str
     reason: str = ""
     seconds: float = 0.0
-
-
-# ------------------------------------------------------------------------------------------------- places on disk
 
 
 def is_done(job: Job, runs: Path) -> bool:
@@ -188,6 +188,7 @@ def run_job(job: Job, runs: str | Path) -> Outcome:
             if is_done(job, runs):
                 return ended("skipped")
             try:
+                log.info("%s: begins in %s", job.name, work)
                 _fill(job, work, begun)
                 if final.exists():
                     set_aside(final, runs)
@@ -196,6 +197,7 @@ def run_job(job: Job, runs: str | Path) -> Outcome:
                 shutil.rmtree(kept, ignore_errors=True)  # of an earlier try
                 return ended("done")
             except BaseException as error:
+                log.info("%s: failed", job.name, exc_info=error)
                 left = _keep(work, kept)
                 if not isinstance(error, Exception):
                     raise

@@ -51,7 +51,20 @@ class Runs:
 def read_runs(folder: str | Path) -> Runs:
     """Read every finished shard (those with a manifest); what is missing or not used is in `notes`.
 
-    Raises `RunError` if the folder is missing, holds no finished shard, or a result file cannot be read.
+    Args:
+        folder: what `ttt-depth ablation --runs` wrote to.
+
+    Returns:
+        `Runs`: its tables, in the order of the table of experiments.
+
+    Raises:
+        RunError: the folder is missing, holds no finished shard, or a result file cannot be read.
+
+    Example:
+        >>> from ttt_lib import read_runs
+        >>> runs = read_runs("runs")  # made by `ttt-depth ablation --experiments original`
+        >>> runs.experiments, sorted(runs.metrics["prediction"].unique())
+        (['original'], ['final', 'original'])
     """
     folder = Path(absolute(folder))
     finished, notes = _finished_shards(folder)

@@ -11,6 +11,7 @@ batch do not depend on how many follow, and a higher severity means more of the 
 from __future__ import annotations
 
 import zlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,19 +64,12 @@ def _cameras(median_depth: Tensor | float, severity: int, draws: Tensor) -> Tens
     return look_at_transform(offset, target, roll=torch.deg2rad(signed[:, 3] * roll))
 
 
-def sample_crops(
-    intrinsics: Tensor, config: CropConfig, count: int, generator: torch.Generator, aspect: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random crops: rotation (count,4,4), intrinsics (count,3,3) and which are crops at all, (count,) bool.
-
-    A crop's side is uniform in `config.scale` (of the image), its place uniform where it fits. `aspect`: width over
-    height of the crop, relative to the image's; the crop is narrowed about its centre to get there, so that pixels
-    stay square.
-    """
-    return _crops(intrinsics, config, torch.rand(count, CROP_DRAWS, generator=generator), aspect)
-
-
 def _crops(intrinsics: Tensor, config: CropConfig, draws: Tensor, aspect: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Crops: rotation (B,4,4), intrinsics (B,3,3) and which are crops at all, (B,) bool; draws (B, `CROP_DRAWS`).
+
+    A crop's side is uniform in `config.scale` (of the image), its place uniform where it fits. aspect: width over height
+    of the crop, relative to the image's; the crop is narrowed about its centre to get there: pixels stay square.
+    """
     low, high = config.scale
     scale = low + (high - low) * draws[:, 0]
     centre = 0.5 + (draws[:, 1:3] - 0.5) * (1 - scale[:, None])
@@ -144,8 +138,12 @@ def _render(
     return fill_unknown(seen, rendered.mask | is_sky), rendered.points, rendered.mask, is_sky
 
 
-def _set_scene(renderer: NovelViewRenderer, image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor) -> None:
+def _set_scene(
+    renderer: NovelViewRenderer | None, image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor
+) -> None:
     """Hand a target to the renderer, unless it holds that very one."""
+    if renderer is None:
+        raise ValueError("views from other cameras are asked for, but there is no renderer")
     held = getattr(renderer, "made_from", None)
     if held is None or any(a is not b for a, b in zip(held, (renderer.mesh, image, points))):
         renderer.set_scene(image, points, mask, intrinsics)
@@ -168,17 +166,67 @@ def _shift(images: Tensor, depth: Tensor, config: ShiftConfig, draws: Tensor) ->
     return shifted, names
 
 
+class Plan(NamedTuple):
+    """What is drawn for B views before any pixel is: the way to each from the image's camera when it stays in its place,
+    transform (B,4,4) and lens (B,3,3) on the image's device; what is done to it, (B,) bool each; numbers for the rest."""
+
+    transform: Tensor
+    lens: Tensor
+    moved: Tensor
+    cropped: Tensor
+    mirrored: Tensor
+    coloured: Tensor
+    colour_draws: Tensor
+    camera_draws: Tensor
+
+    def kinds(self, shifts: list[str]) -> list[str]:
+        """What was done to each view, in words."""
+        names = ("novel", self.moved), ("crop", self.cropped), ("mirror", self.mirrored), ("photometric", self.coloured)
+        parts = [[name for name, which in names if bool(which[i])] + [shift] for i, shift in enumerate(shifts)]
+        return ["+".join(filter(None, words)) or "whole" for words in parts]
+
+
+def _plan(intrinsics: Tensor, config: ViewConfig, count: int, generator: torch.Generator, stretch: float) -> Plan:
+    """stretch: width to height of the views, relative to that of the image."""
+    parts = [CROP_DRAWS, FLAG_DRAWS, COLOUR_DRAWS, CAMERA_DRAWS * config.novel_view.tries]
+    draws = torch.rand(count, sum(parts), generator=generator)
+    crop_draws, flags, colour_draws, camera_draws = draws.split(parts, 1)
+    fixed, lens, cropped = _crops(intrinsics, config.crop, crop_draws, stretch)
+    mirrored = flags[:, 0] < config.mirror
+    return Plan(
+        transform=torch.where(mirrored[:, None, None], MIRROR @ fixed, fixed).to(intrinsics.device),
+        lens=torch.where(mirrored[:, None, None], mirror_intrinsics(lens), lens).to(intrinsics.device),
+        moved=(flags[:, 1] < config.novel_view.probability) & (config.novel_view.severity > 0),
+        cropped=cropped,
+        mirrored=mirrored,
+        coloured=(colour_draws[:, 0] < config.photometric.probability) & (config.photometric.severity > 0),
+        colour_draws=colour_draws,
+        camera_draws=camera_draws,
+    )
+
+
+def _warp(
+    image: Tensor, points: Tensor, mask: Tensor, surface: Tensor, intrinsics: Tensor, fixed: Tensor, lens: Tensor, size
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Views from the camera's own place: image, points, mask, and where the sky is seen."""
+    n = len(fixed)
+    maps = image.expand(n, -1, -1, -1), points.expand(n, -1, -1, -1), surface.expand(n, -1, -1)
+    warped = warp_view(*maps, intrinsics.expand(n, 3, 3), fixed, lens, size)
+    if bool(mask.all()):
+        return *warped, torch.zeros_like(warped[2])
+    return *warped, _sky_seen(~mask, intrinsics, fixed, lens, size)[0] & ~warped[2]
+
+
+def _put(maps: tuple[Tensor, ...], rows: Tensor, values: tuple[Tensor, ...]) -> None:
+    """Values of some rows into the maps of all."""
+    for map_, value in zip(maps, values):
+        map_[rows] = value
+
+
 def make_views(
-    image: Tensor,
-    points: Tensor,
-    mask: Tensor | None,
-    intrinsics: Tensor,
-    config: ViewConfig,
-    count: int,
-    generator: torch.Generator,
-    renderer: NovelViewRenderer | None = None,
-    mirror_keeps_x: bool = False,
-) -> View:
+    image: Tensor, points: Tensor, mask: Tensor | None, intrinsics: Tensor, config: ViewConfig, count: int,
+    generator: torch.Generator, renderer: NovelViewRenderer | None = None, mirror_keeps_x: bool = False,
+) -> View:  # fmt: skip
     """Draw `count` views of one image, on its device, with the target carried into each.
 
     image (3,H,W); points (H,W,3) the target in the image's camera; mask (H,W) bool, False where the target says there
@@ -191,65 +239,44 @@ def make_views(
     is drawn again, and its camera stays in place after `tries` attempts. Raises `ValueError` without a renderer.
     """
     device, novel, colour = image.device, config.novel_view, config.photometric
-    height, width = image.shape[-2:]
-    size = tuple(config.size) if config.size is not None else (height, width)
+    (height, width), size = image.shape[-2:], tuple(config.size or image.shape[-2:])
     mask = torch.ones(height, width, dtype=torch.bool, device=device) if mask is None else mask
     surface = mask & torch.isfinite(points).all(-1) & (points[..., 2] > 0)
 
-    parts = [CROP_DRAWS, FLAG_DRAWS, COLOUR_DRAWS, CAMERA_DRAWS * novel.tries]
-    draws = torch.rand(count, sum(parts), generator=generator)
-    crop_draws, flags, colour_draws, camera_draws = draws.split(parts, 1)
-    fixed, lens, cropped = _crops(intrinsics, config.crop, crop_draws, (size[1] * height) / (size[0] * width))
-    mirrored = flags[:, 0] < config.mirror
-    moved = (flags[:, 1] < novel.probability) & (novel.severity > 0)
-    coloured = (colour_draws[:, 0] < colour.probability) & (colour.severity > 0)
-    fixed = torch.where(mirrored[:, None, None], MIRROR @ fixed, fixed).to(device)
-    lens = torch.where(mirrored[:, None, None], mirror_intrinsics(lens), lens).to(device)
+    plan = _plan(intrinsics, config, count, generator, (size[1] * height) / (size[0] * width))
+    fixed, lens, moved = plan.transform, plan.lens, plan.moved
     transform = fixed.clone()
     stats = {"drawn": count, "novel": int(moved.sum()), "redrawn": 0, "identity": 0}
 
-    out_image = torch.empty(count, 3, *size, device=device, dtype=image.dtype)
-    out_points = torch.empty(count, *size, 3, device=device, dtype=points.dtype)
-    out_mask = torch.zeros(count, *size, dtype=torch.bool, device=device)
-    negative = torch.zeros_like(out_mask)
-
+    shapes = ((3, *size), image.dtype), ((*size, 3), points.dtype), (size, torch.bool), (size, torch.bool)
+    out = tuple(torch.zeros(count, *shape, device=device, dtype=dtype) for shape, dtype in shapes)
     waiting = torch.nonzero(moved)[:, 0]
     if waiting.numel():
-        if renderer is None:
-            raise ValueError("views from other cameras are asked for, but there is no renderer")
         _set_scene(renderer, image, points, surface, intrinsics)
         median = points[..., 2][surface].median() if bool(surface.any()) else torch.ones(())
-    for attempt, draw in enumerate(camera_draws.split(CAMERA_DRAWS, 1)):
+    for attempt, draw in enumerate(plan.camera_draws.split(CAMERA_DRAWS, 1)):
         if not waiting.numel():
             break
         stats["redrawn"] += int(waiting.numel()) if attempt else 0
         rows = waiting.to(device)
         transform[rows] = fixed[rows] @ _cameras(median, novel.severity, draw[waiting]).to(device)
-        rendered = _render(renderer, image, ~mask, intrinsics, transform[rows], lens[rows], size)
-        out_image[rows], out_points[rows], out_mask[rows], negative[rows] = rendered
-        waiting = waiting[(out_mask | negative)[rows].flatten(1).float().mean(1).cpu() < novel.minimum_known]
+        _put(out, rows, _render(renderer, image, ~mask, intrinsics, transform[rows], lens[rows], size))
+        waiting = waiting[(out[2] | out[3])[rows].flatten(1).float().mean(1).cpu() < novel.minimum_known]
     if waiting.numel():
         stats["identity"] = int(waiting.numel())
         transform[waiting.to(device)], moved[waiting] = fixed[waiting.to(device)], False
 
     still = torch.nonzero(~moved)[:, 0].to(device)
     if still.numel():
-        n = len(still)
-        maps = image.expand(n, -1, -1, -1), points.expand(n, -1, -1, -1), surface.expand(n, -1, -1)
-        warped = warp_view(*maps, intrinsics.expand(n, 3, 3), fixed[still], lens[still], size)
-        out_image[still], out_points[still], out_mask[still] = warped
-        if not bool(mask.all()):
-            negative[still] = _sky_seen(~mask, intrinsics, fixed[still], lens[still], size)[0] & ~warped[2]
+        _put(out, still, _warp(image, points, mask, surface, intrinsics, fixed[still], lens[still], size))
 
+    out_image, out_points, out_mask, negative = out
     out_points = torch.where(out_mask[..., None], out_points, torch.nan)
     if mirror_keeps_x:
         wrong = out_points * MIRROR.diagonal()[:3].to(out_points)
-        out_points = torch.where(mirrored.to(device)[:, None, None, None], wrong, out_points)
+        out_points = torch.where(plan.mirrored.to(device)[:, None, None, None], wrong, out_points)
     shifts = [""] * count
     if config.shift.names:
-        out_image, shifts = _shift(out_image, out_points[..., 2], config.shift, colour_draws)
-    out_image = recolour(out_image, colour.severity, colour_draws, colour.probability, colour.blur)
-    names = (("novel", moved), ("crop", cropped), ("mirror", mirrored), ("photometric", coloured))
-    kinds = [[name for name, which in names if bool(which[i])] + [shifts[i]] for i in range(count)]
-    kind = ["+".join(filter(None, parts)) or "whole" for parts in kinds]
-    return View(out_image, out_points, out_mask, negative, lens, transform, kind, stats)
+        out_image, shifts = _shift(out_image, out_points[..., 2], config.shift, plan.colour_draws)
+    out_image = recolour(out_image, colour.severity, plan.colour_draws, colour.probability, colour.blur)
+    return View(out_image, out_points, out_mask, negative, lens, transform, plan.kinds(shifts), stats)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt_lib.core.schema import ViewConfig
-from ttt_lib.data.scenes.generate import make_scenes, sample_cameras
+from ttt_lib.data.scenes.generate import make_scenes, place_cameras
 from ttt_lib.data.scenes.raycast import Picture, Scenes, draw, make_atlas
 from ttt_lib.data.scenes.textures import make_textures
 from ttt_lib.geometry.cameras import MIRROR, mirror_intrinsics, mirror_points, rotation_between, unproject
@@ -61,7 +61,7 @@ class ExactScene:
 def exact_scene(kind: str, seed: int, size: tuple[int, int] = (120, 160)) -> ExactScene:
     """A scene of `synthetic.KINDS` from a seed, drawn at `size` (H, W)."""
     scenes, places = make_scenes([kind], seed, _atlas())
-    world, intrinsics = sample_cameras([kind], places, seed, size[1] / size[0])
+    world, intrinsics = place_cameras([kind], places, seed, size[1] / size[0])
     return ExactScene(scenes, world, draw(scenes, world, intrinsics, size))
 
 

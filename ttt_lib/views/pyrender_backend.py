@@ -1,9 +1,8 @@
-"""Drawing through OpenGL: the process's contexts, chosen by device, and one scene of pyrender."""
+"""Drawing through OpenGL: the process's context, and one scene of pyrender."""
 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import sys
 import threading
@@ -19,9 +18,8 @@ from ttt_lib.views.mesh import BEYOND, NEAR, Mesh
 INSTALL_GL = (
     "install a GL library (Debian: `apt-get install libegl1 libgl1-mesa-dri` or `libosmesa6`), or use backend 'torch'"
 )
-EGL_CUDA_DEVICE = 0x323A  # attribute of EGL_NV_device_cuda: the CUDA device of an EGL device, numbered as in CUDA
 _drawing = threading.RLock()  # a context is bound to one thread at a time
-_context: dict[str, Any] = {}  # pid, platform, renderers: one for each EGL device that draws
+_context: dict[str, Any] = {}  # pid, platform, renderer
 
 # Unlit colours; alpha says whether the front of the surface is seen, so that no reversed copy of the mesh is drawn.
 SHADERS = {
@@ -76,54 +74,11 @@ def _view_renderer(width: int, height: int) -> Any:
     return renderer
 
 
-def egl_device(wanted: int, ordinals: list[int | None]) -> int:
-    """Which EGL device draws for CUDA device `wanted`, given the CUDA device of each EGL device (None: not one).
-
-    EGL has its own order, and software devices too. Where no driver tells, the orders are taken to be the same; a
-    device that EGL does not offer is replaced by the first.
-    """
-    if wanted in ordinals:
-        return ordinals.index(wanted)
-    told = any(ordinal is not None for ordinal in ordinals)
-    return wanted if wanted < len(ordinals) and not told else 0
-
-
-def _cuda_ordinals() -> list[int | None]:
-    """The CUDA device of each EGL device, None for others. Imports pyrender's EGL platform."""
-    from OpenGL.EGL import eglGetProcAddress
-    from pyrender.platforms import egl
-
-    address = ctypes.cast(eglGetProcAddress("eglQueryDeviceAttribEXT"), ctypes.c_void_p).value
-    if not address or egl._eglQueryDevicesEXT is None:
-        return []
-    pointer = ctypes.POINTER(ctypes.c_ssize_t)
-    query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, pointer)(address)
-    ordinals = []
-    for device in egl.query_devices():
-        value = ctypes.c_ssize_t(-1)
-        told = query(ctypes.cast(device._display, ctypes.c_void_p), EGL_CUDA_DEVICE, ctypes.byref(value))
-        ordinals.append(value.value if told else None)
-    return ordinals
-
-
-def _gl_device(platform: str, wanted: int) -> int:
-    """The EGL device to draw on: `EGL_DEVICE_ID`, or else that of the CUDA device `wanted`. OSMesa has one, 0."""
-    if platform != "egl":
-        return 0
-    chosen = os.environ.get("EGL_DEVICE_ID")
-    return egl_device(wanted, _cuda_ordinals()) if chosen is None else int(chosen)
-
-
-def _make_context(device: int) -> Any:
-    """An `OffscreenRenderer` on the platform that `PYOPENGL_PLATFORM` names; with EGL, on that EGL device."""
+def _make_context() -> Any:
+    """An `OffscreenRenderer` on the platform that `PYOPENGL_PLATFORM` names; with EGL, on the device `EGL_DEVICE_ID` (0)."""
     import pyrender
 
-    before = os.environ.get("EGL_DEVICE_ID")
-    os.environ["EGL_DEVICE_ID"] = str(device)
-    try:
-        renderer = pyrender.OffscreenRenderer(64, 64)
-    finally:
-        os.environ.pop("EGL_DEVICE_ID") if before is None else os.environ.update(EGL_DEVICE_ID=before)
+    renderer = pyrender.OffscreenRenderer(64, 64)
     renderer._renderer = _view_renderer(64, 64)
     _let_go(renderer)
     return renderer
@@ -141,59 +96,48 @@ def _let_go(renderer: Any) -> None:
         eglMakeCurrent(display, EGL_NO_SURFACE, EGL_NO_SURFACE, EGL_NO_CONTEXT)
 
 
-def gl_renderer(device: torch.device | str = "cpu") -> Any:
-    """The `pyrender.OffscreenRenderer` of this process for a device, made on first use.
+def gl_renderer() -> Any:
+    """The `pyrender.OffscreenRenderer` of this process, made on first use.
 
-    A CUDA device draws on its own EGL device, the CPU on that of the first CUDA device or whatever EGL has. EGL is
-    tried first, then OSMesa, unless `PYOPENGL_PLATFORM` chooses. Raises `UserError` when neither works, and in a child
-    forked from a process that had a context: GL drivers do not survive a fork.
+    EGL is tried first, then OSMesa, unless `PYOPENGL_PLATFORM` chooses. Raises `UserError` when neither works, and in a
+    child forked from a process that had a context: GL drivers do not survive a fork.
     """
     with _drawing:
-        return _gl_renderer(torch.device(device))
+        if _context and _context["pid"] != os.getpid():
+            raise UserError(
+                "backend 'pyrender': this process was forked from one that draws; start it by spawn, or use 'torch'."
+            )
+        if not _context:
+            _context.update(_first_that_works())
+        return _context["renderer"]
 
 
-def _gl_renderer(device: torch.device) -> Any:
-    wanted = 0
-    if device.type == "cuda":
-        wanted = torch.cuda.current_device() if device.index is None else device.index
-    if _context and _context["pid"] != os.getpid():
-        raise UserError(
-            "backend 'pyrender': this process was forked from one that draws; start it by spawn, or use 'torch'."
-        )
-    asked = _context.get("platform", os.environ.get("PYOPENGL_PLATFORM"))
-    held = _context.get("renderers", {})  # by EGL device: two contexts on one would share, and free, its display
-    loaded = "OpenGL" in sys.modules
-    problems = []
+def _first_that_works() -> dict[str, Any]:
+    asked, loaded, problems = os.environ.get("PYOPENGL_PLATFORM"), "OpenGL" in sys.modules, []
     for platform in [asked] if asked else ["egl", "osmesa"]:
         os.environ["PYOPENGL_PLATFORM"] = platform
         try:
-            index = _gl_device(platform, wanted)
-            if index not in held:
-                held[index] = _make_context(index)
-            _context.update(pid=os.getpid(), platform=platform, renderers=held)
-            return held[index]
+            return {"pid": os.getpid(), "platform": platform, "renderer": _make_context()}
         except Exception as error:
             problems.append(f"{platform}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             if not loaded:
                 for name in [n for n in sys.modules if n.split(".")[0] in ("OpenGL", "pyrender")]:
                     del sys.modules[name]  # PyOpenGL binds to a platform at import
-        finally:
-            if asked is None and not _context:
+            if asked is None:
                 os.environ.pop("PYOPENGL_PLATFORM", None)
     raise UserError(f"backend 'pyrender': no GL context could be made ({'; '.join(problems)}); {INSTALL_GL}.")
 
 
 @atexit.register
 def free_gl() -> None:
-    """Free this process's GL contexts, if it has any."""
+    """Free this process's GL context, if it has one."""
     if _context.get("pid") == os.getpid():
-        for renderer in _context.pop("renderers").values():
-            renderer.delete()
+        _context.pop("renderer").delete()
         _context.clear()
 
 
 def platform() -> str:
-    """What the process's contexts draw through, e.g. `egl`; only after `gl_renderer`."""
+    """What the process's context draws through, e.g. `egl`; only after `gl_renderer`."""
     return _context["platform"]
 
 
@@ -203,10 +147,10 @@ def platform() -> str:
 class GLScene:
     """One mesh on the GPU and a camera that moves."""
 
-    def __init__(self, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, mesh: Mesh) -> None:
         import pyrender
 
-        self.renderer, self.pid = gl_renderer(device), os.getpid()
+        self.renderer, self.pid = gl_renderer(), os.getpid()
         vertices = mesh.vertices.cpu().numpy() * np.array([1, -1, -1], dtype=np.float32)  # OpenGL: y up, z backwards
         colours = np.concatenate([mesh.colours.cpu().numpy(), np.ones((len(vertices), 1), np.float32)], 1)
         faces, solid = mesh.faces.cpu().numpy()[:, ::-1], mesh.solid.cpu().numpy()  # counter-clockwise from the front

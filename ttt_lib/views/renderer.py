@@ -68,12 +68,12 @@ class NovelViewRenderer:
                 self._chosen, self._why = "torch", "torch: the tensors are on a GPU and the views stay there"
             else:
                 try:
-                    gl_renderer(self.device)
+                    gl_renderer()
                     self._chosen, self._why = "pyrender", f"pyrender: drawing through {platform()}"
                 except UserError as error:
                     self._chosen, self._why = "torch", f"torch: {error}"
         elif backend == "pyrender":
-            gl_renderer(self.device)
+            gl_renderer()
         elif backend != "torch":
             raise UserError(f"novel_view.backend {backend!r}: use 'auto', 'pyrender' or 'torch'.")
         self.pid = os.getpid()
@@ -125,7 +125,7 @@ class NovelViewRenderer:
 
     def _render_gl(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         if self._scene is None:
-            self._scene = GLScene(self.mesh, self.device)
+            self._scene = GLScene(self.mesh)
         drawn = [
             self._scene.draw(t, k, size)
             for t, k in zip(transform.double().cpu().numpy(), intrinsics.double().cpu().numpy())

@@ -65,34 +65,7 @@ def _draw(mesh: Mesh, transform: Tensor, intrinsics: Tensor, size: tuple[int, in
     boxes = (wide * (high_y - low_y + 1).clamp_min(0)).long()
     if hidden is not None:
         boxes[hidden] = 0
-    face = torch.nonzero(boxes)[:, 0]
-    wide, low_x, low_y, boxes = (part.index_select(0, face) for part in (wide, low_x, low_y, boxes))
-    ends = boxes.cumsum(0)
-    starts = ends - boxes
-    total = int(ends[-1]) if len(ends) else 0
-
-    # The z-buffer holds the depth's bits above the face's number: of equally near triangles the first one wins.
-    buffer = torch.full((height * width,), EMPTY, device=device)
-    steps = torch.arange(0, total, CUDA_CHUNK if device.type == "cuda" else CHUNK, device=device)
-    borders = [*torch.searchsorted(ends, steps, right=True).tolist(), len(face)]
-    for first, last in zip(borders, borders[1:]):
-        if first == last:
-            continue
-        start, stop = int(starts[first]), int(ends[last - 1])
-        slot = torch.repeat_interleave(boxes[first:last], output_size=stop - start) + first
-        within = torch.arange(start, stop, device=device) - starts.index_select(0, slot)
-        span = wide.index_select(0, slot)
-        row = (within / span).floor()
-        column = low_x.index_select(0, slot) + (within - row * span)
-        row = low_y.index_select(0, slot) + row
-        number = face.index_select(0, slot)
-        at = [corner.index_select(0, number) for corner in corners]
-        _, weights, covered = _weights(table, at, column + 0.5, row + 0.5)
-        depth = 1 / (weights[0] + weights[1] + weights[2])
-        key = (depth.view(torch.int32).long() << 32) | number
-        key = torch.where(covered & (depth > near), key, EMPTY)
-        buffer.scatter_reduce_(0, (row * width + column).long(), key, "amin")
-
+    buffer = _nearest_faces(table, corners, (low_x, low_y, wide, boxes), size, near)
     drawn = buffer != EMPTY
     number = torch.where(drawn, buffer & 0xFFFFFFFF, 0)
     depth = torch.where(drawn, buffer >> 32, 0).int().view(torch.float32)
@@ -105,6 +78,43 @@ def _draw(mesh: Mesh, transform: Tensor, intrinsics: Tensor, size: tuple[int, in
     colour = torch.where(drawn, colour.T, 0.0)
     mask = drawn & (whole > 0) & mesh.solid.index_select(0, number)
     return colour.reshape(3, height, width), depth.reshape(height, width), mask.reshape(height, width)
+
+
+def _nearest_faces(
+    table: list[Tensor | None], corners: Tensor, boxes: tuple[Tensor, ...], size: tuple[int, int], near: float
+) -> Tensor:
+    """The z-buffer (h*w,): the depth's bits above the face's number, so of equally near triangles the first one wins.
+
+    boxes: of each face (F,), the lowest column and row it may cover, how many columns, and how many pixels (none: the
+    face is not drawn). Faces go through in parts that hold a bounded number of pixels.
+    """
+    (height, width), device = size, corners.device
+    face = torch.nonzero(boxes[3])[:, 0]
+    low_x, low_y, wide, count = (part.index_select(0, face) for part in boxes)
+    ends = count.cumsum(0)
+    starts = ends - count
+    total = int(ends[-1]) if len(ends) else 0
+    buffer = torch.full((height * width,), EMPTY, device=device)
+    steps = torch.arange(0, total, CUDA_CHUNK if device.type == "cuda" else CHUNK, device=device)
+    borders = [*torch.searchsorted(ends, steps, right=True).tolist(), len(face)]
+    for first, last in zip(borders, borders[1:]):
+        if first == last:
+            continue
+        start, stop = int(starts[first]), int(ends[last - 1])
+        slot = torch.repeat_interleave(count[first:last], output_size=stop - start) + first
+        within = torch.arange(start, stop, device=device) - starts.index_select(0, slot)
+        span = wide.index_select(0, slot)
+        row = (within / span).floor()
+        column = low_x.index_select(0, slot) + (within - row * span)
+        row = low_y.index_select(0, slot) + row
+        number = face.index_select(0, slot)
+        at = [corner.index_select(0, number) for corner in corners]
+        _, weights, covered = _weights(table, at, column + 0.5, row + 0.5)
+        depth = 1 / (weights[0] + weights[1] + weights[2])
+        key = (depth.view(torch.int32).long() << 32) | number
+        key = torch.where(covered & (depth > near), key, EMPTY)
+        buffer.scatter_reduce_(0, (row * width + column).long(), key, "amin")
+    return buffer
 
 
 def _extent(values: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:

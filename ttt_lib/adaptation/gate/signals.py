@@ -253,28 +253,44 @@ def measure(
         before, after = (edge_agreement(p.depth, held.image, original.mask) for p in (original, adapted))
         signals |= {"edges_original": before, "edges_adapted": after, "edges_gain": after - before}
     if "drift" in config.signals:
-        moved = sum(float((a - b).square().sum()) for a, b in zip(values, first))
-        signals["drift_weights"] = math.sqrt(moved / max(sum(float(b.square().sum()) for b in first), 1e-30))
-        change = log_error(adapted.depth[None], original.depth[None], original.mask[None])
-        signals["drift_prediction"] = float(change[0])
-        with torch.no_grad(), suppress(NotSupported):
-            with student.weights(first):
-                before = model.features(held.image[None])
-            with student.weights(values):
-                after = model.features(held.image[None])
-            signals["drift_features"] = float(1 - F.cosine_similarity(before, after, dim=-1).mean())
+        signals |= _drift(student, values, held, adapted)
     if "loss" in config.signals:
         losses = [entry["loss"] for entry in history if "loss" in entry]
         third = max(1, len(losses) // 3)
         signals["loss_drop"] = _log_ratio(np.mean(losses[:third]), np.mean(losses[-third:])) if losses else math.nan
         signals["loss_rise"] = _log_ratio(losses[-1], min(losses)) if losses else math.nan
     if "camera" in config.signals:
-        before, after = field_of_view(original.intrinsics), field_of_view(adapted.intrinsics)
-        signals |= {"camera_fov_change": abs(after - before)}
-        signals["camera_implausible"] = float(not FIELDS_OF_VIEW[0] < after < FIELDS_OF_VIEW[1])
-        ratio = (adapted.depth / original.depth)[original.mask]
-        signals["camera_scale_change"] = abs(_log_ratio(float(ratio.median()), 1.0)) if len(ratio) else math.nan
+        signals |= _camera(original, adapted)
     return signals, experts
+
+
+def _drift(student: Student, values: list[Tensor], held: HeldBack, adapted: Prediction) -> dict[str, float]:
+    """How far weights, prediction and, where the model gives any, features went."""
+    model, original, first = student.model, held.original, student.original
+    moved = sum(float((a - b).square().sum()) for a, b in zip(values, first))
+    change = log_error(adapted.depth[None], original.depth[None], original.mask[None])
+    signals = {
+        "drift_weights": math.sqrt(moved / max(sum(float(b.square().sum()) for b in first), 1e-30)),
+        "drift_prediction": float(change[0]),
+    }
+    with torch.no_grad(), suppress(NotSupported):
+        with student.weights(first):
+            before = model.features(held.image[None])
+        with student.weights(values):
+            after = model.features(held.image[None])
+        signals["drift_features"] = float(1 - F.cosine_similarity(before, after, dim=-1).mean())
+    return signals
+
+
+def _camera(original: Prediction, adapted: Prediction) -> dict[str, float]:
+    """How much the predicted camera and the scale changed, and whether the new camera can be one."""
+    before, after = field_of_view(original.intrinsics), field_of_view(adapted.intrinsics)
+    ratio = (adapted.depth / original.depth)[original.mask]
+    return {
+        "camera_fov_change": abs(after - before),
+        "camera_implausible": float(not FIELDS_OF_VIEW[0] < after < FIELDS_OF_VIEW[1]),
+        "camera_scale_change": abs(_log_ratio(float(ratio.median()), 1.0)) if len(ratio) else math.nan,
+    }
 
 
 def _log_ratio(a: float, b: float) -> float:

@@ -80,7 +80,7 @@ def make_scenes(kinds: list[str], seed: int, atlas: list[Tensor] | None = None) 
     return Scenes(solids, lighting, atlas), cameras
 
 
-def sample_cameras(kinds: list[str], places: Tensor, seed: int, aspect_ratio: float) -> tuple[Tensor, Tensor]:
+def place_cameras(kinds: list[str], places: Tensor, seed: int, aspect_ratio: float) -> tuple[Tensor, Tensor]:
     """A tilted camera with a field of view from 30 to 100 degrees at each place.
 
     The angle is that of the longer side of the image. Returns transform (B,4,4) world to camera and intrinsics
@@ -114,5 +114,5 @@ def make_pictures(
 ) -> Picture:
     """Scenes of the given kinds, each seen once by a camera of its own: what training and the test sets consume."""
     scenes, places = make_scenes(kinds, seed, atlas)
-    transform, intrinsics = sample_cameras(kinds, places, seed, size[1] / size[0])
+    transform, intrinsics = place_cameras(kinds, places, seed, size[1] / size[0])
     return draw(scenes, transform, intrinsics, size, shadows)

@@ -20,7 +20,7 @@ from ttt_lib.core.errors import ConfigError
 from ttt_lib.core.types import Sample
 from ttt_lib.data.samples import SampleSet
 from ttt_lib.data.scenes.detail import Detail
-from ttt_lib.data.scenes.generate import KINDS, make_scenes, sample_cameras
+from ttt_lib.data.scenes.generate import KINDS, make_scenes, place_cameras
 from ttt_lib.data.scenes.raycast import Picture, Scenes, draw, make_atlas
 from ttt_lib.data.scenes.textures import make_textures
 from ttt_lib.data.shifts import apply_shift
@@ -108,7 +108,7 @@ def _plan(
     scenes: Scenes, kind: str, place: Tensor, seed: int, views: int, baseline: float, aspect_ratio: float
 ) -> Plan:
     """The first path on which neighbours see the same and nothing stands close before a camera, else the best."""
-    bases, intrinsics = sample_cameras([kind] * CAMERAS, place.expand(CAMERAS, 3), seed, aspect_ratio)
+    bases, intrinsics = place_cameras([kind] * CAMERAS, place.expand(CAMERAS, 3), seed, aspect_ratio)
     glances = draw(scenes.select([0] * CAMERAS), bases, intrinsics, GLANCE, shadows=False)
     best, plan = -1.0, None
     for number in range(CAMERAS * PATHS):

@@ -111,6 +111,65 @@ def save_tensors(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
+def _begin(recipe: Recipe, device: torch.device) -> tuple[TinyMoGe, torch.optim.Optimizer]:
+    """The network that training starts from, and its optimizer with a rate of its own for the encoder."""
+    model = new_model(recipe.seed, imagenet=not recipe.start)
+    if recipe.start:
+        model.load_state_dict(torch.load(recipe.start, weights_only=True)["model"])
+    model = model.to(device, memory_format=torch.channels_last).train()
+    encoder = list(model.encoder.backbone.parameters())
+    known = {id(p) for p in encoder}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    optimizer = torch.optim.AdamW(
+        [{"params": rest, "factor": 1.0}, {"params": encoder, "factor": recipe.encoder_rate}],
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+    )
+    return model, optimizer
+
+
+def _resume(
+    path: Path, recipe: Recipe, model: TinyMoGe, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], int, float]:
+    """Averaged weights, steps done and seconds spent of a stored run, which goes on in model and optimizer; or a new one."""
+    if not path.exists():
+        return {k: v.detach().clone() for k, v in model.state_dict().items()}, 0, 0.0
+    device = next(model.parameters()).device
+    state = torch.load(path, map_location=device, weights_only=True)
+    if state["recipe"] != asdict(recipe):
+        raise ValueError(f"{path.parent} holds a run with another recipe; choose another folder or delete it")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["average"], state["step"], state["spent"]
+
+
+def _step(
+    model: TinyMoGe, optimizer: torch.optim.Optimizer, drawn: tuple[Tensor, Tensor, Tensor], rate: float, mixed: bool
+) -> dict[str, float]:
+    """One step on a batch of `draw_batch`; the loss and its terms. A gradient that is not finite moves nothing."""
+    image, depth, rays = drawn
+    image = image.contiguous(memory_format=torch.channels_last)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+    tokens = round(image.shape[-2] / 16) * round(image.shape[-1] / 16)
+    with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=mixed):
+        output = model(image, tokens)
+    loss, terms = geometry_loss(output, depth, rays)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if torch.isfinite(norm):
+        optimizer.step()
+    return {"loss": float(loss.detach()), **terms}
+
+
+@torch.no_grad()
+def _follow(average: dict[str, Tensor], model: TinyMoGe, decay: float) -> None:
+    for name, value in model.state_dict().items():
+        if value.dtype.is_floating_point:
+            average[name].lerp_(value, 1 - decay)
+
+
 def train(
     recipe: Recipe,
     folder: Path,
@@ -134,68 +193,30 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     if threads:
         torch.set_num_threads(threads)
-    target = torch.device(device)
-    model = new_model(recipe.seed, imagenet=not recipe.start)
-    if recipe.start:
-        model.load_state_dict(torch.load(recipe.start, weights_only=True)["model"])
-    model = model.to(target, memory_format=torch.channels_last).train()
-    encoder = list(model.encoder.backbone.parameters())
-    known = {id(p) for p in encoder}
-    rest = [p for p in model.parameters() if id(p) not in known]
-    optimizer = torch.optim.AdamW(
-        [{"params": rest, "factor": 1.0}, {"params": encoder, "factor": recipe.encoder_rate}],
-        lr=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-    )
-    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    step, spent = 0, 0.0
+    model, optimizer = _begin(recipe, torch.device(device))
     state_path = folder / "state.pt"
-    if state_path.exists():
-        state = torch.load(state_path, map_location=target, weights_only=True)
-        if state["recipe"] != asdict(recipe):
-            raise ValueError(f"{folder} holds a run with another recipe; choose another folder or delete it")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, step, spent = state["average"], state["step"], state["spent"]
-
+    average, step, spent = _resume(state_path, recipe, model, optimizer)
     source = ChunkSource(recipe.seed, recipe.chunk_size, workers=workers)
     steps_a_chunk = max(1, round(recipe.reuse * recipe.chunk_size / recipe.batch_size))
     begun = time.perf_counter() - spent
     total = recipe.steps
     running: dict[str, float] = {}
     try:
-        with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
+        with open(folder / "log.jsonl", "a", encoding="utf-8", buffering=1) as log:  # line by line
+            write = lambda line: log.write(to_json(line) + "\n")  # noqa: E731
             while step < min(total, stop_at or total):
                 newest = step // steps_a_chunk
                 chunks = source.window(max(0, newest - recipe.window + 1), newest)
-                drawn = draw_batch(chunks, recipe.seed, recipe.batch_size, step, target, recipe.effects)
-                image, depth, rays = drawn
-                image = image.contiguous(memory_format=torch.channels_last)
+                drawn = draw_batch(chunks, recipe.seed, recipe.batch_size, step, torch.device(device), recipe.effects)
                 position = step if seconds is None else recipe.steps * step / total
-                for group in optimizer.param_groups:
-                    group["lr"] = rate_at(int(position), recipe) * group["factor"]
-                tokens = round(image.shape[-2] / 16) * round(image.shape[-1] / 16)
-                with torch.autocast(target.type, dtype=torch.bfloat16, enabled=recipe.autocast):
-                    output = model(image, tokens)
-                loss, terms = geometry_loss(output, depth, rays)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                if torch.isfinite(norm):
-                    optimizer.step()
-                with torch.no_grad():
-                    decay = min(recipe.average_decay, (step + 1) / (step + 10))
-                    for name, value in model.state_dict().items():
-                        if value.dtype.is_floating_point:
-                            average[name].lerp_(value, 1 - decay)
+                terms = _step(model, optimizer, drawn, rate_at(int(position), recipe), recipe.autocast)
+                _follow(average, model, min(recipe.average_decay, (step + 1) / (step + 10)))
                 step += 1
-                for name, value in {"loss": float(loss.detach()), **terms}.items():
+                for name, value in terms.items():
                     running[name] = running.get(name, 0.0) + value / 25
                 if step % 25 == 0:
                     spent = time.perf_counter() - begun
-                    line = {"step": step, "seconds": round(spent, 1), **{k: round(v, 5) for k, v in running.items()}}
-                    log.write(to_json(line) + "\n")
-                    log.flush()
+                    write({"step": step, "seconds": round(spent, 1), **{k: round(v, 5) for k, v in running.items()}})
                     running = {}
                     if seconds is not None and step >= 300:
                         total = max(step + 1, int(step * seconds / spent))
@@ -205,8 +226,7 @@ def train(
                         "average": average, "step": step, "spent": time.perf_counter() - begun,
                     })  # fmt: skip
                 if evaluate is not None and (step % evaluate_every == 0 or step == total):
-                    log.write(to_json({"step": step, **evaluate(averaged(model, average), step)}) + "\n")
-                    log.flush()
+                    write({"step": step, **evaluate(averaged(model, average), step)})
     finally:
         source.close()
     return averaged(model, average)

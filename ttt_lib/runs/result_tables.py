@@ -1,0 +1,50 @@
+"""The tables of a run while it goes on: in memory, and on the disk as far as they are. `results.py` reads them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from ttt_lib.core.types import KEYS
+
+
+def _append(rows: pd.DataFrame, path: Path | None, before: list[pd.DataFrame]) -> None:
+    """Add rows to a CSV at once, so that a run that ends early keeps what it has.
+
+    A sample may bring columns that none had before (signals after one that failed): then the file is written again.
+    """
+    if path is None or not len(rows):
+        return
+    known = list(dict.fromkeys(column for table in before for column in table.columns)) if path.exists() else []
+    if not known or set(rows.columns) <= set(known):
+        rows.reindex(columns=known or rows.columns).to_csv(path, mode="a", header=not known, index=False)
+        return
+    temporary = path.with_suffix(".tmp")
+    pd.concat([*before, rows], ignore_index=True).to_csv(temporary, index=False)
+    os.replace(temporary, path)
+
+
+class ResultTables:
+    """The tables of `core.types.KEYS`, in memory and, as they grow, as CSV files of a folder (None: no files)."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.parts = folder, {name: [] for name in KEYS}
+
+    def add(self, **tables: pd.DataFrame) -> None:
+        """Rows at the end of the tables of these names."""
+        for name, rows in tables.items():
+            _append(rows, self.folder / f"{name}.csv" if self.folder else None, self.parts[name])
+            if len(rows):
+                self.parts[name].append(rows)
+
+    def leave_out(self, dataset: str, sample: str, why: str) -> None:
+        """Note a sample that has no result."""
+        self.add(left_out=pd.DataFrame([(dataset, sample, why)], columns=["dataset", "sample", "reason"]))
+
+    def joined(self) -> dict[str, pd.DataFrame]:
+        """Whole tables by name, empty ones without columns."""
+        return {
+            name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame() for name, parts in self.parts.items()
+        }
