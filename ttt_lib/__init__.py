@@ -9,7 +9,9 @@ A first result needs four names, and `help` on each says the rest:
     result = adapt(model, sample)
     print(evaluate(result, sample))
 
-They are loaded when they are first asked for, so `import ttt_lib` costs nothing. Rooms, each of which imports only those
+With several photographs of one scene, which is where adaptation gains: `adapt_scene(model, "folder")`.
+
+Names are loaded when they are first asked for, so `import ttt_lib` costs nothing. Rooms, each of which imports only those
 before it: core, geometry, data, models and views (not each other), adaptation, evaluation, runs, report; above them `api`,
 `cli` and `doctor`. Each room's `__init__` says what comes in, what goes out and where to start reading.
 """
@@ -24,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ttt_lib.adaptation.adapter import Adapter
     from ttt_lib.adaptation.result import AdaptResult
-    from ttt_lib.api import adapt, evaluate, load_experiment, load_samples
+    from ttt_lib.api import adapt, adapt_scene, evaluate, load_experiment, load_samples
     from ttt_lib.core.errors import UserError
     from ttt_lib.core.registry import LOSSES, MODELS, SHIFTS
     from ttt_lib.core.types import Prediction, Sample
+    from ttt_lib.data.photographs.load import load_scene
     from ttt_lib.models.load import list_models, load_model
     from ttt_lib.report.page import write_report
     from ttt_lib.runs.catalog import list_experiments
@@ -36,17 +39,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "LOSSES", "MODELS", "SHIFTS", "AdaptResult", "Adapter", "Prediction", "Sample", "UserError", "adapt", "evaluate",
-    "list_experiments", "list_models", "load_experiment", "load_model", "load_samples", "read_runs", "run_experiment",
-    "write_report",
+    "LOSSES", "MODELS", "SHIFTS", "AdaptResult", "Adapter", "Prediction", "Sample", "UserError", "adapt", "adapt_scene",
+    "evaluate", "list_experiments", "list_models", "load_experiment", "load_model", "load_samples", "load_scene",
+    "read_runs", "run_experiment", "write_report",
 ]  # fmt: skip
 _PLACES = {  # module -> its names here
     "adaptation.adapter": ["Adapter"],
     "adaptation.result": ["AdaptResult"],
-    "api": ["adapt", "evaluate", "load_experiment", "load_samples"],
+    "api": ["adapt", "adapt_scene", "evaluate", "load_experiment", "load_samples"],
     "core.errors": ["UserError"],
     "core.registry": ["LOSSES", "MODELS", "SHIFTS"],
     "core.types": ["Prediction", "Sample"],
+    "data.photographs.load": ["load_scene"],
     "models.load": ["list_models", "load_model"],
     "report.page": ["write_report"],
     "runs.catalog": ["list_experiments"],

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ttt_lib.adaptation.adapter import Adapter
 from ttt_lib.adaptation.known_distances import KnownDistances
+from ttt_lib.adaptation.photographs import scene as scenes
+from ttt_lib.adaptation.photographs.scene import SceneAdaptation, guess_focal
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError
@@ -23,6 +25,8 @@ from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.data.catalog import describe_sources, open_dataset
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.known_distances import References
+from ttt_lib.data.photographs.load import load_scene
+from ttt_lib.data.photographs.scene import Scene
 from ttt_lib.data.samples import SampleSet
 from ttt_lib.evaluation import scores as metrics
 from ttt_lib.models.base import GeometryModel
@@ -153,6 +157,49 @@ def adapt(
     config = experiment.model_copy(update={"model": at_hand})
     supervision = [KnownDistances(references, config)] if references is not None else []
     return Adapter(model, config).adapt(image, name or "image", supervision, progress=progress)
+
+
+def adapt_scene(
+    model: GeometryModel,
+    scene: Scene | Source | Iterable[Any],
+    experiment: ExperimentConfig | Source = "scene",
+    profile: str | None = "auto",
+    overrides: dict[str, Any] | None = None,
+    name: str = "scene",
+    progress: bool = True,
+) -> SceneAdaptation:
+    """Adapt the model to several photographs of one scene; the model is left exactly as it was.
+
+    Args:
+        model: used as it was loaded.
+        scene: of `load_scene`; or what that takes (a list of photographs or `Sample`s, a folder, a clip, a COLMAP model):
+            then the model's guess of the focal length counts where EXIF says none.
+        experiment, profile, overrides: as for `adapt`.
+        name: with the experiment's seed it fixes every random draw.
+        progress: show a bar while the student trains.
+
+    Returns:
+        A `SceneAdaptation`; its `results()` gives each photograph with its `AdaptResult`, all in one scale.
+
+    Raises:
+        UserError: for photographs that cannot be read, and for unknown names or settings.
+
+    Example:
+        >>> from ttt_lib import adapt_scene, load_model, load_samples
+        >>> model, samples = load_model("tiny", num_tokens=48), load_samples("motorcycle", width=192, height=128)
+        >>> adapted = adapt_scene(model, [samples[0], samples[0]])
+        >>> adapted.scene.refused
+        'motorcycle_left_2 is a copy of motorcycle_left, or taken from the same place: take a second photograph a step to the side.'
+        >>> [result.decision for _, result in adapted.results()]
+        ['original', 'original']
+    """
+    if not isinstance(experiment, ExperimentConfig):
+        chosen = default_profile(model.name) if profile == "auto" else profile
+        experiment = load_with_profile(experiment_file(experiment, "adapt_scene: experiment"), chosen, overrides)
+    if not isinstance(scene, Scene):
+        guess = guess_focal(model, experiment.views.longest_side)
+        scene = load_scene(scene, prior=guess, seed=experiment.seed)
+    return scenes.adapt_scene(model, scene, experiment, name, progress)
 
 
 def evaluate(what: Evaluated | Iterable[Prediction | AdaptResult], samples: Sample | Iterable[Sample]) -> pd.DataFrame:

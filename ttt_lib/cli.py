@@ -1,4 +1,7 @@
-"""The command `ttt-depth`. Heavy imports happen inside the commands, so that `--help` answers at once."""
+"""The command `ttt-depth`. Heavy imports happen inside the commands, so that `--help` answers at once.
+
+Long: one command after the other, each hardly more than its options.
+"""
 
 from __future__ import annotations
 
@@ -237,50 +240,19 @@ def scene(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,
 ) -> None:
     """Adapt to several photographs of one scene: depth in one scale, one point cloud, cameras, pictures and a record."""
-    from ttt_lib.adaptation.photographs.scene import adapt_scene, guess_focal
-    from ttt_lib.adaptation.saved_weights import save_weights as keep
-    from ttt_lib.adaptation.saved_weights import use_weights
-    from ttt_lib.data.photographs.load import load_scene
-    from ttt_lib.report.scene_files import check_output, write_scene
-    from ttt_lib.runs.experiment import load_with_profile, open_model
+    from ttt_lib.report.scene_files import adapt_photographs
+    from ttt_lib.runs.experiment import load_with_profile
 
-    check_output(output)
     overrides = parse_set(set_ or [])
     if model:
         put(overrides, "model.name", model)
     config = load_with_profile(experiment_file(experiment, "--experiment"), profile, overrides)
-    settings = config.supervision.get("photographs")
-    if settings is None:
-        raise UserError(
-            f"--experiment {config.name}: knows nothing of several photographs; use scene or scene_trained."
-        )
-    trains = settings.train and config.train.method == "ttt" and config.train.passes > 0
-    if save_weights is not None and not trains:
-        raise UserError(f"--save-weights {save_weights}: {config.name} trains nothing; use --experiment scene_trained.")
-    loaded = open_model(config)
-    if weights is not None:
-        use_weights(loaded, weights)
     source = photographs[0] if len(photographs) == 1 else photographs
-    print("looking for the cameras", flush=True)
-    prior = guess_focal(loaded, config.views.longest_side)
-    found = load_scene(
-        source,
-        every=every,
-        count=count,
-        focal=focal,
-        cameras=cameras,
-        prior=None if cameras else prior,
-        seed=config.seed,
-    )
-    for name, why in found.left_out:
-        print(f"left out: {printable(name)}: {printable(why, 1000)}", flush=True)
-    print(f"refused: {found.refused}" if found.refused else printable(repr(found), 1000), flush=True)
-    adaptation = adapt_scene(loaded, found, config, printable(output.absolute().name), progress=True)
-    if save_weights is not None and adaptation.weights:
-        keep(save_weights, loaded, adaptation.weights)
-    write_scene(adaptation, output, lambda line: print(printable(line, 1000), flush=True))
-    page = output / ("record.json" if found.refused else "index.html")
-    print(f"{adaptation.seconds:.1f} s of adaptation -> {printable(page, 1000)}")
+    options = {"every": every, "count": count, "focal": focal, "cameras": cameras}
+    adapt_photographs(
+        source, Path(absolute(output)), config, options, save_weights, weights,
+        announce=lambda line: print(printable(line, 1000), flush=True),
+    )  # fmt: skip
 
 
 @app.command(epilog="Example: ttt-depth hard-subset --data path/to/set -o hard --below 0.5 --count 50")

@@ -9,7 +9,7 @@ import pytest
 
 from ttt_lib.adaptation.gate.decision import BUNDLED
 from ttt_lib.core.errors import UserError
-from ttt_lib.models.load import ASSETS
+from ttt_lib.models.moge import ASSETS
 from ttt_lib.runs import plan
 from ttt_lib.runs.plan import choose_experiments, make_jobs
 

@@ -20,17 +20,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt_lib.adaptation.photographs.evidence import scaled
-from ttt_lib.adaptation.photographs.scene import SceneAdaptation
+from ttt_lib.adaptation.photographs.scene import SceneAdaptation, adapt_scene, guess_focal
 from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.adaptation.saved_weights import save_weights, use_weights
+from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, reason
 from ttt_lib.core.files import write_json
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import read_photo
+from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Photograph
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
 from ttt_lib.models.base import weights_checksum
 from ttt_lib.report.figures import cloud_figure, plot_before_after
 from ttt_lib.report.scene_cloud import SceneCloud, thinned
+from ttt_lib.runs.experiment import open_model
 
 SHOWN = 640  # pixels of the pictures that are shown
 ON_PAGE = 60_000  # points of the cloud on the page
@@ -42,6 +46,47 @@ def check_output(output: Path) -> None:
     if os.path.lexists(output) and not (output / "record.json").is_file():
         if not os.path.isdir(output) or any(os.scandir(output)):
             raise UserError(f"{output}: is there already and is no earlier result; choose another output folder.")
+
+
+def adapt_photographs(
+    source: Any, output: Path, config: ExperimentConfig, options: dict[str, Any], save: Path | None, begin: Path | None,
+    announce: Announce,
+) -> dict[str, Any]:  # fmt: skip
+    """What `ttt-depth scene` does: load, adapt, write; returns the record.
+
+    Args:
+        source: photographs, their folder, a clip or a COLMAP model, as `load_scene` takes them.
+        output: the folder of `write_scene`.
+        config: an experiment with a section `supervision.photographs`.
+        options: of `load_scene`.
+        save: where to keep the adapted weights; begin: weights that were kept, to begin with.
+        announce: called with a line for each thing that happens.
+
+    Raises:
+        UserError: for an experiment that knows nothing of photographs, and for whatever cannot be read or written.
+    """
+    check_output(output)
+    settings = config.supervision.get("photographs")
+    if settings is None:
+        raise UserError(f"--experiment {config.name}: knows nothing of several photographs; use scene.")
+    if save is not None and not (settings.train and config.train.method == "ttt" and config.train.passes):
+        raise UserError(f"--save-weights {save}: {config.name} trains nothing; use --experiment scene.")
+    model = open_model(config)
+    if begin is not None:
+        use_weights(model, begin)
+    announce("looking for the cameras")
+    prior = None if options.get("cameras") else guess_focal(model, config.views.longest_side)
+    scene = load_scene(source, prior=prior, seed=config.seed, **options)
+    for name, why in scene.left_out:
+        announce(f"left out: {name}: {why}")
+    announce(f"refused: {scene.refused}" if scene.refused else repr(scene))
+    adaptation = adapt_scene(model, scene, config, output.name, progress=True)
+    if save is not None and adaptation.weights:
+        save_weights(save, model, adaptation.weights)
+    record = write_scene(adaptation, output, announce)
+    page = output / ("record.json" if scene.refused else "index.html")
+    announce(f"{record['seconds']:.1f} s of adaptation -> {page}")
+    return record
 
 
 def write_scene(adaptation: SceneAdaptation, output: Path, announce: Announce = lambda line: None) -> dict[str, Any]:
@@ -155,7 +200,7 @@ def _record(adaptation: SceneAdaptation, rows: list[dict[str, Any]]) -> dict[str
         "refused": scene.refused, "left_out": [list(each) for each in scene.left_out], "scene": scene.about,
         "unit": "metre" if model.kind == "metric" else "arbitrary, one for all photographs of the scene",
         "depth_png": "16 bits, logarithmic; `near`, `far` in its own metadata (moge.utils.io.read_depth)",
-        "photographs": rows, "seconds_of_training": adaptation.seconds, "failed": adaptation.failed,
+        "photographs": rows, "seconds": sum((row["seconds"] for row in rows), 0.0), "failed": adaptation.failed,
         "peak_memory_mb": adaptation.peak_memory_mb, "history": adaptation.log.history, "model": model.name,
         "weights": weights_checksum(model), "device": str(model.device),
         "settings": adaptation.config.as_parameters(), "date": time.strftime("%Y-%m-%dT%H:%M:%S"),

@@ -33,16 +33,15 @@ from ttt_lib.runs.results import MANIFEST, read_manifest
 
 log = logging.getLogger(__name__)
 
-# Sums over another number of threads differ in the last bits, so the count is part of what a result depends on and must
-# not follow from the number of workers. One is the only count that fits any number.
+# Sums over another number of threads differ in the last bits, so the count is part of what a result depends on: not
+# that of the workers, and one fits any number of them.
 THREADS = 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """One experiment on one shard. parameters: as papermill takes them (plain values). identity: what the result
-    depends on (hashes of settings, model, data); equal identities mean equal results. samples: how many, for the
-    progress. threads: of the kernel; `run_jobs` sets it, and makes it part of the identity."""
+    """One experiment on one shard. parameters: for papermill, plain values. identity: hashes of what the result depends
+    on (settings, model, data). samples: how many. threads: of the kernel; `run_jobs` makes it part of the identity."""
 
     experiment: str
     shard_index: int
@@ -232,9 +231,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())[:400]
 
 
-# --------------------------------------------------------------------------------------------------- many jobs
-
-
 def run_jobs(
     jobs: list[Job],
     runs: str | Path,
@@ -247,11 +243,10 @@ def run_jobs(
 ) -> list[Outcome]:
     """Run all jobs and report each; a failing one does not stop the others.
 
-    workers: 1 works in this process; more start a `LocalCluster`; with `scheduler` (an address) or `cluster_file` (a
-    dask-jobqueue description) the jobs go there, and all see `runs` under the same path. announce: gets one line an
-    event, without control characters. threads: of every job, whatever the number of workers. every: seconds between
-    looks at the samples done. Returns an outcome a job, in the order of `jobs`. Raises `UserError` if two jobs are the
-    same or the folder cannot be written.
+    workers: 1 works in this process; more start a `LocalCluster`; with `scheduler` (an address) or `cluster_file` (for
+    dask-jobqueue) the jobs go there, and all see `runs` under the same path. announce: gets one line an event. threads:
+    of every job, whatever the number of workers. every: seconds between looks at the samples done. Returns an outcome a
+    job, in the order of `jobs`. Raises `UserError` if two jobs are the same or the folder cannot be written.
     """
     jobs = [replace(job, threads=threads, identity={**job.identity, "threads": str(threads)}) for job in jobs]
     names = [(job.experiment, job.shard) for job in jobs]

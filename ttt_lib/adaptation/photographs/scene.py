@@ -81,6 +81,11 @@ class SceneAdaptation:
                 ),
             )
 
+    def results_by_name(self) -> Iterator[tuple[str, AdaptResult]]:
+        """As `results`, with the names of the photographs."""
+        for photograph, result in self.results():
+            yield photograph.name, result
+
     def result(self, evidence: Evidence) -> AdaptResult:
         """Predict one photograph before and after, correct both, and decide. seconds: its share of the training too."""
         begun, settings = time.perf_counter(), self.settings

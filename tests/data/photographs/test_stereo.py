@@ -1,0 +1,87 @@
+"""Depth that photographs measure between each other, against the truth of rendered scenes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from true_scene import true_scene
+
+from ttt_lib.data.photographs.scene import Tracks
+from ttt_lib.data.photographs.stereo import certain, measure_depth, neighbours, to_gray
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    return true_scene(seed=3, views=3, size=(240, 320), scale=0.25)
+
+
+def errors(depth, sample, scale=0.25):
+    known = torch.isfinite(depth) & sample.mask
+    return (depth / (sample.depth * scale))[known].log().abs(), float(known.float().mean())
+
+
+def test_most_of_the_picture_is_measured_in_the_scale_of_the_cameras(rendered):
+    scene, samples = rendered
+    grays = [to_gray(photograph) for photograph in scene.photographs]
+    for number, sample in enumerate(samples):
+        error, share = errors(measure_depth(grays, number), sample)
+        # a disparity of some 20 pixels to a quarter of one: a per cent
+        assert share > 0.5 and error.median() < 0.02 and (error > 0.22).float().mean() < 0.01
+
+
+def test_what_lies_beside_a_step_or_a_hole_is_not_certain():
+    depth = torch.full((40, 40), 2.0)
+    depth[:, 20:] = 3.0
+    depth[:10, :10] = torch.nan
+    depth[30, 5] = torch.nan  # a single pixel takes nothing with it
+    kept = torch.isfinite(certain(depth))
+    assert not kept[:, 18:22].any() and kept[12:, 23:37].all() and kept[13:29, 1:17].all()
+    assert not kept[8:11, 2:8].any() and kept[31, 5] and not kept[30, 5]
+    assert not torch.isfinite(certain(torch.full((9, 9), torch.nan))).any()
+
+
+def test_two_photographs_measure_each_other(rendered):
+    scene, samples = rendered
+    grays = [to_gray(photograph) for photograph in scene.photographs[:2]]
+    assert neighbours(grays, 0) == [1] and neighbours(grays, 1) == [0]
+    error, share = errors(measure_depth(grays, 0), samples[0])
+    assert share > 0.4 and error.median() < 0.03
+
+
+def test_nothing_is_measured_where_nothing_can_be(rendered):
+    scene, _ = rendered
+    own, other = scene.photographs[:2]
+    copy = replace(other, pose=own.pose)  # from the same place
+    assert measure_depth([to_gray(own), to_gray(copy)], 0) is None
+    ahead = own.pose.clone()
+    ahead[2, 3] -= 0.1 * float(own.tracks.depth.median())  # straight ahead
+    assert measure_depth([to_gray(own), to_gray(replace(other, pose=ahead))], 0) is None
+    stranger = replace(other, tracks=Tracks.none())
+    assert measure_depth([to_gray(own), to_gray(stranger)], 0) is None
+
+
+def test_a_map_that_misses_the_tracks_is_dropped(rendered):
+    scene, _ = rendered
+    photographs = [replace(p, source=p.image.flip(-1)) if number else p for number, p in enumerate(scene.photographs)]
+    assert (
+        measure_depth([to_gray(photograph) for photograph in photographs], 0) is None
+    )  # other pictures than the cameras'
+
+
+def test_a_turned_camera_changes_nothing(rendered):
+    scene, samples = rendered
+    turned = []
+    for photograph in scene.photographs:  # pictures a quarter turn to the left, as a phone held upright
+        quarter = torch.tensor([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+        (fx, _, cx), (_, fy, cy), _ = photograph.intrinsics.tolist()
+        camera = torch.tensor([[fy, 0, cy], [0, fx, 1 - cx], [0, 0, 1]])
+        tracks = replace(
+            photograph.tracks, uv=torch.stack([photograph.tracks.uv[:, 1], 1 - photograph.tracks.uv[:, 0]], -1)
+        )
+        turned.append(replace(photograph, source=photograph.image.rot90(1, (1, 2)), pose=quarter @ photograph.pose,
+                              intrinsics=camera, tracks=tracks))  # fmt: skip
+    depth = measure_depth([to_gray(photograph) for photograph in turned], 0)
+    error, share = errors(depth.rot90(-1), samples[0])
+    assert share > 0.5 and error.median() < 0.02

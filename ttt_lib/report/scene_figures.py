@@ -1,0 +1,81 @@
+"""Pictures of several photographs: their tracks, depth before and after, and what held-back tracks know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ttt_lib.adaptation.photographs.evidence import Evidence
+from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.core.types import Sample
+from ttt_lib.report.figures import inverse_depth, relative_error, to_array
+
+
+def plot_scene(
+    evidence: Iterable[Evidence], results: Iterable[AdaptResult], samples: Iterable[Sample] | None = None
+) -> Figure:
+    """A row a photograph: tracks on it (near is bright), measured depth, before, after; with samples also both errors."""
+    rows = list(zip(evidence, results, samples if samples is not None else [None] * 10_000))
+    columns = 6 if samples is not None else 4
+    figure, axes = plt.subplots(len(rows), columns, figsize=(2.7 * columns, 2.1 * len(rows)), squeeze=False)
+    for axis_row, (known, result, sample) in zip(axes, rows):
+        image, tracks = known.photograph.image, known.used
+        height, width = image.shape[-2:]
+        before, after = result.original, result.final
+        show = [
+            ("photograph and tracks", to_array(image), {}),
+            ("before", inverse_depth(before.depth), {"cmap": "magma"}),
+        ]
+        if known.measured is not None:
+            show.insert(1, ("measured between them", inverse_depth(known.measured), {"cmap": "magma"}))
+        show.append((f"after ({result.decision})", inverse_depth(after.depth), {"cmap": "magma"}))
+        if sample is not None and sample.depth is not None:
+            limits = {"cmap": "viridis", "vmin": 0, "vmax": 0.5}
+            show.append(("error before", relative_error(before.depth, sample.depth), limits))
+            show.append(("error after", relative_error(after.depth, sample.depth), limits))
+        for axis in axis_row:
+            axis.axis("off")
+        for axis, (title, picture, options) in zip(axis_row, show):
+            axis.imshow(picture, **options)
+            axis.set_title(title, fontsize=9)
+        uv = tracks.uv * tracks.uv.new_tensor([width, height])
+        axis_row[0].scatter(uv[:, 0], uv[:, 1], c=1 / tracks.depth, s=3, cmap="autumn")
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def plot_held_back(table: pd.DataFrame) -> Figure:
+    """What the held-back tracks say (improvement of their error) against the true gain in delta1, a point a photograph.
+
+    table: of `runs.scene_study.study`.
+    """
+    known = table.dropna(subset=["held_back_original", "held_back_corrected"])
+    figure, axis = plt.subplots(figsize=(5, 3.4))
+    said = known["held_back_original"] - known["held_back_corrected"]
+    axis.scatter(said, known["depth_final"] - known["depth_original"], s=12)
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.set(xlabel="error taken away at held-back tracks", ylabel="gain in delta1 (affine depth)",
+             title=f"{len(known)} photographs")  # fmt: skip
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def plot_gain(table: pd.DataFrame, by: str) -> Figure:
+    """Gain in delta1 of each photograph that was not refused over a column of `study`'s table, and the means."""
+    known = table[table["refused"] == ""]
+    gain = known["depth_final"] - known["depth_original"]
+    figure, axis = plt.subplots(figsize=(5, 3.2))
+    axis.scatter(known[by], gain, s=10, alpha=0.6)
+    means = gain.groupby(known[by]).mean()
+    axis.plot(means.index, means.to_numpy(), color="black", marker="o", label="mean")
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.set(xlabel=by, ylabel="gain in delta1 (affine depth)")
+    axis.legend()
+    figure.tight_layout()
+    plt.close(figure)
+    return figure

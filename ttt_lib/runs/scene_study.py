@@ -1,0 +1,84 @@
+"""What several photographs are worth: gains beside what the held-back tracks said, and controls that must gain nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pandas as pd
+import torch
+
+from ttt_lib.adaptation.photographs.scene import SceneAdaptation, adapt_scene, guess_focal
+from ttt_lib.core.config import ExperimentConfig
+from ttt_lib.core.types import Sample
+from ttt_lib.data.photographs.features import Picture
+from ttt_lib.data.photographs.reconstruct import reconstruct
+from ttt_lib.data.photographs.scene import Photograph, Scene
+from ttt_lib.evaluation.scores import scores_of
+from ttt_lib.models.base import GeometryModel
+
+SCORES = {"depth": "depth_affine_invariant", "points": "points_affine_invariant"}
+
+
+def reconstruct_samples(model: GeometryModel, samples: Iterable[Sample], seed: int = 0) -> Scene:
+    """The scene of samples that are photographs of one, with the model's guess of the focal length."""
+    guess = guess_focal(model)
+    return reconstruct([Picture(s.name, s.image, guess(s.image)) for s in samples], seed)
+
+
+def score_scene(adaptation: SceneAdaptation, samples: Iterable[Sample]) -> pd.DataFrame:
+    """A row a photograph: decision, what the held-back tracks said, and delta1 and rel against the truth.
+
+    Columns: photograph, decision, the signals, and `depth_original`, `depth_final`, `rel_original`, `rel_final`,
+    `points_original`, `points_final` (affine-invariant), with `_adapted` where something was trained.
+    """
+    truth = {sample.name: sample for sample in samples}
+    rows = []
+    for photograph, result in adaptation.results():
+        row = {"photograph": photograph.name, "decision": result.decision, **result.signals}
+        for kind in ("original", "adapted", "final"):
+            prediction = getattr(result, kind)
+            if prediction is not None:
+                found = scores_of(prediction, truth[photograph.name])
+                row |= {f"{short}_{kind}": found[metric]["delta1"] for short, metric in SCORES.items()}
+                row[f"rel_{kind}"] = found["depth_affine_invariant"]["rel"]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def study(
+    model: GeometryModel, config: ExperimentConfig, scenes: dict[str, tuple[Scene, list[Sample]]]
+) -> pd.DataFrame:
+    """`score_scene` of each scene by name, with `scene`, the number of `photographs` and the `refused` sentence."""
+    tables = []
+    for name, (scene, samples) in scenes.items():
+        adaptation = adapt_scene(model, scene, config, name)
+        table = score_scene(adaptation, samples)
+        table.insert(0, "scene", name)
+        table.insert(1, "photographs", len(samples))
+        tables.append(table.assign(refused=scene.refused, seconds=adaptation.seconds))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _with_depth(photograph: Photograph, depth: torch.Tensor) -> Photograph:
+    return replace(photograph, tracks=replace(photograph.tracks, depth=depth))
+
+
+def control_scenes(model: GeometryModel, scene: Scene, other: Scene) -> dict[str, Scene]:
+    """Scenes that must change nothing: shuffled depths, the model's own depths, and the points of another scene.
+
+    other: a scene of as many photographs or more.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shuffled, own, foreign = [], [], []
+    for photograph, stranger in zip(scene.photographs, other.photographs):
+        tracks = photograph.tracks
+        order = torch.randperm(len(tracks), generator=generator)
+        shuffled.append(_with_depth(photograph, tracks.depth[order]))
+        depth = model.predict(photograph.image.to(model.device)).depth.cpu()
+        height, width = depth.shape
+        column, row = (tracks.uv * torch.tensor([width, height])).long().unbind(-1)
+        own.append(_with_depth(photograph, depth[row.clamp(0, height - 1), column.clamp(0, width - 1)]))
+        foreign.append(replace(photograph, tracks=stranger.tracks))
+    named = {"shuffled depths": shuffled, "the model's own depths": own, "points of another scene": foreign}
+    return {name: replace(scene, photographs=photographs) for name, photographs in named.items()}
