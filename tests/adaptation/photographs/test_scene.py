@@ -262,6 +262,14 @@ def test_shuffled_depths_are_refused(tiny, rendered):
         assert result.decision == "original"
 
 
+def test_points_of_another_scene_are_refused(tiny, rendered):
+    scene, _ = rendered
+    other = true_scene(seed=11, kind="room", scale=0.2)[0]
+    foreign = [replace(p, tracks=q.tracks) for p, q in zip(scene.photographs, other.photographs)]
+    for _, result in adapt_scene(tiny, replace(scene, photographs=foreign), experiment(**NO_TRAINING)).results():
+        assert result.decision == "original" and "contradict" in result.reason
+
+
 def test_a_scene_in_another_scale_is_the_same_scene(rendered):
     scene = rendered[0]
     larger = in_scale(scene, 7.0)

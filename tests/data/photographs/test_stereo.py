@@ -26,7 +26,7 @@ def test_most_of_the_picture_is_measured_in_the_scale_of_the_cameras(rendered):
     scene, samples = rendered
     grays = [to_gray(photograph) for photograph in scene.photographs]
     for number, sample in enumerate(samples):
-        error, share = errors(measure_depth(grays, number), sample)
+        error, share = errors(measure_depth(grays, number)[0], sample)
         # a disparity of some 20 pixels to a quarter of one: a per cent
         assert share > 0.5 and error.median() < 0.02 and (error > 0.22).float().mean() < 0.01
 
@@ -46,7 +46,7 @@ def test_two_photographs_measure_each_other(rendered):
     scene, samples = rendered
     grays = [to_gray(photograph) for photograph in scene.photographs[:2]]
     assert neighbours(grays, 0) == [1] and neighbours(grays, 1) == [0]
-    error, share = errors(measure_depth(grays, 0), samples[0])
+    error, share = errors(measure_depth(grays, 0)[0], samples[0])
     assert share > 0.4 and error.median() < 0.03
 
 
@@ -54,20 +54,29 @@ def test_nothing_is_measured_where_nothing_can_be(rendered):
     scene, _ = rendered
     own, other = scene.photographs[:2]
     copy = replace(other, pose=own.pose)  # from the same place
-    assert measure_depth([to_gray(own), to_gray(copy)], 0) is None
+    assert measure_depth([to_gray(own), to_gray(copy)], 0)[0] is None
     ahead = own.pose.clone()
     ahead[2, 3] -= 0.1 * float(own.tracks.depth.median())  # straight ahead
-    assert measure_depth([to_gray(own), to_gray(replace(other, pose=ahead))], 0) is None
+    assert measure_depth([to_gray(own), to_gray(replace(other, pose=ahead))], 0)[0] is None
     stranger = replace(other, tracks=Tracks.none())
-    assert measure_depth([to_gray(own), to_gray(stranger)], 0) is None
+    assert measure_depth([to_gray(own), to_gray(stranger)], 0)[0] is None
 
 
 def test_a_map_that_misses_the_tracks_is_dropped(rendered):
     scene, _ = rendered
     photographs = [replace(p, source=p.image.flip(-1)) if number else p for number, p in enumerate(scene.photographs)]
     assert (
-        measure_depth([to_gray(photograph) for photograph in photographs], 0) is None
+        measure_depth([to_gray(photograph) for photograph in photographs], 0)[0] is None
     )  # other pictures than the cameras'
+
+
+def test_tracks_of_something_else_are_not_met(rendered):
+    scene, _ = rendered
+    order = torch.randperm(len(scene.photographs[0].tracks), generator=torch.Generator().manual_seed(0))
+    tracks = replace(scene.photographs[0].tracks, depth=scene.photographs[0].tracks.depth[order])
+    grays = [to_gray(replace(scene.photographs[0], tracks=tracks)), *map(to_gray, scene.photographs[1:])]
+    depth, meets = measure_depth(grays, 0)
+    assert depth is None and meets < 0.5
 
 
 def test_a_turned_camera_changes_nothing(rendered):
@@ -82,6 +91,6 @@ def test_a_turned_camera_changes_nothing(rendered):
         )
         turned.append(replace(photograph, source=photograph.image.rot90(1, (1, 2)), pose=quarter @ photograph.pose,
                               intrinsics=camera, tracks=tracks))  # fmt: skip
-    depth = measure_depth([to_gray(photograph) for photograph in turned], 0)
+    depth, meets = measure_depth([to_gray(photograph) for photograph in turned], 0)
     error, share = errors(depth.rot90(-1), samples[0])
-    assert share > 0.5 and error.median() < 0.02
+    assert share > 0.5 and error.median() < 0.02 and meets > 0.95

@@ -24,6 +24,8 @@ TOLERATED = (
     0.1  # of the original's error: by so much the trained prediction may be behind, where both lie near the tracks
 )
 DOUBTS = 1.5  # times what the focal length's doubt may bend the depth: an original nearer than that is kept
+CONTRADICTED = 0.5  # of the tracks that stereo meets: fewer are not of these pictures
+ORDER = 0.1  # rank correlation of predicted depth and tracks: a model that is any good gets near and far right
 RESAMPLED, LOWER = 500, 0.05  # bootstrap draws, and the quantile of the improvement that must be above zero
 
 
@@ -47,6 +49,13 @@ def original_errors(original: Prediction, evidence: Evidence) -> Tensor:
     errors = [track_errors(fit, evidence.held) for fit in fits]
     weights = cell_weights(evidence.held)
     return min(errors, key=lambda each: float((each * weights).sum()))
+
+
+def _same_order(original: Prediction, evidence: Evidence) -> float:
+    """Spearman's rank correlation between the predicted depth at the used tracks and theirs; NaN for fewer than two."""
+    found, true = at_tracks(original, evidence.used).double().cpu(), evidence.used.depth.double().cpu()
+    ranks = torch.stack([values.argsort().argsort().double() for values in (found, true)])
+    return float(torch.corrcoef(ranks)[0, 1]) if len(true) > 1 else float("nan")
 
 
 def lower_bound(improvement: Tensor, weights: Tensor, generator: torch.Generator) -> float:
@@ -77,9 +86,14 @@ def choose(
         `held_back_tracks`; a sentence where the original stays.
     """
     held = evidence.held
-    signals = {"held_back_tracks": float(len(held)), "focal_doubt": doubt}
+    signals = {"held_back_tracks": float(len(held)), "focal_doubt": doubt, "stereo_meets": evidence.meets}
+    signals["rank"] = _same_order(original, evidence)
     if len(held) < FEWEST or held.filled_cells() < CELLS:
         return Judgement("original", signals, f"original kept: only {len(held)} tracks are left to decide by")
+    if evidence.meets < CONTRADICTED or signals["rank"] < ORDER:  # False where nothing could be measured
+        return Judgement(
+            "original", signals, "original kept: the tracks contradict the pictures, so they are of something else"
+        )
     weights = cell_weights(held)
     errors = {"original": original_errors(original, evidence)}
     errors |= {name: track_errors(prediction, held) for name, prediction in candidates.items()}

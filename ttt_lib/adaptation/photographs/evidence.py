@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,13 +29,15 @@ WEAK = 0.05  # weight of the coarser level where residuals are spread
 class Evidence:
     """A photograph and what is known of it: the tracks to use, those held back, and the measured depth (h,w) or None.
 
-    All in the scene's unit. intrinsics (3,3): of the photograph, which the points of a corrected prediction follow.
+    All in the scene's unit. intrinsics (3,3): of the photograph, which the points of a corrected prediction follow. meets:
+    share of the tracks that the measured depth meets, NaN where nothing could be measured.
     """
 
     photograph: Photograph
     used: Tracks
     held: Tracks
     measured: Tensor | None = None
+    meets: float = math.nan
 
     @property
     def intrinsics(self) -> Tensor:
@@ -45,11 +48,12 @@ class Evidence:
 def gather(scene: PhotographScene, share: float, generator: torch.Generator, stereo: bool) -> list[Evidence]:
     """The evidence of every photograph of a scene that was not refused; share: of the tracks, held back."""
     used, held = split_tracks(scene, share, generator)
-    grays = [to_gray(photograph) for photograph in used.photographs] if stereo else []
-    return [
-        Evidence(photograph, own.tracks, other.tracks, measure_depth(grays, number) if stereo else None)
-        for number, (photograph, own, other) in enumerate(zip(scene.photographs, used.photographs, held.photographs))
-    ]
+    grays = [to_gray(photograph) for photograph in used.photographs]
+    evidence = []
+    for number, (photograph, own, other) in enumerate(zip(scene.photographs, used.photographs, held.photographs)):
+        depth, meets = measure_depth(grays, number)  # without stereo too, as a check of the tracks
+        evidence.append(Evidence(photograph, own.tracks, other.tracks, depth if stereo else None, meets))
+    return evidence
 
 
 def at_tracks(prediction: Prediction, tracks: Tracks) -> Tensor:

@@ -179,7 +179,7 @@ def certain(depth: Tensor) -> Tensor:
     return torch.where((far < BESIDE * near) & (share >= FILLED), depth, torch.nan)[0, 0]
 
 
-def measure_depth(grays: list[GrayPhotograph], index: int) -> Tensor | None:
+def measure_depth(grays: list[GrayPhotograph], index: int) -> tuple[Tensor | None, float]:
     """Depth of one photograph measured against its neighbours, (h,w) float32 in the scene's unit, NaN where unknown.
 
     Args:
@@ -187,15 +187,16 @@ def measure_depth(grays: list[GrayPhotograph], index: int) -> Tensor | None:
         index: which of them.
 
     Returns:
-        The median over the neighbours where two of them agree within `AGREE` (where there is one alone: its own). None
-        where no neighbour can measure anything, or where the map does not meet the photograph's tracks: a lens with
-        distortion, or something that moves.
+        The median over the neighbours where two of them agree within `AGREE` (where there is one alone: its own), and the
+        share of the photograph's tracks that it meets. Depth is None where no neighbour can measure anything (the share
+        is then NaN), or where it does not meet the tracks: a lens with distortion, something that moves, or tracks of
+        something else.
     """
     own = grays[index]
     maps = [pair_depth(own, grays[number]) for number in neighbours(grays, index)]
     maps = [each for each in maps if each is not None]
     if not maps:
-        return None
+        return None, math.nan
     stack = torch.from_numpy(np.stack(maps))
     middle = stack.nanmedian(0).values
     agree = ((stack / middle).log().abs() < AGREE).sum(0)
@@ -204,5 +205,7 @@ def measure_depth(grays: list[GrayPhotograph], index: int) -> Tensor | None:
     column, row = (own.tracks.uv * torch.tensor([width, height])).long().unbind(-1)
     found = depth[row.clamp(0, height - 1), column.clamp(0, width - 1)]
     known = torch.isfinite(found)
-    meets = ((found / own.tracks.depth).log().abs() < MEETS)[known].float().mean()
-    return depth if known.sum() >= SHARED and meets >= INLIERS else None
+    if known.sum() < SHARED:
+        return None, math.nan
+    meets = float(((found / own.tracks.depth).log().abs() < MEETS)[known].float().mean())
+    return depth if meets >= INLIERS else None, meets
