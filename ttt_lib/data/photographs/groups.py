@@ -36,10 +36,11 @@ def scene_of_samples(samples: SampleSet, name: str, true_focal: bool = False) ->
         >>> [picture.name for picture in pictures], pictures[0].focal, pictures[0].read().shape
         (['tour_000/view_0', 'tour_000/view_1'], None, torch.Size([3, 48, 64]))
     """
-    if name not in samples.names:
+    members = samples.scene_of(name)[1]
+    if name not in samples.names and members == [name]:  # those of a scene may be in other shards
         raise DataError(f"{samples.name}: has no sample {name!r}; its first is {next(iter(samples.names), None)!r}.")
     pictures = []
-    for member in samples.scene_of(name)[1]:
+    for member in members:
         picture = Picture(member, _image_of(samples, member))
         if true_focal and (intrinsics := samples.load(member).intrinsics) is not None:
             picture.focal, picture.exact = float(intrinsics[0, 0]), True

@@ -1,0 +1,168 @@
+"""The folder of a scene: one scale, one cloud, cameras that come back, and what a refused scene leaves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from conftest import small_experiment
+from moge.utils import io as moge_io
+from PIL import Image
+from true_scene import true_scene
+from typer.testing import CliRunner
+
+from ttt_lib.adaptation.photographs.scene import adapt_scene
+from ttt_lib.adaptation.saved_weights import save_weights, use_weights
+from ttt_lib.cli import app
+from ttt_lib.core.errors import ModelError, UserError
+from ttt_lib.data.photographs.load import load_scene
+from ttt_lib.data.photographs.scene import Scene
+from ttt_lib.geometry.cameras import transform_points
+from ttt_lib.models.base import weights_checksum
+from ttt_lib.report.scene_cloud import SceneCloud
+from ttt_lib.report.scene_files import write_scene
+from ttt_lib.report.scene_widgets import SceneExplorer
+
+experiment = small_experiment(supervision={"photographs": {}}, train={"method": "none", "passes": 0})
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    return true_scene(views=3, scale=0.2)
+
+
+@pytest.fixture
+def written(tiny, rendered, tmp_path):
+    adaptation = adapt_scene(tiny, rendered[0], experiment())
+    lines = []
+    record = write_scene(adaptation, tmp_path / "out", lines.append)
+    return adaptation, tmp_path / "out", record, lines
+
+
+def test_the_folder_holds_what_it_promises(written, rendered):
+    adaptation, folder, record, lines = written
+    names = [sample.name for sample in rendered[1]]
+    assert [line.split(":")[0] for line in lines] == names == [row["name"] for row in record["photographs"]]
+    assert json.loads((folder / "record.json").read_text(encoding="utf-8")) == json.loads(json.dumps(record))
+    for sample in rendered[1]:
+        depth = np.load(folder / "depth" / f"{sample.name}.npy")
+        png = moge_io.read_depth(folder / "depth" / f"{sample.name}.png")
+        finite = np.isfinite(depth) & np.isfinite(png)
+        assert depth.shape == (120, 160) and np.allclose(depth[finite], png[finite], rtol=2e-3)
+        assert (folder / "before_after" / f"{sample.name}.jpg").is_file()
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert all(name in page for name in names) and "<script" in page and "https://" not in page.split("<script")[0]
+    assert not list(folder.parent.glob(".*partial"))
+
+
+def test_all_depth_is_in_one_scale(written, rendered):
+    adaptation, folder, _, _ = written
+    factors = []
+    for photograph in adaptation.scene.photographs:
+        depth = torch.from_numpy(np.load(folder / "depth" / f"{photograph.name}.npy"))
+        column, row = (photograph.tracks.uv * torch.tensor([160, 120])).long().unbind(-1)
+        factors.append(float((depth[row, column] / photograph.tracks.depth).log().nanmedian()))
+    assert np.abs(factors).max() < 0.02  # of the tracks' own
+
+
+def test_the_cameras_come_back(written):
+    adaptation, folder, _, _ = written
+    for cameras in (folder / "sparse" / "0", folder / "transforms.json"):
+        again = load_scene(folder / "images", cameras=cameras)
+        for one, other in zip(adaptation.scene.photographs, again.photographs):
+            assert torch.allclose(one.intrinsics, other.intrinsics, atol=1e-4)
+            assert torch.allclose(one.pose, other.pose, atol=1e-3)
+
+
+def test_one_cloud_without_what_hides_other_photographs(written, rendered):
+    adaptation, folder, record, _ = written
+    for suffix in ("ply", "glb"):
+        cloud = trimesh.load(folder / f"cloud.{suffix}")
+        cloud = next(iter(cloud.geometry.values())) if isinstance(cloud, trimesh.Scene) else cloud
+        assert len(cloud.vertices) == record["cloud_points"] > 5000
+    truth = SceneCloud()
+    for photograph, sample in zip(rendered[0].photographs, rendered[1]):
+        depth = torch.where(sample.mask, sample.depth * 0.2, torch.nan)
+        if photograph is rendered[0].photographs[0]:
+            depth[50:60, 70:80] *= 0.5  # a piece that floats in front of what the two others see
+        truth.add(photograph, sample.image, _prediction(sample, depth))
+    points = torch.from_numpy(truth.merged()[0])
+    local = transform_points(points, rendered[0].photographs[0].pose)
+    uv = local[:, :2] / local[:, 2:] * torch.tensor([1.0, 1.0])
+    known = rendered[1][0].depth * 0.2
+    assert len(points) > 5000 and (local[:, 2] > 0.8 * known[known.isfinite()].min()).float().mean() > 0.995
+    assert uv.isfinite().all()
+
+
+def _prediction(sample, depth):
+    from ttt_lib.core.types import Prediction
+
+    return Prediction(None, depth, sample.mask, sample.intrinsics, "scale_invariant")
+
+
+def test_a_refused_scene_leaves_the_originals(tiny, rendered, tmp_path):
+    plain = [replace(p, pose=None, intrinsics=None) for p in rendered[0].photographs]
+    record = write_scene(adapt_scene(tiny, Scene(plain, refused="the reason."), experiment()), tmp_path / "out")
+    assert record["refused"] == "the reason." and not (tmp_path / "out" / "cloud.ply").exists()
+    assert all((tmp_path / "out" / "depth" / f"{p.name}.npy").is_file() for p in plain)
+    assert all("the reason." in row["reason"] for row in record["photographs"])
+
+
+def test_a_folder_of_something_else_is_left_alone(tiny, rendered, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="no earlier result"):
+        write_scene(adapt_scene(tiny, rendered[0], experiment()), tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_weights_are_kept_for_their_model_alone(tiny, rendered, tmp_path, untrained_checkpoint):
+    trained = experiment(train={"method": "ttt", "passes": 2, "accumulation": 1, "batch_size": 1})
+    adaptation = adapt_scene(tiny, rendered[0], trained)
+    before = weights_checksum(tiny)
+    save_weights(tmp_path / "place.pt", tiny, adaptation.weights)
+    use_weights(tiny, tmp_path / "place.pt")
+    named = dict(tiny.network.named_parameters())
+    assert weights_checksum(tiny) != before
+    assert all(torch.equal(named[name], value) for name, value in adaptation.weights.items())
+    with pytest.raises(ModelError, match="another model"):  # they were made from the original weights
+        use_weights(tiny, tmp_path / "place.pt")
+    for path, said in ((untrained_checkpoint, "no file of adapted weights"), (tmp_path / "no.pt", "no such file")):
+        with pytest.raises(ModelError, match=said):
+            use_weights(tiny, path)
+    (tmp_path / "broken.pt").write_bytes((tmp_path / "place.pt").read_bytes()[:1000])
+    with pytest.raises(ModelError, match="no file of adapted weights"):
+        use_weights(tiny, tmp_path / "broken.pt")
+    with pytest.raises(UserError, match="nothing was trained"):
+        save_weights(tmp_path / "none.pt", tiny, {})
+
+
+def test_the_explorer_shows_each_photograph_and_both_clouds(written):
+    explorer = SceneExplorer(written[0], points=500)
+    assert "held-back tracks" in explorer.said.value and len(explorer.results) == 1
+    explorer.photograph.value = explorer.photograph.options[1]
+    assert len(explorer.results) == 2
+    explorer.cloud.value = "after"
+    assert len(explorer.results) == 3
+    assert "no." in SceneExplorer(replace(written[0], evidence=[], scene=Scene([], refused="no."))).children[0].value
+
+
+def test_the_command_from_photographs_to_a_page(tmp_path):
+    """Real tracks: copies are refused in a sentence and still have their depth; a folder says what it left out."""
+    photo = (np.random.default_rng(0).random((48, 64, 3)) * 255).astype(np.uint8)
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        Image.fromarray(photo).save(tmp_path / "in" / f"{name}.png")
+    (tmp_path / "in" / "notes.txt").write_text("x", encoding="utf-8")
+    done = CliRunner().invoke(app, ["scene", str(tmp_path / "in"), "-o", str(tmp_path / "out")], catch_exceptions=False)
+    assert done.exit_code == 0 and "refused: b" in done.output.replace("b.png", "b") and "notes.txt" in done.output
+    assert sorted(p.name for p in (tmp_path / "out" / "depth").glob("*.npy")) == ["a.npy", "b.npy"]
+    with pytest.raises(UserError, match="knows nothing of several photographs"):
+        CliRunner().invoke(
+            app, ["scene", str(tmp_path / "in"), "-o", str(tmp_path / "o2"), "--experiment", "original"],
+            catch_exceptions=False, standalone_mode=False,
+        )  # fmt: skip
