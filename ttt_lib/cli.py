@@ -234,7 +234,8 @@ def scene(
     every: Annotated[int | None, typer.Option(min=1, help="Each so many of the photographs or frames.")] = None,
     count: Annotated[int | None, typer.Option(min=2, help="So many, spread evenly (of a clip some 14).")] = None,
     save_weights: Annotated[
-        Path | None, typer.Option(help="Keep the adapted weights for this place; needs an experiment that trains.")
+        Path | None,
+        typer.Option(help="Keep the adapted weights for this place; needs an experiment that trains, scene_trained."),
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Begin with weights that were kept for this place.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,

@@ -12,7 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "dlr-moge", "kornia", "numpy", "pyrender-maintained", "papermill", "ttt-depth")
+COMPUTING = ("torch", "dlr-moge", "kornia", "numpy", "scipy", "pycolmap", "opencv-python", "pyrender-maintained")
+PACKAGES = (*COMPUTING, "papermill", "ttt-depth")  # the former are part of what a result depends on
 
 
 def fingerprint(content: Any) -> str:

@@ -9,9 +9,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ttt_lib.adaptation.photographs.evidence import Evidence
+from ttt_lib.adaptation.photographs.scene import adapt_scene
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.types import Sample
+from ttt_lib.data.catalog import open_dataset
+from ttt_lib.models.load import load_model
 from ttt_lib.report.figures import inverse_depth, relative_error, to_array
+from ttt_lib.runs.catalog import NOTEBOOKS
+from ttt_lib.runs.experiment import load_with_profile
+from ttt_lib.runs.scene_study import reconstruct_samples
 
 
 def plot_scene(
@@ -46,6 +52,15 @@ def plot_scene(
     figure.tight_layout()
     plt.close(figure)
     return figure
+
+
+def save_scene_overview(path: str) -> None:
+    """README's picture: the motorcycle's two photographs under the experiment `scene`, with their truth."""
+    model, samples = load_model("tiny"), list(open_dataset("motorcycle", width=640, height=432).readable())
+    config = load_with_profile(NOTEBOOKS / "experiments" / "scene.yaml", "demo", None)
+    adapted = adapt_scene(model, reconstruct_samples(model, samples), config)
+    figure = plot_scene(adapted.evidence, [adapted.result(known) for known in adapted.evidence], samples)
+    figure.savefig(path, dpi=75, pil_kwargs={"quality": 85})
 
 
 def plot_held_back(table: pd.DataFrame) -> Figure:

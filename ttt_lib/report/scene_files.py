@@ -70,7 +70,7 @@ def adapt_photographs(
     if settings is None:
         raise UserError(f"--experiment {config.name}: knows nothing of several photographs; use scene.")
     if save is not None and not (settings.train and config.train.method == "ttt" and config.train.passes):
-        raise UserError(f"--save-weights {save}: {config.name} trains nothing; use --experiment scene.")
+        raise UserError(f"--save-weights {save}: {config.name} trains nothing; use --experiment scene_trained.")
     model = open_model(config)
     if begin is not None:
         use_weights(model, begin)

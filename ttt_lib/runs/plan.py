@@ -14,7 +14,7 @@ from ttt_lib.runs.catalog import experiment_file, experiment_files, list_experim
 SHOWING = (
     "api", "cli", "doctor", "machine", "core/provenance", "models/pretraining", "evaluation/calibration",
     "evaluation/paired", "evaluation/zero_shot", "report", "runs/benchmark", "runs/cluster", "runs/hard_subset",
-    "runs/jobs", "runs/notebook", "runs/progress", "runs/results",
+    "runs/jobs", "runs/notebook", "runs/progress", "runs/results", "runs/scene_study",
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def make_jobs(
     files: list[Path], profile: str, overrides: dict[str, Any], shards: int, limit: int | None, views: bool
 ) -> list:
     """One job an experiment and shard. Raises `UserError` for anything wrong in files, profile, data or model."""
-    from ttt_lib.core.provenance import environment, file_hash, fingerprint
+    from ttt_lib.core.provenance import COMPUTING, environment, file_hash, fingerprint
     from ttt_lib.core.registry import load_installed
     from ttt_lib.models.base import weights_checksum
     from ttt_lib.models.load import load_model
@@ -99,7 +99,7 @@ def make_jobs(
     hashes = [file_hash(path) for name, path in files_of_code.items() if not f"{name}/".startswith(SHOWING_FOLDERS)]
     code = fingerprint(hashes + list(load_installed()))
     models: dict[str, str] = {}
-    versions = environment()["packages"]["torch"]
+    packages = environment()["packages"]
     jobs = []
     for file in files:
         config = load_with_profile(file, profile, overrides)
@@ -118,7 +118,8 @@ def make_jobs(
             "data": fingerprint([s.data_hash() for s in sets]),
             "calibration": _calibration(config),
             "code": code,
-            "torch": versions,
+            "torch": packages["torch"],
+            "packages": fingerprint([packages[name] for name in COMPUTING]),
         }
         # The settings are complete, so the notebook lays no profile over them.
         parameters = {**settings, "profile": "", "limit": limit or 0}

@@ -1,9 +1,7 @@
 """Which prediction of a photograph to use, by tracks that neither training nor correction has seen.
 
-The test is a paired bootstrap over the held-back tracks: a prediction takes the place of the original only where the lower
-bound of its improvement is above zero and its error is clearly smaller. Among those that do, the one that was trained is
-taken unless the tracks say that it is worse: they lie where the depth is measured and both are nearly right, and know little
-of the rest of the picture, where training gains (06_photographs).
+The test is a paired bootstrap over the held-back tracks: a prediction takes the place of a simpler one only where the
+lower bound of its improvement is above zero, and of the original only where its error is clearly smaller.
 """
 
 from __future__ import annotations
@@ -20,9 +18,6 @@ CLIP = 1.0  # of |log ratio|: a track that is missed counts as missed, not by ho
 FEWEST = 12  # held-back tracks, and
 CELLS = 6  # of the picture's 16 cells that hold one, that are enough to decide by
 WORTHWHILE = 0.8  # of the original's error: what takes its place has to be below
-TOLERATED = (
-    0.1  # of the original's error: by so much the trained prediction may be behind, where both lie near the tracks
-)
 DOUBTS = 1.5  # times what the focal length's doubt may bend the depth: an original nearer than that is kept
 CONTRADICTED = 0.5  # of the tracks that stereo meets: fewer are not of these pictures
 ORDER = 0.1  # rank correlation of predicted depth and tracks: a model that is any good gets near and far right
@@ -76,7 +71,7 @@ def choose(
 
     Args:
         original: as the model gave it, in any scale.
-        candidates: others by name, in the scene's unit, the last preferred among those that do as well.
+        candidates: others by name, in the scene's unit, the simplest first.
         evidence: of the photograph.
         doubt: median |log ratio| by which the tracks' own depth may be bent (the focal length is not known exactly).
         generator: of the bootstrap.
@@ -103,11 +98,10 @@ def choose(
         return Judgement(
             "original", signals, "original kept: it is as near to the tracks as their own uncertain focal length allows"
         )
-    choice, allowed = "original", TOLERATED * means["original"]
+    choice = "original"
     for name in candidates:
-        better = lower_bound(errors["original"] - errors[name], weights, generator) > 0
-        as_good = choice == "original" or means[name] <= means[choice] + allowed
-        if better and as_good and means[name] < WORTHWHILE * means["original"]:
+        better = lower_bound(errors[choice] - errors[name], weights, generator) > 0
+        if better and means[name] < WORTHWHILE * means["original"]:
             choice = name
     reason = (
         "" if choice != "original" else "original kept: no other prediction is clearly nearer to the held-back tracks"

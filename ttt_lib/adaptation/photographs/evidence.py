@@ -22,6 +22,8 @@ from ttt_lib.geometry.exact_alignment import align_depth_affine
 FROM_STEREO = 1500  # measured pixels that join the tracks in the correction
 WILD = 0.35  # of |log ratio| between what is measured and the corrected prediction around it: a wrong match
 AROUND = 16  # pixels of the coarse map that says what is around
+REACH = (0.01, 0.99)  # quantiles of the predicted depth at the references: as far as a correction is believed, and
+EDGE = 0.05  # in log depth before that, where the factor is read that holds outside
 WEAK = 0.05  # weight of the coarser level where residuals are spread
 
 
@@ -150,13 +152,37 @@ def _fully(prediction: Prediction, evidence: Evidence, generator: torch.Generato
         order = torch.randperm(len(known), generator=generator)  # folds of the correction take every fifth
         uv, known = uv[order], known[order]
     device = prediction.depth.device
-    depth = correct(prediction, References(uv.to(device), known.to(device)))[0].depth
+    references = References(uv.to(device), known.to(device))
+    depth = correct(prediction, references)[0].depth
+    if prediction.disparity is None:
+        depth = held_outside(depth, prediction.depth, at_references(prediction.depth[None], references)[0])
     if measured is None:
         return depth
     small = F.interpolate(depth[None, None], measured.shape, mode="nearest")[0, 0]
     residual = (plausible(measured.to(depth), small) / small).log()
     field = F.interpolate(spread(residual)[None, None], depth.shape, mode="bilinear", align_corners=False)[0, 0]
     return depth * field.exp()
+
+
+def held_outside(corrected: Tensor, depth: Tensor, found: Tensor) -> Tensor:
+    """Corrected depth (H,W) whose factor does not change any more outside of what the references reach.
+
+    A curve that fits them all can be anything beyond them: twenty times too far, for a hill behind the last track.
+
+    Args:
+        corrected, depth: after and before, (H,W).
+        found: the depth before at the references, (N,).
+    """
+    factor, at = (corrected / depth).log(), found[torch.isfinite(found) & (found > 0)].log()
+    if len(at) < 20:
+        return corrected
+    low, high = at.quantile(at.new_tensor(REACH)).tolist()
+    x = depth.clamp_min(1e-6).log()
+    for outside, edge in ((x > high, (x > high - EDGE) & (x <= high)), (x < low, (x < low + EDGE) & (x >= low))):
+        there = factor[edge & torch.isfinite(factor)]
+        if len(there):
+            factor = torch.where(outside, there.median(), factor)
+    return depth * factor.exp()
 
 
 def in_scale(scene: PhotographScene, factor: float) -> PhotographScene:

@@ -1,7 +1,7 @@
 """Several photographs of one scene: points whose depth is known up to one scale, from the photographs alone.
 
-Unfinished, and no command uses this room yet. What is here: features, verified matches, reconstructions that must agree,
-and their tracks and signals as a `scene.Scene`, with one sentence in `refused` where the photographs tell nothing.
+Goes out: a `scene.Scene`, cameras and tracks from features, verified matches and reconstructions that must agree, with their
+signals, and one sentence in `refused` where the photographs tell nothing; `stereo` measures depth between the tracks.
 A scene enters by `load.load_scene`: photographs as a list or a folder, with EXIF's focal length; a clip; a finished COLMAP
 model; a `transforms.json`, by whose cameras tracks are triangulated. It leaves by `writers`, in both of these formats.
 `groups` gives the photographs of a sample's scene from a set.
