@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import lru_cache
 
 from ttt_lib.adaptation.photographs.scene import SceneAdaptation, adapt_scene, guess_focal
@@ -48,12 +49,17 @@ class Scenes:
             reason = f"original kept: {why}"
         if alone == "single":
             return None
+        begun = time.perf_counter()
         original = self.model.predict(sample.image.to(self.model.device))
-        return AdaptResult(original, None, original, "original", reason, image=sample.image)
+        seconds = time.perf_counter() - begun
+        return AdaptResult(original, None, original, "original", reason, seconds=seconds, image=sample.image)
 
     def _adapt(self, dataset: str, scene: str, first: str) -> SceneAdaptation:
-        pictures = scene_of_samples(self._sets[dataset], first)
-        return adapt_scene(self.model, self._reconstruct(pictures), self.config, f"{dataset}/{scene}")
+        begun = time.perf_counter()
+        found = self._reconstruct(scene_of_samples(self._sets[dataset], first))
+        adaptation = adapt_scene(self.model, found, self.config, f"{dataset}/{scene}")
+        adaptation.seconds = time.perf_counter() - begun  # with the reconstruction: each photograph has its share
+        return adaptation
 
     def _reconstruct(self, pictures: list) -> Scene:
         guess = guess_focal(self.model, self.config.views.longest_side)
