@@ -24,7 +24,7 @@ WILD = 0.35  # of |log ratio| between what is measured and the corrected predict
 AROUND = 16  # pixels of the coarse map that says what is around
 REACH = (0.01, 0.99)  # quantiles of the predicted depth at the references: as far as a correction is believed, and
 EDGE = 0.05  # in log depth before that, where the factor is read that holds outside
-WEAK = 0.05  # weight of the coarser level where residuals are spread
+WEAK = 0.5  # weight of the coarser level, and of no residual, where residuals are spread: few pixels speak for few
 
 
 @dataclass
@@ -99,7 +99,7 @@ def spread(residual: Tensor) -> Tensor:
     for value, weight in reversed(levels[:-1]):
         coarse = F.interpolate(result, value.shape[-2:], mode="bilinear", align_corners=False)
         result = (value + WEAK * coarse) / (weight + WEAK)
-    return result[0, 0]
+    return torch.where(known, residual, result[0, 0])
 
 
 def plausible(measured: Tensor, around: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def plausible(measured: Tensor, around: Tensor) -> Tensor:
     size = [max(1, round(side / AROUND)) for side in residual.shape]
     count = F.adaptive_avg_pool2d(known.to(residual)[None, None], size)
     total = F.adaptive_avg_pool2d(torch.where(known, residual, 0.0)[None, None], size)
-    coarse = F.interpolate(total / (count + WEAK), residual.shape, mode="bilinear", align_corners=False)[0, 0]
+    coarse = F.interpolate(total / count.clamp_min(1e-3), residual.shape, mode="bilinear", align_corners=False)[0, 0]
     return torch.where((residual - coarse).abs() < WILD, measured, torch.nan)
 
 
