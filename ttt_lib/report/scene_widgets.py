@@ -6,6 +6,7 @@ import ipywidgets
 from IPython.display import display
 
 from ttt_lib.adaptation.photographs.scene import SceneAdaptation
+from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.report.figures import cloud_figure
 from ttt_lib.report.scene_cloud import SceneCloud, thinned
 from ttt_lib.report.scene_figures import plot_scene
@@ -23,7 +24,7 @@ class SceneExplorer(ipywidgets.VBox):
         if not self.evidence:
             super().__init__([ipywidgets.Label(adaptation.scene.refused or "there are no photographs")])
             return
-        self.results: dict = {}
+        self.results: dict[str, AdaptResult] = {}
         self.photograph = ipywidgets.Dropdown(options=list(self.evidence), description="photograph")
         self.cloud = ipywidgets.ToggleButtons(options=["none", "before", "after"], description="cloud")
         self.shown, self.said = ipywidgets.Output(), ipywidgets.HTML()
@@ -33,7 +34,7 @@ class SceneExplorer(ipywidgets.VBox):
         self.cloud.observe(lambda change: self.show_cloud(), "value")
         self.show()
 
-    def result(self, name: str):
+    def result(self, name: str) -> AdaptResult:
         """The result of a photograph."""
         if name not in self.results:
             self.results[name] = self.adaptation.result(self.evidence[name])

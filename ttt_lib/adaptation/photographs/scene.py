@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -122,21 +123,18 @@ def _share(measured: Tensor | None) -> float:
     return 0.0 if measured is None else float(torch.isfinite(measured).float().mean())
 
 
-class _holding:
+@contextmanager
+def _holding(model: GeometryModel, weights: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the network holds these weights; then its own."""
-
-    def __init__(self, model: GeometryModel, weights: dict[str, Tensor]) -> None:
-        named = dict(model.network.named_parameters())
-        self.pairs = [(named[name], value) for name, value in weights.items()]
-
-    def __enter__(self) -> None:
-        self.own = [parameter.data for parameter, _ in self.pairs]
-        for parameter, value in self.pairs:
-            parameter.data = value
-
-    def __exit__(self, *_: object) -> None:
-        for (parameter, _), own in zip(self.pairs, self.own):
-            parameter.data = own
+    named = dict(model.network.named_parameters())
+    own = {name: named[name].data for name in weights}
+    try:
+        for name, value in weights.items():
+            named[name].data = value
+        yield
+    finally:
+        for name, value in own.items():
+            named[name].data = value
 
 
 def adapt_scene(
