@@ -267,9 +267,10 @@ def test_shuffled_depths_are_refused(tiny, rendered):
         assert result.decision == "original"
 
 
-def test_points_of_another_scene_are_refused(tiny, rendered):
+@pytest.mark.parametrize("scale", [0.2, 20.0])  # in any unit
+def test_points_of_another_scene_are_refused(tiny, rendered, scale):
     scene, _ = rendered
-    other = true_scene(seed=11, kind="room", scale=0.2)[0]
+    other = true_scene(seed=11, kind="room", scale=scale)[0]
     foreign = [replace(p, tracks=q.tracks) for p, q in zip(scene.photographs, other.photographs)]
     for _, result in adapt_scene(tiny, replace(scene, photographs=foreign), experiment(**NO_TRAINING)).results():
         assert result.decision == "original" and "contradict" in result.reason

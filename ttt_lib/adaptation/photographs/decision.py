@@ -19,7 +19,7 @@ FEWEST = 12  # held-back tracks, and
 CELLS = 6  # of the picture's 16 cells that hold one, that are enough to decide by
 WORTHWHILE = 0.8  # of the original's error: what takes its place has to be below
 DOUBTS = 1.5  # times what the focal length's doubt may bend the depth: an original nearer than that is kept
-CONTRADICTED = 0.5  # of the tracks that stereo meets: fewer are not of these pictures
+CONTRADICTED = 0.5  # of the tracks that stereo and the other photographs confirm: fewer are not of these pictures
 ORDER = 0.1  # rank correlation of predicted depth and tracks: a model that is any good gets near and far right
 RESAMPLED, LOWER = 500, 0.05  # bootstrap draws, and the quantile of the improvement that must be above zero
 
@@ -81,7 +81,7 @@ def choose(
         `held_back_tracks`; a sentence where the original stays.
     """
     held = evidence.held
-    signals = {"held_back_tracks": float(len(held)), "focal_doubt": doubt, "stereo_meets": evidence.meets}
+    signals = {"held_back_tracks": float(len(held)), "focal_doubt": doubt, "confirmed": evidence.meets}
     signals["rank"] = _same_order(original, evidence)
     if len(held) < FEWEST or held.filled_cells() < CELLS:
         return Judgement("original", signals, f"original kept: only {len(held)} tracks are left to decide by")

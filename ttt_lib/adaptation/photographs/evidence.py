@@ -16,12 +16,15 @@ from ttt_lib.data.photographs.scene import Photograph, Tracks, select
 from ttt_lib.data.photographs.scene import Scene as PhotographScene
 from ttt_lib.data.photographs.scene import split as split_tracks
 from ttt_lib.data.photographs.stereo import measure_depth, to_gray
-from ttt_lib.geometry.cameras import unproject, uv_map
+from ttt_lib.geometry.cameras import project, transform_points, unproject, uv_map
 from ttt_lib.geometry.exact_alignment import align_depth_affine
 
 FROM_STEREO = 1500  # measured pixels that join the tracks in the correction
 WILD = 0.35  # of |log ratio| between what is measured and the corrected prediction around it: a wrong match
 AROUND = 16  # pixels of the coarse map that says what is around
+LANDS = (
+    0.02  # of the picture: a track that lands farther from itself is another's, or its lens bends more than any usual
+)
 REACH = (0.01, 0.99)  # quantiles of the predicted depth at the references: as far as a correction is believed, and
 EDGE = 0.05  # in log depth before that, where the factor is read that holds outside
 WEAK = 0.5  # weight of the coarser level, and of no residual, where residuals are spread: few pixels speak for few
@@ -32,7 +35,7 @@ class Evidence:
     """A photograph and what is known of it: the tracks to use, those held back, and the measured depth (h,w) or None.
 
     All in the scene's unit. intrinsics (3,3): of the photograph, which the points of a corrected prediction follow. meets:
-    share of the tracks that the measured depth meets, NaN where nothing could be measured.
+    share of the tracks that the measured depth and the other photographs confirm, NaN where nothing says anything.
     """
 
     photograph: Photograph
@@ -54,8 +57,26 @@ def gather(scene: PhotographScene, share: float, generator: torch.Generator, ste
     evidence = []
     for number, (photograph, own, other) in enumerate(zip(scene.photographs, used.photographs, held.photographs)):
         depth, meets = measure_depth(grays, number)  # without stereo too, as a check of the tracks
+        meets = min(meets, landing(scene, number)) if meets == meets else landing(scene, number)
         evidence.append(Evidence(photograph, own.tracks, other.tracks, depth if stereo else None, meets))
     return evidence
+
+
+def landing(scene: PhotographScene, number: int) -> float:
+    """Share of a photograph's tracks that land, by its depth and the cameras, where other photographs see them; or NaN."""
+    own, hits = scene.photographs[number], []
+    rays = torch.cat([own.tracks.uv, torch.ones_like(own.tracks.depth)[:, None]], -1).double()
+    local = rays @ torch.linalg.inv(own.intrinsics.double()).mT * own.tracks.depth.double()[:, None]
+    for other in scene.photographs[:number] + scene.photographs[number + 1 :]:
+        order = torch.argsort(other.tracks.track_id)
+        known = other.tracks.track_id[order]
+        place = torch.searchsorted(known, own.tracks.track_id).clamp_max(max(len(known) - 1, 0))
+        same = known[place] == own.tracks.track_id if len(known) else torch.zeros(len(local), dtype=torch.bool)
+        move = (other.pose.double() @ torch.linalg.inv(own.pose.double()))[None]
+        uv = project(transform_points(local[same], move), other.intrinsics.double()[None])
+        hits.append((uv - other.tracks.uv[order][place[same]]).norm(dim=-1) < LANDS)
+    found = torch.cat(hits) if hits else torch.zeros(0)
+    return float(found.double().mean()) if len(found) else math.nan
 
 
 def at_tracks(prediction: Prediction, tracks: Tracks) -> Tensor:
