@@ -30,7 +30,7 @@ from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import SMALLEST, as_image
-from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot
+from ttt_lib.models.base import GeometryModel, training
 
 log = logging.getLogger(__name__)
 OnStep = Callable[[dict[str, float]], None]
@@ -170,23 +170,16 @@ class Adapter:
         start: list[Tensor] | None, progress: bool, on_step: OnStep | None,
     ) -> Judgement | None:  # fmt: skip
         """Train, predict and decide; the weights are put back whatever happens."""
-        model = self.model
-        required = {name: parameter.requires_grad for name, parameter in model.network.named_parameters()}
-        named = select_parameters(model, self.config.train.parts)
-        before = snapshot(model, named)
-        try:
-            student = Student(model, named, self.config.train.lora_rank)
-            episode = Episode(self.config, student, generator, TrainingLog(result.history, 0, result.view_stats))
-            return self._adapt_weights(episode, result, name, supervision, start, progress, on_step)
-        except (NumericalError, FloatingPointError) as error:
-            log.info("%s: %s", name, error)
-            result.adapted = result.blended = result.weights = None
-            result.final, result.decision, result.reason = result.original, "original", f"original kept: {error}"
-            return None
-        finally:
-            restore(model, before)
-            for key, parameter in model.network.named_parameters():
-                parameter.requires_grad_(required[key])
+        with training(self.model, self.config.train.parts) as named:
+            try:
+                student = Student(self.model, named, self.config.train.lora_rank)
+                episode = Episode(self.config, student, generator, TrainingLog(result.history, 0, result.view_stats))
+                return self._adapt_weights(episode, result, name, supervision, start, progress, on_step)
+            except (NumericalError, FloatingPointError) as error:
+                log.info("%s: %s", name, error)
+                result.adapted = result.blended = result.weights = None
+                result.final, result.decision, result.reason = result.original, "original", f"original kept: {error}"
+                return None
 
     def _adapt_weights(
         self, episode: Episode, result: AdaptResult, name: str, supervision: Sequence[Supervision],

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from ttt_lib.adaptation.low_rank import LowRank
-from ttt_lib.models.base import GeometryModel
+from ttt_lib.models.base import GeometryModel, holding
 
 
 class Student:
@@ -41,17 +40,9 @@ class Student:
             for parameter, value in zip(self.parameters, values):
                 parameter.copy_(value)
 
-    @contextmanager
-    def weights(self, values: list[Tensor] | None = None) -> Iterator[None]:
+    def weights(self, values: list[Tensor] | None = None) -> AbstractContextManager[None]:
         """Inside, the network holds `values` (default: the present ones), without gradients to them; then its own."""
-        own = [p.data for p in self.parameters]
-        try:
-            for parameter, value in zip(self.parameters, self.values() if values is None else values):
-                parameter.data = value
-            yield
-        finally:
-            for parameter, value in zip(self.parameters, own):
-                parameter.data = value
+        return holding(self.parameters, self.values() if values is None else values)
 
     def attached(self) -> AbstractContextManager[None]:
         """Inside, a forward pass of the network reaches `leaves` with its gradients."""

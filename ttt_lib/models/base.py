@@ -179,6 +179,34 @@ def restore(model: GeometryModel, before: Snapshot) -> None:
         parameter.requires_grad_(False)
 
 
+@contextmanager
+def training(model: GeometryModel, parts: list[str]) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Inside, the parameters that `parts` name (`select_parameters`) may be trained; then every weight, buffer and
+    `requires_grad` is as before, whatever happened."""
+    required = {name: parameter.requires_grad for name, parameter in model.network.named_parameters()}
+    named = select_parameters(model, parts)
+    before = snapshot(model, named)
+    try:
+        yield named
+    finally:
+        restore(model, before)
+        for name, parameter in model.network.named_parameters():
+            parameter.requires_grad_(required[name])
+
+
+@contextmanager
+def holding(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
+    """Inside, the parameters hold these values, without gradients to them; then their own."""
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, own):
+            parameter.data = value
+
+
 def weights_checksum(model: GeometryModel) -> str:
     """SHA-256 over names and bytes of all parameters and buffers."""
     digest = hashlib.sha256()

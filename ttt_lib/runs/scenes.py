@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import lru_cache
 
 from ttt_lib.adaptation.photographs.scene import SceneAdaptation, adapt_scene, guess_focal
 from ttt_lib.adaptation.result import AdaptResult
@@ -31,17 +30,15 @@ class Scenes:
 
     def __init__(self, model: GeometryModel, config: ExperimentConfig) -> None:
         self.model, self.config = model, config
-        self._adapted = lru_cache(maxsize=1)(self._adapt)
-        self._sets: dict[str, SampleSet] = {}
+        self._last: tuple[tuple[str, str], SceneAdaptation] | None = None
 
     def adapt(self, samples: SampleSet, sample: Sample) -> AdaptResult | None:
         """The result of one sample; None where the experiment is for a single photograph and the scene says nothing."""
         scene, names = samples.scene_of(sample.name)
-        self._sets[samples.name] = samples
         alone = self.config.supervision["photographs"].alone
-        reason, adaptation = ALONE, None
+        reason = ALONE
         if len(names) > 1:
-            adaptation = self._adapted(samples.name, scene, sample.name if scene == sample.name else names[0])
+            adaptation = self._adapted(samples, scene, names[0])
             found = next((e for e in adaptation.evidence if e.photograph.name == sample.name), None)
             if found is not None:
                 return adaptation.result(found)
@@ -54,12 +51,16 @@ class Scenes:
         seconds = time.perf_counter() - begun
         return AdaptResult(original, None, original, "original", reason, seconds=seconds, image=sample.image)
 
-    def _adapt(self, dataset: str, scene: str, first: str) -> SceneAdaptation:
-        begun = time.perf_counter()
-        found = self._reconstruct(scene_of_samples(self._sets[dataset], first))
-        adaptation = adapt_scene(self.model, found, self.config, f"{dataset}/{scene}")
-        adaptation.seconds = time.perf_counter() - begun  # with the reconstruction: each photograph has its share
-        return adaptation
+    def _adapted(self, samples: SampleSet, scene: str, first: str) -> SceneAdaptation:
+        """The scene of the sample `first`, adapted to unless it is the last one."""
+        key = (samples.name, scene)
+        if self._last is None or self._last[0] != key:
+            begun = time.perf_counter()
+            found = self._reconstruct(scene_of_samples(samples, first))
+            adaptation = adapt_scene(self.model, found, self.config, "/".join(key))
+            adaptation.seconds = time.perf_counter() - begun  # with the reconstruction: each photograph has its share
+            self._last = key, adaptation
+        return self._last[1]
 
     def _reconstruct(self, pictures: list) -> Scene:
         guess = guess_focal(self.model, self.config.views.longest_side)

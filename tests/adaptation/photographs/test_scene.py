@@ -185,7 +185,7 @@ def test_a_scene_is_corrected_without_training(tiny, rendered):
     scene, samples = rendered
     before = weights_checksum(tiny)
     adaptation = adapt_scene(tiny, scene, experiment(**NO_TRAINING))
-    results = dict(adaptation.results_by_name())
+    results = {photograph.name: result for photograph, result in adaptation.results()}
     assert list(results) == [sample.name for sample in samples] and not adaptation.weights
     scores = []
     for sample in samples:
@@ -242,7 +242,8 @@ def test_a_refused_scene_and_what_was_left_out_keep_the_original(tiny, rendered)
     partly = replace(
         scene, rest=[replace(scene.photographs[0], name="stranger", pose=None)], left_out=[("stranger", "why")]
     )
-    results = dict(adapt_scene(tiny, partly, experiment(**NO_TRAINING)).results_by_name())
+    adaptation = adapt_scene(tiny, partly, experiment(**NO_TRAINING))
+    results = {photograph.name: result for photograph, result in adaptation.results()}
     assert results["stranger"].reason == "original kept: left out: why" and len(results) == 4
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,9 +13,7 @@ from torch.nn import functional as F
 from ttt_lib.adaptation.correction import at_references, correct
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.known_distances import References
-from ttt_lib.data.photographs.scene import Photograph, Tracks, select
-from ttt_lib.data.photographs.scene import Scene as PhotographScene
-from ttt_lib.data.photographs.scene import split as split_tracks
+from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks, split, track_points
 from ttt_lib.data.photographs.stereo import measure_depth, to_gray
 from ttt_lib.geometry.cameras import project, transform_points, unproject, uv_map
 from ttt_lib.geometry.exact_alignment import align_depth_affine
@@ -22,9 +21,7 @@ from ttt_lib.geometry.exact_alignment import align_depth_affine
 FROM_STEREO = 1500  # measured pixels that join the tracks in the correction
 WILD = 0.35  # of |log ratio| between what is measured and the corrected prediction around it: a wrong match
 AROUND = 16  # pixels of the coarse map that says what is around
-LANDS = (
-    0.02  # of the picture: a track that lands farther from itself is another's, or its lens bends more than any usual
-)
+LANDS = 0.02  # of the picture: a track that lands farther from itself is another's
 REACH = (0.01, 0.99)  # quantiles of the predicted depth at the references: as far as a correction is believed, and
 EDGE = 0.05  # in log depth before that, where the factor is read that holds outside
 WEAK = 0.5  # weight of the coarser level, and of no residual, where residuals are spread: few pixels speak for few
@@ -50,30 +47,28 @@ class Evidence:
         return self.photograph.intrinsics
 
 
-def gather(scene: PhotographScene, share: float, generator: torch.Generator, stereo: bool) -> list[Evidence]:
+def gather(scene: Scene, share: float, generator: torch.Generator, stereo: bool) -> list[Evidence]:
     """The evidence of every photograph of a scene that was not refused; share: of the tracks, held back."""
-    used, held = split_tracks(scene, share, generator)
+    used, held = split(scene, share, generator)
     grays = [to_gray(photograph) for photograph in used.photographs]
     evidence = []
     for number, (photograph, own, other) in enumerate(zip(scene.photographs, used.photographs, held.photographs)):
         depth, meets = measure_depth(grays, number)  # without stereo too, as a check of the tracks
-        meets = min(meets, landing(scene, number)) if meets == meets else landing(scene, number)
-        evidence.append(Evidence(photograph, own.tracks, other.tracks, depth if stereo else None, meets))
+        confirmed = float(np.fmin(meets, landing(scene, number)))  # of a NaN and a number the number
+        evidence.append(Evidence(photograph, own.tracks, other.tracks, depth if stereo else None, confirmed))
     return evidence
 
 
-def landing(scene: PhotographScene, number: int) -> float:
+def landing(scene: Scene, number: int) -> float:
     """Share of a photograph's tracks that land, by its depth and the cameras, where other photographs see them; or NaN."""
     own, hits = scene.photographs[number], []
-    rays = torch.cat([own.tracks.uv, torch.ones_like(own.tracks.depth)[:, None]], -1).double()
-    local = rays @ torch.linalg.inv(own.intrinsics.double()).mT * own.tracks.depth.double()[:, None]
+    world = track_points(own)
     for other in scene.photographs[:number] + scene.photographs[number + 1 :]:
         order = torch.argsort(other.tracks.track_id)
         known = other.tracks.track_id[order]
         place = torch.searchsorted(known, own.tracks.track_id).clamp_max(max(len(known) - 1, 0))
-        same = known[place] == own.tracks.track_id if len(known) else torch.zeros(len(local), dtype=torch.bool)
-        move = (other.pose.double() @ torch.linalg.inv(own.pose.double()))[None]
-        uv = project(transform_points(local[same], move), other.intrinsics.double()[None])
+        same = known[place] == own.tracks.track_id if len(known) else torch.zeros(len(world), dtype=torch.bool)
+        uv = project(transform_points(world[same], other.pose.double()), other.intrinsics.double())
         hits.append((uv - other.tracks.uv[order][place[same]]).norm(dim=-1) < LANDS)
     found = torch.cat(hits) if hits else torch.zeros(0)
     return float(found.double().mean()) if len(found) else math.nan
@@ -206,7 +201,7 @@ def held_outside(corrected: Tensor, depth: Tensor, found: Tensor) -> Tensor:
     return depth * factor.exp()
 
 
-def in_scale(scene: PhotographScene, factor: float) -> PhotographScene:
+def in_scale(scene: Scene, factor: float) -> Scene:
     """The scene with lengths `factor` times as long: tracks and places of cameras."""
 
     def larger(photograph: Photograph) -> Photograph:
@@ -215,9 +210,3 @@ def in_scale(scene: PhotographScene, factor: float) -> PhotographScene:
         return replace(photograph, pose=pose, tracks=replace(photograph.tracks, depth=photograph.tracks.depth * factor))
 
     return replace(scene, photographs=[larger(photograph) for photograph in scene.photographs])
-
-
-def without(scene: PhotographScene, ids: Tensor) -> PhotographScene:
-    """The scene without the tracks of these ids, (T,) long."""
-    every = scene.track_ids()
-    return select(scene, every[~torch.isin(every, ids)])

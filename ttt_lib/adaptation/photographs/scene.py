@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,7 +25,7 @@ from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.scene import Photograph, Scene
-from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot
+from ttt_lib.models.base import GeometryModel, holding, training
 
 log = logging.getLogger(__name__)
 OnStep = Callable[[dict[str, float]], None]
@@ -75,17 +74,8 @@ class SceneAdaptation:
             begun, original = time.perf_counter(), self.model.predict(image)
             reason = self.scene.refused or f"left out: {why.get(photograph.name, '')}"
             seconds = time.perf_counter() - begun
-            yield (
-                photograph,
-                AdaptResult(
-                    original, None, original, "original", f"original kept: {reason}", seconds=seconds, image=image
-                ),
-            )
-
-    def results_by_name(self) -> Iterator[tuple[str, AdaptResult]]:
-        """As `results`, with the names of the photographs."""
-        for photograph, result in self.results():
-            yield photograph.name, result
+            reason = f"original kept: {reason}"
+            yield photograph, AdaptResult(original, None, original, "original", reason, seconds=seconds, image=image)
 
     def result(self, evidence: Evidence) -> AdaptResult:
         """Predict one photograph before and after, correct both, and decide. seconds: its share of the training too."""
@@ -95,7 +85,8 @@ class SceneAdaptation:
         generator = sample_generator(self.config.seed, f"{self.name}/{evidence.photograph.name}")
         candidates = {"corrected": corrected(self._averaged(image, original), evidence, settings.correction, generator)}
         if self.weights:
-            with _holding(self.model, self.weights):
+            named = dict(self.model.network.named_parameters())
+            with holding([named[name] for name in self.weights], list(self.weights.values())):
                 adapted = self._averaged(image, None)
             candidates["adapted_corrected"] = corrected(adapted, evidence, settings.correction, generator)
         doubt = float(self.scene.about.get("focal_doubt", 0.0))
@@ -121,20 +112,6 @@ class SceneAdaptation:
 
 def _share(measured: Tensor | None) -> float:
     return 0.0 if measured is None else float(torch.isfinite(measured).float().mean())
-
-
-@contextmanager
-def _holding(model: GeometryModel, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the network holds these weights; then its own."""
-    named = dict(model.network.named_parameters())
-    own = {name: named[name].data for name in weights}
-    try:
-        for name, value in weights.items():
-            named[name].data = value
-        yield
-    finally:
-        for name, value in own.items():
-            named[name].data = value
 
 
 def adapt_scene(
@@ -224,18 +201,12 @@ def _train(
     """Fill the adaptation's weights and log; a loss that is not finite ends it without weights."""
     model, config = adaptation.model, adaptation.config
     lessons = _lessons(adaptation, generator)
-    required = {key: parameter.requires_grad for key, parameter in model.network.named_parameters()}
-    named = select_parameters(model, config.train.parts)
-    before = snapshot(model, named)
-    try:
-        student = Student(model, named, config.train.lora_rank)
-        source = PhotographTraining(lessons, config, generator, adaptation.log)
-        train_student(student, [source], config, generator, adaptation.log, progress, on_step)
-        adaptation.weights = {key: value.clone() for key, value in zip(student.names, student.values())}
-    except (NumericalError, FloatingPointError) as error:
-        log.info("%s: %s", adaptation.name, error)
-        adaptation.failed = f"not trained: {error}"
-    finally:
-        restore(model, before)
-        for key, parameter in model.network.named_parameters():
-            parameter.requires_grad_(required[key])
+    with training(model, config.train.parts) as named:
+        try:
+            student = Student(model, named, config.train.lora_rank)
+            source = PhotographTraining(lessons, config, generator, adaptation.log)
+            train_student(student, [source], config, generator, adaptation.log, progress, on_step)
+            adaptation.weights = {key: value.clone() for key, value in zip(student.names, student.values())}
+        except (NumericalError, FloatingPointError) as error:
+            log.info("%s: %s", adaptation.name, error)
+            adaptation.failed = f"not trained: {error}"
