@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Hashable, Iterable
+import shutil
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,6 +135,21 @@ def to_json(value: Any, indent: int | None = None) -> str:
         '{"loss": null, "steps": [1, 2]}'
     """
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place at the end; whatever goes wrong before leaves all as it was."""
+    # A name of its own may be as long as names may be.
+    work = folder.with_name(f".{folder.name[:40]}.{os.getpid()}.partial")
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        yield work
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

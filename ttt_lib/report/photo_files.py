@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import TTTError, UserError, printable, reason
-from ttt_lib.core.files import absolute, first_repeated, write_json
+from ttt_lib.core.files import absolute, first_repeated, replacing, write_json
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import photographs_in, read_photo
@@ -35,6 +34,7 @@ from ttt_lib.runs.experiment import why_left_out
 log = logging.getLogger(__name__)
 
 LONGEST_CLOUD = 1024  # pixels of the longer side from which the point cloud is made
+SHOWN = 640  # pixels of the pictures that are shown
 DEPTH_ENCODING = "depth = near * (far / near) ** ((value - 1) / 65533); value 0: unknown, 65535: no surface"
 
 
@@ -50,6 +50,26 @@ def write_cloud(path: Path, image: torch.Tensor, prediction: Prediction) -> None
         points.numpy().astype(np.float32), small.astype(np.float32), mask=mask.numpy(), tri=True
     )
     moge_io.save_ply(path, vertices * np.array([1, -1, -1], np.float32), faces, (colours * 255).astype(np.uint8))
+
+
+def surface_depth(prediction: Prediction) -> np.ndarray:
+    """The depth (H,W) float32, infinite where there is no surface."""
+    return torch.where(prediction.mask, prediction.depth, torch.inf).cpu().numpy().astype(np.float32)
+
+
+def write_depth(path: Path, prediction: Prediction) -> None:
+    """`path` with .npy, and with .png (`DEPTH_ENCODING`) where any depth is finite."""
+    depth = surface_depth(prediction)
+    np.save(path.with_name(f"{path.name}.npy"), depth)
+    if np.isfinite(depth).any():
+        moge_io.write_depth(path.with_name(f"{path.name}.png"), depth)
+
+
+def shown_image(image: torch.Tensor) -> torch.Tensor:
+    """The image (3,H,W) at a size to be looked at, at most SHOWN pixels long."""
+    shrink = min(1.0, SHOWN / max(image.shape[-2:]))
+    size = [max(1, round(side * shrink)) for side in image.shape[-2:]]
+    return F.interpolate(image[None], size, mode="area")[0]
 
 
 def find_photos(entries: Sequence[str | Path]) -> list[Path]:
@@ -111,20 +131,16 @@ def adapt_photo(
     if references is not None and references.unit is not None and metric_unit is None:
         log.warning("%s: a unit is taken for 1/256 m, as KITTI has it; --metric-unit says another", metric_points)
     folder = result_folder(path, output, name)
-    work = folder.with_name(f".{folder.name[:40]}.{os.getpid()}.partial")  # its own may be as long as names may be
     try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        supervision = [KnownDistances(references, config)] if references is not None else []
-        result = Adapter(model, config).adapt(image, printable(Path(path).name), supervision)
-        _write_result(work, image, result)
-        write_json(work / "record.json", {
-            "image": str(path), **_record(work, image, result, model, config),
-            "metric_points": absolute(metric_points) if metric_points else None,
-            "metric_unit": references.unit if references is not None else None,
-        })  # fmt: skip
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(work, folder)
+        with replacing(folder) as work:
+            supervision = [KnownDistances(references, config)] if references is not None else []
+            result = Adapter(model, config).adapt(image, printable(Path(path).name), supervision)
+            _write_result(work, image, result)
+            write_json(work / "record.json", {
+                "image": str(path), **_record(work, image, result, model, config),
+                "metric_points": absolute(metric_points) if metric_points else None,
+                "metric_unit": references.unit if references is not None else None,
+            })  # fmt: skip
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({reason(error)}).") from error
     except FloatingPointError as error:
@@ -135,8 +151,6 @@ def adapt_photo(
         raise UserError(
             f"{path}: {image.shape[-1]} x {image.shape[-2]} pixels do not fit in memory; shrink the photograph."
         ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return folder
 
 
@@ -156,17 +170,10 @@ def result_folder(path: Path, output: Path, name: str | None = None) -> Path:
 
 def _write_result(work: Path, image: torch.Tensor, result: AdaptResult) -> None:
     """Depth, cloud and figure of one photograph into the folder `work`."""
-    for name, prediction in (("depth", result.final), ("depth_original", result.original)):
-        depth = torch.where(prediction.mask, prediction.depth, torch.inf).cpu().numpy().astype(np.float32)
-        np.save(work / f"{name}.npy", depth)
-        if name == "depth" and np.isfinite(depth).any():
-            moge_io.write_depth(work / "depth.png", depth)
+    write_depth(work / "depth", result.final)
+    np.save(work / "depth_original.npy", surface_depth(result.original))
     write_cloud(work / "cloud.ply", image, result.final)
-    shrink = min(1.0, 640 / max(image.shape[-2:]))
-    size = [max(1, round(side * shrink)) for side in image.shape[-2:]]
-    plot_before_after(F.interpolate(image[None], size, mode="area")[0], result).savefig(
-        work / "before_after.png", dpi=110
-    )
+    plot_before_after(shown_image(image), result).savefig(work / "before_after.png", dpi=110)
 
 
 def _record(

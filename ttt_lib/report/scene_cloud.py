@@ -35,7 +35,7 @@ class _Surface:
 
 @dataclass
 class SceneCloud:
-    """Collects photographs one after the other; `points` and `colours` merge them."""
+    """Collects photographs one after the other; `merged` makes one cloud of them."""
 
     surfaces: list[_Surface] = field(default_factory=list)
 
@@ -83,13 +83,12 @@ class SceneCloud:
             hides += (depth > 0) & (seen[:, 2] < IN_FRONT * depth)
         return hides <= looks / 2
 
-    def write(self, *paths: Path) -> int:
-        """Write the merged cloud (y up, z backwards, as viewers expect) in the formats of the names; how many points."""
-        points, colours = self.merged()
-        cloud = trimesh.PointCloud(points * np.array([1, -1, -1], np.float32), colours)
-        for path in paths:
-            path.write_bytes(cloud.export(file_type=path.suffix[1:]))
-        return len(points)
+
+def write_points(points: np.ndarray, colours: np.ndarray, *paths: Path) -> None:
+    """Write a merged cloud (y up, z backwards, as viewers expect) in the formats of the names."""
+    cloud = trimesh.PointCloud(points * np.array([1, -1, -1], np.float32), colours)
+    for path in paths:
+        path.write_bytes(cloud.export(file_type=path.suffix[1:]))
 
 
 def _voxels(points: Tensor, colours: Tensor, side: float) -> tuple[np.ndarray, np.ndarray]:

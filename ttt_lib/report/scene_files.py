@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from moge.utils import io as moge_io
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from ttt_lib.adaptation.photographs.evidence import scaled
 from ttt_lib.adaptation.photographs.scene import SceneAdaptation, adapt_scene, guess_focal
@@ -25,18 +22,19 @@ from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.saved_weights import save_weights, use_weights
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, reason
-from ttt_lib.core.files import write_json
+from ttt_lib.core.files import replacing, write_json
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Photograph
+from ttt_lib.data.photographs.sources import distinct_names
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
 from ttt_lib.models.base import weights_checksum
 from ttt_lib.report.figures import cloud_figure, plot_before_after
-from ttt_lib.report.scene_cloud import SceneCloud, thinned
+from ttt_lib.report.photo_files import shown_image, write_depth
+from ttt_lib.report.scene_cloud import SceneCloud, thinned, write_points
 from ttt_lib.runs.experiment import open_model
 
-SHOWN = 640  # pixels of the pictures that are shown
 ON_PAGE = 60_000  # points of the cloud on the page
 Announce = Callable[[str], None]
 
@@ -109,25 +107,20 @@ def write_scene(adaptation: SceneAdaptation, output: Path, announce: Announce = 
     scale: metres for metric models, else arbitrary. Photographs that were left out are in their own scale.
     """
     check_output(output)
-    work = output.absolute().with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        shutil.rmtree(work, ignore_errors=True)
-        for folder in ("depth", "images", "before_after"):
-            (work / folder).mkdir(parents=True)
-        record = _write(adaptation, work, announce)
-        shutil.rmtree(output, ignore_errors=True)
-        os.rename(work, output)
+        with replacing(output.absolute()) as work:
+            for folder in ("depth", "images", "before_after"):
+                (work / folder).mkdir()
+            return _write(adaptation, work, announce)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({reason(error)}).") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return record
 
 
 def _write(adaptation: SceneAdaptation, work: Path, announce: Announce) -> dict[str, Any]:
     scene, cloud, rows = adaptation.scene, SceneCloud(), []
     evidence = {each.photograph.name: each for each in adaptation.evidence}
-    files = _file_names([p.name for p in [*scene.photographs, *scene.rest]])
+    names = [photograph.name for photograph in [*scene.photographs, *scene.rest]]
+    files = dict(zip(names, distinct_names([Path(name.replace("/", "_")) for name in names])))
     for photograph, result in adaptation.results():
         name, known = files[photograph.name], evidence.get(photograph.name)
         final = result.final
@@ -141,40 +134,25 @@ def _write(adaptation: SceneAdaptation, work: Path, announce: Announce) -> dict[
         announce(f"{photograph.name}: {result.decision}{f' ({result.reason})' if result.reason else ''}")
     record = _record(adaptation, rows)
     if evidence:
-        record["cloud_points"] = cloud.write(work / "cloud.ply", work / "cloud.glb")
+        points, colours = cloud.merged()
+        write_points(points, colours, work / "cloud.ply", work / "cloud.glb")
+        record["cloud_points"] = len(points)
         places = [work / "images" / f"{files[photograph.name]}.png" for photograph in scene.photographs]
         written = [replace(p, source=partial(read_photo, place)) for p, place in zip(scene.photographs, places)]
         write_colmap(work / "sparse" / "0", replace(scene, photographs=written))
         write_transforms(work / "transforms.json", scene, places)
-        (work / "index.html").write_text(_page(record, cloud), encoding="utf-8")
+        (work / "index.html").write_text(_page(record, points, colours), encoding="utf-8")
     write_json(work / "record.json", record)
     return record
 
 
-def _file_names(names: list[str]) -> dict[str, str]:
-    """A file name without suffix for each photograph, no two alike."""
-    result: dict[str, str] = {}
-    for name in names:
-        stem = name.replace("/", "_").rpartition(".")[0] or name.replace("/", "_")
-        number, file = 1, stem
-        while file.casefold() in {other.casefold() for other in result.values()}:
-            number += 1
-            file = f"{stem}_{number}"
-        result[name] = file
-    return result
-
-
 def _write_photograph(work: Path, name: str, result: AdaptResult, in_scene: bool) -> None:
     final, image = result.final, result.image
-    depth = torch.where(final.mask, final.depth, torch.inf).cpu().numpy().astype(np.float32)
-    np.save(work / "depth" / f"{name}.npy", depth)
-    if np.isfinite(depth).any():
-        moge_io.write_depth(work / "depth" / f"{name}.png", depth)
+    write_depth(work / "depth" / name, final)
     array = (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
     Image.fromarray(array).save(work / "images" / f"{name}.png")
     shown = _like(result.original, final) if in_scene else result.original
-    small = F.interpolate(image[None], scale_factor=min(1.0, SHOWN / max(image.shape[-2:])), mode="area")[0]
-    figure = plot_before_after(small, replace(result, original=shown))
+    figure = plot_before_after(shown_image(image), replace(result, original=shown))
     figure.savefig(work / "before_after" / f"{name}.jpg", dpi=100, pil_kwargs={"quality": 88})
 
 
@@ -207,10 +185,9 @@ def _record(adaptation: SceneAdaptation, rows: list[dict[str, Any]]) -> dict[str
     }  # fmt: skip
 
 
-def _page(record: dict[str, Any], cloud: SceneCloud) -> str:
+def _page(record: dict[str, Any], points: np.ndarray, colours: np.ndarray) -> str:
     """A page that shows the cloud, the decisions and the pictures; it needs no network."""
-    points, colours = thinned(*cloud.merged(), ON_PAGE)
-    figure = cloud_figure(points, colours).to_html(full_html=False, include_plotlyjs="inline")
+    figure = cloud_figure(*thinned(points, colours, ON_PAGE)).to_html(full_html=False, include_plotlyjs="inline")
     cells = "".join(
         f"<h2>{escape(row['name'])}</h2><p>{escape(row['decision'])}. {escape(row['reason'])}</p>"
         f"<img loading='lazy' src='before_after/{escape(row['file'])}.jpg' alt='before and after'>"
