@@ -123,7 +123,7 @@ def test_a_failing_notebook_is_reported_kept_and_repeated_alone(notebook, tmp_pa
     assert not (runs / "failed" / "bad" / "000-of-001").exists()  # what failed before is no longer of interest
 
 
-def write_without_kernel(notebook, output, parameters):
+def write_without_kernel(self, notebook, output, parameters):
     """What the notebook does, row by row, in this process."""
     with open(output.parent / "metrics.csv", "w") as file:
         file.write("experiment,dataset,sample,prediction,metric,score,value\n")
@@ -136,7 +136,7 @@ def write_without_kernel(notebook, output, parameters):
 @pytest.fixture
 def no_kernel(monkeypatch):
     """Jobs that write their files in this process, for what does not depend on kernels."""
-    monkeypatch.setattr(batch, "execute", write_without_kernel)
+    monkeypatch.setattr(batch.Kernel, "execute", write_without_kernel)
     monkeypatch.setattr(batch, "environment", dict)
 
 
@@ -341,7 +341,7 @@ from ttt_lib.runs import jobs as batch
 from ttt_lib.runs.jobs import run_jobs
 if __name__ == "__main__":
     if not {kernel}:
-        batch.execute, batch.environment = write_without_kernel, dict
+        batch.Kernel.execute, batch.environment = write_without_kernel, dict
     jobs = [job({notebook!r}, name, (i, 2), pause=0.05) for name in {names!r} for i in range(2)]
     print("ready", flush=True)
     outcomes = run_jobs(jobs, {runs!r}, workers={workers})

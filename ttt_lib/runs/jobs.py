@@ -27,7 +27,7 @@ from ttt_lib.core.files import absolute, first_repeated, write_json
 from ttt_lib.core.provenance import environment
 from ttt_lib.core.schema import RESERVED
 from ttt_lib.runs.cluster import open_client
-from ttt_lib.runs.notebook import ENVIRONMENT, execute, own_kernel, thread_limits
+from ttt_lib.runs.notebook import Kernel, kept_kernel
 from ttt_lib.runs.progress import Progress
 from ttt_lib.runs.results import MANIFEST, read_manifest
 
@@ -168,10 +168,11 @@ def _clean_work(runs: Path) -> None:
 # --------------------------------------------------------------------------------------------------- one job
 
 
-def run_job(job: Job, runs: str | Path) -> Outcome:
+def run_job(job: Job, runs: str | Path, keep: bool = False) -> Outcome:
     """Do one job, unless it is done; never raises. Results appear in one step, or not at all.
 
     What a failed job had produced is kept in `runs/failed/<experiment>/<shard>`, its notebook with the error in it.
+    keep: its kernel stays for the next job of this process (`kept_kernel`), with what is loaded by then.
     """
     runs, begun = Path(runs), time.time()
     final, kept = (folder / job.experiment / job.shard for folder in (runs, runs / "failed"))
@@ -188,7 +189,12 @@ def run_job(job: Job, runs: str | Path) -> Outcome:
                 return ended("skipped")
             try:
                 log.info("%s: begins in %s", job.name, work)
-                _fill(job, work, begun)
+                kernel = kept_kernel(job.threads) if keep else Kernel(job.threads)
+                try:
+                    _fill(job, work, begun, kernel)
+                finally:
+                    if not keep:
+                        kernel.close()
                 if final.exists():
                     set_aside(final, runs)
                 final.parent.mkdir(parents=True, exist_ok=True)
@@ -205,16 +211,15 @@ def run_job(job: Job, runs: str | Path) -> Outcome:
         return ended("failed", one_line(error))
 
 
-def _fill(job: Job, work: Path, begun: float) -> None:
+def _fill(job: Job, work: Path, begun: float, kernel: Kernel) -> None:
     """Execute the job's notebooks into `work` and write the manifest; all of it is on the disk when this returns."""
     work.mkdir(parents=True)
     parameters = {
         **job.parameters, "output_dir": str(work.resolve()), "shard_index": job.shard_index,
         "shard_count": job.shard_count, "threads": job.threads,
     }  # fmt: skip
-    with ENVIRONMENT, own_kernel(), thread_limits(job.threads):
-        for notebook in job.notebooks:
-            execute(Path(notebook), work / Path(notebook).name, parameters)
+    for notebook in job.notebooks:
+        kernel.execute(Path(notebook), work / Path(notebook).name, parameters)
     manifest = {
         "experiment": job.experiment, "shard": job.shard, "identity": job.identity, "settings": job.parameters,
         "threads": job.threads, **environment(), "started": begun, "finished": time.time(),
@@ -284,12 +289,16 @@ def _finish(
 ) -> Iterator[tuple[Job, Outcome]]:  # fmt: skip
     """Do the jobs here or on a cluster; each with its outcome as it ends."""
     if workers <= 1 and not scheduler and not cluster_file:
-        yield from ((job, run_job(job, runs)) for job in jobs)
+        try:
+            yield from ((job, run_job(job, runs, keep=True)) for job in jobs)
+        finally:
+            kept_kernel(jobs[0].threads).close()
         return
     with open_client(min(max(workers, 1), len(jobs)), scheduler, cluster_file, announce) as client:
         from distributed import as_completed
 
-        futures = {client.submit(run_job, job, str(runs), pure=False, retries=1): job for job in jobs}
+        ours = scheduler is None  # workers that end with this run, and their kernels with them
+        futures = {client.submit(run_job, job, str(runs), ours, pure=False, retries=1): job for job in jobs}
         for future in as_completed(list(futures)):
             job, error = futures.pop(future), future.exception()
             if error is None:

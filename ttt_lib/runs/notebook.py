@@ -1,24 +1,107 @@
-"""Notebooks through papermill, in a kernel of this very interpreter with a fixed number of threads."""
+"""Notebooks through papermill, in kernels of this very interpreter with a fixed number of threads."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ttt_lib.core.files import write_json
 
 ENVIRONMENT = threading.Lock()  # os.environ is one for all threads of a process, so kernels start one after another
+START_WITHIN = 300  # seconds
+NOTEBOOKS_EACH = 60  # of one kernel: memory that its heap has lost in pieces comes back with the next
+
+# What a notebook leaves in a kernel goes before the next one; modules and their caches stay.
+FORGET = """
+import os, sys
+if "ipywidgets" in sys.modules:
+    sys.modules["ipywidgets"].Widget.close_all()
+if "matplotlib.pyplot" in sys.modules:
+    sys.modules["matplotlib.pyplot"].close("all")
+os.chdir({folder!r})
+get_ipython().reset(new_session=True)
+if "torch" in __import__("sys").modules and __import__("torch").cuda.is_initialized():
+    __import__("torch").cuda.empty_cache()
+"""
 
 
-def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
-    """Run a notebook with those of the parameters that its parameters cell knows; the cell that fails raises."""
+class Kernel:
+    """One kernel for one notebook after another: the interpreter, its imports and caches are warm from the second on.
+
+    It starts with the first notebook. A notebook finds an empty namespace, no figure and no widget of another; after
+    one that failed there is a new kernel. threads: of the kernel; None leaves them to the environment.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads, self.manager, self.done = threads, None, 0
+
+    def _forget(self, folder: Path) -> None:
+        """Empty the kernel, and let it work in `folder`."""
+        from jupyter_client import BlockingKernelClient
+
+        client = BlockingKernelClient(connection_file=self.manager.connection_file)
+        client.load_connection_file()
+        client.start_channels()
+        try:
+            client.wait_for_ready(timeout=START_WITHIN)
+            reply = client.execute(FORGET.format(folder=str(folder)), store_history=False, reply=True, timeout=60)
+            if reply["content"]["status"] != "ok":
+                raise RuntimeError(f"the kernel cannot be emptied: {reply['content'].get('evalue')}")
+        finally:
+            client.stop_channels()
+
+    def execute(self, notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
+        """`execute` in this kernel, which leaves `output`'s folder again (Windows moves no folder that is in use)."""
+        from jupyter_client import AsyncKernelManager
+
+        if self.done >= NOTEBOOKS_EACH:
+            self.close()
+        try:
+            if self.manager is None:
+                self.manager = AsyncKernelManager(kernel_name="python3")
+                atexit.register(self.close)
+                with ENVIRONMENT, own_kernel(), thread_limits(self.threads):  # papermill starts it
+                    execute(notebook, output, parameters, self.manager)
+            else:
+                self._forget(output.parent)
+                execute(notebook, output, parameters, self.manager)
+            self._forget(Path(tempfile.gettempdir()))
+            self.done += 1
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the kernel, if there is one; the next notebook gets a new one."""
+        from jupyter_core.utils import run_sync
+
+        manager, self.manager, self.done = self.manager, None, 0
+        atexit.unregister(self.close)
+        if manager is not None and manager.has_kernel:
+            with suppress(Exception):  # it has ended by itself
+                run_sync(manager.shutdown_kernel)(now=True)
+
+
+@cache
+def kept_kernel(threads: int) -> Kernel:
+    """The kernel of this process that its jobs share."""
+    return Kernel(threads)
+
+
+def execute(notebook: Path, output: Path, parameters: dict[str, Any], manager: Any = None) -> None:
+    """Run a notebook with those of the parameters that its parameters cell knows; the cell that fails raises.
+
+    manager: of the kernel it runs in, started if it is not, and left running; None: a kernel of its own.
+    """
     import nbformat
     import papermill
 
@@ -29,7 +112,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     places = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output)]  # papermill formats them
     papermill.execute_notebook(
         *places, parameters=known, kernel_name="python3", progress_bar=False, cwd=str(output.parent),
-        log_output=False, start_timeout=300,
+        log_output=False, start_timeout=START_WITHIN, km=manager,
     )  # fmt: skip
 
 
@@ -53,10 +136,10 @@ def own_kernel() -> Iterator[None]:
 
 
 @contextmanager
-def thread_limits(threads: int) -> Iterator[None]:
-    """Environment for the kernel: its thread count, and no spinning while it waits."""
-    values = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    values["OMP_WAIT_POLICY"] = "PASSIVE"
+def thread_limits(threads: int | None) -> Iterator[None]:
+    """Environment for the kernel: its thread count (None: as it is), and no spinning while it waits."""
+    counts = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS") if threads is not None else ()
+    values = {**dict.fromkeys(counts, str(threads)), "OMP_WAIT_POLICY": "PASSIVE"}
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:
