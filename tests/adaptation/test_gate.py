@@ -142,6 +142,31 @@ def test_decisions_do_what_they_say(tiny, image, tmp_path, estimate, decision):
         assert torch.allclose(result.final.points[..., 2], result.final.depth)
 
 
+def test_the_highest_estimate_counts_on_the_best_of_what_is_not_there():
+    calibration = Calibration(["a", "b"], [1.0, 0.0], [2.0, 1.0], [-1.0, 0.5], 0.25, accept=1.0, blend=0.0)
+    assert calibration.highest({}) == pytest.approx(0.25 + 3 * 1.0 + 3 * 0.5)
+    assert calibration.highest({"a": 5.0}) == pytest.approx(0.25 - 2.0 + 1.5)
+    assert calibration.highest({"a": math.nan, "b": 9.0}) == pytest.approx(0.25 + 1.5)  # there, and counts as its mean
+    both = {"a": 3.0, "b": -1.0}
+    assert calibration.highest(both) == calibration.estimate(both)
+
+
+def test_what_must_be_rejected_is_not_trained(tiny, image, tmp_path):
+    """The original's own predictions lie so far apart that nothing the training does can be accepted."""
+    signals, weights = ["ensemble_spread", "votes_gain"], [-1.0, 0.01]
+    gate = {"mode": "decide", "calibration": str(tmp_path / "gate.json"), "signals": ["ensemble", "votes"], "views": 1}
+    Calibration(signals, [0.0, 0.0], [1e-3, 1.0], weights, 0.0, accept=1.0, blend=0.0).write(tmp_path / "gate.json")
+    early = adapt(tiny, image, config(gate=gate), "x")
+    assert early.decision == "reject" and early.passes_done == 0 and early.adapted is None
+    assert early.final is early.original and early.weights is None
+    assert "not trained: the gate rejects" in early.reason
+    Calibration(signals, [0.0, 0.0], [1e-3, 1.0], weights, 0.0, accept=-0.5, blend=-9.0).write(tmp_path / "gate.json")
+    late = adapt(tiny, image, config(gate=gate), "x")
+    assert late.passes_done == 2 and late.decision == "blend"
+    for key in ("ensemble_spread", "ensemble_outlying"):  # the very numbers that decide after training
+        assert late.signals[key] == early.signals[key]
+
+
 def test_blend_takes_the_adapted_where_experts_agree(tiny, image):
     original = tiny.predict(image)
     pattern = torch.ones_like(original.depth)

@@ -73,6 +73,11 @@ def training_possible() -> Iterator[None]:
         torch.set_default_dtype(kind)
 
 
+def _with_evidence(sources: Sequence[Supervision]) -> bool:
+    """Whether one of them holds evidence back, so that it decides and not the gate."""
+    return any(type(source).judge is not Supervision.judge for source in sources)
+
+
 class Adapter:
     """A model and a method: adapts to one image after the other, each from the original weights.
 
@@ -188,10 +193,13 @@ class Adapter:
         """The episode from the first view to the decision; fills `result`."""
         config, student, model = self.config, episode.student, self.model
         small = working_image(result.image, config.views.longest_side)
-        held = self.gate.hold_back(model, small, result.original, name) if self.gate is not None else None
+        sources, held = [*configured(episode), *supervision], None
+        if self.gate is not None:
+            held = self.gate.hold_back(model, small, name, result, decides=not _with_evidence(sources))
+            if held is None:
+                return None
         if start is not None:
             student.put(start)
-        sources = [*configured(episode), *supervision]
         for source in sources:
             source.prepare(model, small, result.original)
         try:
@@ -219,7 +227,7 @@ class Adapter:
 
     def _judge(self, result: AdaptResult, sources: Sequence[Supervision]) -> Judgement | None:
         """What the first source with held-back evidence decides, over predictions as they are and corrected."""
-        if all(type(source).judge is Supervision.judge for source in sources):
+        if not _with_evidence(sources):
             return None
         candidates: dict[str, Prediction] = {"original": result.original}
         if result.adapted is not None:

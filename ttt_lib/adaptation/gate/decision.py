@@ -49,6 +49,12 @@ class Calibration:
         z = (found - np.array(self.mean)) / np.array(self.deviation)
         return float(self.bias + np.clip(np.nan_to_num(z), -3, 3) @ np.array(self.weights))
 
+    def highest(self, signals: dict[str, float]) -> float:
+        """The highest estimate that these signals leave possible, whatever those become that are not there yet."""
+        open_ = sum(3 * abs(weight) for name, weight in zip(self.signals, self.weights) if name not in signals)
+        known = {name: signals.get(name, mean) for name, mean in zip(self.signals, self.mean)}
+        return self.estimate(known) + open_
+
     def decide(self, signals: dict[str, float]) -> str:
         """`accept`, `blend` or `reject`.
 

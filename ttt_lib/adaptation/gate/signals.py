@@ -38,22 +38,27 @@ LARGEST_ERROR = 1.0  # of log depth; what is farther off counts so much
 
 @dataclass
 class HeldBack:
-    """Held-back views, and what the original weights say of them: depth carried back (B,H,W) and where it is known."""
+    """Held-back views, and what the original weights say of them: depth carried back (B,H,W) and where it is known.
+
+    members: depth maps (H,W) of the picture itself by `original_members`, where a signal needs them.
+    """
 
     image: Tensor
     view: View
     original: Prediction
     depth: Tensor
     seen: Tensor
+    members: list[Tensor]
 
 
 def held_back_views(
-    model: GeometryModel, image: Tensor, original: Prediction, config: ExperimentConfig, generator: torch.Generator
-) -> HeldBack:
+    model: GeometryModel, image: Tensor, original: Prediction, config: ExperimentConfig, generator: torch.Generator,
+    members: list[Tensor] | None = None,
+) -> HeldBack:  # fmt: skip
     """Draw the views from `generator` and predict on them with the model's present (original) weights.
 
-    image (3,H,W); original: the prediction on this very image. Mirrors, recentred crops and colours of
-    `gate.severity`; cameras stay in place, so that no rendering enters.
+    image (3,H,W); original: the prediction on this very image; members: of `original_members`, if they are there.
+    Mirrors, recentred crops and colours of `gate.severity`; cameras stay in place, so that no rendering enters.
     """
     views = config.views.model_copy(
         update={
@@ -69,12 +74,30 @@ def held_back_views(
     )
     view = make_views(image, original.points, original.mask, original.intrinsics, views, config.gate.views, generator)
     depth, seen = _on_views(model, view, original)
-    return HeldBack(image, view, original, depth, seen)
+    return HeldBack(
+        image, view, original, depth, seen, original_members(model, image, config.gate) if members is None else members
+    )
 
 
 def _on_views(model: GeometryModel, view: View, original: Prediction) -> tuple[Tensor, Tensor]:
     points, seen = predict_on_views(model, view, original)
     return points[..., 2], seen
+
+
+def original_members(model: GeometryModel, image: Tensor, config: GateConfig) -> list[Tensor]:
+    """The mirrored prediction of the model's present (original) weights, and for the ensemble those of other
+    resolutions: depth maps (H,W) of `image`; none where no signal needs them."""
+    members = [*["mirror"] * bool({"votes", "ensemble"} & set(config.signals))]
+    members += ENSEMBLE if "ensemble" in config.signals else []
+    return [predict_member(model, image, member).depth for member in members]
+
+
+def signals_before(original: Prediction, members: list[Tensor], config: GateConfig) -> dict[str, float]:
+    """Those of the signals that say nothing of the adapted prediction, by `original_members`."""
+    if "ensemble" not in config.signals:
+        return {}
+    found = ensemble_distances(original.depth, original.depth, members, original.mask)
+    return {f"ensemble_{key}": found[key] for key in ("spread", "outlying")}
 
 
 def log_error(depth: Tensor, reference: Tensor, known: Tensor) -> Tensor:
@@ -229,20 +252,15 @@ def measure(
         signals |= {f"consistency_{key}": value for key, value in found.items()}
         signals["consistency_self_gain"] = _log_ratio(found["oo"], found["aa"])
         signals["consistency_cross_gain"] = _log_ratio(found["oo"], (found["ao"] + found["oa"]) / 2)
-    if {"votes", "ensemble"} & set(config.signals):
-        with student.weights(first):
-            mirrored = predict_mirrored(model, held.image).depth
     if "votes" in config.signals:
-        experts.append(mirrored)
+        experts.append(held.members[0])
         with student.weights(values):
             experts.append(predict_mirrored(model, held.image).depth)
         shares = vote(experts, original.mask, generator)
         signals |= {"votes_original": shares[0], "votes_adapted": shares[1], "votes_gain": shares[1] - shares[0]}
         signals["votes_disagreement"] = float(disagreement_map(experts, original.mask)[original.mask].mean())
     if "ensemble" in config.signals:
-        with student.weights(first):
-            members = [predict_member(model, held.image, member).depth for member in ENSEMBLE]
-        found = ensemble_distances(original.depth, adapted.depth, [mirrored, *members], original.mask)
+        found = ensemble_distances(original.depth, adapted.depth, held.members, original.mask)
         signals |= {f"ensemble_{key}": value for key, value in found.items()}
     if "reprojection" in config.signals:
         contexts = [lambda: student.weights(first), lambda: student.weights(values)]
