@@ -6,11 +6,14 @@ Long: one command after the other, each hardly more than its options.
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import json
 import logging
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +46,17 @@ def _say(
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
         LOG.handlers = [handler]
         LOG.setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """No garbage collection while libraries are imported: it looks at their objects again and again, a fifth of the
+    time, and finds none to free."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def parse_data(entries: list[str]) -> list[dict[str, Any]]:
@@ -183,9 +197,10 @@ def adapt(
     depth.png has 16 bits: depth = near * (far / near) ^ ((value - 1) / 65533), 65535 where there is no surface; near, far
     and the unit are in record.json (and near and far in the PNG). depth.npy is the depth itself.
     """
-    from ttt_lib.data.known_distances import parse_unit
-    from ttt_lib.report.photo_files import adapt_photos, find_photos, name_results
-    from ttt_lib.runs.experiment import load_with_profile, open_model
+    with _importing():
+        from ttt_lib.data.known_distances import parse_unit
+        from ttt_lib.report.photo_files import adapt_photos, find_photos, name_results
+        from ttt_lib.runs.experiment import load_with_profile, open_model
 
     output = Path(absolute(output))
     overrides = parse_set(set_ or [])
@@ -241,8 +256,9 @@ def scene(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,
 ) -> None:
     """Adapt to several photographs of one scene: depth in one scale, one point cloud, cameras, pictures and a record."""
-    from ttt_lib.report.scene_files import adapt_photographs
-    from ttt_lib.runs.experiment import load_with_profile
+    with _importing():
+        from ttt_lib.report.scene_files import adapt_photographs
+        from ttt_lib.runs.experiment import load_with_profile
 
     overrides = parse_set(set_ or [])
     if model:

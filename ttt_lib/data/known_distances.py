@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from moge.utils import io as moge_io
 from torch import Tensor
@@ -74,6 +73,8 @@ def read_references(path: str | Path, size: tuple[int, int], unit: float | None 
         return _from_png(path, where, size, unit)
     if unit is not None:
         raise UserError(f"{where}: a CSV says metres; leave --metric-unit out, or convert the column.")
+    import pandas as pd  # here: who has no such file need not wait for it
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)

@@ -10,9 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from kornia import enhance
-from kornia.color import rgb_to_grayscale
-from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 
@@ -77,6 +74,10 @@ def recolour(images: Tensor, severity: int, draws: Tensor, probability: float = 
     """
     if severity == 0:
         return images
+    from kornia import enhance  # here: who only predicts need not wait for it
+    from kornia.color import rgb_to_grayscale
+    from kornia.filters import gaussian_blur2d
+
     s = SEVERITIES[severity]
     draws = draws.to(images)
     signed = 2 * draws - 1
