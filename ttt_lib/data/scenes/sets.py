@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
+
 import torch
 
 from ttt_lib.core.types import Sample
@@ -15,6 +18,7 @@ HELD_OUT_SEED = 900_000  # far from the seeds that training chunks use
 SIZE = (240, 320)
 
 
+@lru_cache(maxsize=16)  # the jobs of an ablation see the same few, one experiment after the other in one process
 def held_out_sample(
     number: int, seed: int = 0, shift: str | None = None, severity: int = 0, size: tuple[int, int] = SIZE
 ) -> Sample:
@@ -72,7 +76,6 @@ def open_synthetic(
     def load(key: str):
         number, shift, severity = plan[key]
         sample = held_out_sample(number, seed, shift, severity, (height, width))
-        sample.name, sample.dataset = key, name or kind
-        return sample
+        return replace(sample, name=key, dataset=name or kind)
 
     return SampleSet(name or kind, list(plan), load, f"{kind}/{seed}/{width}x{height}/{sorted(plan.items())}")
