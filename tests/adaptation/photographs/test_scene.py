@@ -277,6 +277,16 @@ def test_points_of_another_scene_are_refused(tiny, rendered, scale):
         assert result.decision == "original" and "contradict" in result.reason
 
 
+@pytest.mark.parametrize(
+    ("seen", "meets", "choice"), [(0.6, 0.95, "corrected"), (0.1, 0.95, "original"), (0.6, 0.8, "original")]
+)
+def test_a_model_that_takes_far_for_near_is_overruled_where_stereo_sees_the_tracks(rendered, seen, meets, choice):
+    evidence, sample = replace(evidence_of(rendered), seen=seen, meets=meets), rendered[1][0]
+    wrong, right = truth_as_prediction(sample, 1 / sample.depth), truth_as_prediction(sample, sample.depth * 0.2)
+    judged = choose(wrong, {"corrected": right}, evidence, 0.0, random())
+    assert judged.choice == choice and judged.signals["rank"] < -0.9
+
+
 def test_a_scene_in_another_scale_is_the_same_scene(rendered):
     scene = rendered[0]
     larger = in_scale(scene, 7.0)

@@ -20,7 +20,8 @@ CELLS = 6  # of the picture's 16 cells that hold one, that are enough to decide 
 WORTHWHILE = 0.8  # of the original's error: what takes its place has to be below
 DOUBTS = 1.5  # times what the focal length's doubt may bend the depth: an original nearer than that is kept
 CONTRADICTED = 0.5  # of the tracks that stereo and the other photographs confirm: fewer are not of these pictures
-ORDER = 0.1  # rank correlation of predicted depth and tracks: a model that is any good gets near and far right
+ORDER = 0.1  # rank correlation of predicted depth and tracks: a model that is any good gets near and far right,
+SEEN, CONFIRMED = 0.3, 0.9  # and a bad one is not asked, where stereo sees so much of the picture and of the tracks
 RESAMPLED, LOWER = 500, 0.05  # bootstrap draws, and the quantile of the improvement that must be above zero
 
 
@@ -85,7 +86,8 @@ def choose(
     signals["rank"] = _same_order(original, evidence)
     if len(held) < FEWEST or held.filled_cells() < CELLS:
         return Judgement("original", signals, f"original kept: only {len(held)} tracks are left to decide by")
-    if evidence.meets < CONTRADICTED or signals["rank"] < ORDER:  # False where nothing could be measured
+    sure = evidence.seen > SEEN and evidence.meets > CONFIRMED
+    if evidence.meets < CONTRADICTED or (signals["rank"] < ORDER and not sure):  # False where nothing was measured
         return Judgement(
             "original", signals, "original kept: the tracks contradict the pictures, so they are of something else"
         )

@@ -32,7 +32,8 @@ class Evidence:
     """A photograph and what is known of it: the tracks to use, those held back, and the measured depth (h,w) or None.
 
     All in the scene's unit. intrinsics (3,3): of the photograph, which the points of a corrected prediction follow. meets:
-    share of the tracks that the measured depth and the other photographs confirm, NaN where nothing says anything.
+    share of the tracks that the measured depth and the other photographs confirm, NaN where nothing says anything. seen:
+    share of the picture that could be measured, also where `measured` is not to be used.
     """
 
     photograph: Photograph
@@ -40,6 +41,7 @@ class Evidence:
     held: Tracks
     measured: Tensor | None = None
     meets: float = math.nan
+    seen: float = 0.0
 
     @property
     def intrinsics(self) -> Tensor:
@@ -55,7 +57,8 @@ def gather(scene: Scene, share: float, generator: torch.Generator, stereo: bool)
     for number, (photograph, own, other) in enumerate(zip(scene.photographs, used.photographs, held.photographs)):
         depth, meets = measure_depth(grays, number)  # without stereo too, as a check of the tracks
         confirmed = float(np.fmin(meets, landing(scene, number)))  # of a NaN and a number the number
-        evidence.append(Evidence(photograph, own.tracks, other.tracks, depth if stereo else None, confirmed))
+        seen = 0.0 if depth is None else float(torch.isfinite(depth).float().mean())
+        evidence.append(Evidence(photograph, own.tracks, other.tracks, depth if stereo else None, confirmed, seen))
     return evidence
 
 

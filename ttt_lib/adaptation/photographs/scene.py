@@ -94,7 +94,7 @@ class SceneAdaptation:
         if not settings.decide:
             judged = replace(judged, choice=list(candidates)[-1], reason="")
         final = original if judged.choice == "original" else candidates[judged.choice]
-        signals = judged.signals | {"measured": _share(evidence.measured), "tracks": float(len(evidence.used))}
+        signals = judged.signals | {"measured": evidence.seen, "tracks": float(len(evidence.used))}
         return AdaptResult(
             original, candidates.get("adapted_corrected"), final, judged.choice,
             "; ".join(filter(None, [judged.reason, self.failed])), self.log.history,
@@ -108,10 +108,6 @@ class SceneAdaptation:
         if not members and single is not None:
             return single
         return predict_ensemble(self.model, image, members)
-
-
-def _share(measured: Tensor | None) -> float:
-    return 0.0 if measured is None else float(torch.isfinite(measured).float().mean())
 
 
 def adapt_scene(

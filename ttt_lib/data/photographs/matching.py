@@ -8,7 +8,7 @@ from ttt_lib.data.photographs.features import USUAL_FOCAL, choose_pairs, shared_
 from ttt_lib.data.photographs.job import MIN_MATCHES, Job, Refusal
 
 FLAT = 0.88  # of the matches: rooms and streets, seen with little parallax, have up to 0.8; posters and turns 0.91 to 1
-TWINS = 0.5  # of the features of a picture: 0.99 where a pattern repeats, elsewhere 0.03 at most
+TWINS = 0.5  # of the larger features of a picture: from 0.94 where a pattern repeats, elsewhere 0.2 at most
 MOVED = 0.0012  # of the longest side: what three quarters of the matches of a copy stay below
 
 

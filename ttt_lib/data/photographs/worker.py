@@ -27,7 +27,7 @@ else:
     from ttt_lib.data.photographs import worker_mapping as mapping
 
 COARSE = 256  # of each picture's features, the largest, decide which pictures are compared
-TWIN, TWIN_DISTANCE = 0.95, 0.03  # cosine of descriptors that look the same, of the picture how far apart they are
+TWIN, TWIN_DISTANCE = 0.97, 0.03  # cosine of descriptors that look the same, of the picture how far apart they are
 FLAT_ERROR = 0.003  # of the longer side: three times what features are off by, a third of what relief moves them by
 FISHEYE = ("FISHEYE", "FOV", "EUCM", "EQUIRECTANGULAR")
 
@@ -60,19 +60,24 @@ def features(folder: Path, cameras: list[dict[str, Any]], camera_of: list[int], 
         size = np.abs(keypoints[:, 2:6]).max(1, initial=0)
         largest = np.argsort(-size, kind="stable")[:COARSE]
         counts.append(len(keypoints))
-        twins.append(_twins(keypoints[:, :2], data))
+        twins.append(_twins(keypoints[:, :2], data, size))
         coarse.append(np.pad(data[largest], ((0, COARSE - len(largest)), (0, 0))))
     database.close()
     np.savez(folder / "features.npz", counts=counts, coarse=np.array(coarse), twins=twins)
 
 
-def _twins(places: np.ndarray, descriptors: np.ndarray) -> float:
-    """The share of a picture's features that look like another one elsewhere in it; the first 500 are asked."""
+def _twins(places: np.ndarray, descriptors: np.ndarray, size: np.ndarray) -> float:
+    """The share of a picture's features that look like another one elsewhere in it.
+
+    Asked are at most 500 of its largest third: small ones (a speckle, the end of a twig) look alike in any picture.
+    """
     if len(places) < 2:
         return 0.0
     unit = descriptors / np.maximum(np.linalg.norm(descriptors.astype(np.float32), axis=1, keepdims=True), 1e-6)
-    alike = unit[:500] @ unit.T > TWIN
-    apart = np.linalg.norm(places[:500, None] - places[None], axis=-1) > TWIN_DISTANCE * np.ptp(places, axis=0).max()
+    third = np.argsort(-size, kind="stable")[: -(-len(size) // 3)]
+    asked = third[:: -(-len(third) // 500)]
+    alike = unit[asked] @ unit.T > TWIN
+    apart = np.linalg.norm(places[asked, None] - places[None], axis=-1) > TWIN_DISTANCE * np.ptp(places, axis=0).max()
     return float((alike & apart).any(1).mean())
 
 
