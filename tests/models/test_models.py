@@ -95,6 +95,7 @@ def test_moge_1_and_2_load_and_predict_as_moge_does(real_moge, picture):
     network, path, version = real_moge
     model = load_model(str(path), "cpu", num_tokens=48)
     assert model.kind == ("metric" if version == "v2" else "scale_invariant")
+    assert model.losses == {"v1": "moge1", "v2": "moge2"}[version] and load_model("tiny").losses == "study"
     image = picture.image[0][:, :, :100]  # not the shape of the token grid
     expected = network.infer(image, num_tokens=48, apply_mask=False, use_fp16=False)
     found = model.predict(image)

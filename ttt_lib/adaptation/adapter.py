@@ -21,6 +21,7 @@ from ttt_lib.adaptation.ensemble import predict_ensemble
 from ttt_lib.adaptation.gate.decision import Calibration
 from ttt_lib.adaptation.gate.gate import Gate
 from ttt_lib.adaptation.loop import train_student
+from ttt_lib.adaptation.losses.presets import resolved, said
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Episode, Judgement, Supervision, TrainingLog, configured
@@ -96,7 +97,7 @@ class Adapter:
     """
 
     def __init__(self, model: GeometryModel, config: ExperimentConfig, calibration: Calibration | None = None) -> None:
-        self.model, self.config = model, config
+        self.model, self.config = model, resolved(config, model)
         self.gate = Gate(config, calibration) if config.gate.mode != "off" else None
 
     def adapt(
@@ -197,6 +198,7 @@ class Adapter:
         try:
             train_student(student, sources, config, episode.generator, episode.log, progress, on_step)
         finally:
+            result.losses = said(config)
             result.passes_done, result.micro_batch = episode.log.passes_done, episode.log.micro_batch
         values = next(filter(None, (source.weights() for source in sources)), None)
         values = values if values is not None else [value.clone() for value in student.values()]

@@ -34,10 +34,12 @@ class GeometryModel(ABC):
     network: the `nn.Module`, in evaluation mode; name: as it was loaded; kind: what `predict` gives; output: what
     `forward` gives, `points`, `depth` or `disparity`; num_tokens: base tokens a forward pass (None: the family's own
     rule); autocast: `none`, or `bfloat16` for mixed precision of the network in `forward`; part_of: which part the
-    network's modules of the first level are, those that it does not name being heads.
+    network's modules of the first level are, those that it does not name being heads; losses: the set of terms that is its
+    own (`adaptation/losses/presets.py`).
     """
 
     output: Literal["points", "depth", "disparity"] = "points"
+    losses: str = "study"
     part_of: ClassVar[dict[str, str]] = {"encoder": "encoder", "backbone": "encoder", "neck": "neck"}
 
     def __init__(
