@@ -32,6 +32,7 @@ from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import SMALLEST, as_image
 from ttt_lib.models.base import GeometryModel, training
+from ttt_lib.models.prompts import prompt_tokens
 
 log = logging.getLogger(__name__)
 OnStep = Callable[[dict[str, float]], None]
@@ -171,9 +172,10 @@ class Adapter:
         start: list[Tensor] | None, progress: bool, on_step: OnStep | None,
     ) -> Judgement | None:  # fmt: skip
         """Train, predict and decide; the weights are put back whatever happens."""
-        with training(self.model, self.config.train.parts) as named:
+        train = self.config.train
+        with prompt_tokens(self.model, train.prompt_tokens), training(self.model, train.parts) as named:
             try:
-                student = Student(self.model, named, self.config.train.lora_rank)
+                student = Student(self.model, named, train.lora_rank)
                 episode = Episode(self.config, student, generator, TrainingLog(result.history, 0, result.view_stats))
                 return self._adapt_weights(episode, result, name, supervision, start, progress, on_step)
             except (NumericalError, FloatingPointError) as error:

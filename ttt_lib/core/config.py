@@ -88,6 +88,8 @@ class ExperimentConfig(Section):
                 f"gate.mode decide chooses between the original and a trained prediction, and train.method is "
                 f"{self.train.method}; set gate.mode to off"
             )
+        if self.train.prompt_tokens and self.gate.mode != "off":
+            raise ValueError("train.prompt_tokens: the gate would measure the original with them; set gate.mode to off")
         if self.teacher.certainty and not (self.ensemble.members and self.ensemble.target):
             raise ValueError("teacher.certainty is about the spread of several predictions; set ensemble.members")
         return self

@@ -98,6 +98,7 @@ class TrainConfig(Section):
     take more memory; `auto`: as many of them as the free memory of the GPU takes (on a CPU, which gains nothing: None).
     `bidirectional`: weight of the reverse supervision, the clean prediction after the views' (Robust-Depth).
     `lora_rank`: train low-rank updates of the chosen matrices instead of these; 0: the parameters themselves.
+    `prompt_tokens`: so many more tokens of a ViT, which `parts: ["*.register_tokens"]` trains alone (VPT).
     `l2_sp`: weight of the squared distance to the original weights. `restore_probability`: chance of each number to
     return to its original after a step (CoTTA). `sharpness_radius`: gradients at a worst point so far away (SAM, SAR).
     `reset`: where training starts: each image from the original weights, or where the last one ended (`never`; a number
@@ -119,6 +120,7 @@ class TrainConfig(Section):
     micro_batch: Count | Literal["auto"] | None = None
     bidirectional: NonNegative = 0.0
     lora_rank: Annotated[int, Field(ge=0, le=4096)] = 0
+    prompt_tokens: Annotated[int, Field(ge=0, le=1024)] = 0
     l2_sp: NonNegative = 0.0
     restore_probability: Probability = 0.0
     sharpness_radius: NonNegative = 0.0
