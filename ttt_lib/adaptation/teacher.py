@@ -50,8 +50,9 @@ def pixel_trust(found: list[Prediction], certainty: float) -> Tensor:
 
     After the weights by certainty of EATA and ROID, which are a sample's; here the samples are pixels.
     """
-    spread, known = disagreement_map([each.depth for each in found], found[0].mask), found[0].mask
-    usual = spread[known & torch.isfinite(spread)].median() if bool(known.any()) else torch.ones(())
+    spread = disagreement_map([each.depth for each in found], found[0].mask)
+    usable = spread[found[0].mask & torch.isfinite(spread)]
+    usual = usable.median() if len(usable) else spread.new_ones(())
     return torch.exp(-certainty * spread / usual.clamp_min(1e-6)).nan_to_num(0.0)
 
 
@@ -101,9 +102,8 @@ class TeacherOnViews(Supervision):
 
     def _draw(self) -> Pass:
         target = self.target
-        if (
-            self.trust is not None
-        ):  # each pass keeps what is above its own level: on average a pixel counts by its weight
+        if self.trust is not None:
+            # Each pass keeps what is above a level of its own, so that on average a pixel counts by its weight.
             level = torch.rand((), generator=self.generator).to(self.trust)
             points = torch.where((self.trust >= level)[..., None], target.points, torch.nan)
             target = replace(target, points=points)

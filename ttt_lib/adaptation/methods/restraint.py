@@ -30,7 +30,7 @@ class FisherConfig(Section):
 
 
 class Fisher(Supervision):
-    """Weights that the loss depends on stay (EATA, Niu et al. 2022, equations 7 and 8; EWC).
+    """Weights that the loss depends on stay (EATA, Niu et al. 2022, equations 8 and 9).
 
     F is the mean squared gradient of the experiment's own loss over passes drawn at the original weights, before the first.
     """
@@ -72,13 +72,13 @@ def fisher(episode: Episode) -> Supervision | None:
 
 
 class SourceConfig(Section):
-    """`keep`: share of the trained weights after each step; the rest is the original's. The default is ROID's."""
+    """`keep`: share of the trained weights after each step; the rest is the original's. The default is ROID's `MOMENTUM_SRC`."""
 
     keep: Probability = 0.99
 
 
 class Source(Supervision):
-    """After each step theta <- keep theta + (1 - keep) theta_0 (weight ensembling, ROID, Marsden et al. 2024, equation 6)."""
+    """After each step theta <- keep theta + (1 - keep) theta_0 (weight ensembling, ROID, Marsden et al. 2024)."""
 
     name = "source"
 

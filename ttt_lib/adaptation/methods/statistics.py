@@ -113,7 +113,10 @@ class NormStatisticsConfig(Section):
 
 class NormStatistics(Supervision):
     """No loss: (1 - m) source + m test statistics (Schneider et al. 2020), or of views one after the other (DUA, Mirza et al.
-    2022). They go back with the weights. Alone it needs no training: `train.optimizer.learning_rate: 0`."""
+    2022). They go back with the weights. Alone it needs no training: `train.optimizer.learning_rate: 0`.
+
+    While DUA's own code normalises by the batch that it learns from, here each norm sees what the moved ones before it give.
+    """
 
     name = "norm_statistics"
     joins_passes = False  # one update after the other
@@ -129,8 +132,6 @@ class NormStatistics(Supervision):
 
     @torch.no_grad()
     def _move(self, model: GeometryModel, images: Tensor, momentum: float) -> None:
-        """Each norm sees what the moved ones before it give."""
-
         def look(number: int, norm: Norm, mean: Tensor, variance: Tensor) -> None:
             norm.running_mean.lerp_(mean, momentum)
             norm.running_var.lerp_(variance, momentum)
