@@ -77,6 +77,7 @@ class TeacherOnViews(Supervision):
         """The teacher begins as the student is."""
         self.image, self.values, self.age = image, [value.clone() for value in self.student.values()], 0
         self.renderer = make_renderer(self.config, image.device)
+        self.levels = torch.Generator().manual_seed(self.generator.initial_seed())  # so that views stay as they are
         self._predict()
 
     def _predict(self) -> None:
@@ -104,7 +105,7 @@ class TeacherOnViews(Supervision):
         target = self.target
         if self.trust is not None:
             # Each pass keeps what is above a level of its own, so that on average a pixel counts by its weight.
-            level = torch.rand((), generator=self.generator).to(self.trust)
+            level = torch.rand((), generator=self.levels).to(self.trust)
             points = torch.where((self.trust >= level)[..., None], target.points, torch.nan)
             target = replace(target, points=points)
         view = draw_views(self.image, target, self.config, self.generator, self.renderer)

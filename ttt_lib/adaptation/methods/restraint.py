@@ -1,6 +1,6 @@
 """Training that stays near the original, as supervisions: Fisher-weighted distance, a pull after each step, a mean at the end.
 
-None of them draws anything of its own except the Fisher information, whose passes come from the sample's generator.
+Training sees the same views with them as without, so that a row and its control differ by the method alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class FisherConfig(Section):
 class Fisher(Supervision):
     """Weights that the loss depends on stay (EATA, Niu et al. 2022, equations 8 and 9).
 
-    F is the mean squared gradient of the experiment's own loss over passes drawn at the original weights, before the first.
+    F is the mean squared gradient of the experiment's own loss over passes at the original weights, before the first step.
     """
 
     name = "fisher"
@@ -40,21 +40,24 @@ class Fisher(Supervision):
     def __init__(self, settings: FisherConfig, teacher: TeacherOnViews) -> None:
         self.settings, self.teacher, self.importance = settings, teacher, None
 
-    def _measure(self, student: Student) -> list[Tensor]:
-        """F of each leaf."""
-        squares: Gradients = [torch.zeros_like(leaf) for leaf in student.leaves]
+    def _measure(self, student: Student) -> Gradients:
+        """F of each leaf, None where the loss does not reach. The passes are those that training draws next, and again."""
+        squares: Gradients = [None] * len(student.leaves)
+        state = self.teacher.generator.get_state()
         for _ in range(self.settings.passes):
             found, _ = self.teacher.gradients(student, [self.teacher.draw()])
             accumulate(squares, [None if each is None else each.square() for each in found])
-        mean = sum(float(each.sum()) for each in squares) / sum(each.numel() for each in squares)
-        return [each / max(mean, 1e-30) for each in squares]
+        self.teacher.generator.set_state(state)
+        reached = [each for each in squares if each is not None]
+        mean = sum(float(each.sum()) for each in reached) / max(1, sum(each.numel() for each in reached))
+        return [None if each is None else each / max(mean, 1e-30) for each in squares]
 
     def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
         """Of the distance, once a pass; what it is of is the loss on views, so nothing is added to the terms."""
         if self.importance is None:  # here and not in `prepare`: now it is known how many views fit the memory
             self.importance = self._measure(student)
         pull = distance_gradients(student, self.settings.weight * len(passes))
-        return [each * by for each, by in zip(pull, self.importance)], {}
+        return [None if by is None else each * by for each, by in zip(pull, self.importance)], {}
 
 
 @SUPERVISIONS.register("fisher", settings=FisherConfig)
