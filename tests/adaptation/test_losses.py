@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from conftest import loss_inputs
+import utils3d
+from conftest import adapt, loss_inputs, small_experiment
 from moge.train import losses as moge_losses
 
 from ttt_lib.adaptation.losses.moge_terms import focal_of
+from ttt_lib.adaptation.losses.presets import resolved
 from ttt_lib.adaptation.losses.terms import compute_loss, unused_outputs
 from ttt_lib.core.config import LossConfig, build_experiment
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.registry import LOSSES
+from ttt_lib.models.base import GeometryModel
 
 SMALL = {"align_resolution": 8}
 
@@ -108,6 +112,77 @@ def test_mask_term_by_hand(case):
     assert torch.allclose(none["mask"], (half * (1 - m) ** 2).mean())
     _, both = run(case, {"mask": {}}, mask_on_both_sides=True)
     assert torch.allclose(both["mask"], (half * ((1 - m) ** 2 + m**2)).mean())
+
+
+def test_normals_and_mask_of_moge2_equal_moge(case):
+    output, target, intrinsics = case
+    known = torch.isfinite(target).all(-1)
+    normal = torch.nn.functional.normalize(
+        torch.rand(*target.shape, generator=torch.Generator().manual_seed(2)), dim=-1
+    )
+    negative = ~known
+    _, values = run(
+        (dict(output, normal=normal), target, intrinsics), {"mask_bce": {}, "normal_map": {}}, negative=negative
+    )
+    mask = output["mask"]
+    assert torch.allclose(
+        values["mask_bce"], -torch.where(known, mask, 1 - mask).log().clamp_min(-100).mean(), rtol=1e-5
+    )
+    expected = []
+    for points, seen, predicted in zip(target, known, normal):  # as the loader of its training makes them, edges apart
+        normals, there = utils3d.np.point_map_to_normal_map(points.nan_to_num(0.0).numpy(), seen.numpy())
+        steep = np.abs((normals * points.numpy()).sum(-1)) <= np.linalg.norm(points.numpy(), axis=-1) * np.cos(
+            np.deg2rad(88)
+        )
+        wanted = torch.from_numpy(np.where((there & ~steep)[..., None], normals, np.nan)).float()
+        expected.append(moge_losses.normal_map_loss(predicted, wanted)[0])
+    assert float(values["normal_map"]) > 0.1
+    assert torch.allclose(values["normal_map"], torch.stack(expected).mean(), rtol=1e-3)
+
+
+V2 = {  # `configs/train/v2.json`, labels A: function, weight, parameters
+    "global": ("affine_invariant_global_loss", 1.0, {"align_resolution": 48}),
+    "local_4": ("affine_invariant_local_loss", 1.0, {"level": 4, "align_resolution": 24, "num_patches": 16}),
+    "local_16": ("affine_invariant_local_loss", 1.0, {"level": 16, "align_resolution": 12, "num_patches": 256}),
+    "local_64": ("affine_invariant_local_loss", 1.0, {"level": 64, "align_resolution": 6, "num_patches": 4096}),
+    "edge": ("edge_loss", 1.0, {}),
+    "normal_map": ("normal_map_loss", 0.1, {}),
+    "metric_scale": ("metric_scale_loss", 0.1, {}),
+    "mask_bce": ("mask_bce_loss", 0.1, {}),
+}
+
+
+def test_the_sets_hold_what_the_models_were_trained_with():
+    def terms(own, /, **losses):
+        class Model(GeometryModel):
+            pass
+
+        Model.losses = own
+        return resolved(build_experiment({"name": "x", **({"losses": losses} if losses else {})}), Model).losses
+
+    found = terms("moge2")
+    assert {name: term.weight for name, term in found.items()} == {name: weight for name, (_, weight, _) in V2.items()}
+    assert all(hasattr(moge_losses, function) for function, _, _ in V2.values())
+    for name, (_, _, parameters) in V2.items():
+        assert all(getattr(found[name], key) == value for key, value in parameters.items() if key != "level"), name
+    study = terms("study")
+    assert list(study) == ["global", "local_4", "local_16", "local_64", "mask"]
+    assert [study[f"local_{level}"].align_resolution for level in (4, 16, 64)] == [16, 8, 4]
+    assert terms("moge1").keys() == {*study, "normal"} and terms("moge2", study={}) == study
+    laid_over = terms("study", own={"weight": 0.5}, moge2={}, edge={"weight": 0.0}, **{"global": {"trunc": 2.0}})
+    assert laid_over["edge"].weight == 0 and laid_over["global"].align_resolution == 48
+    assert laid_over["global"].trunc == 2.0 and laid_over["local_4"].weight == 1.0
+    assert terms("study", own={"weight": 0.5}, mask={"weight": 2.0})["local_4"].weight == 0.5
+    assert terms("study", mask={}).keys() == {"mask"}
+
+
+def test_the_result_says_which_losses_it_had(tiny, image):
+    config = small_experiment()(losses={"moge2": {}, "local_4": {"weight": 0}, "local_16": {"weight": 0},
+                                        "local_64": {"weight": 0}, "mask": {"weight": 0}})  # fmt: skip
+    result = adapt(tiny, image, config)
+    assert result.losses == "global 1, edge 1, metric_scale 0.1, mask_bce 0.1, normal_map 0.1"
+    assert {"edge", "mask_bce", "metric_scale"} <= result.history[0].keys() and "mask" not in result.history[0]
+    assert adapt(tiny, image, small_experiment()(train={"method": "none"})).losses == ""
 
 
 def test_a_perfect_prediction_has_almost_no_loss_and_gradients_flow(case):

@@ -6,9 +6,11 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from ttt_lib.adaptation.losses.presets import resolved
 from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment, load_profile, merge
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.registry import MODELS
+from ttt_lib.models.base import GeometryModel
 
 EXPERIMENTS = sorted((ROOT / "notebooks" / "experiments").glob("*.yaml"))
 MORE = sorted((ROOT / "notebooks" / "experiments" / "more").glob("*.yaml"))
@@ -102,11 +104,14 @@ def test_files_that_are_missing_or_not_yaml(tmp_path):
 
 @pytest.mark.parametrize("path", MORE, ids=lambda p: p.stem)
 def test_every_other_experiment_keeps_its_losses_in_every_profile(path):
-    wanted = {name for name, term in load_experiment(path).losses.items() if term.weight > 0}
+    def terms(*given):
+        losses = resolved(load_experiment(path, *given), GeometryModel).losses
+        return {name for name, term in losses.items() if term.weight > 0}
+
+    wanted = terms()
     assert wanted
     for profile in ("paper", "demo"):
-        found = load_experiment(path, ROOT / "notebooks" / "profiles" / f"{profile}.yaml").losses
-        active = {name for name, term in found.items() if term.weight > 0}
+        active = terms(ROOT / "notebooks" / "profiles" / f"{profile}.yaml")
         assert not [name for name in active - wanted if name != "mask"]
         assert all(name in active for name in wanted if not name.startswith("local"))
 
@@ -125,7 +130,14 @@ def test_overrides_win_over_the_profile():
 
 def test_an_override_adds_a_term_and_leaves_the_others():
     config = build_experiment({"name": "x"}, overrides={"losses": {"normal": {"weight": 0.5}}})
-    assert set(config.losses) == {"global", "local_4", "local_16", "local_64", "mask", "normal"}
+    assert set(resolved(config, GeometryModel).losses) == {
+        "global",
+        "local_4",
+        "local_16",
+        "local_64",
+        "mask",
+        "normal",
+    }
     assert build_experiment({"name": "x", "losses": {}}).losses == {}
     chosen = build_experiment({"name": "x", "losses": {"global": {}}}, overrides={"losses": {"mask": {"weight": 0.1}}})
     assert set(chosen.losses) == {"global", "mask"}

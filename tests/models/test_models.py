@@ -10,6 +10,7 @@ import zipfile
 import pytest
 import torch
 from conftest import adapt, small_experiment
+from moge.model.dinov2.models.vision_transformer import vit_small
 from moge.model.v1 import MoGeModel as MoGe1
 from moge.model.v2 import MoGeModel as MoGe2
 from PIL import Image
@@ -20,6 +21,7 @@ from ttt_lib.models.base import GeometryModel, restore, select_parameters, snaps
 from ttt_lib.models.load import list_models, load_model
 from ttt_lib.models.moge import MoGe
 from ttt_lib.models.pretraining.stand_in import write_stand_in
+from ttt_lib.models.prompts import prompt_tokens
 
 
 def stack(first: int, out: int | None):
@@ -95,6 +97,7 @@ def test_moge_1_and_2_load_and_predict_as_moge_does(real_moge, picture):
     network, path, version = real_moge
     model = load_model(str(path), "cpu", num_tokens=48)
     assert model.kind == ("metric" if version == "v2" else "scale_invariant")
+    assert model.losses == {"v1": "moge1", "v2": "moge2"}[version] and load_model("tiny").losses == "study"
     image = picture.image[0][:, :, :100]  # not the shape of the token grid
     expected = network.infer(image, num_tokens=48, apply_mask=False, use_fp16=False)
     found = model.predict(image)
@@ -313,3 +316,44 @@ def test_a_torchvision_that_cannot_be_imported_counts_as_absent(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
     assert "fine" in done.stdout, done.stderr[-2000:]
+
+
+def test_prompt_tokens_are_registers_that_train_alone_and_go(real_moge, picture):
+    model, image = load_model(str(real_moge[1]), "cpu", num_tokens=48), picture.image[0]
+    names, before = [name for name, _ in model.network.named_parameters()], weights_checksum(model)
+    assert any(name.endswith("ls1.gamma") for name, _ in model.parameter_groups()["norms"])
+    plain = model.features(image[None])
+    vit = next(each for each in model.network.modules() if hasattr(each, "num_register_tokens"))
+    with prompt_tokens(model, 3):
+        assert vit.register_tokens.shape == (1, 3, 384) and model.features(image[None]).shape == plain.shape
+        sized = torch.rand(1, 3, 56, 84, generator=torch.Generator().manual_seed(0))
+        registers = vit_small(patch_size=14, img_size=518, init_values=1.0, block_chunks=0, num_register_tokens=3)
+        registers.load_state_dict(vit.state_dict())
+        ours, theirs = (each.eval().get_intermediate_layers(sized, n=2) for each in (vit, registers))
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(ours, theirs))
+    assert torch.equal(model.features(image[None]), plain) and weights_checksum(model) == before
+    if real_moge[2] == "v1":  # its random mask sees no surface anywhere, and nothing could be learned
+        return
+    moved: set[str] = set()
+    start = {name: value.clone() for name, value in model.network.named_parameters()}
+
+    def look(entry):
+        now = model.network.named_parameters()
+        moved.update(name for name, value in now if name not in start or not torch.equal(value, start[name]))
+
+    def trained(rate):
+        train = {"parts": ["*.register_tokens"], "prompt_tokens": 4, "passes": 2, "accumulation": 1}
+        config = small_experiment(train={**train, "optimizer": {"learning_rate": rate}})()
+        return adapt(model, image, config, on_step=look)
+
+    result = trained(1e-2)
+    assert result.decision == "adapted" and len(moved) == 1 and moved.pop().endswith("register_tokens")
+    assert not torch.equal(result.final.points, trained(0.0).final.points)
+    assert [name for name, _ in model.network.named_parameters()] == names and weights_checksum(model) == before
+
+
+def test_networks_without_a_vit_take_no_prompt_tokens(tiny, image):
+    with pytest.raises(NotSupported, match="train.prompt_tokens.*tiny.*no ViT"):
+        adapt(tiny, image, small_experiment()(train={"prompt_tokens": 2}))
+    with pytest.raises(UserError, match="train.prompt_tokens.*gate.mode to off"):
+        small_experiment()(train={"prompt_tokens": 2}, gate={"mode": "measure"})

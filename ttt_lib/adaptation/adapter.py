@@ -21,6 +21,7 @@ from ttt_lib.adaptation.ensemble import predict_ensemble
 from ttt_lib.adaptation.gate.decision import Calibration
 from ttt_lib.adaptation.gate.gate import Gate
 from ttt_lib.adaptation.loop import train_student
+from ttt_lib.adaptation.losses.presets import resolved, said
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Episode, Judgement, Supervision, TrainingLog, configured
@@ -31,6 +32,7 @@ from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import SMALLEST, as_image
 from ttt_lib.models.base import GeometryModel, training
+from ttt_lib.models.prompts import prompt_tokens
 
 log = logging.getLogger(__name__)
 OnStep = Callable[[dict[str, float]], None]
@@ -101,7 +103,7 @@ class Adapter:
     """
 
     def __init__(self, model: GeometryModel, config: ExperimentConfig, calibration: Calibration | None = None) -> None:
-        self.model, self.config = model, config
+        self.model, self.config = model, resolved(config, model)
         self.gate = Gate(config, calibration) if config.gate.mode != "off" else None
 
     def adapt(
@@ -175,9 +177,10 @@ class Adapter:
         start: list[Tensor] | None, progress: bool, on_step: OnStep | None,
     ) -> Judgement | None:  # fmt: skip
         """Train, predict and decide; the weights are put back whatever happens."""
-        with training(self.model, self.config.train.parts) as named:
+        train = self.config.train
+        with prompt_tokens(self.model, train.prompt_tokens), training(self.model, train.parts) as named:
             try:
-                student = Student(self.model, named, self.config.train.lora_rank)
+                student = Student(self.model, named, train.lora_rank)
                 episode = Episode(self.config, student, generator, TrainingLog(result.history, 0, result.view_stats))
                 return self._adapt_weights(episode, result, name, supervision, start, progress, on_step)
             except (NumericalError, FloatingPointError) as error:
@@ -205,6 +208,7 @@ class Adapter:
         try:
             train_student(student, sources, config, episode.generator, episode.log, progress, on_step)
         finally:
+            result.losses = said(config)
             result.passes_done, result.micro_batch = episode.log.passes_done, episode.log.micro_batch
         values = next(filter(None, (source.weights() for source in sources)), None)
         values = values if values is not None else [value.clone() for value in student.values()]

@@ -31,7 +31,7 @@ class AdaptResult:
     (share of known target pixels), seconds.
     signals: of the gate. seconds: wall time of everything here; peak_memory_mb: during this adaptation, see
     `memory.peak_memory_mb`. micro_batch: views in the network at a time. weights: of the trained parameters, for the
-    next image of a sequence (`train.reset`). image: (3,H,W), what was adapted to.
+    next image of a sequence (`train.reset`). image: (3,H,W), what was adapted to. losses: terms and weights of the training.
 
     Example:
         >>> import torch
@@ -56,6 +56,7 @@ class AdaptResult:
     blended: Prediction | None = None
     weights: list[Tensor] | None = None
     image: Tensor | None = None
+    losses: str = ""
 
     def facts(self) -> list[str]:
         """Decision, its reason, training and time: a phrase each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from ttt_lib.adaptation.batches import MINIMUM_KNOWN_PIXELS, join_batches, loss_batch, plain_batch
-from ttt_lib.adaptation.ensemble import predict_ensemble
-from ttt_lib.adaptation.gradients import forward, loss_of, pass_gradients
+from ttt_lib.adaptation.ensemble import mean_prediction, predict_member
+from ttt_lib.adaptation.gate.signals import disagreement_map
+from ttt_lib.adaptation.gradients import forward, loss_of, pass_gradients, view_loss
 from ttt_lib.adaptation.losses.terms import active_terms, needs_features
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Episode, Gradients, Pass, Supervision, accumulate, add_terms
@@ -43,6 +45,17 @@ def draw_views(
     )  # fmt: skip
 
 
+def pixel_trust(found: list[Prediction], certainty: float) -> Tensor:
+    """Weight of each pixel by the spread of several predictions of it: exp(-certainty * spread / median spread), (H,W).
+
+    After the weights by certainty of EATA and ROID, which are a sample's; here the samples are pixels.
+    """
+    spread = disagreement_map([each.depth for each in found], found[0].mask)
+    usable = spread[found[0].mask & torch.isfinite(spread)]
+    usual = usable.median() if len(usable) else spread.new_ones(())
+    return torch.exp(-certainty * spread / usual.clamp_min(1e-6)).nan_to_num(0.0)
+
+
 class TeacherOnViews(Supervision):
     """The published method: the student must agree, on views, with what a slow copy of it says of the whole image.
 
@@ -57,22 +70,45 @@ class TeacherOnViews(Supervision):
         self.config, self.generator, self.log = episode.config, episode.generator, episode.log
         self.student, config = episode.student, episode.config
         self.joins_passes = not config.released.write_files
+        self.trust: Tensor | None = None
         self.dumps = tempfile.TemporaryDirectory() if config.released.write_files else None
 
     def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
         """The teacher begins as the student is."""
         self.image, self.values, self.age = image, [value.clone() for value in self.student.values()], 0
         self.renderer = make_renderer(self.config, image.device)
+        self.levels = torch.Generator().manual_seed(self.generator.initial_seed())  # so that views stay as they are
         self._predict()
 
     def _predict(self) -> None:
         members = self.config.ensemble.members if self.config.ensemble.target else []
         with self.student.weights(self.values):
-            self.target = predict_ensemble(self.student.model, self.image, members)
+            others = [predict_member(self.student.model, self.image, member) for member in members]
+            found = [self.student.model.predict(self.image), *others]
+        self.target = mean_prediction(found[0], found[1:]) if members else found[0]
+        if self.config.teacher.certainty:
+            self.trust = pixel_trust(found, self.config.teacher.certainty)
 
     def draw(self) -> Pass:
-        """Views of one pass, and what of them reaches the loss."""
-        view = draw_views(self.image, self.target, self.config, self.generator, self.renderer)
+        """Views of one pass, and what of them reaches the loss; of several the one with the lowest loss.
+
+        One of which nothing is compared has none, and comes last.
+        """
+        choices = [self._draw() for _ in range(self.config.teacher.choose_from)]
+        if len(choices) == 1:
+            return choices[0]
+        with self.student.weights():
+            losses = [view_loss(self.student.model, each.batch, self.config) for each in choices]
+        return min(zip(choices, losses), key=lambda each: (-each[0].batch.compared, each[1]))[0]
+
+    def _draw(self) -> Pass:
+        target = self.target
+        if self.trust is not None:
+            # Each pass keeps what is above a level of its own, so that on average a pixel counts by its weight.
+            level = torch.rand((), generator=self.levels).to(self.trust)
+            points = torch.where((self.trust >= level)[..., None], target.points, torch.nan)
+            target = replace(target, points=points)
+        view = draw_views(self.image, target, self.config, self.generator, self.renderer)
         for key, value in view.stats.items():
             self.log.view_stats[key] = self.log.view_stats.get(key, 0) + value
         return Pass(view, loss_batch(view, self.config, self.generator))

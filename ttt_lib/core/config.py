@@ -41,7 +41,8 @@ COMPLAINTS = 5  # of one file in one sentence; the others follow when these are 
 class ExperimentConfig(Section):
     """One row of the ablation, complete. Every random draw comes from (`seed`, name of the sample).
 
-    `losses`: terms of the loss on views by name, each with its settings; none: nothing is drawn and the teacher is silent.
+    `losses`: terms of the loss on views by name, each with its settings, and sets of terms (`losses/presets.py`): `own`, the
+    model's, is the default; none: nothing is drawn and the teacher is silent.
     `supervision`: further sources of information by name, each with its settings (`adaptation/supervision.py`).
     `references`: pixels of each sample whose true distance is given to the method (`references.py`); they do not count
     in the scores.
@@ -55,9 +56,7 @@ class ExperimentConfig(Section):
     train: TrainConfig = TrainConfig()
     teacher: TeacherConfig = TeacherConfig()
     views: ViewConfig = ViewConfig()
-    losses: dict[str, SerializeAsAny[LossConfig]] = Field(
-        {name: {} for name in ("global", "local_4", "local_16", "local_64", "mask")}, validate_default=True
-    )
+    losses: dict[str, SerializeAsAny[LossConfig]] = Field({"own": {}}, validate_default=True)
     supervision: dict[str, SerializeAsAny[Section]] = {}
     released: ReleasedConfig = ReleasedConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
@@ -89,6 +88,10 @@ class ExperimentConfig(Section):
                 f"gate.mode decide chooses between the original and a trained prediction, and train.method is "
                 f"{self.train.method}; set gate.mode to off"
             )
+        if self.train.prompt_tokens and self.gate.mode != "off":
+            raise ValueError("train.prompt_tokens: the gate would measure the original with them; set gate.mode to off")
+        if self.teacher.certainty and not (self.ensemble.members and self.ensemble.target):
+            raise ValueError("teacher.certainty is about the spread of several predictions; set ensemble.members")
         return self
 
     def as_parameters(self) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def load_installed() -> tuple[str, ...]:
 # `LossInputs` -> (B,) or a scalar; settings, needs, where, reads: see `adaptation/losses/terms.py`
 LOSSES = Registry("loss", home="ttt_lib.adaptation.losses")
 # `Episode` -> `Supervision`, or None where the experiment has none of it; settings: its section of `supervision`
-SUPERVISIONS = Registry("supervision", home="ttt_lib.adaptation.photographs.training")
+SUPERVISIONS = Registry("supervision", home="ttt_lib.adaptation.methods")
 # image (3,H,W) in [0,1], depth (H,W) with inf or NaN where there is none, severity 1 to 5, generator -> image (3,H,W)
 SHIFTS = Registry("shift", home="ttt_lib.data.shifts")
 # Families of models: `loader(name, device=..., num_tokens=..., autocast=..., fov_x=...)` -> `GeometryModel`. matches: whether

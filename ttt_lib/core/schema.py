@@ -9,7 +9,7 @@ import inspect
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ttt_lib.core.files import absolute
 from ttt_lib.core.registry import DATASETS, MODELS, SHIFTS
@@ -22,8 +22,7 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]  # more is a slip, and would fill the memory
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Side = Annotated[int, Field(ge=16, le=16384)]  # pixels that a network can make something of
-# Folders in a folder of runs that are no experiment's.
-RESERVED = ("summary", "superseded", "failed")
+RESERVED = ("summary", "superseded", "failed")  # folders in a folder of runs that are no experiment's
 
 
 class Section(BaseModel):
@@ -78,10 +77,14 @@ class TeacherConfig(Section):
 
     After every `refresh_every` optimizer steps the teacher moves, `teacher = ema_decay * teacher + (1 - ema_decay) *
     student`, and predicts a new target. `refresh_every: 0` keeps the target of the original model.
+    `choose_from`: so many times the views are drawn, and those on which the student agrees best are learned from (TPT).
+    `certainty`: a pixel's weight is exp(-certainty * spread of `ensemble.members` / median spread); 0: all count alike.
     """
 
     ema_decay: Probability = 0.999
     refresh_every: Annotated[int, Field(ge=0)] = 3
+    choose_from: Count = 1
+    certainty: NonNegative = 0.0
 
 
 class TrainConfig(Section):
@@ -95,6 +98,7 @@ class TrainConfig(Section):
     take more memory; `auto`: as many of them as the free memory of the GPU takes (on a CPU, which gains nothing: None).
     `bidirectional`: weight of the reverse supervision, the clean prediction after the views' (Robust-Depth).
     `lora_rank`: train low-rank updates of the chosen matrices instead of these; 0: the parameters themselves.
+    `prompt_tokens`: so many more tokens of a ViT, which `parts: ["*.register_tokens"]` trains alone (VPT).
     `l2_sp`: weight of the squared distance to the original weights. `restore_probability`: chance of each number to
     return to its original after a step (CoTTA). `sharpness_radius`: gradients at a worst point so far away (SAM, SAR).
     `reset`: where training starts: each image from the original weights, or where the last one ended (`never`; a number
@@ -116,6 +120,7 @@ class TrainConfig(Section):
     micro_batch: Count | Literal["auto"] | None = None
     bidirectional: NonNegative = 0.0
     lora_rank: Annotated[int, Field(ge=0, le=4096)] = 0
+    prompt_tokens: Annotated[int, Field(ge=0, le=1024)] = 0
     l2_sp: NonNegative = 0.0
     restore_probability: Probability = 0.0
     sharpness_radius: NonNegative = 0.0
@@ -217,18 +222,14 @@ class GateConfig(Section):
     their colours and cameras. `signals`: those that are computed.
     """
 
-    mode: Literal["off", "measure", "decide"] = "off"
+    # YAML reads `off` as False
+    mode: Annotated[Literal["off", "measure", "decide"], BeforeValidator(lambda v: "off" if v is False else v)] = "off"
     calibration: Annotated[str, AfterValidator(absolute)] | None = None
     views: Annotated[int, Field(ge=1, le=64)] = 4
     severity: Severity = 2
     signals: list[Literal["consistency", "votes", "ensemble", "reprojection", "edges", "drift", "loss", "camera"]] = [
         "consistency", "votes", "ensemble", "reprojection", "edges", "drift", "loss", "camera",
     ]  # fmt: skip
-
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
-        return "off" if value is False else value
 
 
 class LossConfig(Section):

@@ -34,10 +34,12 @@ class GeometryModel(ABC):
     network: the `nn.Module`, in evaluation mode; name: as it was loaded; kind: what `predict` gives; output: what
     `forward` gives, `points`, `depth` or `disparity`; num_tokens: base tokens a forward pass (None: the family's own
     rule); autocast: `none`, or `bfloat16` for mixed precision of the network in `forward`; part_of: which part the
-    network's modules of the first level are, those that it does not name being heads.
+    network's modules of the first level are, those that it does not name being heads; losses: the set of terms that is its
+    own (`adaptation/losses/presets.py`).
     """
 
     output: Literal["points", "depth", "disparity"] = "points"
+    losses: str = "study"
     part_of: ClassVar[dict[str, str]] = {"encoder": "encoder", "backbone": "encoder", "neck": "neck"}
 
     def __init__(
@@ -110,14 +112,15 @@ class GeometryModel(ABC):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast == "bfloat16")
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Named parameters of each part. `norms` (affine parameters of all normalisations) overlaps the others.
+        """Named parameters of each part. `norms` (affine parameters of all normalisations, and the
+        scales of a ViT's residual branches, LayerScale) overlaps the others.
 
         Every parameter is in exactly one of encoder, neck and heads; a part that a network lacks is empty.
         """
         norms = {
             f"{path}.{name}" if path else name
             for path, module in self.network.named_modules()
-            if isinstance(module, NORMS)
+            if isinstance(module, NORMS) or type(module).__name__.endswith("LayerScale")
             for name, _ in module.named_parameters(recurse=False)
         }
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}

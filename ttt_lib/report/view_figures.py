@@ -16,6 +16,7 @@ from ttt_lib.adaptation.adapter import Adapter, working_image
 from ttt_lib.adaptation.batches import loss_batch
 from ttt_lib.adaptation.ensemble import predict_ensemble
 from ttt_lib.adaptation.gradients import view_loss
+from ttt_lib.adaptation.losses.presets import resolved
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.teacher import draw_views, make_renderer
 from ttt_lib.core.config import ExperimentConfig
@@ -42,7 +43,7 @@ def first_views(network: GeometryModel, sample: Sample, config: ExperimentConfig
     They are the same views, pixel by pixel, as long as the target is the original model's prediction, which it is
     until its first refresh. The loss takes numbers from the same generator.
     """
-    image = working_image(sample.image.to(network.device), config.views.longest_side)
+    config, image = resolved(config, network), working_image(sample.image.to(network.device), config.views.longest_side)
     target = predict_ensemble(network, image, config.ensemble.members if config.ensemble.target else [])
     generator = sample_generator(config.seed, f"{sample.dataset}/{sample.name}")
     renderer = make_renderer(config, image.device)

@@ -22,6 +22,7 @@ from ttt_lib.adaptation.adapter import Adapter, working_image
 from ttt_lib.adaptation.batches import loss_batch
 from ttt_lib.adaptation.gradients import forward, loss_of
 from ttt_lib.adaptation.loop import make_optimizer
+from ttt_lib.adaptation.losses.presets import resolved
 from ttt_lib.adaptation.losses.terms import needs_features
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.teacher import draw_views, make_renderer
@@ -64,7 +65,7 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
     `render`, making the scene of a new target count as often as the configuration runs them. The first repeat warms up
     and does not count. The weights are as before afterwards.
     """
-    device = model.device
+    device, config = model.device, resolved(config, model)
     image = working_image(image.to(device), config.views.longest_side)
     named = select_parameters(model, config.train.parts)
     before = snapshot(model, named)

@@ -161,7 +161,7 @@ def _rows(config: ExperimentConfig, sample: Sample, result: AdaptResult) -> dict
         **identity, "seconds": result.seconds, "peak_memory_mb": result.peak_memory_mb,
         "decision": result.decision, "reason": result.reason, "passes_done": result.passes_done,
         "loss_first": losses[0] if losses else np.nan, "loss_last": losses[-1] if losses else np.nan,
-        "micro_batch": result.micro_batch,
+        "micro_batch": result.micro_batch, "losses": result.losses,
         **{f"views_{key}": value for key, value in result.view_stats.items()},
         **{f"signal_{key}": value for key, value in result.signals.items()},
     }  # fmt: skip

@@ -2,21 +2,26 @@
 
 Formulas and implementations are those of `moge.train.losses` (MoGe, CVPR 2025; MoGe-2, 2025): `sum_i 1/z_i * || s p_i + t
 - q_i ||` with the best scale s and shift t, over the whole image and over patches of three sizes. Defaults are those of
-MoGe-1's training configuration.
+MoGe-1's training configuration; `presets.py` has MoGe-2's.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import torch
+import utils3d
 from moge.train import losses as moge_losses
 from torch import Tensor
+from torch.nn import functional as F
 
 from ttt_lib.adaptation.losses.terms import LossInputs
 from ttt_lib.core.registry import LOSSES
 from ttt_lib.core.schema import LossConfig, NonNegative, Positive
 from ttt_lib.geometry.fast_alignment import cheap_alignment
+
+GRAZING = 88.0  # degrees between a normal and the line of sight
 
 
 class GlobalSettings(LossConfig):
@@ -132,15 +137,42 @@ def metric_scale_loss(inputs: LossInputs) -> Tensor:
     return moge_losses.metric_scale_loss(inputs.output["metric_scale"], _aligned(inputs)[1])[0] * inputs.share
 
 
+def _surface_and_sky(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """Where the target knows a surface, and where it knows that there is none, (B,H,W) bool each."""
+    if inputs.mask_on_both_sides:
+        return inputs.known, inputs.known
+    nothing = torch.zeros_like(inputs.known) if inputs.negative is None else inputs.negative & ~inputs.known
+    return inputs.known, nothing
+
+
 @LOSSES.register("mask", where=("mask",), reads=("mask",), settings=LossConfig)
 def mask_loss(inputs: LossInputs) -> Tensor:
     """Squared error of the predicted mask: surface against sky; nothing where neither is known.
 
     `mask_on_both_sides` gives it one mask for both, as the public release does.
     """
-    nothing = torch.zeros_like(inputs.known) if inputs.negative is None else inputs.negative & ~inputs.known
-    nothing = inputs.known if inputs.mask_on_both_sides else nothing
-    return moge_losses.mask_l2_loss(inputs.output["mask"], inputs.known, nothing)[0]
+    return moge_losses.mask_l2_loss(inputs.output["mask"], *_surface_and_sky(inputs))[0]
+
+
+@LOSSES.register("mask_bce", where=("mask",), reads=("mask",), settings=LossConfig)
+def mask_bce_loss(inputs: LossInputs) -> Tensor:
+    """Binary cross entropy of the predicted mask, as MoGe-2 trains it; nothing where neither is known."""
+    probability, (positive, negative) = inputs.output["mask"], _surface_and_sky(inputs)
+    return moge_losses.mask_bce_loss(probability.clamp(0, 1), positive, negative)[0]
+
+
+@LOSSES.register("normal_map", where=("normal",), reads=("normal",), settings=LossConfig)
+def normal_map_loss(inputs: LossInputs) -> Tensor:
+    """Squared angle between the normal head's map and the target's normals, MoGe-2's own term for that head.
+
+    The target's normals are those of its points, as `moge.train.dataloader` makes them from depth: none where the surface
+    is seen at more than `GRAZING` degrees.
+    """
+    target = torch.where(inputs.known[..., None], inputs.target, 0.0)
+    normals, known = utils3d.pt.point_map_to_normal_map(target, inputs.known)
+    cosine = F.cosine_similarity(normals, target, dim=-1).abs()
+    known = known & (cosine > math.cos(math.radians(GRAZING)))
+    return moge_losses.normal_map_loss(inputs.output["normal"], torch.where(known[..., None], normals, torch.nan))[0]
 
 
 @LOSSES.register("metric_reference", elsewhere=True, reads=(), settings=LossConfig)

@@ -7,6 +7,7 @@ decorator, the package's own (`moge_terms.py`, `depth_terms.py`) and yours. What
 - needs: outputs of the model (`points`, `depth`, `features`) without which the term is a mistake of the experiment.
 - where: outputs without which the term is left out (a mask term for a model without a mask).
 - elsewhere: the term is computed by a supervision of its own; here are only its settings.
+- preset: the name stands for a whole set of terms (`presets.py`); the function takes nothing and gives their settings.
 - reads: heads of the network that the term looks at beside points, depth and disparity (`normal`, `mask`); heads that no
   term reads are not computed in training. Unsaid, a term may read all of them.
 """
@@ -67,7 +68,7 @@ def active_terms(terms: dict[str, LossConfig]) -> list[str]:
     """Names of the terms with a weight, in the order of their registration, which is that of the sum."""
     LOSSES.load_home()
     there = [name for name in LOSSES if name in terms and terms[name].weight > 0]
-    return [name for name in there if not LOSSES.about[name].get("elsewhere")]
+    return [name for name in there if not {"elsewhere", "preset"} & LOSSES.about[name].keys()]
 
 
 def unused_outputs(terms: dict[str, LossConfig]) -> tuple[str, ...]:
@@ -110,7 +111,8 @@ def compute_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
 
 def _possible(there: set[str]) -> str:
     """Terms that need only what is there, in words."""
-    return ", ".join(name for name in LOSSES if set(LOSSES.about[name].get("needs", ())) <= there) or "another model"
+    fit = [name for name in LOSSES if set(LOSSES.about[name].get("needs", ())) <= there]
+    return ", ".join(name for name in fit if not LOSSES.about[name].get("preset")) or "another model"
 
 
 def needs_features(terms: dict[str, LossConfig]) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ttt_lib.adaptation.adapter import training_possible, working_image
 from ttt_lib.adaptation.ensemble import predict_ensemble
 from ttt_lib.adaptation.loop import train_student
+from ttt_lib.adaptation.losses.presets import resolved
 from ttt_lib.adaptation.photographs.decision import choose
 from ttt_lib.adaptation.photographs.evidence import Evidence, at_tracks, corrected, gather, in_scale
 from ttt_lib.adaptation.photographs.training import Lesson, PhotographsConfig, PhotographTraining, carried
@@ -133,6 +134,7 @@ def adapt_scene(
     """
     begun = time.perf_counter()
     reset_peak_memory(model.device)
+    config = resolved(config, model)
     adaptation = SceneAdaptation(model, config, name, scene)
     if not scene.refused and scene.photographs:
         with training_possible():

@@ -1,0 +1,141 @@
+"""Training that stays near the original, as supervisions: Fisher-weighted distance, a pull after each step, a mean at the end.
+
+Training sees the same views with them as without, so that a row and its control differ by the method alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from ttt_lib.adaptation.regularizers import distance_gradients
+from ttt_lib.adaptation.student import Student
+from ttt_lib.adaptation.supervision import Episode, Gradients, Pass, Supervision, accumulate
+from ttt_lib.adaptation.teacher import TeacherOnViews
+from ttt_lib.core.errors import ConfigError
+from ttt_lib.core.registry import SUPERVISIONS
+from ttt_lib.core.schema import Count, NonNegative, Probability, Section
+
+
+class FisherConfig(Section):
+    """L2-SP by importance: `weight` times sum F (theta - theta_0)^2, F over `passes` passes, scaled to a mean of one.
+
+    So `weight` has the size of `train.l2_sp`'s; EATA's own weight, 2000, is of an F that is not scaled.
+    """
+
+    weight: NonNegative = 0.1
+    passes: Count = 8
+
+
+class Fisher(Supervision):
+    """Weights that the loss depends on stay (EATA, Niu et al. 2022, equations 8 and 9).
+
+    F is the mean squared gradient of the experiment's own loss over passes at the original weights, before the first step.
+    """
+
+    name = "fisher"
+
+    def __init__(self, settings: FisherConfig, teacher: TeacherOnViews) -> None:
+        self.settings, self.teacher, self.importance = settings, teacher, None
+
+    def _measure(self, student: Student) -> Gradients:
+        """F of each leaf, None where the loss does not reach. The passes are those that training draws next, and again."""
+        squares: Gradients = [None] * len(student.leaves)
+        state = self.teacher.generator.get_state()
+        for _ in range(self.settings.passes):
+            found, _ = self.teacher.gradients(student, [self.teacher.draw()])
+            accumulate(squares, [None if each is None else each.square() for each in found])
+        self.teacher.generator.set_state(state)
+        reached = [each for each in squares if each is not None]
+        mean = sum(float(each.sum()) for each in reached) / max(1, sum(each.numel() for each in reached))
+        return [None if each is None else each / max(mean, 1e-30) for each in squares]
+
+    def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
+        """Of the distance, once a pass; what it is of is the loss on views, so nothing is added to the terms."""
+        if self.importance is None:  # here and not in `prepare`: now it is known how many views fit the memory
+            self.importance = self._measure(student)
+        pull = distance_gradients(student, self.settings.weight * len(passes))
+        return [None if by is None else each * by for each, by in zip(pull, self.importance)], {}
+
+
+@SUPERVISIONS.register("fisher", settings=FisherConfig)
+def fisher(episode: Episode) -> Supervision | None:
+    """On with its section."""
+    settings = episode.config.supervision.get("fisher")
+    if settings is None:
+        return None
+    teacher = next((each for each in episode.supervisions if isinstance(each, TeacherOnViews)), None)
+    if teacher is None:
+        raise ConfigError(
+            "supervision.fisher: there is no loss on views whose gradients it could take; give `losses` one."
+        )
+    return Fisher(settings, teacher)
+
+
+class SourceConfig(Section):
+    """`keep`: share of the trained weights after each step; the rest is the original's. The default is ROID's `MOMENTUM_SRC`."""
+
+    keep: Probability = 0.99
+
+
+class Source(Supervision):
+    """After each step theta <- keep theta + (1 - keep) theta_0 (weight ensembling, ROID, Marsden et al. 2024)."""
+
+    name = "source"
+
+    def __init__(self, settings: SourceConfig) -> None:
+        self.keep = settings.keep
+
+    def after_step(self, student: Student, last: bool) -> None:
+        """A low-rank update shrinks by the same factor, through its B."""
+        with torch.no_grad():
+            if student.low_rank is not None:
+                for up, _ in student.low_rank.factors.values():
+                    up.mul_(self.keep)
+                return
+            for value, original in zip(student.parameters, student.original):
+                value.lerp_(original, 1 - self.keep)
+
+
+@SUPERVISIONS.register("source", settings=SourceConfig)
+def source(episode: Episode) -> Supervision | None:
+    """On with its section."""
+    settings = episode.config.supervision.get("source")
+    return Source(settings) if settings is not None else None
+
+
+class LastConfig(Section):
+    """`steps`: weights of how many of the last steps are averaged."""
+
+    steps: Count = 4
+
+
+class Last(Supervision):
+    """Predict with the mean of the weights after the last steps (Izmailov et al. 2018; of one run, as uniform soups are)."""
+
+    name = "last"
+
+    def __init__(self, settings: LastConfig) -> None:
+        self.kept: deque[list[Tensor]] = deque(maxlen=settings.steps)
+
+    def after_step(self, student: Student, last: bool) -> None:
+        """Keep a copy."""
+        self.kept.append([value.clone() for value in student.values()])
+
+    def weights(self) -> list[Tensor] | None:
+        """Their mean, as the last plus the mean difference to it: exactly the weights where none has moved.
+
+        In place, because new tensors could get another memory format, and with it a network's last bits change.
+        """
+        if not self.kept:
+            return None
+        return [each[-1].clone().add_(sum(one - each[-1] for one in each) / len(each)) for each in zip(*self.kept)]
+
+
+@SUPERVISIONS.register("last", settings=LastConfig)
+def last(episode: Episode) -> Supervision | None:
+    """On with its section."""
+    settings = episode.config.supervision.get("last")
+    return Last(settings) if settings is not None else None

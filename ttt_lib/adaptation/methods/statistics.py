@@ -1,0 +1,165 @@
+"""Batch normalisations at test time: their statistics moved towards the image's, and features held to their statistics.
+
+What a batch normalisation keeps of its training is the mean and variance of each channel before it. Both methods need them,
+so they are for the bundled model; a ViT has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ttt_lib.adaptation.student import Student
+from ttt_lib.adaptation.supervision import Episode, Gradients, Pass, Supervision
+from ttt_lib.core.errors import ConfigError, NotSupported
+from ttt_lib.core.registry import SUPERVISIONS
+from ttt_lib.core.schema import Decay, NonNegative, Probability, Section
+from ttt_lib.core.types import Prediction
+from ttt_lib.models.base import GeometryModel
+
+Norm = nn.modules.batchnorm._BatchNorm
+Look = Callable[[int, Norm, Tensor, Tensor], None]
+
+
+def batch_norms(model: GeometryModel) -> list[Norm]:
+    """Batch normalisations that keep statistics. Raises `NotSupported` where a network has none."""
+    norms = [each for each in model.network.modules() if isinstance(each, Norm) and each.running_mean is not None]
+    if not norms:
+        raise NotSupported(f"{model.name} has no batch normalisation, which norm_statistics and actmad need.")
+    return norms
+
+
+@contextmanager
+def watched(norms: list[Norm], look: Look) -> Iterator[None]:
+    """Inside, `look(number, norm, mean, variance)` is called with the statistics (C,) of what each norm is about to see."""
+
+    def hook(number: int) -> Callable[[Norm, tuple[Tensor]], None]:
+        def before(norm: Norm, inputs: tuple[Tensor]) -> None:
+            variance, mean = torch.var_mean(inputs[0].float(), [0, *range(2, inputs[0].ndim)])
+            look(number, norm, mean, variance)
+
+        return before
+
+    handles = [norm.register_forward_pre_hook(hook(number)) for number, norm in enumerate(norms)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class ActmadConfig(Section):
+    """`weight`: of the term. In the bundled model it is some hundred times MoGe's global term, hence the default."""
+
+    weight: NonNegative = 0.01
+
+
+class Actmad(Supervision):
+    """Features of the image have the means and variances that the norms were trained with (ActMAD, Mirza et al. 2023).
+
+    Mean absolute difference over the channels behind each norm, of means plus of variances; the mean over the norms, where
+    the paper has their sum. The references are what the norms know of their training, each channel's; the paper's, of
+    every place, need its images.
+    """
+
+    name = "actmad"
+
+    def __init__(self, settings: ActmadConfig) -> None:
+        self.weight = settings.weight
+
+    def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
+        """What comes out of a norm in training: its bias as mean, its squared weight as variance."""
+        self.image, self.norms = image, batch_norms(model)
+        fields = ("running_mean", "running_var", "weight", "bias")
+        self.before = [[getattr(norm, each).detach().clone() for each in fields] for norm in self.norms]
+
+    def terms(self, student: Student, passes: list[Pass]) -> dict[str, Tensor]:
+        """`actmad`, of the clean image, the same in each of the passes."""
+        off: list[Tensor] = []
+
+        def look(number: int, norm: Norm, mean: Tensor, variance: Tensor) -> None:
+            usual, usual_variance, weight, bias = self.before[number]
+            spread = usual_variance + norm.eps
+            off.append((norm.weight * (mean - usual) * spread.rsqrt() + norm.bias - bias).abs().mean())
+            off.append((norm.weight**2 * variance / spread - weight**2 * usual_variance / spread).abs().mean())
+
+        with watched(self.norms, look):
+            student.model.forward(self.image[None])
+        return {"actmad": torch.stack(off).sum() / len(self.norms) * len(passes)}
+
+
+@SUPERVISIONS.register("actmad", settings=ActmadConfig)
+def actmad(episode: Episode) -> Supervision | None:
+    """On with its section."""
+    settings = episode.config.supervision.get("actmad")
+    return Actmad(settings) if settings is not None and settings.weight else None
+
+
+class NormStatisticsConfig(Section):
+    """Statistics of the norms move by `momentum` towards those of what they see.
+
+    `from_views`: with every pass, towards its views, by `momentum` times `decay`^number + `lowest` (DUA, with its values);
+    else once before training, towards the image's (alpha-BN: `momentum` is the alpha).
+    """
+
+    momentum: Probability = 0.1
+    from_views: bool = False
+    decay: Decay = 0.94
+    lowest: Probability = 0.005
+
+
+class NormStatistics(Supervision):
+    """No loss: (1 - m) source + m test statistics (Schneider et al. 2020), or of views one after the other (DUA, Mirza et al.
+    2022). They go back with the weights. Alone it needs no training: `train.optimizer.learning_rate: 0`.
+
+    While DUA's own code normalises by the batch that it learns from, here each norm sees what the moved ones before it give.
+    """
+
+    name = "norm_statistics"
+    joins_passes = False  # one update after the other
+
+    def __init__(self, settings: NormStatisticsConfig) -> None:
+        self.settings, self.number = settings, 0
+
+    def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
+        """The image's own statistics, where these are asked for."""
+        self.norms = batch_norms(model)
+        if not self.settings.from_views:
+            self._move(model, image[None], self.settings.momentum)
+
+    @torch.no_grad()
+    def _move(self, model: GeometryModel, images: Tensor, momentum: float) -> None:
+        def look(number: int, norm: Norm, mean: Tensor, variance: Tensor) -> None:
+            norm.running_mean.lerp_(mean, momentum)
+            norm.running_var.lerp_(variance, momentum)
+
+        with watched(self.norms, look):
+            model.forward(images)
+
+    def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
+        """None; the views move the statistics."""
+        for each in passes if self.settings.from_views else []:
+            settings, self.number = self.settings, self.number + 1
+            with student.weights():
+                self._move(
+                    student.model,
+                    each.view.image,
+                    min(1.0, settings.momentum * settings.decay**self.number + settings.lowest),
+                )
+        return [None] * len(student.leaves), {}
+
+
+@SUPERVISIONS.register("norm_statistics", settings=NormStatisticsConfig)
+def norm_statistics(episode: Episode) -> Supervision | None:
+    """On with its section."""
+    settings = episode.config.supervision.get("norm_statistics")
+    if settings is not None and episode.config.gate.mode != "off":
+        raise ConfigError(
+            "supervision.norm_statistics: the gate would measure the original with them; set gate.mode to off."
+        )
+    if settings is not None and settings.from_views and not any(each.draws for each in episode.supervisions):
+        raise ConfigError("supervision.norm_statistics.from_views: no loss draws views; give `losses` one.")
+    return NormStatistics(settings) if settings is not None else None
