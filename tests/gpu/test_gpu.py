@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from itertools import product
 
 import pytest
 import torch
 from conftest import adapt, small_experiment
-from places import at, everywhere, on_gpus
+from places import REAL, at, everywhere, on_gpus
 from true_scene import true_scene
 
+from ttt_lib.adaptation.loop import Steps
 from ttt_lib.adaptation.photographs.scene import adapt_scene
-from ttt_lib.models.base import weights_checksum
+from ttt_lib.adaptation.student import Student
+from ttt_lib.adaptation.supervision import Episode, TrainingLog, configured
+from ttt_lib.core.seeds import sample_generator
+from ttt_lib.models.base import training, weights_checksum
 from ttt_lib.runs import cluster
 from ttt_lib.views.pyrender_backend import gl_renderer
 from ttt_lib.views.renderer import NovelViewRenderer
@@ -164,6 +169,58 @@ def test_both_renderers_draw_the_same_on_the_device(picture, place):
     assert both.float().mean() > 0.8
     points = [(view.points - scene[1]).abs().nan_to_num(0.0)[both].mean() for view in drawn.values()]
     assert max(points) < 0.02
+
+
+# Where the host waits for the device in a step without novel views and patches: which rows are left, how wide a prefilter
+# is, MoGe's own alignment (two numbers that it reports, three it sends), and once a step the numbers of the history.
+WAITS_A_PASS, WAITS_A_STEP = (
+    {"adaptation/batches.py": 1, "geometry/warp.py": 1, "adaptation/losses/moge_terms.py": 5},
+    1,
+)
+
+
+@pytest.mark.parametrize("name", ["pretended", REAL])
+def test_a_step_waits_for_the_device_a_known_number_of_times(tiny, image, name):
+    passes, local = 3, {f"local_{level}": {"weight": 0.0} for level in (4, 16, 64)}
+    settings = config(train={"passes": 2 * passes, "accumulation": passes}, losses=local)
+    with at(name) as place:
+        model, image = place.copy_of(tiny), image.to(place.device)
+        with training(model, settings.train.parts) as named:
+            episode = Episode(settings, Student(model, named), sample_generator(0, "a"), TrainingLog())
+            sources = configured(episode)
+            for source in sources:
+                source.prepare(model, image, model.predict(image))
+            steps = Steps(episode.student, sources, settings, episode.generator, episode.log)
+            steps.step()  # the first one makes the optimizer's state
+            with place.counting() as waits:
+                steps.step()
+                found = waits()
+        assert 0 < len(found) <= passes * sum(WAITS_A_PASS.values()) + WAITS_A_STEP, "\n".join(found)
+        if name == "pretended":
+            places = Counter(line.split(" in ")[1].partition(":")[0] for line in found)
+            assert places == {**{k: n * passes for k, n in WAITS_A_PASS.items()}, "adaptation/loop.py": WAITS_A_STEP}
+
+
+def test_the_pretended_gpu_refuses_what_a_gpu_refuses():
+    with at("pretended") as place, place.counting() as waits:
+        there, here = torch.ones(3, device=place.device), torch.ones(3)
+        for mistake in (lambda: there + here, lambda: torch.stack([there, here]), lambda: there.numpy()):
+            with pytest.raises((RuntimeError, TypeError)):
+                mistake()
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.rand(2, device=place.device, generator=torch.Generator())
+        assert (there + 1).device == place.device and torch.equal((there * 2).cpu(), here * 2)
+        before = len(waits())
+        for waiting in (
+            lambda: float(there[0]),
+            lambda: there[there > 0],
+            lambda: here.to(place.device),
+            lambda: there.tolist(),
+        ):
+            waiting()
+        assert len(waits()) == before + 4
+        here.to(place.device, non_blocking=True), torch.where(there > 0, there, 0.0), there.sum()
+        assert len(waits()) == before + 4
 
 
 @pytest.mark.gpu
