@@ -50,7 +50,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, words):
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-COMMANDS = ["ablation", "adapt", "scene", "hard-subset", "models", "doctor"]
+COMMANDS = ["ablation", "adapt", "scene", "hard-subset", "benchmark", "models", "doctor"]
 
 
 def test_every_help_answers_with_an_example_and_without_torch():

@@ -313,6 +313,22 @@ def hard_subset(
     print(f"{len(chosen)} samples: {index}")
 
 
+@app.command(epilog="Example: ttt-depth benchmark -o times")
+def benchmark(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the table and its JSON.")] = Path("times"),
+    quick: Annotated[
+        bool | None, typer.Option("--quick/--published", help="Bundled model, or published size. Default: by the GPU.")
+    ] = None,
+    passes: Annotated[int, typer.Option(min=1, max=512, help="Of a loop.")] = 8,
+    minutes: Annotated[float, typer.Option(min=0.0, help="No further round begins that would end later.")] = 8.0,
+    rounds: Annotated[int, typer.Option(min=1, help="At most so many.")] = 3,
+) -> None:
+    """Time and peak memory of the published loop beside ours on this machine, by rounds in processes of their own."""
+    from ttt_lib.runs.loops import benchmark as measure
+
+    print(measure(Path(absolute(output)), quick, passes, minutes, rounds))
+
+
 @app.command(epilog="Example: ttt-depth models")
 def models() -> None:
     """List what --model takes."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import mmap
 import re
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +21,9 @@ from ttt_lib.core import memory
 from ttt_lib.core.config import build_experiment
 from ttt_lib.core.memory import memory_mb, peak_memory_mb, reset_peak_memory
 from ttt_lib.models.base import weights_checksum
-from ttt_lib.runs import benchmark
-from ttt_lib.runs.benchmark import STAGES, compare_loops, growth, machine, stage_times
+from ttt_lib.runs import benchmark, loops
+from ttt_lib.runs.benchmark import STAGES, growth, machine, stage_times
+from ttt_lib.runs.loops import compare_loops, loops_to_compare
 from ttt_lib.views.renderer import NovelViewRenderer
 
 BASE = {
@@ -120,6 +124,62 @@ def test_loops_are_compared_in_their_own_processes(picture):
     assert (table.peak_mb > 50).all() and (table.seconds > 0).all()
     assert (table.added_mb > 0).all() and (table.added_mb < table.peak_mb).all()
     assert table.memory["plain"] == pytest.approx(table.added_mb["plain"] / table.added_mb["longer"])
+
+
+def test_the_loops_take_the_same_steps_and_views():
+    loops = loops_to_compare({"name": "tiny", "num_tokens": 48, "device": "cpu"}, 64, 8)
+    equal = {(c.train.passes, c.train.batch_size, c.train.accumulation, c.views.longest_side) for c in loops.values()}
+    assert equal - {(8, 2, 2, 64)} == {(4, 2, 1, 64)}  # `recommended` is shorter
+    assert {c.model.num_tokens for c in loops.values()} == {48}
+    released, ours = loops["as released"], loops["all terms"]
+    assert released.released.full_cost_alignment and released.released.reload_model
+    assert not any(ours.released.model_dump().values()) and ours.losses["local_64"].weight == 1.0
+    assert loops["without patches"].losses["local_64"].weight == 0.0
+
+
+def test_rounds_end_with_the_time_and_what_fails_is_a_row(picture, monkeypatch, tmp_path):
+    clock, ran = iter(range(0, 10_000, 60)), []
+
+    class Pool:
+        """Runs nothing; a minute passes whenever somebody looks at the clock."""
+
+        def __init__(self, *_, **__): ...
+
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+
+        def submit(self, function, settings, *_):
+            ran.append(settings["name"])
+            name, future = settings["name"], Future()
+            if name == "big":
+                future.set_exception(RuntimeError("CUDA out of memory"))
+            else:
+                future.set_result(dict.fromkeys(("seconds", "passes", "peak_mb", "idle_mb", "added_mb", "cuda"), 2.0))
+            return future
+
+    monkeypatch.setattr(loops, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(loops.time, "monotonic", lambda: next(clock))
+    configs = {name: build_experiment(BASE, overrides={"name": name}) for name in ("plain", "big")}
+    table = compare_loops(configs, picture.image[0], rounds=9, seconds=150).set_index("loop")
+    assert ran == ["plain", "big", "plain"] and list(table.rounds) == [2, 0]
+    assert table.failed["big"] == "RuntimeError: CUDA out of memory" and math.isnan(table.seconds["big"])
+    assert table.faster["plain"] == 1.0 and not table.failed["plain"]
+
+
+@pytest.mark.slow
+def test_the_command_writes_its_table(tmp_path, monkeypatch):
+    own = loops.loops_to_compare
+    small = lambda model, side, passes: {  # noqa: E731
+        name: config
+        for name, config in own({**model, "num_tokens": 48, "device": "cpu"}, 64, passes).items()
+        if name in ("as released", "all terms, together, bfloat16", "recommended")
+    }
+    monkeypatch.setattr(loops, "loops_to_compare", small)
+    said = loops.benchmark(tmp_path, quick=True, passes=1, rounds=1)
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [row["loop"] for row in found["loops"]] == ["as released", "all terms, together, bfloat16", "recommended"]
+    assert all(row["seconds"] > 0 and row["rounds"] == 1 and not row["failed"] for row in found["loops"])
+    assert found["torch"] == torch.__version__ and "as released, 512 passes" in said
+    assert said in (tmp_path / "benchmark.md").read_text()
 
 
 @pytest.mark.slow

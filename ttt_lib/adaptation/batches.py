@@ -15,9 +15,16 @@ from ttt_lib.views.carry import View, cutmix
 MINIMUM_KNOWN_PIXELS = 64  # a view with fewer says nothing about scale and shift
 
 
+def at(index: Tensor, other: Tensor) -> Tensor:
+    """An index on the device of what it picks from; a GPU is not waited for."""
+    return index.to(other.device, non_blocking=True)
+
+
 @dataclass
 class LossBatch:
     """What reaches the loss: row i compares the output of picture `of[i]` with points[i] (NaN: not compared).
+
+    of and seeds are on the CPU, whatever device the rest is on: what is done with them needs no word from a GPU.
 
     images (B,3,h,w); points (R,h,w,3), intrinsics (R,3,3), negative (R,h,w) bool or None: of the rows. share (R,): of the
     picture's compared pixels that are this row's; 1 where a picture is one row. seeds (R,3): of `draw_seeds`. compared:
@@ -35,8 +42,10 @@ class LossBatch:
 
     def cameras(self, pictures: Tensor) -> Tensor:
         """Intrinsics of the pictures; one that reaches no loss takes those of the first row."""
-        first = [torch.nonzero(self.of == picture)[:1, 0] for picture in pictures]
-        return torch.cat([self.intrinsics[i] if len(i) else self.intrinsics[:1] for i in first])
+        if not len(self.of):
+            return self.intrinsics
+        first = torch.searchsorted(self.of, pictures).clamp_max(len(self.of) - 1)  # rows go picture by picture
+        return self.intrinsics[at(torch.where(self.of[first] == pictures, first, 0), self.intrinsics)]
 
 
 def loss_batch(view: View, config: ExperimentConfig, generator: torch.Generator) -> LossBatch:
@@ -45,7 +54,7 @@ def loss_batch(view: View, config: ExperimentConfig, generator: torch.Generator)
     Takes every random number that the loss of this pass needs, so the loss may be computed at any later time.
     """
     images, points, negative = view.image, view.points, view.negative
-    of = torch.arange(len(images), device=images.device)
+    of = torch.arange(len(images))
     intrinsics = view.intrinsics
     if config.views.cutmix > 0 and len(images) > 1:
         # The other view of a row is the next one. Each region is a row of its own, so that it is aligned alone.
@@ -56,19 +65,20 @@ def loss_batch(view: View, config: ExperimentConfig, generator: torch.Generator)
         negative = torch.cat([negative & ~region, other.negative & region])
         of, intrinsics = of.repeat(2), torch.cat([intrinsics, other.intrinsics])
     known = torch.isfinite(points).all(-1).flatten(1).sum(1)
-    kept = torch.nonzero(known >= MINIMUM_KNOWN_PIXELS)[:, 0]
+    kept = torch.nonzero((known >= MINIMUM_KNOWN_PIXELS).cpu())[:, 0]  # the one thing of a pass that the host waits for
     kept = kept[of[kept].argsort(stable=True)]  # picture by picture
     kept = kept[:1] if config.released.first_sample_only else kept
-    of, known = of[kept], known[kept].float()
-    share = known / torch.zeros(len(images), device=known.device).scatter_add_(0, of, known)[of]
+    of, there = of[kept], at(kept, points)
+    known, pictures = known[there].float(), at(of, points)
+    share = known / torch.zeros(len(images), device=known.device).scatter_add_(0, pictures, known)[pictures]
     seeds, compared = draw_seeds(len(of), generator), len(of.unique())
-    return LossBatch(images, of, points[kept], intrinsics[kept], negative[kept], share, seeds, compared)
+    return LossBatch(images, of, points[there], intrinsics[there], negative[there], share, seeds, compared)
 
 
 def plain_batch(images: Tensor, points: Tensor, intrinsics: Tensor, generator: torch.Generator) -> LossBatch:
     """Targets (R,H,W,3) of one and the same picture (1,3,H,W), each a row; cameras (3,3) of the picture."""
     rows = len(points)
-    of, share = torch.zeros(rows, dtype=torch.long, device=points.device), torch.ones(rows, device=points.device)
+    of, share = torch.zeros(rows, dtype=torch.long), torch.ones(rows, device=points.device)
     return LossBatch(images, of, points, intrinsics.expand(rows, 3, 3), None, share, draw_seeds(rows, generator), 1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ttt_lib.adaptation.batches import LossBatch
+from ttt_lib.adaptation.batches import LossBatch, at
 from ttt_lib.adaptation.losses.terms import LossInputs, compute_loss, needs_features, unused_outputs
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Gradients, TrainingLog, accumulate, add_terms
@@ -42,11 +42,12 @@ def loss_of(
         pictures: which of the batch's, sorted (None: all).
         features: the student's and the frozen encoder's for the pictures, where a term needs them.
     """
-    chosen, place = slice(None), batch.of
+    chosen, place, seeds = slice(None), batch.of, batch.seeds
     if pictures is not None:
-        chosen = torch.isin(batch.of, pictures)
-        place = torch.searchsorted(pictures, batch.of[chosen])
-    target, seeds = batch.points[chosen], batch.seeds if pictures is None else batch.seeds[chosen.cpu()]
+        rows = torch.nonzero(torch.isin(batch.of, pictures))[:, 0]
+        chosen, seeds = at(rows, batch.points), batch.seeds[rows]
+        place = torch.searchsorted(pictures, batch.of[rows])
+    place, target = at(place, batch.points), batch.points[chosen]
     return compute_loss(LossInputs(
         output={key: value[place] for key, value in output.items() if isinstance(value, Tensor)},
         target=target,
@@ -65,7 +66,7 @@ def loss_of(
 def view_loss(model: GeometryModel, batch: LossBatch, config: ExperimentConfig) -> float:
     """Loss of a pass as training computes it, without gradients and without the features of a frozen encoder."""
     with torch.no_grad():
-        pictures = torch.arange(len(batch.images), device=batch.of.device)
+        pictures = torch.arange(len(batch.images))
         output = forward(model, batch.images, batch.cameras(pictures), config)
         features = (model.features(batch.images),) * 2 if needs_features(config.losses) else None
         loss, _ = loss_of(output, batch, config, features=features)
@@ -76,7 +77,7 @@ def _part_gradients(
     student: Student, batch: LossBatch, pictures: Tensor, config: ExperimentConfig, share: float, dump: Dump | None
 ) -> tuple[Gradients, dict[str, Tensor]]:
     """Gradients of the loss of some pictures, and its terms, both times their share of the batch."""
-    model, images = student.model, batch.images[pictures]
+    model, images = student.model, batch.images[at(pictures, batch.images)]
     compares = needs_features(config.losses)
     if compares:
         with torch.no_grad(), student.weights(student.original):
@@ -106,7 +107,7 @@ def pass_gradients(
     terms: dict[str, Tensor] = {}
     pictures = batch.of.unique()
     if config.released.first_sample_only and batch.compared:  # the release runs the whole batch, and uses one of it
-        pictures = torch.arange(len(batch.images), device=batch.of.device)
+        pictures = torch.arange(len(batch.images))
     done = 0
     while done < len(pictures):
         part = pictures[done : done + log.micro_batch]

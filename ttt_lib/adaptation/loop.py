@@ -30,6 +30,16 @@ def make_optimizer(parameters: list[Tensor], config: OptimizerConfig) -> torch.o
     return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **fused)
 
 
+def read_back(values: list[Tensor]) -> list[float]:
+    """Numbers of one device, as they are, in one transfer.
+
+    Example:
+        >>> read_back([torch.tensor(0.5), torch.tensor(2.0, dtype=torch.float64)])
+        [0.5, 2.0]
+    """
+    return torch.stack([value.detach().double().reshape(()) for value in values]).tolist()
+
+
 def first_micro_batch(config: ExperimentConfig) -> int:
     """Views in the network at a time, to begin with; `auto` looks at one pass first."""
     asked, batch_size = config.train.micro_batch, config.train.batch_size
@@ -121,20 +131,22 @@ class Steps:
             accumulate(total, distance_gradients(self.student, train.l2_sp))
         for leaf, gradient in zip(self.student.leaves, total):
             leaf.grad = gradient
-        entry = self._move({key: float(value) / count for key, value in sums.items()})
+        entry = self._move(sums, count)
         if train.restore_probability > 0:
             restore_some(self.student, train.restore_probability, self.generator)
         entry["seconds"] = time.perf_counter() - begun
         return entry
 
-    def _move(self, terms: dict[str, float]) -> dict[str, float]:
-        """Clip, look, step."""
+    def _move(self, sums: dict[str, Tensor], count: int) -> dict[str, float]:
+        """Clip, look, step. All numbers of a step leave the device together: the host waits for it once."""
         trained = [leaf for leaf in self.student.leaves if leaf.grad is not None]
-        norm = torch.zeros(())
+        norm = torch.zeros((), device=self.student.model.device)
         if trained:
             norm = torch.nn.utils.clip_grad_norm_(trained, self.config.train.gradient_clip or float("inf"))
         step = len(self.training.history) + 1
-        entry = {"step": step, "passes": self.training.passes_done, **terms, "gradient_norm": float(norm)}
+        *terms, norm = read_back([*sums.values(), norm])
+        terms = {key: value / count for key, value in zip(sums, terms)}
+        entry = {"step": step, "passes": self.training.passes_done, **terms, "gradient_norm": norm}
         if not np.isfinite([value for value in entry.values()]).all():
             raise NumericalError(f"the loss or its gradient was not finite in step {step}", step=step)
         self.optimizer.step()

@@ -27,8 +27,13 @@ def uv_map(
 def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
     """Depth map to point map: depth (..., H, W) and intrinsics (..., 3, 3) -> (..., H, W, 3), units of the depth."""
     uv = uv_map(*depth.shape[-2:], device=depth.device, dtype=depth.dtype)
-    rays = torch.cat([uv, torch.ones_like(uv[..., :1])], -1) @ torch.linalg.inv(intrinsics)[..., None, :, :].mT
+    rays = torch.cat([uv, torch.ones_like(uv[..., :1])], -1) @ inverse(intrinsics)[..., None, :, :].mT
     return rays * depth[..., None]
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """As `torch.linalg.inv`, without waiting for a GPU to say whether there is one (not finite where there is none)."""
+    return torch.linalg.inv_ex(matrix).inverse
 
 
 def _apply(matrix: Tensor, points: Tensor) -> Tensor:
@@ -104,17 +109,18 @@ def recentred_crop(intrinsics: Tensor, centre: Tensor, scale: Tensor) -> tuple[T
     intrinsics (..., 3, 3), principal point (0.5, 0.5), aspect ratio as the original's.
     """
     intrinsics, _ = torch.broadcast_tensors(intrinsics, torch.empty(*scale.shape, 3, 3, device=scale.device))
-    inverse = torch.linalg.inv(intrinsics)
+    back = inverse(intrinsics)
     one = torch.ones_like(centre[..., :1])
-    ray = (inverse @ torch.cat([centre, one], -1)[..., None])[..., 0]
+    ray = (back @ torch.cat([centre, one], -1)[..., None])[..., 0]
     axis = torch.zeros_like(ray)
     axis[..., 2] = 1.0
     rotation = rotation_between(ray, axis)
 
     # The image's frame seen by the turned camera is a quadrilateral; the crop is the largest rectangle of the wanted
     # shape around the axis inside it: the intersection of its diagonals' directions with the four sides.
-    corners = torch.tensor([[0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 1, 1]], device=centre.device, dtype=centre.dtype)
-    seen = (rotation @ inverse)[..., None, :, :] @ corners[..., None]
+    corners = torch.tensor([[0, 0, 1], [1, 0, 1], [1, 1, 1], [0, 1, 1]], dtype=centre.dtype)
+    corners = corners.to(centre.device, non_blocking=True)
+    seen = (rotation @ back)[..., None, :, :] @ corners[..., None]
     seen = seen[..., :2, 0] / seen[..., 2:, 0].clamp_min(1e-6)  # (..., 4, 2)
     following = seen.roll(-1, dims=-2)
     along = following - seen

@@ -63,7 +63,7 @@ def _solve(
         total = pull.cumsum(-1)
         return torch.searchsorted(total, total[..., -1:] * shares).clamp_max(total.shape[-1] - 1)
 
-    place = quantile(pull, 0.5 if trunc is None else torch.tensor(QUANTILES, device=pull.device))
+    place = quantile(pull, 0.5 if trunc is None else torch.tensor(QUANTILES).to(pull.device, non_blocking=True))
     scale = ratio.gather(2, place)
     if trunc is not None:
         if start is not None:
@@ -85,7 +85,7 @@ def _compare(source: Tensor, target: Tensor, weight: Tensor, scale: Tensor, shif
     total = torch.zeros_like(weight)
     for axis in range(3):
         r = residual[..., axis]
-        moved = r[:, :, None] if shifts[axis] else torch.zeros_like(r[:, :1, None])
+        moved = r[:, :, None] * shifts[axis]
         error = (r[:, None, :] - moved).abs_().mul_(weight[:, None, :])
         total += (error if trunc is None else error.clamp_max_(trunc)).sum(-1)
     return total.masked_fill(weight <= 0, torch.inf)
@@ -150,7 +150,8 @@ def align_points_scale_z_shift(
     points_src: Tensor, points_tgt: Tensor, weight: Tensor, trunc: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `moge.utils.alignment.align_points_scale_z_shift`: (...,N,3) x 2, (...,N) -> scale (...), shift (...,3)."""
-    return _align(points_src, points_tgt, weight, trunc, torch.tensor([0.0, 0.0, 1.0], device=points_src.device))
+    along_z = torch.tensor([0.0, 0.0, 1.0]).to(points_src.device, non_blocking=True)
+    return _align(points_src, points_tgt, weight, trunc, along_z)
 
 
 def align_points_scale_xyz_shift(

@@ -63,7 +63,7 @@ def warp_view(
     back = rays @ transform[:, None, :3, :3]  # rows times R: the inverse rotation
     uv = project(back, intrinsics[:, None, None])
     in_front = back[..., 2] > 1e-6
-    grid = torch.where(in_front[..., None], 2 * uv - 1, torch.tensor(9.0, device=uv.device, dtype=uv.dtype))
+    grid = torch.where(in_front[..., None], 2 * uv - 1, 9.0)
 
     # How many source pixels a view pixel spans, for a prefilter against aliasing: one for the whole view.
     span = intrinsics[:, 0, 0] * width / (new_intrinsics[:, 0, 0] * size[1])

@@ -1,7 +1,6 @@
-"""Time and memory of adaptation: each stage of a step, whole loops side by side, and how the cost grows.
+"""Time of adaptation: each stage of a step, and how the cost grows. Whole loops side by side are in `loops.py`.
 
-Every comparison runs on one machine in one call, as medians of interleaved repeats; each loop runs in a process of its
-own, so that its peak memory is its own. Nothing here is asserted in a test: times belong in `05_performance.ipynb`.
+Nothing here is asserted in a test: times belong in `05_performance.ipynb`.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import pandas as pd
@@ -27,10 +24,8 @@ from ttt_lib.adaptation.losses.terms import needs_features
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.teacher import draw_views, make_renderer
 from ttt_lib.core.config import ExperimentConfig, build_experiment
-from ttt_lib.core.memory import memory_mb, peak_memory_mb, reset_peak_memory
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot
-from ttt_lib.runs.experiment import open_model
 
 STAGES = ("augment", "render", "forward", "loss", "backward", "optimizer", "teacher")
 
@@ -52,7 +47,8 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -81,29 +77,29 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
         target = model.predict(image)
         for _ in range(repeats + 1):
             drawing[0] = 0.0
-            marks = [_now(device)]
+            marks = [now(device)]
             view = draw_views(image, target, config, generator, renderer)
             batch = loss_batch(view, config, generator)
-            marks.append(_now(device))
+            marks.append(now(device))
             with student.attached():
                 output = forward(model, view.image, view.intrinsics, config)
-                marks.append(_now(device))
+                marks.append(now(device))
                 features = (model.features(view.image),) * 2 if needs_features(config.losses) else None
                 loss, _ = loss_of(output, batch, config, features=features)
-                marks.append(_now(device))
+                marks.append(now(device))
                 gradients = torch.autograd.grad(loss, student.leaves, allow_unused=True)
-            marks.append(_now(device))
+            marks.append(now(device))
             for leaf, gradient in zip(student.leaves, gradients):
                 leaf.grad = gradient
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            marks.append(_now(device))
+            marks.append(now(device))
             fresh = model.predict(image)
-            marks.append(_now(device))
+            marks.append(now(device))
             if spare is not None and drawing[0] > 0:
                 surface = fresh.mask & torch.isfinite(fresh.points).all(-1) & (fresh.points[..., 2] > 0)
                 spare.set_scene(image, fresh.points, surface, fresh.intrinsics)
-            marks.append(_now(device))
+            marks.append(now(device))
             for stage, seconds in _shares([b - a for a, b in zip(marks, marks[1:])], drawing[0], config).items():
                 times[stage].append(seconds)
     finally:
@@ -127,71 +123,12 @@ def _shares(spent: list[float], drawing: float, config: ExperimentConfig) -> dic
 
 def _timed(function: Callable, total: list[float], device: torch.device) -> Callable:
     def wrapped(*arguments: Any) -> Any:
-        begun = _now(device)
+        begun = now(device)
         result = function(*arguments)
-        total[0] += _now(device) - begun
+        total[0] += now(device) - begun
         return result
 
     return wrapped
-
-
-def _adapt_once(settings: dict[str, Any], image: Tensor, repeats: int, threads: int) -> dict[str, float]:
-    """In a process of its own: median seconds an image, peak memory of adapting (MiB), and how much of it adapting
-    added to the loaded model after a plain prediction."""
-    torch.set_num_threads(threads)
-    config = build_experiment(settings)
-    model = open_model(config)
-    model.predict(image.to(model.device))
-    idle = memory_mb(model.device)
-    reset_peak_memory(model.device)  # loading took more for a while
-    Adapter(model, config.model_copy(update={"train": config.train.model_copy(update={"passes": 1})})).adapt(image)
-    seconds, reload_seconds, peak = [], [], 0.0
-    for i in range(repeats):
-        begun = _now(model.device)
-        if config.released.reload_model:
-            model = None  # not two of them at a time
-            model = open_model(config)
-        reload_seconds.append(_now(model.device) - begun)
-        peak = max(peak, peak_memory_mb(model.device))  # of reloading: `adapt` starts again
-        result = Adapter(model, config).adapt(image, str(i))
-        seconds.append(_now(model.device) - begun)
-        peak = max(peak, result.peak_memory_mb)
-    return {
-        "seconds": statistics.median(seconds), "reload": statistics.median(reload_seconds), "passes": result.passes_done,
-        "peak_mb": peak, "idle_mb": idle, "added_mb": max(peak - idle, 0.0),
-        "cuda": float(model.device.type == "cuda"),
-    }  # fmt: skip
-
-
-def compare_loops(
-    configs: dict[str, ExperimentConfig], image: Tensor, repeats: int = 3, rounds: int = 1
-) -> pd.DataFrame:
-    """Seconds and peak memory of adapting to one image (3,H,W) by each configuration, and ratios to the first.
-
-    Columns loop, passes, seconds, ms_a_pass, peak_mb (MiB of the whole process, or allocated on a CUDA device),
-    added_mb (peak less what the loaded model had after a plain prediction: what adapting added), faster (first's
-    seconds over these), memory (on a CUDA device peak_mb over the first's; on a CPU, where libraries would hide the
-    difference, added_mb over the first's). Each loop runs `rounds` times in turn, `repeats` images a time, in a fresh process.
-    """
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in configs}
-    for _ in range(rounds):
-        for name, config in configs.items():
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                arguments = (config.as_parameters(), image.cpu(), repeats, torch.get_num_threads())
-                found[name].append(pool.submit(_adapt_once, *arguments).result())
-    rows = []
-    for name, results in found.items():
-        row = {key: statistics.median(result[key] for result in results) for key in results[0]}
-        rows.append({
-            "loop": name, "passes": int(row["passes"]), "seconds": row["seconds"],
-            "ms_a_pass": 1000 * row["seconds"] / max(row["passes"], 1), "peak_mb": row["peak_mb"],
-            "added_mb": row["added_mb"],
-        })  # fmt: skip
-    table = pd.DataFrame(rows)
-    table["faster"] = table.seconds[0] / table.seconds
-    compared = table.peak_mb if next(iter(found.values()))[0]["cuda"] else table.added_mb
-    table["memory"] = compared / compared[0]
-    return table
 
 
 def growth(model: GeometryModel, image: Tensor, config: ExperimentConfig, key: str, values: list[Any]) -> pd.DataFrame:
@@ -215,10 +152,10 @@ def growth(model: GeometryModel, image: Tensor, config: ExperimentConfig, key: s
                 place = place.setdefault(parent, {})
             place[last] = value
             changed = build_experiment(config.as_parameters(), overrides=overrides)
-        begun = _now(model.device)
+        begun = now(model.device)
         for i in range(count):
             Adapter(model, changed).adapt(image, str(i))
-        seconds = _now(model.device) - begun
+        seconds = now(model.device) - begun
         rows.append({key: value, "seconds": seconds, "images_a_minute": 60 * count / seconds})
         model.num_tokens = own
     return pd.DataFrame(rows)

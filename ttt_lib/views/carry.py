@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_lib.geometry.cameras import (
+    inverse,
     project,
     transform_points,
     unproject,
@@ -57,7 +58,7 @@ def carry_back(view: View, predicted: Tensor, points: Tensor, intrinsics: Tensor
     surface = F.grid_sample(target, grid, mode="nearest", align_corners=False)[:, 0]
     shown = known & (placed[..., 2] <= surface * (1 + OCCLUSION_TOLERANCE))
     moved = view.transform[:, :3, 3].abs().amax(-1)[:, None, None] > 0
-    back = transform_points(found, torch.linalg.inv(view.transform)[:, None, None])
+    back = transform_points(found, inverse(view.transform)[:, None, None])
     return back, inside & smooth & (~moved | shown)
 
 

@@ -79,25 +79,30 @@ def recolour(images: Tensor, severity: int, draws: Tensor, probability: float = 
     from kornia.filters import gaussian_blur2d
 
     s = SEVERITIES[severity]
-    draws = draws.to(images)
+    equalized = torch.nonzero((draws[:, 0] < probability) & (draws[:, 11] < s.equalize))[:, 0]
+    equalized = equalized.to(images.device, non_blocking=True)
+    draws = draws.to(images, non_blocking=True)
     signed = 2 * draws - 1
     active = draws[:, 0] < probability
 
     def chosen(column: int, chance: float) -> Tensor:
         return (active & (draws[:, column] < chance))[:, None, None, None]
 
+    def alike(value: float) -> Tensor:
+        """A number for each image, made where they are: kornia would send it there, and wait."""
+        return torch.full((len(images),), value, device=images.device, dtype=images.dtype)
+
     x = enhance.adjust_brightness_accumulative(images, 1 + s.brightness * signed[:, 1])
     x = enhance.adjust_contrast_with_mean_subtraction(x, 1 + s.contrast * signed[:, 2])
     x = enhance.adjust_saturation(x, 1 + s.saturation * signed[:, 3])
     x = enhance.adjust_hue(x.clamp(0, 1), 2 * torch.pi * s.hue * signed[:, 4])
-    x = enhance.adjust_gamma(x.clamp(0, 1), (1 + s.gamma) ** signed[:, 5])
+    x = enhance.adjust_gamma(x.clamp(0, 1), (1 + s.gamma) ** signed[:, 5], alike(1.0))
     x = torch.where(chosen(6, s.autocontrast), enhance.normalize_min_max(x), x).clamp(0, 1)
     x = torch.where(chosen(7, s.sharpness), enhance.sharpness(x, 1 + s.sharpen_by * draws[:, 8]), x)
     if s.posterize:
-        x = torch.where(chosen(9, s.posterize), enhance.posterize(x, s.posterize_bits), x)
+        x = torch.where(chosen(9, s.posterize), enhance.posterize(x, alike(s.posterize_bits).int()), x)
     if s.solarize:
-        x = torch.where(chosen(10, s.solarize), enhance.solarize(x, s.solarize_above), x)
-    equalized = torch.nonzero(chosen(11, s.equalize)[:, 0, 0, 0])[:, 0]
+        x = torch.where(chosen(10, s.solarize), enhance.solarize(x, alike(s.solarize_above)), x)
     if equalized.numel():  # the one operation that is dear enough to be done only where it is wanted
         x = x.index_copy(0, equalized, enhance.equalize(x[equalized].clamp(0, 1)))
     order = draws[:, 12:15].argsort(-1)[:, :, None, None].expand_as(x)

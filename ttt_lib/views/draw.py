@@ -65,17 +65,18 @@ def _cameras(median_depth: Tensor | float, severity: int, draws: Tensor) -> Tens
 
 
 def _crops(intrinsics: Tensor, config: CropConfig, draws: Tensor, aspect: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Crops: rotation (B,4,4), intrinsics (B,3,3) and which are crops at all, (B,) bool; draws (B, `CROP_DRAWS`).
+    """Crops: rotation (B,4,4), intrinsics (B,3,3) and, on the CPU, which are crops at all, (B,) bool; draws (B, `CROP_DRAWS`).
 
     A crop's side is uniform in `config.scale` (of the image), its place uniform where it fits. aspect: width over height
     of the crop, relative to the image's; the crop is narrowed about its centre to get there: pixels stay square.
     """
     low, high = config.scale
+    decided, draws = draws, draws.to(intrinsics.device, non_blocking=True)
     scale = low + (high - low) * draws[:, 0]
     centre = 0.5 + (draws[:, 1:3] - 0.5) * (1 - scale[:, None])
     chosen = draws[:, 3] < config.probability
-    rotation = torch.eye(4).repeat(len(draws), 1, 1)
-    original = intrinsics.cpu().expand(len(draws), 3, 3)
+    rotation = torch.eye(4, device=draws.device).repeat(len(draws), 1, 1)
+    original = intrinsics.expand(len(draws), 3, 3)
     if config.kind == "plain":
         cropped = plain_crop(original, centre, scale)
     else:
@@ -85,7 +86,7 @@ def _crops(intrinsics: Tensor, config: CropConfig, draws: Tensor, aspect: float)
     zoom = torch.tensor([max(1.0, 1 / aspect), max(1.0, aspect)])
     narrow = torch.diag(torch.cat([zoom, torch.ones(1)]))
     narrow[:2, 2] = (1 - zoom) / 2
-    return rotation, narrow @ cropped, chosen
+    return rotation, narrow.to(draws.device, non_blocking=True) @ cropped, decided[:, 3] < config.probability
 
 
 def fill_unknown(image: Tensor, mask: Tensor) -> Tensor:
@@ -193,9 +194,10 @@ def _plan(intrinsics: Tensor, config: ViewConfig, count: int, generator: torch.G
     crop_draws, flags, colour_draws, camera_draws = draws.split(parts, 1)
     fixed, lens, cropped = _crops(intrinsics, config.crop, crop_draws, stretch)
     mirrored = flags[:, 0] < config.mirror
+    there = mirrored[:, None, None].to(fixed.device, non_blocking=True)
     return Plan(
-        transform=torch.where(mirrored[:, None, None], MIRROR @ fixed, fixed).to(intrinsics.device),
-        lens=torch.where(mirrored[:, None, None], mirror_intrinsics(lens), lens).to(intrinsics.device),
+        transform=torch.where(there, MIRROR.to(fixed, non_blocking=True) @ fixed, fixed),
+        lens=torch.where(there, mirror_intrinsics(lens), lens),
         moved=(flags[:, 1] < config.novel_view.probability) & (config.novel_view.severity > 0),
         cropped=cropped,
         mirrored=mirrored,
@@ -212,7 +214,7 @@ def _warp(
     n = len(fixed)
     maps = image.expand(n, -1, -1, -1), points.expand(n, -1, -1, -1), surface.expand(n, -1, -1)
     warped = warp_view(*maps, intrinsics.expand(n, 3, 3), fixed, lens, size)
-    if bool(mask.all()):
+    if not mask.is_cuda and bool(mask.all()):  # a GPU draws no sky faster than it can be asked
         return *warped, torch.zeros_like(warped[2])
     return *warped, _sky_seen(~mask, intrinsics, fixed, lens, size)[0] & ~warped[2]
 
@@ -266,7 +268,7 @@ def make_views(
         stats["identity"] = int(waiting.numel())
         transform[waiting.to(device)], moved[waiting] = fixed[waiting.to(device)], False
 
-    still = torch.nonzero(~moved)[:, 0].to(device)
+    still = torch.nonzero(~moved)[:, 0].to(device, non_blocking=True)
     if still.numel():
         _put(out, still, _warp(image, points, mask, surface, intrinsics, fixed[still], lens[still], size))
 

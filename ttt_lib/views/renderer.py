@@ -110,17 +110,17 @@ class NovelViewRenderer:
             raise ValueError("set_scene comes before render")
         # A mirrored camera is drawn unmirrored, with mirrored intrinsics, and its picture flipped.
         mirrored = torch.linalg.det(transform[:, :3, :3]) < 0
-        proper = torch.where(mirrored[:, None, None], MIRROR.to(transform) @ transform, transform)
+        proper = torch.where(mirrored[:, None, None], MIRROR.to(transform, non_blocking=True) @ transform, transform)
         lens = torch.where(mirrored[:, None, None], mirror_intrinsics(intrinsics), intrinsics)
         if self.backend == "torch":
             image, depth, mask = rasterise(self.mesh, proper, lens, size)
         else:
             image, depth, mask = self._render_gl(proper, lens, size)
         points = _place(torch.where(mask, depth, torch.nan), lens)
-        if bool(mirrored.any()):
-            image[mirrored] = image[mirrored].flip(-1)
-            mask[mirrored] = mask[mirrored].flip(-1)
-            points[mirrored] = mirror_points(points[mirrored])
+        flipped = mirrored[:, None, None]  # all are flipped, and some are taken: a GPU is not asked which
+        image = torch.where(flipped[..., None], image.flip(-1), image)
+        mask = torch.where(flipped, mask.flip(-1), mask)
+        points = torch.where(flipped[..., None], mirror_points(points), points)
         return RenderedView(image, points, mask, intrinsics, transform)
 
     def _render_gl(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ holds for back faces.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_lib.views.mesh import NEAR, Mesh
@@ -96,11 +97,12 @@ def _nearest_faces(
     total = int(ends[-1]) if len(ends) else 0
     buffer = torch.full((height * width,), EMPTY, device=device)
     steps = torch.arange(0, total, CUDA_CHUNK if device.type == "cuda" else CHUNK, device=device)
-    borders = [*torch.searchsorted(ends, steps, right=True).tolist(), len(face)]
-    for first, last in zip(borders, borders[1:]):
+    borders = F.pad(torch.searchsorted(ends, steps, right=True), (0, 1), value=len(face))
+    # Faces and pixels before each border, read back together: a GPU is waited for once.
+    borders, pixels = torch.stack([borders, F.pad(ends, (1, 0)).index_select(0, borders)]).tolist()
+    for first, last, start, stop in zip(borders, borders[1:], pixels, pixels[1:]):
         if first == last:
             continue
-        start, stop = int(starts[first]), int(ends[last - 1])
         slot = torch.repeat_interleave(count[first:last], output_size=stop - start) + first
         within = torch.arange(start, stop, device=device) - starts.index_select(0, slot)
         span = wide.index_select(0, slot)

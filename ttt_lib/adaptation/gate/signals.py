@@ -311,5 +311,6 @@ def _camera(original: Prediction, adapted: Prediction) -> dict[str, float]:
     }
 
 
-def _log_ratio(a: float, b: float) -> float:
-    return math.log(max(float(a), 1e-9) / max(float(b), 1e-9)) if np.isfinite(a) and np.isfinite(b) else math.nan
+def _log_ratio(a: float | Tensor, b: float | Tensor) -> float:
+    a, b = float(a), float(b)  # NumPy would not look at a tensor of a GPU
+    return math.log(max(a, 1e-9) / max(b, 1e-9)) if math.isfinite(a) and math.isfinite(b) else math.nan

@@ -1,0 +1,198 @@
+"""Whole loops side by side: the published one and ours, in rounds, each in a process of its own.
+
+`05_performance.ipynb` shows the bundled model's; `ttt-depth benchmark` runs the published size on a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ttt_lib.adaptation.adapter import Adapter
+from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment
+from ttt_lib.core.files import write_json
+from ttt_lib.core.memory import memory_mb, peak_memory_mb, reset_peak_memory
+from ttt_lib.data.catalog import open_dataset
+from ttt_lib.models.pretraining.stand_in import write_stand_in
+from ttt_lib.runs.benchmark import machine, now
+from ttt_lib.runs.catalog import experiment_file
+from ttt_lib.runs.experiment import open_model, resolve_profile
+
+log = logging.getLogger(__name__)
+NO_PATCHES = {"losses": {f"local_{level}": {"weight": 0.0} for level in (4, 16, 64)}}
+FULL = 512  # passes of the published recipe
+MARGIN = 1.2  # a round may take so much longer than the last one
+
+
+def loops_to_compare(model: dict[str, Any], longest_side: int, passes: int) -> dict[str, ExperimentConfig]:
+    """The published loop and ours at equal steps and views, and `recommended`, which is a shorter recipe with a gate.
+
+    Args:
+        model: section of the configuration, `name` and `num_tokens`.
+        longest_side: of the views, pixels.
+        passes: of all loops but `recommended`, in up to four steps.
+
+    Returns:
+        Configurations by the name of their row; the first is what the others are compared with.
+
+    Example:
+        >>> list(loops_to_compare({"name": "tiny", "num_tokens": 48}, 64, 4))[0]
+        'as released'
+    """
+    size: dict[str, Any] = {"model": model, "views": {"longest_side": longest_side}}
+    train = {"passes": passes, "accumulation": max(1, passes // 4)}
+    small = model["name"] == "tiny"  # whose profile leaves the patches out, and has a rate that it bears
+
+    def row(profile: str | None = None, name: str = "unfreeze_encoder", **over: Any) -> ExperimentConfig:
+        laid = {**size, **over, "model": {**model, **over.get("model", {})}}
+        if name != "recommended":
+            laid["train"] = {**train, **over.get("train", {})}
+        return load_experiment(experiment_file(name), resolve_profile(profile), laid)
+
+    together, one = {"micro_batch": 2 * train["accumulation"]}, {"micro_batch": 1}
+    without = {"profile": "demo"} if small else NO_PATCHES
+    bfloat16, less = {"autocast": "bfloat16"}, {"checkpointing": True}
+    return {
+        "as released": row("as_released", released={"full_cost_alignment": True}),
+        "all terms": row(),
+        "all terms, together": row(train=together),
+        "all terms, one view": row(train=one),
+        "all terms, one view, checkpointing": row(train=one, model=less),
+        "all terms, together, bfloat16": row(train=together, model=bfloat16),
+        "without patches": row(**without),
+        "without patches, together, bfloat16": row(**without, train=together, model=bfloat16),
+        "recommended": row("demo" if small else None, "recommended"),
+    }
+
+
+@contextmanager
+def published_model(steps: int = 120) -> Iterator[dict[str, Any]]:
+    """The published ViT-S at its 1500 tokens, with weights that mean nothing (`stand_in.py`): a model's section.
+
+    steps: of the fit that makes them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vits.pt"
+        write_stand_in(path, steps)
+        yield {"name": str(path), "num_tokens": 1500}
+
+
+def benchmark(output: Path, quick: bool | None = None, passes: int = 8, minutes: float = 8.0, rounds: int = 3) -> str:
+    """Measure the loops on this machine, and write `benchmark.json` and `benchmark.md` into a folder.
+
+    Args:
+        output: the folder.
+        quick: the bundled model at 256 pixels instead of the published size at 640; None: where there is no GPU.
+        passes: of a loop.
+        minutes: no further round is begun that would end later; the first one is always finished.
+        rounds: at most so many.
+
+    Returns:
+        The table and what it says of a whole published adaptation, as text.
+    """
+    begun, device = time.monotonic(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    quick = device.type != "cuda" if quick is None else quick
+    image = next(iter(open_dataset(kind="motorcycle").readable())).image
+    about = {**machine(device), "date": time.strftime("%Y-%m-%d"), "passes": passes}
+    about["model"] = "tiny, 192 tokens, views of 256" if quick else "ViT-S stand-in, 1500 tokens, views of 640"
+    with published_model() if not quick else _bundled() as model:
+        loops = loops_to_compare(model, 256 if quick else 640, passes)
+        left = 60 * minutes - (time.monotonic() - begun)
+        table = compare_loops(loops, image, 1, rounds, left)
+    first, last = table.iloc[0], table[table.loop == "recommended"].iloc[0]
+    whole = FULL * first.ms_a_pass / 1000
+    about["whole"] = (
+        f"as released, {FULL} passes: {whole:.0f} s an image; recommended, {last.passes} passes with its gate: "
+    )
+    about["whole"] += f"{last.seconds:.1f} s, {whole / last.seconds:.0f} times faster"
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "benchmark.json", {**about, "loops": table.to_dict("records")})
+    said = [*(f"{key}: {value}" for key, value in about.items()), "", table.round(3).to_string(index=False)]
+    (output / "benchmark.md").write_text("\n".join(["```", *said, "```", ""]), encoding="utf-8")
+    return "\n".join(said)
+
+
+@contextmanager
+def _bundled() -> Iterator[dict[str, Any]]:
+    yield {"name": "tiny", "num_tokens": 192}
+
+
+def _adapt_once(settings: dict[str, Any], image: Tensor, repeats: int, threads: int) -> dict[str, float]:
+    """In a process of its own: median seconds an image, peak memory of adapting (MiB), and how much of it adapting
+    added to the loaded model after a plain prediction."""
+    torch.set_num_threads(threads)
+    config = build_experiment(settings)
+    model = open_model(config)
+    model.predict(image.to(model.device))
+    idle = memory_mb(model.device)
+    reset_peak_memory(model.device)  # loading took more for a while
+    Adapter(model, config.model_copy(update={"train": config.train.model_copy(update={"passes": 1})})).adapt(image)
+    seconds, reload_seconds, peak = [], [], 0.0
+    for i in range(repeats):
+        begun = now(model.device)
+        if config.released.reload_model:
+            model = None  # not two of them at a time
+            model = open_model(config)
+        reload_seconds.append(now(model.device) - begun)
+        peak = max(peak, peak_memory_mb(model.device))  # of reloading: `adapt` starts again
+        result = Adapter(model, config).adapt(image, str(i))
+        seconds.append(now(model.device) - begun)
+        peak = max(peak, result.peak_memory_mb)
+    return {
+        "seconds": statistics.median(seconds), "reload": statistics.median(reload_seconds), "passes": result.passes_done,
+        "peak_mb": peak, "idle_mb": idle, "added_mb": max(peak - idle, 0.0),
+        "cuda": float(model.device.type == "cuda"),
+    }  # fmt: skip
+
+
+def compare_loops(
+    configs: dict[str, ExperimentConfig], image: Tensor, repeats: int = 3, rounds: int = 1,
+    seconds: float = float("inf"),
+) -> pd.DataFrame:  # fmt: skip
+    """Seconds and peak memory of adapting to one image (3,H,W) by each configuration, and ratios to the first.
+
+    Columns loop, passes, seconds, ms_a_pass, peak_mb (MiB of the whole process, or allocated on a CUDA device),
+    added_mb (peak less what the loaded model had after a plain prediction: what adapting added), rounds, faster (first's
+    seconds over these), memory (on a CUDA device peak_mb over the first's; on a CPU, where libraries would hide the
+    difference, added_mb over the first's), failed (in words; its numbers are NaN then). Each loop runs `rounds` times in
+    turn, or as often as fits into `seconds`, `repeats` images a time, in a fresh process.
+    """
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in configs}
+    failed, begun = dict.fromkeys(configs, ""), time.monotonic()
+    for done in range(rounds):
+        if done and (time.monotonic() - begun) * (1 + MARGIN / done) > seconds:
+            break
+        for name, config in configs.items():
+            if failed[name]:
+                continue
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                arguments = (config.as_parameters(), image.cpu(), repeats, torch.get_num_threads())
+                try:
+                    found[name].append(pool.submit(_adapt_once, *arguments).result())
+                except Exception as error:  # of that process: what does not fit is a row of the table, not its end
+                    failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                    log.info("%s: %s", name, failed[name])
+    keys = ("passes", "seconds", "peak_mb", "added_mb")
+    rows = []
+    for name, results in found.items():
+        row = {key: statistics.median([result[key] for result in results] or [float("nan")]) for key in keys}
+        row = {**row, "ms_a_pass": 1000 * row["seconds"] / max(row["passes"], 1), "rounds": len(results)}
+        rows.append({"loop": name, **row, "passes": int(row["passes"]) if results else 0})
+    table = pd.DataFrame(rows)
+    table["faster"] = table.seconds[0] / table.seconds
+    on_gpu = any(result["cuda"] for results in found.values() for result in results)
+    compared = table.peak_mb if on_gpu else table.added_mb
+    table["memory"], table["failed"] = compared / compared[0], list(failed.values())
+    return table
