@@ -232,9 +232,11 @@ def test_a_checkpoint_that_unpacks_to_far_more_is_refused_before_it_is_read(
         load_model(str(bomb), "cpu")
 
 
-def test_moge_3_is_named_while_it_is_lacking():
-    with pytest.raises(UserError, match="the installed moge has no MoGe-3"):
-        load_model("Ruicheng/moge-3-vitl", "cpu")
+def test_moge_3_is_named_while_it_is_lacking(tmp_path):
+    (tmp_path / "moge-3-vitl.pt").write_bytes(b"downloaded")
+    for name in ("Ruicheng/moge-3-vitl", str(tmp_path / "moge-3-vitl.pt")):
+        with pytest.raises(UserError, match="the installed moge has no MoGe-3"):
+            load_model(name, "cpu")
 
 
 class Bare(GeometryModel):

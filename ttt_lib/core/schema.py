@@ -53,7 +53,10 @@ class ModelConfig(Section):
     (which becomes absolute, `~` your home), or `FAMILY:REST`.
     `num_tokens`: base tokens of a forward pass; None takes the model's own default.
     `autocast`: `bfloat16` runs the network's training passes (not losses, alignment and predictions) in mixed precision.
-    `fov_x`: horizontal field of view in degrees, for models that predict no camera (None: 60 is assumed, and said).
+    `fov_x`: horizontal field of view in degrees, where it is known (None: as the model predicts it; 60 is assumed, and
+    said, for models that do not).
+    `canonical_focal`: of the camera that a metric model was trained for, in pixels of the picture as the network gets it:
+    depth is rescaled by the ratio of the focal lengths (ZoeDepth for NYU: 415, 519 pixels at a width of 640).
     `checkpointing`: keep fewer activations and compute them again in the backward pass: less memory, more time.
     """
 
@@ -62,6 +65,7 @@ class ModelConfig(Section):
     device: str = "auto"
     autocast: Literal["none", "bfloat16"] = "none"
     fov_x: Annotated[float, Field(ge=1.0, lt=180.0)] | None = None
+    canonical_focal: Positive | None = None
     checkpointing: bool = False
 
 
