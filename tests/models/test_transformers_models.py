@@ -23,7 +23,7 @@ from PIL import Image
 from ttt_lib.adaptation.ensemble import predict_mirrored
 from ttt_lib.core.errors import UserError
 from ttt_lib.data.known_distances import References
-from ttt_lib.geometry.cameras import intrinsics_from_fov, uv_map
+from ttt_lib.geometry.cameras import intrinsics_from_fov, unproject, uv_map
 from ttt_lib.models.base import restore, select_parameters, snapshot, weights_checksum
 from ttt_lib.models.load import load_model
 from ttt_lib.models.preprocessing import resize_rounded, zoedepth_border
@@ -356,6 +356,33 @@ def test_depth_pro_takes_its_own_field_of_view_or_the_known_one(load):
     with model.knowing(fov_x=40.0):
         assert torch.equal(model.predict(image).points, given.points)
         assert torch.allclose(model.forward(image)["points"], given.points, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["da_relative", "da_metric"])
+def test_a_plane_under_a_known_camera_off_the_middle(load, monkeypatch, family):
+    """A disparity model with known distances and a metric one: the points are where the plane is."""
+    from ttt_lib import adapt
+    from ttt_lib.data.known_camera import centre_photograph, known_camera
+
+    model, image, given = load(family), _batch(_pictures(1))[0], (70.0, 72.0, 50.0, 25.0)
+    camera, plane = known_camera((60, 82), given), torch.tensor([0.1, 0.2, 0.5], dtype=torch.float64)  # plane . X = 1
+    seen = centre_photograph(image, camera)
+    rays = unproject(torch.ones(seen.image.shape[-2:], dtype=torch.float64), seen.intrinsics.double())
+    inverse = (rays @ (seen.rotation @ plane)).float()
+    answer = 3 * inverse + 0.2 if family == "da_relative" else 1 / inverse
+    monkeypatch.setattr(model, "_at_size", lambda output, height, width: answer[None])
+    uv = torch.rand(40, 2, generator=torch.Generator().manual_seed(0))
+    own = torch.cat([uv, torch.ones(40, 1)], -1).double() @ torch.linalg.inv(camera.intrinsics.double()).mT
+    known = {"references": References(uv, (1 / (own @ plane)).float())} if family == "da_relative" else {}
+    quick = {"train": {"passes": 0, "method": "none"}, "gate": {"mode": "off"}, "ensemble": {"members": []}}
+    final = adapt(model, image, "original", overrides=quick, intrinsics=given, **known).final
+    there = torch.isfinite(final.depth)
+    assert (
+        final.kind == "metric" and 0.6 < there.float().mean() < 1 and torch.equal(final.intrinsics, camera.intrinsics)
+    )
+    on_plane = (final.points[there].double() @ plane - 1).abs()
+    assert on_plane.mean() < 1e-3 and on_plane.max() < 1e-2
+    assert torch.allclose(final.points, unproject(final.depth, camera.intrinsics), equal_nan=True)
 
 
 @pytest.mark.parametrize("family", ["da_metric", "zoe_n", "glpn", "dpt_dinov2"])

@@ -22,8 +22,7 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]  # more is a slip, and would fill the memory
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Side = Annotated[int, Field(ge=16, le=16384)]  # pixels that a network can make something of
-# Folders in a folder of runs that are no experiment's.
-RESERVED = ("summary", "superseded", "failed")
+RESERVED = ("summary", "superseded", "failed")  # folders in a folder of runs that are no experiment's
 
 
 class Section(BaseModel):
@@ -53,10 +52,8 @@ class ModelConfig(Section):
     (which becomes absolute, `~` your home), or `FAMILY:REST`.
     `num_tokens`: base tokens of a forward pass; None takes the model's own default.
     `autocast`: `bfloat16` runs the network's training passes (not losses, alignment and predictions) in mixed precision.
-    `fov_x`: horizontal field of view in degrees, where it is known (None: as the model predicts it; 60 is assumed, and
-    said, for models that do not).
-    `canonical_focal`: of the camera that a metric model was trained for, in pixels of the picture as the network gets it:
-    depth is rescaled by the ratio of the focal lengths (ZoeDepth for NYU: 415, 519 pixels at a width of 640).
+    `fov_x`: horizontal field of view in degrees, where it is known (None: as the model predicts it, else 60, and said).
+    `canonical_focal`: in pixels of the network's input, of the camera that a metric model is for; its depth is rescaled.
     `checkpointing`: keep fewer activations and compute them again in the backward pass: less memory, more time.
     """
 
