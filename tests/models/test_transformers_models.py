@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from true_scene import true_scene
 
+from ttt_lib.adaptation.correction import at_references
 from ttt_lib.adaptation.ensemble import predict_mirrored
 from ttt_lib.core.errors import UserError
 from ttt_lib.data.known_distances import References
@@ -453,17 +455,18 @@ def test_num_tokens_sets_the_processed_size(load):
 def test_shapes_kinds_and_cameras(load, family):
     model, images = load(family), _batch(_pictures())
     metric = family in METRIC
-    assert (model.kind, model.output) == (("metric", "depth") if metric else ("disparity", "disparity"))
+    kind = "affine_invariant" if family == "prompt" else "metric"
+    assert (model.kind, model.output) == ((kind, "depth") if metric else ("disparity", "disparity"))
     assert not any(p.requires_grad for p in model.network.parameters()) and not model.network.training
     output = model.forward(images)
-    own_camera, relative = family == "pro", family == "prompt"  # of which nothing is known here
+    own_camera = family == "pro"
     assert {k: v.shape for k, v in output.items()} == (
         {"depth": (2, 60, 82), "points": (2, 60, 82, 3)} if metric else {"disparity": (2, 60, 82)}
     )
     assert all(value.dtype == torch.float32 for value in output.values())
     both = model.predict(images)
     assert both.points.shape == (2, 60, 82, 3) and both.mask.dtype == torch.bool and both.intrinsics.shape == (2, 3, 3)
-    assert both.kind == ("affine_invariant" if relative else model.kind) and (both.disparity is None) == metric
+    assert both.kind == model.kind and (both.disparity is None) == metric
     assert both.extra == (
         {} if own_camera else {"assumed_fov": 60} | ({"domain": both.extra["domain"]} if family == "zoe_nk" else {})
     )
@@ -883,6 +886,33 @@ def test_adaptation_runs_on_every_family_and_leaves_the_weights(load, family):
     scores = scores_of(result.final, rest)
     expected = "depth_affine_invariant" if family in METRIC else "disparity_affine_invariant"
     assert expected in scores
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    return true_scene(views=2, scale=0.2, size=(64, 96), points=200)[0]
+
+
+@pytest.mark.parametrize("family", ["da_relative", "zoe_nk", "dpt", "pro", "prompt", "glpn"])
+def test_a_scene_is_adapted_to_by_every_family(load, rendered, tmp_path, family):
+    """Correction and training, and the whole folder; random networks know nothing, so only the form can be checked."""
+    from ttt_lib import adapt_scene
+    from ttt_lib.report.scene_files import write_scene
+
+    model, before = load(family), weights_checksum(load(family))
+    quick = {"train": {"parts": ["heads"], "passes": 2, "accumulation": 1}, "views": {"longest_side": 96}}
+    adapted = adapt_scene(model, rendered, "scene_trained", overrides=quick, progress=False)
+    assert adapted.log.passes_done == 2 and not adapted.failed and weights_checksum(model) == before
+    if family == "dpt":
+        record = write_scene(adapted, tmp_path / "out")
+        assert len(record["photographs"]) == 2 and (tmp_path / "out" / "index.html").is_file()
+        assert (tmp_path / "out" / "cloud.glb").exists() == bool(record["cloud_points"])
+    if model.output == "disparity":  # whose points are none that the terms of the experiment could compare
+        assert {"ssi", "gradient"} <= adapted.log.history[0].keys() and "global" not in adapted.log.history[0]
+    for photograph, result in adapted.results():
+        assert result.adapted is not None and torch.isfinite(result.adapted.depth).float().mean() > 0.9
+        ratio = at_references(result.adapted.depth[None], photograph.tracks)[0] / photograph.tracks.depth
+        assert ratio.log().abs().nanmedian() < 0.5, "the correction did not bring it to the tracks"
 
 
 @pytest.mark.slow

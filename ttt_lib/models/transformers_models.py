@@ -105,7 +105,7 @@ class TransformersModel(GeometryModel):
         return F.interpolate(output[:, None], (height, width), mode="bicubic", align_corners=False)[:, 0]
 
     def _run(self, pixels: Tensor, whole: bool = True) -> tuple[Tensor, dict[str, Any]]:
-        """The network's map (B,h,w), and what else it says: `domain` for networks that choose one, or `fov_x`.
+        """The network's map (B,h,w), and what else it says: `domain` of networks that choose one, `fov_x`, or `kind`.
 
         whole: the pictures are not views that were made of it.
         """
@@ -190,7 +190,7 @@ class TransformersModel(GeometryModel):
         if "domain" in said:
             extra["domain"] = said["domain"] if images.ndim == 4 else said["domain"][0]
         kind = said.get("kind", self.kind)
-        if kind != self.kind:
+        if kind == "affine_invariant":
             notes.append("no distances are known, so depth is relative")
         disparity, depth = None, output
         if self.output == "disparity":

@@ -101,11 +101,15 @@ class PromptedModel(TransformersModel):
     of_one_camera = False
     _prompt: tuple[References, Tensor] | None = None
 
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        self.kind = "affine_invariant"  # alone
+
     def _run(self, pixels: Tensor, whole: bool = True) -> tuple[Tensor, dict[str, Any]]:
         known = self.known_references if whole else None
         if known is None or bool((known.depth == known.depth[0]).all()):  # of one distance it can make nothing
-            return self.network(pixels).predicted_depth, {"kind": "affine_invariant"}
+            return self.network(pixels).predicted_depth, {}
         if self._prompt is None or self._prompt[0] is not known:
             self._prompt = known, spread_distances(known, *PROMPT_SIZE).to(pixels)
         prompt = self._prompt[1].expand(len(pixels), 1, *PROMPT_SIZE)
-        return self.network(pixels, prompt_depth=prompt).predicted_depth, {}
+        return self.network(pixels, prompt_depth=prompt).predicted_depth, {"kind": "metric"}
