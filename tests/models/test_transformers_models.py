@@ -331,16 +331,14 @@ def test_known_distances_are_the_prompt_of_prompt_depth_anything(folder, load):
 def test_known_distances_prompt_and_train_in_one_adaptation(load):
     from conftest import adapt
 
-    from ttt_lib.core.config import build_experiment
+    from ttt_lib import load_experiment
 
     model, image = load("prompt"), _batch(_pictures(1, (56, 70)))[0]
     references = References(torch.rand(30, 2), 1 + torch.rand(30))
     with model.knowing(references=references):
         expected = model.predict(image).depth
-    config = build_experiment({
-        "name": "t", "train": {"parts": ["heads"], "passes": 6, "accumulation": 1, "optimizer": {"learning_rate": 1e-2}},
-        "losses": {"metric_reference": {"weight": 1.0}},
-    })  # fmt: skip
+    quick = {"parts": ["heads"], "passes": 6, "accumulation": 1, "optimizer": {"learning_rate": 1e-2}}
+    config = load_experiment("prompt_depth_anything", overrides={"train": quick})
     result = adapt(model, image, config, references=references)
     assert torch.equal(result.original.depth, expected) and result.final.kind == "metric"
     terms = [entry["metric_reference"] for entry in result.history]

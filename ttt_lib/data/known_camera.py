@@ -185,10 +185,9 @@ def _points(depth: Tensor, intrinsics: Tensor) -> Tensor:
 
 def _places(size: tuple[int, int], own: Tensor, rotation: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Where in another camera's picture (-1 to 1) the pixels of a camera lie, (H,W,2), and how far along its axis the
-    points at depth 1 of this one, (H,W). rotation: from this camera to the other. float64."""
-    rays = unproject(torch.ones(*size, dtype=torch.float64), own.double())
-    turned = rays @ rotation.mT
-    grid = 2 * project(turned, other.double()) - 1
+    points at depth 1 of this one, (H,W). rotation: from this camera to the other."""
+    turned = unproject(torch.ones(*size), own.float()) @ rotation.float().mT
+    grid = 2 * project(turned, other.float()) - 1
     return torch.where(turned[..., 2:] > 1e-6, grid, 9.0), turned[..., 2]
 
 

@@ -74,6 +74,8 @@ def load_model(
     family, rest = _family(name)
     log.info("model %s: family %s on %s", name, family, target)
     model = MODELS[family](rest, device=target, num_tokens=num_tokens, autocast=autocast, fov_x=fov_x)
+    if fov_x is not None:
+        model.fov_x = fov_x
     if canonical_focal is not None:
         model.rescale_from(canonical_focal)
     return model

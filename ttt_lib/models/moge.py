@@ -126,14 +126,10 @@ class MoGe(GeometryModel):
             self.network.enable_gradient_checkpointing()
 
 
-def _build(
-    path: Path, name: str, device: torch.device, num_tokens: int | None, autocast: str, fov_x: float | None
-) -> MoGe:
+def _build(path: Path, name: str, device: torch.device, num_tokens: int | None, autocast: str) -> MoGe:
     network = load_network(path, name).to(device).requires_grad_(False)
     kind: Kind = "metric" if hasattr(network, "scale_head") else "scale_invariant"
-    model = MoGe(network, name, kind, num_tokens, autocast)
-    model.fov_x = fov_x
-    return model
+    return MoGe(network, name, kind, num_tokens, autocast)
 
 
 def _is_checkpoint(name: str) -> bool:
@@ -155,7 +151,7 @@ def load_moge(name: str, device: torch.device, num_tokens: int | None, autocast:
             )
     elif not os.path.isfile(path):
         path = download_checkpoint(name)
-    return _build(path, name, device, num_tokens, autocast, fov_x)
+    return _build(path, name, device, num_tokens, autocast)
 
 
 @MODELS.register("tiny", matches=lambda name: name == "tiny", listed=("tiny",))
@@ -164,7 +160,7 @@ def load_tiny(name: str, device: torch.device, num_tokens: int | None, autocast:
     path = ASSETS / "tiny.pt"
     if not path.exists():
         raise ModelError(f"model 'tiny': {path} is missing; install the package again.")
-    model = _build(path, name, device, num_tokens or TINY_TOKENS, autocast, fov_x)
+    model = _build(path, name, device, num_tokens or TINY_TOKENS, autocast)
     if device.type == "cpu":  # a third less time for its convolutions there; ViTs gain nothing
         model.network.to(memory_format=torch.channels_last)
     return model

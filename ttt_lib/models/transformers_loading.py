@@ -165,4 +165,4 @@ def load_transformers_model(
         or (family == "dpt" and backbone == "dinov2")
     )
     network = network.to(device).requires_grad_(False)
-    return FAMILIES[family][1](network, name, metric, rules, num_tokens, autocast, fov_x, notes)
+    return FAMILIES[family][1](network, name, metric, rules, num_tokens, autocast, notes)

@@ -41,7 +41,7 @@ def depth_from_disparity(disparity: Tensor) -> Tensor:
 class TransformersModel(GeometryModel):
     """Depth Anything, DPT/MiDaS or GLPN: disparity up to scale and shift, or metric depth; no camera.
 
-    fov_x: horizontal field of view in degrees, used where no intrinsics are given (None: `ASSUMED_FOV`). notes:
+    Where no camera is known, its field of view is taken as `ASSUMED_FOV` degrees across. notes:
     assumptions that hold for every picture. The parts are the library's: `backbone` (or `dpt`, `glpn`, `depth_pro`) is
     the encoder, `neck`, `decoder` and `fusion_stage` are the neck, and `head`, `relative_head`, `metric_head` and
     `fov_model` are the heads. average_flipped: `predict` averages the network's maps of the picture and of its mirror
@@ -64,12 +64,11 @@ class TransformersModel(GeometryModel):
         rules: Rules,
         num_tokens: int | None = None,
         autocast: str = "none",
-        fov_x: float | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
         super().__init__(network, name, "metric" if metric else "disparity", num_tokens, autocast)
         self.output: Literal["points", "depth", "disparity"] = "depth" if metric else "disparity"
-        self.rules, self.fov_x, self.notes = rules, fov_x, notes
+        self.rules, self.notes = rules, notes
 
     def rescale_from(self, canonical_focal: float) -> None:
         """Metric depth times focal / canonical focal, both in pixels of the picture as the network gets it.
