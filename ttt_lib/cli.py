@@ -172,13 +172,8 @@ def adapt(
             help="Known distances: CSV with u,v,metres (pixels), or a sparse 16-bit depth PNG (see --metric-unit); one image."
         ),
     ] = None,
-    metric_unit: Annotated[
-        str | None,
-        typer.Option(help="Of that PNG: kitti (1/256 m, the default), mm, or how many metres a unit is."),
-    ] = None,
-    intrinsics: Annotated[
-        str | None, typer.Option(help="Known camera: fx,fy,cx,cy in pixels of the upright photograph.")
-    ] = None,
+    metric_unit: Annotated[str | None, typer.Option(help="Of that PNG: kitti (1/256 m), mm, or metres a unit.")] = None,
+    intrinsics: Annotated[str | None, typer.Option(help="Known camera: fx,fy,cx,cy in pixels, upright.")] = None,
     fov: Annotated[float | None, typer.Option(help="Known camera: horizontal field of view in degrees.")] = None,
     exif: Annotated[bool, typer.Option(help="Take the focal length from EXIF where neither is given.")] = True,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,

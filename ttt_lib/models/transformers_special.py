@@ -13,6 +13,7 @@ from ttt_lib.models.preprocessing import zoedepth_border
 from ttt_lib.models.transformers_models import TransformersModel
 
 INVERSE_DEPTHS = (1e-4, 1e4)  # per metre, between which Depth Pro's post-processing keeps them
+FOV = (1.0, 179.0)  # degrees that a camera can have, whatever the head of Depth Pro says
 PROMPT_SIZE = (192, 256)  # of the LiDAR maps that Prompt Depth Anything was published for
 
 
@@ -81,7 +82,7 @@ class DepthProModel(TransformersModel):
     def _run(self, pixels: Tensor, whole: bool = True) -> tuple[Tensor, dict[str, Any]]:
         output = self.network(pixels)
         fov_x = output.field_of_view
-        return output.predicted_depth, {} if fov_x is None else {"fov_x": fov_x.float()}
+        return output.predicted_depth, {} if fov_x is None else {"fov_x": fov_x.float().clamp(*FOV)}
 
     def _metres(self, output: Tensor, images: Tensor, cameras: Tensor) -> Tensor:
         return 1 / (output / cameras[:, 0, 0, None, None]).clamp(*INVERSE_DEPTHS)
