@@ -6,15 +6,14 @@ the scores are those of `evaluation.scores`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from torch import Tensor
 
-from ttt_lib.adaptation.adapter import Adapter
-from ttt_lib.adaptation.known_distances import KnownDistances
+from ttt_lib.adaptation.known_camera import adapt_photograph
 from ttt_lib.adaptation.photographs import scene as scenes
 from ttt_lib.adaptation.photographs.scene import SceneAdaptation, guess_focal
 from ttt_lib.adaptation.result import AdaptResult
@@ -24,6 +23,7 @@ from ttt_lib.core.files import first_repeated
 from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.data.catalog import describe_sources, open_dataset
 from ttt_lib.data.images import read_photo
+from ttt_lib.data.known_camera import known_camera
 from ttt_lib.data.known_distances import References
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Scene
@@ -116,6 +116,9 @@ def adapt(
     name: str | None = None,
     references: References | None = None,
     progress: bool = True,
+    intrinsics: Sequence[float] | Tensor | None = None,
+    fov: float | None = None,
+    exif: bool = True,
 ) -> AdaptResult:
     """Adapt the model to one image and predict; the model is left exactly as it was.
 
@@ -130,6 +133,10 @@ def adapt(
         name: with the experiment's seed it fixes every random draw (default: that of the sample or file).
         references: known distances (`data.known_distances.read_references`).
         progress: show a bar.
+        intrinsics: of the known camera: fx, fy, cx, cy in pixels, or (3,3) normalised. Away from the middle of the
+            photograph, its border has no depth (NaN).
+        fov: of the known camera, horizontal, in degrees.
+        exif: whether the focal length in a photograph's EXIF counts, where neither is given and `model.fov_x` is none.
 
     Returns:
         An `AdaptResult`: `original`, `adapted` and `final` predictions and the `decision`.
@@ -145,6 +152,7 @@ def adapt(
         >>> result.decision, result.passes_done
         ('adapted', 2)
     """
+    file = image if exif and isinstance(image, str | Path) and model.fov_x is None else None
     if isinstance(image, Sample):
         name, image = name or f"{image.dataset}/{image.name}", image.image
     elif isinstance(image, str | Path):
@@ -155,8 +163,8 @@ def adapt(
     # What the gate was calibrated for is compared with the model at hand.
     at_hand = experiment.model.model_copy(update={"name": model.name, "num_tokens": model.num_tokens})
     config = experiment.model_copy(update={"model": at_hand})
-    supervision = [KnownDistances(references, config)] if references is not None else []
-    return Adapter(model, config).adapt(image, name or "image", supervision, progress=progress)
+    camera = known_camera(tuple(image.shape[-2:]), intrinsics, fov, file)
+    return adapt_photograph(model, config, image, name or "image", references, camera, progress)
 
 
 def adapt_scene(

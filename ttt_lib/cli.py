@@ -186,18 +186,20 @@ def adapt(
             help="Known distances: CSV with u,v,metres (pixels), or a sparse 16-bit depth PNG (see --metric-unit); one image."
         ),
     ] = None,
-    metric_unit: Annotated[
-        str | None,
-        typer.Option(help="Of that PNG: kitti (1/256 m, the default), mm, or how many metres a unit is."),
-    ] = None,
+    metric_unit: Annotated[str | None, typer.Option(help="Of that PNG: kitti (1/256 m), mm, or metres a unit.")] = None,
+    intrinsics: Annotated[str | None, typer.Option(help="Known camera: fx,fy,cx,cy in pixels, upright.")] = None,
+    fov: Annotated[float | None, typer.Option(help="Known camera: horizontal field of view in degrees.")] = None,
+    exif: Annotated[bool, typer.Option(help="Take the focal length from EXIF where neither is given.")] = True,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,
 ) -> None:
     """Adapt to photographs: depth (PNG, NPY), point cloud (PLY), a before/after figure and a JSON record for each.
 
     depth.png has 16 bits: depth = near * (far / near) ^ ((value - 1) / 65533), 65535 where there is no surface; near, far
-    and the unit are in record.json (and near and far in the PNG). depth.npy is the depth itself.
+    and the unit are in record.json (and near and far in the PNG). depth.npy is the depth itself. With a known camera
+    whose principal point is off the middle, what it leaves unknown is 0 in the PNG and NaN in the NPY.
     """
     with _importing():
+        from ttt_lib.data.known_camera import parse_intrinsics
         from ttt_lib.data.known_distances import parse_unit
         from ttt_lib.report.photo_files import adapt_photos, find_photos, name_results
         from ttt_lib.runs.experiment import load_with_profile, open_model
@@ -212,9 +214,10 @@ def adapt(
     if metric_unit is not None and metric_points is None:
         raise UserError(f"--metric-unit {metric_unit}: is that of --metric-points, which is not given.")
     unit = parse_unit(metric_unit) if metric_unit is not None else None
+    camera = {"intrinsics": parse_intrinsics(intrinsics) if intrinsics is not None else None, "fov": fov, "exif": exif}
     config = load_with_profile(experiment_file(experiment, "--experiment"), profile, overrides)
     failed = 0
-    for photo, folder, why in adapt_photos(photos, output, open_model(config), config, metric_points, unit):
+    for photo, folder, why in adapt_photos(photos, output, open_model(config), config, metric_points, unit, **camera):
         if folder is None:
             failed += 1
             print(f"ttt-depth: {why}", file=sys.stderr, flush=True)

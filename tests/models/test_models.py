@@ -14,7 +14,10 @@ from moge.model.dinov2.models.vision_transformer import vit_small
 from moge.model.v1 import MoGeModel as MoGe1
 from moge.model.v2 import MoGeModel as MoGe2
 from PIL import Image
+from true_scene import true_scene
 
+from ttt_lib import adapt_scene
+from ttt_lib.adaptation.correction import at_references
 from ttt_lib.core.errors import NotSupported, UserError
 from ttt_lib.core.registry import MODELS
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot, weights_checksum
@@ -81,6 +84,19 @@ def test_heads_that_are_left_out_do_not_run_and_change_nothing_else(picture):
         adapt(model, picture.image[0], small_experiment(model={"name": "x"})()).final.points,
     )
     assert ran.count("points_head") - ran.count("normal_head") == 4  # only the second one's
+
+
+def test_a_scene_is_adapted_to_by_a_moge_2_with_a_vit():
+    """The same commands for other networks: random weights know nothing, so only the form can be checked."""
+    torch.manual_seed(0)
+    model = MoGe(MoGe2(**V2).eval().requires_grad_(False), "random", "metric", 48)
+    scene, before = true_scene(views=2, scale=0.2, size=(56, 84), points=200)[0], weights_checksum(model)
+    quick = {"train": {"parts": ["heads"], "passes": 2, "accumulation": 1}, "views": {"longest_side": 84}}
+    adapted = adapt_scene(model, scene, "scene_trained", overrides=quick, progress=False)
+    assert adapted.log.passes_done == 2 and not adapted.failed and weights_checksum(model) == before
+    for photograph, result in adapted.results():
+        ratio = at_references(result.adapted.depth[None], photograph.tracks)[0] / photograph.tracks.depth
+        assert result.final.kind == "metric" and ratio.log().abs().nanmedian() < 0.5
 
 
 def test_the_stand_in_has_the_shape_of_the_published_network(tmp_path, picture):
@@ -235,9 +251,11 @@ def test_a_checkpoint_that_unpacks_to_far_more_is_refused_before_it_is_read(
         load_model(str(bomb), "cpu")
 
 
-def test_moge_3_is_named_while_it_is_lacking():
-    with pytest.raises(UserError, match="the installed moge has no MoGe-3"):
-        load_model("Ruicheng/moge-3-vitl", "cpu")
+def test_moge_3_is_named_while_it_is_lacking(tmp_path):
+    (tmp_path / "moge-3-vitl.pt").write_bytes(b"downloaded")
+    for name in ("Ruicheng/moge-3-vitl", str(tmp_path / "moge-3-vitl.pt")):
+        with pytest.raises(UserError, match="the installed moge has no MoGe-3"):
+            load_model(name, "cpu")
 
 
 class Bare(GeometryModel):

@@ -55,6 +55,19 @@ def test_whatever_one_photograph_raises_costs_it_alone(tiny, tmp_path, monkeypat
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "c"]
 
 
+def test_the_files_say_what_a_known_camera_leaves_unknown(tiny, tmp_path):
+    path = photograph(tmp_path / "a.png")
+    folder = adapt_photo(path, tmp_path / "out", tiny, experiment(), intrinsics=(60.0, 60.0, 40.0, 20.0))
+    depth, record = np.load(folder / "depth.npy"), json.loads((folder / "record.json").read_text())
+    assert depth.shape == (48, 64) and 0.5 < np.isfinite(depth).mean() < 1 and np.isnan(depth).any()
+    png = np.asarray(Image.open(folder / "depth.png"))
+    assert np.array_equal(png == 0, np.isnan(depth)) and (folder / "cloud.ply").stat().st_size > 1000
+    assert record["camera"] == "the intrinsics that were given" and "have no depth" in record["assumptions"]
+    assert np.allclose(record["intrinsics"], [[60 / 64, 0, 40 / 64], [0, 60 / 48, 20 / 48], [0, 0, 1]])
+    (found,) = adapt_photos({path: "a"}, tmp_path / "out", tiny, experiment(), fov=300.0)
+    assert found[1] is None and found[2] == "fov 300: is no horizontal field of view in degrees; it lies from 1 to 179."
+
+
 def test_a_device_that_failed_ends_all_of_it(tiny, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -131,7 +131,9 @@ class Adapter:
         reset_peak_memory(model.device)
         image = as_image(image, "adapt: the image").to(model.device)
         _require_shape(model, image)
-        with training_possible():
+        with training_possible(), ExitStack() as known:
+            for source in supervision:
+                known.enter_context(source.around(model))
             original = model.predict(image)
             result = AdaptResult(original=original, adapted=None, final=original, decision="original", image=image)
             generator = sample_generator(self.config.seed, name)

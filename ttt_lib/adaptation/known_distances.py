@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -65,6 +66,10 @@ class KnownDistances(Supervision):
         term = config.losses.get("metric_reference")
         self.references, self.weight = references, term.weight if term is not None else 0.0
         self.doubt: str | None = None  # of the unit; None: not looked at yet
+
+    def around(self, model: GeometryModel) -> AbstractContextManager[None]:
+        """They are the prompt of a model that takes one."""
+        return model.knowing(references=self.references)
 
     def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
         """Bring the distances to the model's device."""

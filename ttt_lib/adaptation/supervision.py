@@ -6,6 +6,7 @@ Several photographs of a scene are another. The loop knows none of them: it sums
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -80,6 +81,10 @@ class Supervision:
     weight: float = 1.0
     draws: bool = False
     joins_passes: bool = True
+
+    def around(self, model: GeometryModel) -> AbstractContextManager[None]:
+        """Inside, which is the whole adaptation to an image, the model predicts with what this source knows."""
+        return nullcontext()
 
     def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
         """Called once an image before training; the network holds the weights that training starts from.

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from moge.utils import io as moge_io
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ttt_lib.core.errors import UserError, reason
 from ttt_lib.core.files import absolute
 from ttt_lib.core.types import Sample
+from ttt_lib.geometry.cameras import uv_map
 
 PNG_UNITS = {
     "kitti": 1 / 256,
@@ -36,6 +38,10 @@ class References:
     def to(self, device: torch.device) -> References:
         """On another device."""
         return replace(self, uv=self.uv.to(device), depth=self.depth.to(device))
+
+    def mirrored(self) -> References:
+        """Of the mirrored picture."""
+        return replace(self, uv=torch.stack([1 - self.uv[:, 0], self.uv[:, 1]], -1))
 
 
 def parse_unit(text: str, where: str = "--metric-unit") -> float:
@@ -149,6 +155,20 @@ def _check_shape(found: tuple[int, int], size: tuple[int, int], where: str) -> N
             else "it is turned; turn one back"
         )
         raise UserError(f"{where}: has {sizes}: {what}.")
+
+
+def spread_distances(references: References, height: int, width: int) -> Tensor:
+    """A dense map (height, width) of a few distances: the mean of each pixel's four nearest, weighted by nearness.
+
+    Example:
+        >>> spread_distances(References(torch.tensor([[0.25, 0.5], [0.75, 0.5]]), torch.tensor([1.0, 3.0])), 1, 2)
+        tensor([[1., 3.]])
+    """
+    tree, grid = cKDTree(references.uv.cpu().numpy()), uv_map(height, width, dtype=torch.float64).numpy()
+    distance, nearest = tree.query(grid, k=range(1, min(4, len(references.depth)) + 1))
+    weight = 1 / np.maximum(distance, 1e-9)
+    depth = references.depth.cpu().numpy()[nearest]
+    return torch.tensor((weight * depth).sum(-1) / weight.sum(-1), dtype=torch.float32)
 
 
 def sample_references(sample: Sample, count: int, generator: torch.Generator) -> tuple[References, Sample]:

@@ -16,8 +16,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ttt_lib.core.errors import NotSupported, UserError
+from ttt_lib.core.errors import ModelError, NotSupported, UserError
 from ttt_lib.core.types import Kind, Prediction
+from ttt_lib.data.known_distances import References
 
 PARTS = ("encoder", "neck", "heads", "norms")
 NORMS = (
@@ -34,13 +35,16 @@ class GeometryModel(ABC):
     network: the `nn.Module`, in evaluation mode; name: as it was loaded; kind: what `predict` gives; output: what
     `forward` gives, `points`, `depth` or `disparity`; num_tokens: base tokens a forward pass (None: the family's own
     rule); autocast: `none`, or `bfloat16` for mixed precision of the network in `forward`; part_of: which part the
-    network's modules of the first level are, those that it does not name being heads; losses: the set of terms that is its
-    own (`adaptation/losses/presets.py`).
+    network's modules are, by the first name or the first two, those that it does not name being heads; losses: the set
+    of terms that is its own (`adaptation/losses/presets.py`); fov_x: the horizontal field of view in degrees where it is
+    known; known_references: known distances of the picture at hand (both: `knowing`).
     """
 
     output: Literal["points", "depth", "disparity"] = "points"
     losses: str = "study"
     part_of: ClassVar[dict[str, str]] = {"encoder": "encoder", "backbone": "encoder", "neck": "neck"}
+    fov_x: float | None = None
+    known_references: References | None = None
 
     def __init__(
         self, network: nn.Module, name: str, kind: Kind, num_tokens: int | None = None, autocast: str = "none"
@@ -102,6 +106,26 @@ class GeometryModel(ABC):
         """Inside, `forward` need not compute these outputs. Nothing else may change by it, to the last bit."""
         yield
 
+    @contextmanager
+    def knowing(self, fov_x: float | None = None, references: References | None = None) -> Iterator[None]:
+        """Inside, what is said here counts as known of the picture; None leaves what was known before."""
+        before = self.fov_x, self.known_references
+        try:
+            self.fov_x = fov_x if fov_x is not None else self.fov_x
+            self.known_references = references if references is not None else self.known_references
+            yield
+        finally:
+            self.fov_x, self.known_references = before
+
+    def rescale_from(self, canonical_focal: float) -> None:
+        """From now on metric depth is rescaled by the ratio of the focal lengths, the picture's over this one.
+
+        Raises `ModelError` for a family to which that does not apply.
+        """
+        raise ModelError(
+            f"model.canonical_focal: {self.name} has no metric depth that belongs to one camera; leave it out."
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -125,7 +149,9 @@ class GeometryModel(ABC):
         }
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
         for name, parameter in self.network.named_parameters():
-            groups[self.part_of.get(name.split(".")[0], "heads")].append((name, parameter))
+            first, second = [*name.split("."), ""][:2]
+            part = self.part_of.get(f"{first}.{second}") or self.part_of.get(first, "heads")
+            groups[part].append((name, parameter))
             if name in norms:
                 groups["norms"].append((name, parameter))
         return groups

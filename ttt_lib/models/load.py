@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 
@@ -34,18 +35,22 @@ def load_model(
     num_tokens: int | None = None,
     autocast: str = "none",
     fov_x: float | None = None,
+    canonical_focal: float | None = None,
 ) -> GeometryModel:
     """Load a geometry model, frozen and in evaluation mode.
 
     Args:
         name: `tiny` (bundled, offline); a MoGe hub name or the path of a MoGe checkpoint; the hub name of a Depth
-            Anything, ZoeDepth or DPT/MiDaS model or its local folder (`list_models` knows the published names);
-            `FAMILY:REST` for a family that is registered in `MODELS`.
+            Anything, Prompt Depth Anything, ZoeDepth, DPT/MiDaS, Depth Pro or GLPN model or its local folder
+            (`list_models` knows the published names); `FAMILY:REST` for a family that is registered in `MODELS`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
         num_tokens: base tokens of a picture (None: `tiny` what it was trained at, MoGe the most of its range,
             transformers models the size that their own rules give).
         autocast: `none`, or `bfloat16` for mixed precision of training passes.
-        fov_x: horizontal field of view in degrees, for models that predict no camera (None: 60 is assumed, and said).
+        fov_x: horizontal field of view in degrees, where it is known (None: as the model predicts it; 60 is assumed,
+            and said, for models that do not).
+        canonical_focal: focal length, in pixels of the picture as the network gets it, of the camera that a metric
+            model was trained for: its depth is rescaled by the ratio of the focal lengths (None: it is not).
 
     Returns:
         A `GeometryModel`: `predict` for a prediction, `forward` for outputs with gradients.
@@ -61,10 +66,19 @@ def load_model(
     """
     if autocast not in ("none", "bfloat16"):
         raise UserError(f"model.autocast: {autocast!r} is not known; use none or bfloat16.")
+    if fov_x is not None and not 0 < fov_x < 180:
+        raise ModelError(f"model.fov_x: {fov_x:g} is not a field of view in degrees; it lies between 0 and 180.")
+    if canonical_focal is not None and not 0 < canonical_focal < math.inf:
+        raise ModelError(f"model.canonical_focal: {canonical_focal:g} is no focal length in pixels; it is above 0.")
     target = _choose_device(device)
     family, rest = _family(name)
     log.info("model %s: family %s on %s", name, family, target)
-    return MODELS[family](rest, device=target, num_tokens=num_tokens, autocast=autocast, fov_x=fov_x)
+    model = MODELS[family](rest, device=target, num_tokens=num_tokens, autocast=autocast, fov_x=fov_x)
+    if fov_x is not None:
+        model.fov_x = fov_x
+    if canonical_focal is not None:
+        model.rescale_from(canonical_focal)
+    return model
 
 
 def _family(name: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from ttt_lib.core.errors import ModelError
 from ttt_lib.core.registry import MODELS
 from ttt_lib.core.types import Kind, Prediction
 from ttt_lib.models.base import GeometryModel
-from ttt_lib.models.moge_checkpoint import HUB_NAMES, download_checkpoint, load_network
+from ttt_lib.models.moge_checkpoint import HUB_NAMES, download_checkpoint, load_network, refuse_moge_3
 
 # The bundled model was trained with neither; what is measured of it, and its gate, is with the study's.
 OWN_LOSSES = {"moge.model.v1": "moge1", "moge.model.v2": "moge2"}
@@ -26,7 +27,11 @@ TINY_TOKENS = 192  # the bundled model was trained at no more, and is far worse 
 
 
 class MoGe(GeometryModel):
-    """A MoGe network. num_tokens: None for the most of the network's range, MoGe's default. Has no use for intrinsics."""
+    """A MoGe network. num_tokens: None for the most of the network's range, MoGe's default.
+
+    It predicts the camera itself, unless `fov_x` is known: then by that, and on views by their intrinsics, the shift of
+    the points is recovered, and depth follows.
+    """
 
     def __init__(
         self, network: nn.Module, name: str, kind: Kind, num_tokens: int | None = None, autocast: str = "none"
@@ -62,7 +67,13 @@ class MoGe(GeometryModel):
             # MoGe asks for a float32 autocast, which a CPU does not have and does not need.
             warnings.filterwarnings("ignore", message="In CPU autocast")
             try:
-                output = self.network.infer(images, num_tokens=self.num_tokens, apply_mask=False, use_fp16=False)
+                output = self.network.infer(
+                    images,
+                    num_tokens=self.num_tokens,
+                    apply_mask=False,
+                    use_fp16=False,
+                    fov_x=self._known_fov(intrinsics),
+                )
             except ValueError as error:  # of scipy, which fits the camera
                 if "not finite" not in str(error):
                     raise
@@ -79,12 +90,23 @@ class MoGe(GeometryModel):
             normal=output.get("normal"),
         )
 
+    def _known_fov(self, intrinsics: Tensor | None) -> float | Tensor | None:
+        """In degrees, of the pictures or (B,) of views with these intrinsics; None where the camera is not known."""
+        if self.fov_x is None or intrinsics is None:
+            return self.fov_x
+        return 2 * torch.rad2deg(torch.atan(0.5 / intrinsics[..., 0, 0]))
+
     def metric_depth(self, output: dict[str, Tensor], images: Tensor) -> Tensor:
         """The z-shift is recovered as `infer` does it, and taken as given."""
         if output.get("metric_scale") is None:
             return super().metric_depth(output, images)
         points, mask = output["points"], output.get("mask")
-        _, shift = recover_focal_shift(points.detach(), None if mask is None else mask > 0.5)
+        focal = None
+        if self.fov_x is not None:  # MoGe's unit is half the diagonal
+            aspect = images.shape[-1] / images.shape[-2]
+            focal = aspect / (1 + aspect**2) ** 0.5 / math.tan(math.radians(self.fov_x / 2))
+            focal = torch.full((len(points),), focal, device=points.device)
+        _, shift = recover_focal_shift(points.detach(), None if mask is None else mask > 0.5, focal=focal)
         return (points[..., 2] + shift[:, None, None]) * output["metric_scale"].reshape(-1, 1, 1)
 
     def features(self, images: Tensor) -> Tensor:
@@ -107,11 +129,7 @@ class MoGe(GeometryModel):
             self.network.enable_gradient_checkpointing()
 
 
-def _build(
-    path: Path, name: str, device: torch.device, num_tokens: int | None, autocast: str, fov_x: float | None
-) -> MoGe:
-    if fov_x is not None:
-        raise ModelError(f"model {name!r}: it predicts the camera itself; leave the field of view out.")
+def _build(path: Path, name: str, device: torch.device, num_tokens: int | None, autocast: str) -> MoGe:
     network = load_network(path, name).to(device).requires_grad_(False)
     kind: Kind = "metric" if hasattr(network, "scale_head") else "scale_invariant"
     return MoGe(network, name, kind, num_tokens, autocast)
@@ -126,6 +144,7 @@ def _is_checkpoint(name: str) -> bool:
 @MODELS.register("moge", matches=_is_checkpoint, listed=HUB_NAMES)
 def load_moge(name: str, device: torch.device, num_tokens: int | None, autocast: str, fov_x: float | None) -> MoGe:
     """A checkpoint of MoGe: a file, a folder that holds `model.pt`, or a name of the hub."""
+    refuse_moge_3(name)
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
         path = path / "model.pt"
@@ -135,7 +154,7 @@ def load_moge(name: str, device: torch.device, num_tokens: int | None, autocast:
             )
     elif not os.path.isfile(path):
         path = download_checkpoint(name)
-    return _build(path, name, device, num_tokens, autocast, fov_x)
+    return _build(path, name, device, num_tokens, autocast)
 
 
 @MODELS.register("tiny", matches=lambda name: name == "tiny", listed=("tiny",))
@@ -144,7 +163,7 @@ def load_tiny(name: str, device: torch.device, num_tokens: int | None, autocast:
     path = ASSETS / "tiny.pt"
     if not path.exists():
         raise ModelError(f"model 'tiny': {path} is missing; install the package again.")
-    model = _build(path, name, device, num_tokens or TINY_TOKENS, autocast, fov_x)
+    model = _build(path, name, device, num_tokens or TINY_TOKENS, autocast)
     if device.type == "cpu":  # a third less time for its convolutions there; ViTs gain nothing
         model.network.to(memory_format=torch.channels_last)
     return model

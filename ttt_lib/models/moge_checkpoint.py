@@ -24,10 +24,14 @@ HUB_NAMES = (
 )
 
 
-def download_checkpoint(name: str) -> Path:
-    """The file of MoGe's checkpoint `name` in the hub's cache, downloaded if need be. Raises `ModelError`."""
+def refuse_moge_3(name: str) -> None:
+    """Raises `ModelError` for the name or path of a MoGe-3, as long as the installed package has no such network."""
     if "moge-3" in name.lower() and importlib.util.find_spec("moge.model.v3") is None:
         raise ModelError(f"model {name!r}: the installed moge has no MoGe-3; use a MoGe-2 such as {HUB_NAMES[-1]!r}.")
+
+
+def download_checkpoint(name: str) -> Path:
+    """The file of MoGe's checkpoint `name` in the hub's cache, downloaded if need be. Raises `ModelError`."""
     page = f"https://huggingface.co/{name}"
     advice = f"download `model.pt` of {page} on a machine with access and pass its path as the model"
     return fetch(name, ("model.pt",), advice) / "model.pt"

@@ -1,4 +1,4 @@
-"""How Depth Anything, ZoeDepth and DPT/MiDaS prepare pictures: the rules of their image processors, in torch and batched.
+"""How the models of transformers prepare pictures: the rules of their image processors, in torch and batched.
 
 The values come from the model's own `preprocessor_config.json`, read by transformers; the size rule is that of
 `get_resize_output_image_size` in its `models/dpt/image_processing*.py` and `models/zoedepth/`. The processors themselves
@@ -12,16 +12,21 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_lib.core.errors import ModelError, reason
+from ttt_lib.core.files import read_json
 
 MODES = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers, which the files use
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 DPT_TYPE, ZOE_TYPE = {"image_processor_type": "DPTImageProcessor"}, {"image_processor_type": "ZoeDepthImageProcessor"}
+# The library's processor of Depth Pro needs torchvision, so its few values are read here; these are its own defaults.
+DEPTH_PRO = {"size": {"height": 1536, "width": 1536}, "do_resize": True, "resample": 2, "do_rescale": True,
+             "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
 # What the published files of each family say beside the processor's own defaults, for a folder without such a file.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "depth_anything": DPT_TYPE
@@ -29,18 +34,24 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     | IMAGENET,
     "dpt": DPT_TYPE,
     "zoedepth": ZOE_TYPE | {"ensure_multiple_of": 32},
+    "depth_pro": {},
+    "prompt_depth_anything": {"image_processor_type": "PromptDepthAnythingImageProcessor"}
+    | {"size": {"height": 756, "width": 756}, "keep_aspect_ratio": True, "ensure_multiple_of": 14}
+    | IMAGENET,
+    "glpn": {"image_processor_type": "GLPNImageProcessor"},
 }
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How pictures become a network's input. size (height, width) asked for before `keep_aspect_ratio` and `multiple`.
+    """How pictures become a network's input. size (height, width) asked for before `keep_aspect_ratio` and `multiple`;
+    None: a picture's own, rounded down to the multiple (GLPN).
 
     mode: `bilinear` or `bicubic`; scale: what values in [0, 255] are multiplied by; divisor: padding to a multiple of it
     (0: none); border: ZoeDepth's, reflected; square: the network takes square pictures only; fixed: exactly `size`.
     """
 
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     resize: bool
     mode: str
     keep_aspect_ratio: bool
@@ -68,6 +79,8 @@ class Rules:
             return rows, columns
         if not self.resize:
             return height, width
+        if self.size is None:
+            return tuple(max(1, int(side // self.multiple)) * int(self.multiple) for side in (height, width))
         scale_y, scale_x = self.size[0] / height, self.size[1] / width
         if self.keep_aspect_ratio:
             scale_y = scale_x = scale_x if abs(1 - scale_x) < abs(1 - scale_y) else scale_y
@@ -84,7 +97,10 @@ def read_processor(folder: Path, family: str, name: str) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        if (folder / "preprocessor_config.json").is_file():
+        path = folder / "preprocessor_config.json"
+        if family == "depth_pro":
+            return SimpleNamespace(**DEPTH_PRO | (read_json(path) if path.is_file() else {}))
+        if path.is_file():
             return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         with tempfile.TemporaryDirectory() as made:
             Path(made, "preprocessor_config.json").write_text(json.dumps(PUBLISHED[family]), encoding="utf-8")
@@ -95,18 +111,32 @@ def read_processor(folder: Path, family: str, name: str) -> Any:
         ) from error
 
 
+def _patch(network: nn.Module, family: str) -> int:
+    """Side of what becomes one token, in pixels of the network's input."""
+    config = network.config
+    if family == "glpn":  # of its last stage
+        return math.prod(config.strides)
+    if family == "depth_pro":
+        return config.image_model_config.patch_size
+    patch = config.patch_size if getattr(network, "backbone", None) is None else network.backbone.config.patch_size
+    return int(patch if isinstance(patch, int) else patch[0])
+
+
 def read_rules(processor: Any, family: str, network: nn.Module, name: str) -> Rules:
     """Rules from transformers' image processor for a network of this family."""
-    # DPT's first version and its hybrid, whose tokens the library puts on a square grid.
-    own_encoder = getattr(network, "backbone", None) is None
-    zoe = family == "zoedepth"
+    # DPT's first version and its hybrid, whose tokens the library puts on a square grid; Depth Pro, which stretches.
+    square = family == "depth_pro" or family == "dpt" and getattr(network, "backbone", None) is None
+    fixed = family == "depth_pro" or square and bool(network.config.is_hybrid)
+    sized, zoe = family != "glpn", family == "zoedepth"
     try:
-        size = int(processor.size["height"]), int(processor.size["width"])
-        mean, std = (tuple(float(v) for v in values) for values in (processor.image_mean, processor.image_std))
-        multiple, padded = float(processor.ensure_multiple_of or 1), bool(processor.do_pad)
-        if min(size) < 1 or not multiple > 0 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        size = (int(processor.size["height"]), int(processor.size["width"])) if sized else None
+        means = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+        mean, std = (tuple(float(v) for v in values) for values in means)
+        multiple = float(getattr(processor, "ensure_multiple_of" if sized else "size_divisor", None) or 1)
+        padded = bool(getattr(processor, "do_pad", False))
+        if min(size or (1,)) < 1 or not multiple > 0 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError("a size, multiple, mean or std that cannot be")
-        if own_encoder and size[0] != size[1]:
+        if square and size[0] != size[1]:
             raise ValueError("the network takes square pictures only")
         if int(processor.resample) not in MODES:
             raise ValueError(f"resample {int(processor.resample)}; known are 2 (bilinear) and 3 (bicubic)")
@@ -116,24 +146,22 @@ def read_rules(processor: Any, family: str, network: nn.Module, name: str) -> Ru
         raise ModelError(
             f"model {name!r}: preprocessor_config.json is not one of {family} ({reason(error)})."
         ) from error
-    fixed = own_encoder and bool(network.config.is_hybrid)
-    patch = network.config.patch_size if own_encoder else network.backbone.config.patch_size
-    if fixed:
+    if fixed and family == "dpt":
         side = network.config.image_size
         size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
     return Rules(
         size=size,
         resize=bool(processor.do_resize) or fixed,
         mode=MODES[int(processor.resample)],
-        keep_aspect_ratio=bool(processor.keep_aspect_ratio) and not own_encoder,
+        keep_aspect_ratio=bool(getattr(processor, "keep_aspect_ratio", False)) and not square,
         multiple=1.0 if fixed else multiple,
         scale=scale,
-        mean=mean if processor.do_normalize else (0.0,) * 3,
-        std=std if processor.do_normalize else (1.0,) * 3,
+        mean=mean,
+        std=std,
         border=zoe and padded,
         divisor=divisor,
-        patch=int(patch if isinstance(patch, int) else patch[0]),
-        square=own_encoder,
+        patch=_patch(network, family),
+        square=square,
         fixed=fixed,
     )
 

@@ -1,4 +1,9 @@
-"""Depth Anything, ZoeDepth and DPT/MiDaS from the hub or a folder: files, checks, and one sentence for each mistake."""
+"""Models of transformers from the hub or a folder: files, checks, and one sentence for each mistake.
+
+Published names: Depth Anything V1 and V2 (`LiheYoung/depth-anything-*-hf`, `depth-anything/Depth-Anything-V2-*-hf`),
+Prompt Depth Anything (`depth-anything/prompt-depth-anything-*-hf`), ZoeDepth (`Intel/zoedepth-*`), DPT/MiDaS
+(`Intel/dpt-*`), Depth Pro (`apple/DepthPro-hf`), GLPN (`vinvino02/glpn-*`); `list_models("hf")` has them all.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +22,21 @@ from ttt_lib.core.registry import MODELS
 from ttt_lib.models.bounds import check_folder
 from ttt_lib.models.hub import NotHeld, fetch
 from ttt_lib.models.preprocessing import read_processor, read_rules
-from ttt_lib.models.transformers_models import TransformersModel, ZoeDepthModel
+from ttt_lib.models.transformers_models import TransformersModel
+from ttt_lib.models.transformers_special import DepthProModel, PromptedModel, ZoeDepthModel
 
-FAMILIES = {
-    "depth_anything": "DepthAnythingForDepthEstimation",
-    "zoedepth": "ZoeDepthForDepthEstimation",
-    "dpt": "DPTForDepthEstimation",
+FAMILIES: dict[str, tuple[str, type[TransformersModel]]] = {
+    "depth_anything": ("DepthAnythingForDepthEstimation", TransformersModel),
+    "zoedepth": ("ZoeDepthForDepthEstimation", ZoeDepthModel),
+    "dpt": ("DPTForDepthEstimation", TransformersModel),
+    "depth_pro": ("DepthProForDepthEstimation", DepthProModel),
+    "prompt_depth_anything": ("PromptDepthAnythingForDepthEstimation", PromptedModel),
+    "glpn": ("GLPNForDepthEstimation", TransformersModel),
 }
-
+ALWAYS_METRIC = ("zoedepth", "depth_pro", "prompt_depth_anything", "glpn")
 
 # Hub names that start so are loaded through transformers; these are some that are published.
-PREFIXES = ("LiheYoung/", "depth-anything/", "Intel/zoedepth", "Intel/dpt")
+PREFIXES = ("LiheYoung/", "depth-anything/", "Intel/zoedepth", "Intel/dpt", "apple/DepthPro", "vinvino02/glpn")
 SIZES = ("Small", "Base", "Large")
 PUBLISHED = (
     *(f"LiheYoung/depth-anything-{size.lower()}-hf" for size in SIZES),
@@ -40,6 +49,10 @@ PUBLISHED = (
     *(f"Intel/zoedepth-{data}" for data in ("nyu", "kitti", "nyu-kitti")),
     "Intel/dpt-large",
     "Intel/dpt-hybrid-midas",
+    "apple/DepthPro-hf",
+    *(f"depth-anything/prompt-depth-anything-{size}-hf" for size in ("vits", "vits-transparent", "vitl")),
+    "vinvino02/glpn-nyu",
+    "vinvino02/glpn-kitti",
 )
 
 
@@ -88,10 +101,9 @@ def _network(folder: Path, family: str, name: str) -> nn.Module:
 
     try:
         with _quietly():
-            check_folder(folder, getattr(transformers, FAMILIES[family]))
-            network, report = getattr(transformers, FAMILIES[family]).from_pretrained(
-                folder, local_files_only=True, output_loading_info=True
-            )
+            kind = getattr(transformers, FAMILIES[family][0])
+            check_folder(folder, kind)
+            network, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except Exception as error:  # damaged weights and wrong configurations end in nearly any exception
         # PyTorch's advice would run the code in the file.
         why = "its weights are no plain tensors" if "weights_only" in str(error) else reason(error)
@@ -118,7 +130,7 @@ def _is_transformers(name: str) -> bool:
 def load_transformers_model(
     name: str, device: torch.device, num_tokens: int | None, autocast: str, fov_x: float | None
 ) -> TransformersModel:
-    """Load Depth Anything V1/V2, ZoeDepth or DPT/MiDaS, frozen, by hub name or local folder.
+    """Load a model of one of the `FAMILIES`, frozen, by hub name or local folder.
 
     Arguments as `load.load_model`. Raises `ModelError`, one sentence: transformers is missing, the hub cannot be
     reached, the folder holds another kind of model, or damaged or incomplete files.
@@ -127,8 +139,6 @@ def load_transformers_model(
         import transformers  # noqa: F401
     except ImportError as error:
         raise ModelError(f"model {name!r}: transformers is not installed; run `pip install -e '.[hf]'`.") from error
-    if fov_x is not None and not 0 < fov_x < 180:
-        raise ModelError(f"model.fov_x: {fov_x:g} is not a field of view in degrees; it lies between 0 and 180.")
     if num_tokens is not None and num_tokens < 1:
         raise ModelError(f"model.num_tokens: {num_tokens} is less than one token.")
     folder = Path(os.path.expanduser(name))
@@ -146,14 +156,13 @@ def load_transformers_model(
     with _quietly():
         rules = read_rules(read_processor(folder, family, name), family, network, name)
     if rules.fixed and num_tokens is not None:
-        raise ModelError(f"model {name!r}: a DPT hybrid takes pictures of one size; leave model.num_tokens out.")
-    backbone = getattr(network.config.backbone_config, "model_type", None)
+        raise ModelError(f"model {name!r}: {family} takes pictures of one size; leave model.num_tokens out.")
+    backbone = getattr(getattr(network.config, "backbone_config", None), "model_type", None)
     # The DPT models on DINOv2 (facebook/dpt-dinov2-*) are the only ones of their family with depth in metres.
     metric = (
-        family == "zoedepth"
+        family in ALWAYS_METRIC
         or (family == "depth_anything" and getattr(network.config, "depth_estimation_type", "") == "metric")
         or (family == "dpt" and backbone == "dinov2")
     )
-    adapter = ZoeDepthModel if family == "zoedepth" else TransformersModel
     network = network.to(device).requires_grad_(False)
-    return adapter(network, name, metric, rules, num_tokens, autocast, fov_x, notes)
+    return FAMILIES[family][1](network, name, metric, rules, num_tokens, autocast, notes)

@@ -1,22 +1,22 @@
-"""Depth Anything, ZoeDepth and DPT/MiDaS from transformers behind the interface of `base.GeometryModel`.
+"""Depth Anything, DPT/MiDaS and GLPN from transformers behind the interface of `base.GeometryModel`.
 
-The networks are the library's own; what they are fed is made by `preprocessing.py`; `transformers_loading.py` finds and
-checks their files.
+What ZoeDepth, Depth Pro and Prompt Depth Anything do otherwise is in `transformers_special.py`. The networks are the
+library's own; what they are fed is made by `preprocessing.py`; `transformers_loading.py` finds and checks their files.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from contextlib import nullcontext
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttt_lib.core.errors import UserError
 from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import intrinsics_from_fov, unproject
 from ttt_lib.models.base import GeometryModel
-from ttt_lib.models.preprocessing import Rules, resize_rounded, zoedepth_border
+from ttt_lib.models.preprocessing import Rules, resize_rounded
 
 ASSUMED_FOV = 60.0  # degrees, horizontal
 DEPTH_RATIO = 10.0  # of the farthest to the nearest depth that is made of a disparity
@@ -39,16 +39,22 @@ def depth_from_disparity(disparity: Tensor) -> Tensor:
 
 
 class TransformersModel(GeometryModel):
-    """Depth Anything or DPT/MiDaS: disparity up to scale and shift, or metric depth; no camera.
+    """Depth Anything, DPT/MiDaS or GLPN: disparity up to scale and shift, or metric depth; no camera.
 
-    fov_x: horizontal field of view in degrees, used where no intrinsics are given (None: `ASSUMED_FOV`). notes:
-    assumptions that hold for every picture. The parts are the library's: `backbone` (or `dpt`) is the encoder, `neck`,
-    and `head`, `relative_head` and `metric_head` are the heads. average_flipped: `predict` averages the network's maps
-    of the picture and of its mirror image, which ZoeDepth's post-processing offers and its paper's numbers use.
+    Where no camera is known, its field of view is taken as `ASSUMED_FOV` degrees across. notes:
+    assumptions that hold for every picture. The parts are the library's: `backbone` (or `dpt`, `glpn`, `depth_pro`) is
+    the encoder, `neck`, `decoder` and `fusion_stage` are the neck, and `head`, `relative_head`, `metric_head` and
+    `fov_model` are the heads. average_flipped: `predict` averages the network's maps of the picture and of its mirror
+    image, which ZoeDepth's post-processing offers and its paper's numbers use. canonical_focal: see `rescale_from`.
     """
 
-    part_of: ClassVar[dict[str, str]] = {**GeometryModel.part_of, "dpt": "encoder"}
+    part_of: ClassVar[dict[str, str]] = {
+        **GeometryModel.part_of, "dpt": "encoder", "glpn": "encoder", "depth_pro": "encoder", "depth_pro.neck": "neck",
+        "decoder": "neck", "fusion_stage": "neck",
+    }  # fmt: skip
     average_flipped = False
+    of_one_camera: ClassVar[bool] = True  # metric depth is right for the focal length of the training pictures only
+    canonical_focal: float | None = None
 
     def __init__(
         self,
@@ -58,12 +64,22 @@ class TransformersModel(GeometryModel):
         rules: Rules,
         num_tokens: int | None = None,
         autocast: str = "none",
-        fov_x: float | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
         super().__init__(network, name, "metric" if metric else "disparity", num_tokens, autocast)
         self.output: Literal["points", "depth", "disparity"] = "depth" if metric else "disparity"
-        self.rules, self.fov_x, self.notes = rules, fov_x, notes
+        self.rules, self.notes = rules, notes
+
+    def rescale_from(self, canonical_focal: float) -> None:
+        """Metric depth times focal / canonical focal, both in pixels of the picture as the network gets it.
+
+        Who sees a picture of twice the focal length sees things twice as large, and a network that knows one camera
+        only takes them for half as far (Metric3D, Yin et al. 2023, section 3.1). ZoeDepth for NYU: 415, the 519 pixels
+        of that camera at a width of 640, which the network gets at 512.
+        """
+        if self.output != "depth" or not self.of_one_camera:
+            super().rescale_from(canonical_focal)
+        self.canonical_focal = canonical_focal
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """The network's input (B,3,H',W') of images (B,3,H,W) in [0,1], by the model's own rules."""
@@ -87,29 +103,51 @@ class TransformersModel(GeometryModel):
         """The network's map (B,h,w) at the picture's size, as `post_process_depth_estimation`."""
         return F.interpolate(output[:, None], (height, width), mode="bicubic", align_corners=False)[:, 0]
 
-    def _run(self, pixels: Tensor) -> tuple[Tensor, list[str] | None]:
-        """The network's map (B,h,w), and each picture's domain for networks that choose one."""
-        return self.network(pixels).predicted_depth, None
+    def _run(self, pixels: Tensor, whole: bool = True) -> tuple[Tensor, dict[str, Any]]:
+        """The network's map (B,h,w), and what else it says: `domain` of networks that choose one, `fov_x`, or `kind`.
 
-    def _cameras(self, images: Tensor, intrinsics: Tensor | None) -> Tensor:
-        """Intrinsics (B,3,3), given or from the field of view."""
+        whole: the pictures are not views that were made of it.
+        """
+        return self.network(pixels).predicted_depth, {}
+
+    def _cameras(self, images: Tensor, intrinsics: Tensor | None, said: dict[str, Any]) -> Tensor:
+        """Intrinsics (B,3,3): given, or of the field of view that is known, predicted or assumed."""
         if intrinsics is None:
-            intrinsics = intrinsics_from_fov(self.fov_x or ASSUMED_FOV, images.shape[-1] / images.shape[-2])
+            fov_x = self.fov_x if self.fov_x is not None else said.get("fov_x", ASSUMED_FOV)
+            intrinsics = intrinsics_from_fov(fov_x, images.shape[-1] / images.shape[-2])
         return intrinsics.to(images).expand(images.shape[0], 3, 3)
+
+    def _seen_width(self, images: Tensor) -> float:
+        """How many pixels of the network's input the pictures span."""
+        return self.rules.processed_size(*images.shape[-2:], self.num_tokens)[1]
+
+    def _metres(self, output: Tensor, images: Tensor, cameras: Tensor) -> Tensor:
+        """Depth (B,H,W) of a metric network's map at the pictures' size."""
+        if self.canonical_focal is None:
+            return output
+        return output * (cameras[:, 0, 0] * (self._seen_width(images) / self.canonical_focal))[:, None, None]
+
+    def _maps(self, images: Tensor, intrinsics: Tensor | None, exact: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Disparity or depth (B,H,W), cameras (B,3,3), and what else the network says."""
+        pixels, whole = self.pixel_values(images), intrinsics is None
+        with nullcontext() if exact else self.mixed():
+            output, said = self._run(pixels, whole)
+            if exact and self.average_flipped:
+                output = (output + self._run(pixels.flip(-1), whole)[0].flip(-1)) / 2
+        output = self._at_size(output.float(), *images.shape[-2:])
+        cameras = self._cameras(images, intrinsics, said)
+        return output if self.output == "disparity" else self._metres(output, images, cameras), cameras, said
 
     def forward(self, images: Tensor, intrinsics: Tensor | None = None) -> dict[str, Tensor]:
         """Maps with gradients, float32, at the size of images (B,3,H,W) in [0,1].
 
         `disparity` (B,H,W) up to scale and shift; or `depth` (B,H,W) in metres and `points` (B,H,W,3), unprojected
-        with intrinsics (B,3,3) or the assumed field of view.
+        with intrinsics (B,3,3), or the camera that is known, predicted or assumed.
         """
-        pixels = self.pixel_values(images)
-        with self.mixed():
-            output, _ = self._run(pixels)
-        output = self._at_size(output.float(), *images.shape[-2:])
+        output, cameras, _ = self._maps(images, intrinsics, exact=False)
         if self.output == "disparity":
             return {"disparity": output}
-        return {"depth": output, "points": unproject(output, self._cameras(images, intrinsics))}
+        return {"depth": output, "points": unproject(output, cameras)}
 
     def features(self, images: Tensor) -> Tensor:
         """The encoder's last patch features (B,N,C) of images (B,3,H,W) in [0,1], without class token, with gradients.
@@ -118,14 +156,17 @@ class TransformersModel(GeometryModel):
         """
         pixels = self.pixel_values(images)
         with self.mixed():
-            if getattr(self.network, "backbone", None) is not None:
-                tokens = self.network.backbone(pixels).feature_maps[-1]
-            else:
-                tokens = self.network.dpt(pixels).last_hidden_state
+            tokens = self._tokens(pixels)
         if tokens.ndim == 4:  # (B,C,h,w) of encoders that reshape
             return tokens.flatten(2).mT.float()
         patches = (pixels.shape[-2] // self.rules.patch) * (pixels.shape[-1] // self.rules.patch)
         return tokens[:, -patches:].float()
+
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        """The encoder's last output, (B,C,h,w) or (B,n,C) with the patches at the end."""
+        if getattr(self.network, "backbone", None) is not None:
+            return self.network.backbone(pixels).feature_maps[-1]
+        return getattr(self.network, "glpn" if hasattr(self.network, "glpn") else "dpt")(pixels).last_hidden_state
 
     @torch.no_grad()
     def predict(self, images: Tensor, intrinsics: Tensor | None = None) -> Prediction:
@@ -136,17 +177,20 @@ class TransformersModel(GeometryModel):
         The network runs in float32, whatever `autocast` is.
         """
         batch = images if images.ndim == 4 else images[None]
-        pixels = self.pixel_values(batch)
-        output, domain = self._run(pixels)
-        if self.average_flipped:
-            output = (output + self._run(pixels.flip(-1))[0].flip(-1)) / 2
-        output = self._at_size(output, *batch.shape[-2:])
-        cameras, notes, extra = self._cameras(batch, intrinsics), list(self.notes), {}
-        if intrinsics is None:
-            extra["assumed_fov"] = self.fov_x or ASSUMED_FOV
-            notes.append(f"a field of view of {extra['assumed_fov']:g} degrees across and square pixels are assumed")
-        if domain is not None:
-            extra["domain"] = domain if images.ndim == 4 else domain[0]
+        output, cameras, said = self._maps(batch, intrinsics, exact=True)
+        notes, extra = list(self.notes), {}
+        if intrinsics is None and self.fov_x is not None:
+            notes.append(f"the field of view is taken as known, {self.fov_x:.4g} degrees across")
+        elif intrinsics is None and "fov_x" not in said:
+            extra["assumed_fov"] = ASSUMED_FOV
+            notes.append(f"a field of view of {ASSUMED_FOV:g} degrees across and square pixels are assumed")
+        if self.canonical_focal is not None:
+            notes.append(f"depth is rescaled from a focal length of {self.canonical_focal:g} pixels")
+        if "domain" in said:
+            extra["domain"] = said["domain"] if images.ndim == 4 else said["domain"][0]
+        kind = said.get("kind", self.kind)
+        if kind == "affine_invariant":
+            notes.append("no distances are known, so depth is relative")
         disparity, depth = None, output
         if self.output == "disparity":
             disparity, depth = output, depth_from_disparity(output)
@@ -159,45 +203,4 @@ class TransformersModel(GeometryModel):
         if images.ndim == 3:
             fields = [field[0] if field is not None else None for field in fields]
         points, depth, known, cameras, disparity = fields
-        return Prediction(
-            points, depth, known, cameras, self.kind, disparity=disparity, note="; ".join(notes), extra=extra
-        )
-
-
-class ZoeDepthModel(TransformersModel):
-    """ZoeDepth: metric depth.
-
-    A network with several heads (NK) chooses one by the picture; `Prediction.extra["domain"]` is the name that its
-    configuration gives the head (`nyu` indoors, `kitti` outdoors).
-    """
-
-    def pixel_values(self, images: Tensor) -> Tensor:
-        """The network's input (B,3,H',W'): a reflected border, resizing with aligned corners, normalisation."""
-        rules, values = self.rules, images * (255 * self.rules.scale)
-        if rules.border:
-            above, beside = zoedepth_border(*images.shape[-2:])
-            if above >= images.shape[-2] or beside >= images.shape[-1]:
-                raise UserError(f"model {self.name!r}: a picture of {tuple(images.shape[-2:])} pixels is too small.")
-            values = F.pad(values, (beside, beside, above, above), mode="reflect")
-        if rules.resize or self.num_tokens is not None:
-            size = rules.processed_size(*values.shape[-2:], self.num_tokens)
-            values = F.interpolate(values, size, mode=rules.mode, align_corners=True)
-        return self._normalised(values)
-
-    def _at_size(self, output: Tensor, height: int, width: int) -> Tensor:
-        above, beside = zoedepth_border(height, width) if self.rules.border else (0, 0)
-        bordered = super()._at_size(output, height + 2 * above, width + 2 * beside)
-        return bordered[:, above : above + height, beside : beside + width]
-
-    def _run(self, pixels: Tensor) -> tuple[Tensor, list[str] | None]:
-        output = self.network(pixels)
-        depth, logits = output.predicted_depth, output.domain_logits
-        if logits is None:
-            return depth, None
-        # The library lets a batch vote for one head; a picture that was outvoted goes through the one of its own.
-        domain, voted = logits.argmax(-1), int(logits.sum(0).argmax())
-        for other in set(domain.tolist()) - {voted}:
-            chosen = (domain == other).nonzero()[:, 0]
-            depth = depth.index_copy(0, chosen, self.network(pixels[chosen]).predicted_depth)
-        names = [head["name"] for head in self.network.config.bin_configurations]
-        return depth, [names[index] for index in domain.tolist()]
+        return Prediction(points, depth, known, cameras, kind, disparity=disparity, note="; ".join(notes), extra=extra)

@@ -16,8 +16,7 @@ from moge.utils import io as moge_io
 from PIL import Image
 from torch.nn import functional as F
 
-from ttt_lib.adaptation.adapter import Adapter
-from ttt_lib.adaptation.known_distances import KnownDistances
+from ttt_lib.adaptation.known_camera import adapt_photograph
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import TTTError, UserError, printable, reason
@@ -25,6 +24,7 @@ from ttt_lib.core.files import absolute, first_repeated, replacing, write_json
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import photographs_in, read_photo
+from ttt_lib.data.known_camera import known_camera
 from ttt_lib.data.known_distances import read_references
 from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges
 from ttt_lib.models.base import GeometryModel, weights_checksum
@@ -53,8 +53,9 @@ def write_cloud(path: Path, image: torch.Tensor, prediction: Prediction) -> None
 
 
 def surface_depth(prediction: Prediction) -> np.ndarray:
-    """The depth (H,W) float32, infinite where there is no surface."""
-    return torch.where(prediction.mask, prediction.depth, torch.inf).cpu().numpy().astype(np.float32)
+    """The depth (H,W) float32, infinite where there is no surface, NaN where it is not known."""
+    known = prediction.mask | torch.isnan(prediction.depth)
+    return torch.where(known, prediction.depth, torch.inf).cpu().numpy().astype(np.float32)
 
 
 def write_depth(path: Path, prediction: Prediction) -> None:
@@ -95,7 +96,7 @@ def name_results(paths: Sequence[Path], output: Path) -> dict[Path, str]:
 
 def adapt_photos(
     photos: dict[Path, str], output: Path, model: GeometryModel, config: ExperimentConfig,
-    metric_points: Path | None = None, metric_unit: float | None = None,
+    metric_points: Path | None = None, metric_unit: float | None = None, **camera: Any,
 ) -> Iterator[tuple[Path, Path | None, str]]:  # fmt: skip
     """Adapt to each of the photographs (`name_results`); gives it, its folder, or None and in words why not.
 
@@ -104,7 +105,7 @@ def adapt_photos(
     """
     for path, name in photos.items():
         try:
-            yield path, adapt_photo(path, output, model, config, metric_points, metric_unit, name), ""
+            yield path, adapt_photo(path, output, model, config, metric_points, metric_unit, name, **camera), ""
         except UserError as error:
             yield path, None, str(error)
         except Exception as error:
@@ -115,31 +116,33 @@ def adapt_photos(
 
 def adapt_photo(
     path: Path, output: Path, model: GeometryModel, config: ExperimentConfig, metric_points: Path | None = None,
-    metric_unit: float | None = None, name: str | None = None,
+    metric_unit: float | None = None, name: str | None = None, exif: bool = True, **camera: Any,
 ) -> Path:  # fmt: skip
     """Adapt `model` to one photograph; writes `output/<name>/` in one step and returns it.
 
     depth.png (16 bits, `DEPTH_ENCODING`), depth.npy (H,W) float32 (inf where there is no surface), and the same before
     adaptation in depth_original.npy, cloud.ply, before_after.png, record.json (settings, device, times, decision, how
     depth.png is encoded). Depth is in metres for metric models, and for all with `metric_points`, a file of known
-    distances of `metric_unit` metres (`data.known_distances.read_references`). name: default the photograph's stem. An
-    earlier result of this name is replaced. Raises `UserError` when the photograph or the file cannot be read, or the
-    folder cannot be written or holds something else.
+    distances of `metric_unit` metres (`data.known_distances.read_references`). name: default the photograph's stem.
+    camera: `intrinsics` or `fov`, as `data.known_camera.known_camera` takes them, and exif: whether EXIF counts; depth is
+    NaN where a camera away from the middle leaves it unknown. An earlier result of this name is replaced. Raises
+    `UserError` when the photograph or the file cannot be read, or the folder cannot be written or holds something else.
     """
     image = read_photo(path)
     references = read_references(metric_points, tuple(image.shape[-2:]), metric_unit) if metric_points else None
     if references is not None and references.unit is not None and metric_unit is None:
         log.warning("%s: a unit is taken for 1/256 m, as KITTI has it; --metric-unit says another", metric_points)
+    lens = known_camera(tuple(image.shape[-2:]), photograph=path if exif and model.fov_x is None else None, **camera)
     folder = result_folder(path, output, name)
     try:
         with replacing(folder) as work:
-            supervision = [KnownDistances(references, config)] if references is not None else []
-            result = Adapter(model, config).adapt(image, printable(Path(path).name), supervision)
+            result = adapt_photograph(model, config, image, printable(Path(path).name), references, lens)
             _write_result(work, image, result)
             write_json(work / "record.json", {
                 "image": str(path), **_record(work, image, result, model, config),
                 "metric_points": absolute(metric_points) if metric_points else None,
                 "metric_unit": references.unit if references is not None else None,
+                "camera": lens.source if lens is not None else None,
             })  # fmt: skip
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({reason(error)}).") from error

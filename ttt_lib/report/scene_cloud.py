@@ -85,7 +85,9 @@ class SceneCloud:
 
 
 def write_points(points: np.ndarray, colours: np.ndarray, *paths: Path) -> None:
-    """Write a merged cloud (y up, z backwards, as viewers expect) in the formats of the names."""
+    """Write a merged cloud (y up, z backwards, as viewers expect) in the formats of the names; none of an empty one."""
+    if not len(points):
+        return
     cloud = trimesh.PointCloud(points * np.array([1, -1, -1], np.float32), colours)
     for path in paths:
         path.write_bytes(cloud.export(file_type=path.suffix[1:]))

@@ -122,7 +122,7 @@ def iterate(sets: list[SampleSet]) -> Iterator[Sample]:
 def open_model(config: ExperimentConfig) -> GeometryModel:
     """The experiment's model, fresh from disk or hub."""
     settings = config.model
-    model = load_model(settings.name, settings.device, settings.num_tokens, settings.autocast, settings.fov_x)
+    model = load_model(**settings.model_dump(exclude={"checkpointing"}))
     if settings.checkpointing:
         model.save_memory()
     return model

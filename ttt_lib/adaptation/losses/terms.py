@@ -82,6 +82,9 @@ def unused_outputs(terms: dict[str, LossConfig]) -> tuple[str, ...]:
 def compute_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the terms, averaged over the batch.
 
+    A model of disparity has no points to compare: for it the terms that need them are left out, and where no other is
+    left, Depth Anything's two take their place, so that every experiment is one for every model.
+
     Args:
         inputs: `terms` holds names and settings; the settings of each term are put in place here.
 
@@ -95,6 +98,8 @@ def compute_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
     there = {key for key, value in inputs.output.items() if value is not None}
     there |= {"features"} if inputs.features is not None else set()
     anything = next(inputs.output[name] for name in ("points", "depth", "disparity") if name in inputs.output)
+    if not there & {"points", "depth"}:
+        inputs = replace(inputs, terms=_of_disparity(inputs.terms))
     total, values = anything.sum() * 0.0, {}
     for name in active_terms(inputs.terms):
         about = LOSSES.about[name]
@@ -107,6 +112,15 @@ def compute_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         values[name] = LOSSES[name](replace(inputs, settings=settings)).mean()
         total = total + settings.weight * values[name]
     return total, {name: value.detach() for name, value in values.items()}
+
+
+def _of_disparity(terms: dict[str, LossConfig]) -> dict[str, LossConfig]:
+    """The terms without those of points; `ssi` and `gradient`, as in `more/relative_depth`, where these were all."""
+    kept = {name: term for name, term in terms.items() if "points" not in LOSSES.about[name].get("needs", ())}
+    left = [name for name in active_terms(kept) if not LOSSES.about[name].get("where")]
+    if left or kept.keys() == terms.keys():
+        return kept
+    return kept | {"ssi": LossConfig(), "gradient": LossConfig(weight=0.5)}
 
 
 def _possible(there: set[str]) -> str:

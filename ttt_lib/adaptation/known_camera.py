@@ -1,0 +1,49 @@
+"""Adapting to one photograph whose camera is known, with or without known distances."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from ttt_lib.adaptation.adapter import Adapter
+from ttt_lib.adaptation.known_distances import KnownDistances
+from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.core.config import ExperimentConfig
+from ttt_lib.core.types import Prediction
+from ttt_lib.data.images import as_image
+from ttt_lib.data.known_camera import KnownCamera, centre_photograph
+from ttt_lib.data.known_distances import References
+from ttt_lib.models.base import GeometryModel
+
+
+def adapt_photograph(
+    model: GeometryModel, config: ExperimentConfig, image: Tensor, name: str, references: References | None = None,
+    camera: KnownCamera | None = None, progress: bool = False,
+) -> AdaptResult:  # fmt: skip
+    """`Adapter.adapt` of a photograph (3,H,W) by its camera, where that is known; predictions are of the photograph.
+
+    The model predicts, and its views are drawn, with the known camera, centred (`data.known_camera`).
+
+    Raises:
+        UserError: as `Adapter` does, and for a camera of which hardly any picture is left.
+    """
+    if camera is None:
+        supervision = [KnownDistances(references, config)] if references is not None else []
+        return Adapter(model, config).adapt(image, name, supervision, progress=progress)
+    image = as_image(image, "adapt: the image")
+    seen = centre_photograph(image, camera)
+    supervision = [KnownDistances(seen.carried(references), config)] if references is not None else []
+    with model.knowing(fov_x=seen.fov_x):
+        result = Adapter(model, config).adapt(seen.image, name, supervision, progress=progress)
+    placed: dict[int, Prediction | None] = {id(None): None}  # one prediction may have several parts in a result
+
+    def back(prediction: Prediction | None) -> Prediction | None:
+        if id(prediction) not in placed:
+            placed[id(prediction)] = seen.back(prediction)
+        return placed[id(prediction)]
+
+    return replace(
+        result, original=back(result.original), adapted=back(result.adapted), final=back(result.final),
+        blended=back(result.blended), image=image.to(model.device),
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""ZoeDepth, Depth Pro and Prompt Depth Anything from transformers: what they do otherwise than `TransformersModel`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt_lib.core.errors import UserError
+from ttt_lib.data.known_distances import References, spread_distances
+from ttt_lib.models.preprocessing import zoedepth_border
+from ttt_lib.models.transformers_models import TransformersModel
+
+INVERSE_DEPTHS = (1e-4, 1e4)  # per metre, between which Depth Pro's post-processing keeps them
+FOV = (1.0, 179.0)  # degrees that a camera can have, whatever the head of Depth Pro says
+PROMPT_SIZE = (192, 256)  # of the LiDAR maps that Prompt Depth Anything was published for
+
+
+class ZoeDepthModel(TransformersModel):
+    """ZoeDepth: metric depth.
+
+    A network with several heads (NK) chooses one by the picture; `Prediction.extra["domain"]` is the name that its
+    configuration gives the head (`nyu` indoors, `kitti` outdoors).
+    """
+
+    def pixel_values(self, images: Tensor) -> Tensor:
+        """The network's input (B,3,H',W'): a reflected border, resizing with aligned corners, normalisation."""
+        rules, values = self.rules, images * (255 * self.rules.scale)
+        if rules.border:
+            above, beside = zoedepth_border(*images.shape[-2:])
+            if above >= images.shape[-2] or beside >= images.shape[-1]:
+                raise UserError(f"model {self.name!r}: a picture of {tuple(images.shape[-2:])} pixels is too small.")
+            values = F.pad(values, (beside, beside, above, above), mode="reflect")
+        if rules.resize or self.num_tokens is not None:
+            size = rules.processed_size(*values.shape[-2:], self.num_tokens)
+            values = F.interpolate(values, size, mode=rules.mode, align_corners=True)
+        return self._normalised(values)
+
+    def _at_size(self, output: Tensor, height: int, width: int) -> Tensor:
+        above, beside = zoedepth_border(height, width) if self.rules.border else (0, 0)
+        bordered = super()._at_size(output, height + 2 * above, width + 2 * beside)
+        return bordered[:, above : above + height, beside : beside + width]
+
+    def _seen_width(self, images: Tensor) -> float:
+        height, width = images.shape[-2:]
+        above, beside = zoedepth_border(height, width) if self.rules.border else (0, 0)
+        seen = self.rules.processed_size(height + 2 * above, width + 2 * beside, self.num_tokens)[1]
+        return seen * width / (width + 2 * beside)
+
+    def _run(self, pixels: Tensor, whole: bool = True) -> tuple[Tensor, dict[str, Any]]:
+        output = self.network(pixels)
+        depth, logits = output.predicted_depth, output.domain_logits
+        if logits is None:
+            return depth, {}
+        # The library lets a batch vote for one head; a picture that was outvoted goes through the one of its own.
+        domain, voted = logits.argmax(-1), int(logits.sum(0).argmax())
+        for other in set(domain.tolist()) - {voted}:
+            chosen = (domain == other).nonzero()[:, 0]
+            depth = depth.index_copy(0, chosen, self.network(pixels[chosen]).predicted_depth)
+        names = [head["name"] for head in self.network.config.bin_configurations]
+        return depth, {"domain": [names[index] for index in domain.tolist()]}
+
+
+class DepthProModel(TransformersModel):
+    """Depth Pro (Bochkovskii et al. 2024): metric depth, and a field of view of its own, so that none is assumed.
+
+    Its network gives inverse depth for a camera whose focal length is the picture's width; by the focal length that is
+    known, or else by its own, that becomes metres (`post_process_depth_estimation` of the library).
+    """
+
+    of_one_camera = False
+
+    def pixel_values(self, images: Tensor) -> Tensor:
+        """The network's input (B,3,S,S): normalised, then stretched to a square without smoothing."""
+        values = self._normalised(images * (255 * self.rules.scale))
+        return F.interpolate(values, self.rules.size, mode=self.rules.mode, align_corners=False)
+
+    def _at_size(self, output: Tensor, height: int, width: int) -> Tensor:
+        return F.interpolate(output[:, None], (height, width), mode=self.rules.mode)[:, 0]
+
+    def _run(self, pixels: Tensor, whole: bool = True) -> tuple[Tensor, dict[str, Any]]:
+        output = self.network(pixels)
+        fov_x = output.field_of_view
+        return output.predicted_depth, {} if fov_x is None else {"fov_x": fov_x.float().clamp(*FOV)}
+
+    def _metres(self, output: Tensor, images: Tensor, cameras: Tensor) -> Tensor:
+        return 1 / (output / cameras[:, 0, 0, None, None]).clamp(*INVERSE_DEPTHS)
+
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        """Of the encoder that sees the whole picture, without class token."""
+        return self.network.depth_pro.encoder.image_encoder(pixels).last_hidden_state[:, 1:]
+
+
+class PromptedModel(TransformersModel):
+    """Prompt Depth Anything (Lin et al. 2025): metric depth, completed from known distances.
+
+    `known_references`, spread over the picture, are its prompt, on the whole picture; views of it, whose cameras turned,
+    go without. Where nothing is known, its depth is relative.
+    """
+
+    of_one_camera = False
+    _prompt: tuple[References, Tensor] | None = None
+
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        self.kind = "affine_invariant"  # alone
+
+    def _run(self, pixels: Tensor, whole: bool = True) -> tuple[Tensor, dict[str, Any]]:
+        known = self.known_references if whole else None
+        if known is None or bool((known.depth == known.depth[0]).all()):  # of one distance it can make nothing
+            return self.network(pixels).predicted_depth, {}
+        if self._prompt is None or self._prompt[0] is not known:
+            self._prompt = known, spread_distances(known, *PROMPT_SIZE).to(pixels)
+        prompt = self._prompt[1].expand(len(pixels), 1, *PROMPT_SIZE)
+        return self.network(pixels, prompt_depth=prompt).predicted_depth, {"kind": "metric"}
