@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from ttt_lib.runs.catalog import NOTEBOOKS, experiment_file, experiment_files, n
 from ttt_lib.runs.plan import choose_experiments, make_jobs, parse_set, put
 
 LOG = logging.getLogger("ttt_lib")
+HARD_BY = "points_scale_invariant/delta1"  # as the study's text says
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -97,23 +99,44 @@ def ablation(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples of each shard.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,
     views: Annotated[bool, typer.Option(help="Also run 01_augmentation for every experiment.")] = True,
+    hardest: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="The published protocol: score all samples, then only the N hardest, N random and N easy ones, each seen twice, with controls. Default data: 1,000 scenes of shifted.",
+        ),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="metric/score that --hardest chooses by.")] = HARD_BY,
+    below: Annotated[float | None, typer.Option(help="--hardest takes only samples whose score is lower.")] = None,
 ) -> None:
     """Run every experiment through the notebooks, then make Table 1, the figures and the report."""
     from ttt_lib.runs.jobs import run_jobs
+    from ttt_lib.runs.protocol import choose_samples, with_controls
+    from ttt_lib.runs.results import SELECTION
 
     runs, cluster = Path(absolute(runs)), absolute(cluster) if cluster else None
     overrides = parse_set(set_ or [])
     if data:
         overrides["data"] = parse_data(data)
     workers = workers or default_workers()
-    jobs = make_jobs(choose_experiments(experiments), profile, overrides, shards, limit, views)
+    files = choose_experiments(experiments)
+
+    def do(jobs: list, folder: Path) -> list:
+        say = partial(print, flush=True)
+        return run_jobs(jobs, folder, workers, scheduler, cluster, threads=threads, announce=say)
+
+    if hardest:
+        files = with_controls(files)
+        overrides["data"] = choose_samples(runs, profile, overrides, hardest, metric, below, shards, limit, do)
+        limit = None  # it was of the samples to choose from
+    else:
+        (runs / SELECTION).unlink(missing_ok=True)  # of an earlier study in this folder
+    jobs = make_jobs(files, profile, overrides, shards, limit, views)
     names = {job.parameters["model"]["name"] for job in jobs} - {"tiny"}
     if profile == "demo" and names:
         print(f"note: the profile demo (few tokens, low rates) is made for tiny; for {min(names)} try --profile paper.")
     print(f"{len(jobs)} jobs, {jobs[0].samples} samples each; results go to {runs}", flush=True)
-    outcomes = run_jobs(
-        jobs, runs, workers, scheduler, cluster, threads=threads, announce=lambda line: print(line, flush=True)
-    )
+    outcomes = do(jobs, runs)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if len(failed) < len(outcomes):
         summarise(runs)
@@ -260,7 +283,7 @@ def scene(
 def hard_subset(
     data: Annotated[list[str], typer.Option(help="MoGe-layout folders or a JSON of sets; may repeat.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the subset (links and an index).")],
-    metric: Annotated[str, typer.Option(help="metric/score to choose by.")] = "points_scale_invariant/delta1",
+    metric: Annotated[str, typer.Option(help="metric/score to choose by.")] = HARD_BY,
     below: Annotated[float, typer.Option(help="Only samples whose score is lower.")] = 0.5,
     count: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
     profile: Annotated[

@@ -1,4 +1,5 @@
-"""Training that stays near the original: low-rank updates, L2-SP, stochastic restore, sharpness-aware steps."""
+"""Training that stays near the original: low-rank updates, L2-SP, stochastic restore, sharpness-aware steps; and what a
+change as large gives that nothing was learned in."""
 
 from __future__ import annotations
 
@@ -37,6 +38,21 @@ def restore_some(student: Student, probability: float, generator: torch.Generato
         for parameter, original in zip(student.parameters, student.original):
             back = (torch.rand(parameter.shape, generator=generator) < probability).to(parameter.device)
             parameter.copy_(torch.where(back, original, parameter))
+
+
+def random_change(original: list[Tensor], values: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """`original`, each tensor moved in a random direction as far as it is from `values`. Draws come from `generator` (CPU).
+
+    Example:
+        >>> (moved,) = random_change([torch.zeros(4)], [torch.full((4,), 0.5)], torch.Generator().manual_seed(0))
+        >>> round(float(moved.norm()), 4)
+        1.0
+    """
+    moved = []
+    for start, end in zip(original, values):
+        direction = torch.randn(start.shape, generator=generator).to(start)
+        moved.append(start + direction * ((end - start).norm() / direction.norm().clamp_min(1e-12)))
+    return moved
 
 
 @contextmanager

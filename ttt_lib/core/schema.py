@@ -23,7 +23,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]  # more is a slip, and would f
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Side = Annotated[int, Field(ge=16, le=16384)]  # pixels that a network can make something of
 # Folders in a folder of runs that are no experiment's.
-RESERVED = ("summary", "superseded", "failed")
+RESERVED = ("summary", "superseded", "failed", "scored")
 
 
 class Section(BaseModel):
@@ -100,6 +100,8 @@ class TrainConfig(Section):
     `reset`: where training starts: each image from the original weights, or where the last one ended (`never`; a number
     N: original again at every N-th image), for sequences from one camera. Anything but `per_image` ties the result to
     the order of the samples within a shard.
+    `random_direction`: a control: the trained change of each tensor is replaced by a random one of the same norm (one
+    photograph at a time).
     `profiled`: whether a profile's factors on rates and counts apply. They keep the relations between the study's rows; a
     row whose rates were chosen for every model says no.
     """
@@ -120,6 +122,7 @@ class TrainConfig(Section):
     restore_probability: Probability = 0.0
     sharpness_radius: NonNegative = 0.0
     reset: Literal["per_image", "never"] | Count = "per_image"
+    random_direction: bool = False
     profiled: bool = True
 
     @model_validator(mode="after")
@@ -259,7 +262,7 @@ class DataConfig(Section):
     """One set of samples; the keys of MoGe's `configs/eval/*.json` plus `kind` and `name`. See `data.open_dataset`.
 
     `kind`: one of `data.list_datasets()`; one that you have registered takes options of its own beside these. `path`
-    becomes absolute, `~` your home.
+    becomes absolute, `~` your home. `names`: only these samples. `draw`: above 0 they are seen again (`data/again.py`).
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -278,6 +281,8 @@ class DataConfig(Section):
     min_seg_area: Count = 1000
     subset: Count | None = None
     count: Count | None = None
+    names: list[str] | None = None
+    draw: Annotated[int, Field(ge=0)] = 0
     seed: Seed = 0
     shifts: list[str] | None = None
     severities: list[Severity] | None = None

@@ -26,6 +26,7 @@ from ttt_lib.runs.catalog import table_places
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"  # of a finished job
+SELECTION = "selection.csv"  # of a study of hard, random and easy samples: which are which
 COMPARABLE = ("data", "limit", "model", "code", "torch")  # parts of an identity that experiments have in common
 SHARD = re.compile(r"(\d+)-of-(0*[1-9]\d*)", re.ASCII)
 
