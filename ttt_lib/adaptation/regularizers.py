@@ -12,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ttt_lib.adaptation.student import Student
+    from ttt_lib.core.types import Prediction
 
 
 def distance_gradients(student: Student, weight: float) -> list[Tensor]:
@@ -53,6 +54,25 @@ def random_change(original: list[Tensor], values: list[Tensor], generator: torch
         direction = torch.randn(start.shape, generator=generator).to(start)
         moved.append(start + direction * ((end - start).norm() / direction.norm().clamp_min(1e-12)))
     return moved
+
+
+def equal_effect(
+    student: Student, image: Tensor, original: Prediction, values: list[Tensor], moved: list[Tensor]
+) -> list[Tensor]:
+    """`moved`, so far from the original weights that the prediction changes as much as with `values`, to first order.
+
+    The change is the mean |log depth - log original depth| around its median, over (H,W).
+    """
+
+    def effect(weights: list[Tensor]) -> Tensor:
+        with student.weights(weights):
+            found = student.model.predict(image)
+        of = (lambda p: p.disparity) if original.depth is None else (lambda p: p.depth)
+        change = of(found).log() - of(original).log()
+        return (change - change.nanmedian()).abs().nanmean()
+
+    factor = effect(values) / effect(moved).clamp_min(1e-12)
+    return [start + factor * (end - start) for start, end in zip(student.original, moved)]
 
 
 @contextmanager

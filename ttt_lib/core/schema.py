@@ -100,8 +100,8 @@ class TrainConfig(Section):
     `reset`: where training starts: each image from the original weights, or where the last one ended (`never`; a number
     N: original again at every N-th image), for sequences from one camera. Anything but `per_image` ties the result to
     the order of the samples within a shard.
-    `random_direction`: a control: the trained change of each tensor is replaced by a random one of the same norm (one
-    photograph at a time).
+    `random_change`: a control: the trained change of each tensor is replaced by a random one of the same norm (`weights`),
+    or so large that the prediction changes as much (`prediction`; single photographs).
     `profiled`: whether a profile's factors on rates and counts apply. They keep the relations between the study's rows; a
     row whose rates were chosen for every model says no.
     """
@@ -122,7 +122,7 @@ class TrainConfig(Section):
     restore_probability: Probability = 0.0
     sharpness_radius: NonNegative = 0.0
     reset: Literal["per_image", "never"] | Count = "per_image"
-    random_direction: bool = False
+    random_change: Literal["weights", "prediction"] | None = None
     profiled: bool = True
 
     @model_validator(mode="after")

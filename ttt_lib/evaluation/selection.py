@@ -1,2 +1,2 @@
 GROUPS = ("hard", "random", "easy")
-CONTROLS = ("original", "control_lr0", "control_random_weights", "tta")
+CONTROLS = ("original", "control_lr0", "control_random_weights", "control_random_prediction", "tta")
