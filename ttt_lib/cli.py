@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import traceback
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,7 +104,7 @@ def ablation(
         int | None,
         typer.Option(
             min=2,
-            help="The published protocol: score all samples, then only the N hardest, N random and N easy ones, each seen twice, with controls. Default data: 1,000 scenes of shifted.",
+            help="The published protocol: of all samples, scored first, the N hardest, N random, N easy ones, seen twice, beside controls. Default data: 1,000 scenes of shifted.",
         ),
     ] = None,
     metric: Annotated[str, typer.Option(help="metric/score that --hardest chooses by.")] = HARD_BY,
@@ -119,24 +120,24 @@ def ablation(
     if data:
         overrides["data"] = parse_data(data)
     workers = workers or default_workers()
-    files = choose_experiments(experiments)
-
-    def do(jobs: list, folder: Path) -> list:
-        say = partial(print, flush=True)
-        return run_jobs(jobs, folder, workers, scheduler, cluster, threads=threads, announce=say)
-
+    files, say = choose_experiments(experiments), partial(print, flush=True)
+    do = partial(run_jobs, workers=workers, scheduler=scheduler, cluster_file=cluster, threads=threads, announce=say)
     if hardest:
-        files = with_controls(files)
         overrides["data"] = choose_samples(runs, profile, overrides, hardest, metric, below, shards, limit, do)
-        limit = None  # it was of the samples to choose from
-    else:
-        (runs / SELECTION).unlink(missing_ok=True)  # of an earlier study in this folder
+        files, limit = with_controls(files), None  # the limit was of the samples to choose from
     jobs = make_jobs(files, profile, overrides, shards, limit, views)
     names = {job.parameters["model"]["name"] for job in jobs} - {"tiny"}
     if profile == "demo" and names:
         print(f"note: the profile demo (few tokens, low rates) is made for tiny; for {min(names)} try --profile paper.")
     print(f"{len(jobs)} jobs, {jobs[0].samples} samples each; results go to {runs}", flush=True)
-    outcomes = do(jobs, runs)
+    if not hardest:
+        with suppress(OSError):  # of an earlier study in this folder
+            (runs / SELECTION).unlink(missing_ok=True)
+    _end(do(jobs, runs), runs)
+
+
+def _end(outcomes: list, runs: Path) -> None:
+    """The summary of what was done, and what failed with exit code 1."""
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if len(failed) < len(outcomes):
         summarise(runs)
@@ -152,7 +153,7 @@ def ablation(
 
 def summarise(runs: Path) -> None:
     """Execute 03_ablation on a runs folder into `runs/summary`, and print the table."""
-    from ttt_lib.report.tables import table1, to_text
+    from ttt_lib.report.tables import SELECTION_LEGEND, selection_cells, selection_table, table1, to_text
     from ttt_lib.runs.jobs import one_line
     from ttt_lib.runs.notebook import execute, own_kernel
     from ttt_lib.runs.results import read_runs
@@ -168,7 +169,11 @@ def summarise(runs: Path) -> None:
         except Exception as error:  # of a cell; the notebook shows it
             raise UserError(f"{output / '03_ablation.ipynb'}: the summary failed ({one_line(error)}).") from error
     read = read_runs(runs)
-    print("\n".join([to_text(table1(read)), *read.notes]))
+    selected = selection_table(read)
+    text = (
+        to_text(table1(read)) if selected is None else f"{selection_cells(selected).to_string()}\n({SELECTION_LEGEND})"
+    )
+    print("\n".join([text, *read.notes]))
     if len(read.left_out):
         print(f"left out:\n{read.left_out.to_string(index=False)}")
     print(f"table, figures and report: {output}")

@@ -52,27 +52,37 @@ def random_change(original: list[Tensor], values: list[Tensor], generator: torch
     moved = []
     for start, end in zip(original, values):
         direction = torch.randn(start.shape, generator=generator).to(start)
-        moved.append(start + direction * ((end - start).norm() / direction.norm().clamp_min(1e-12)))
+        factor = (end - start).norm() / direction.norm().clamp_min(1e-12)
+        moved.append(start.clone().add_(direction * factor))  # in the layout of `start`, which kernels round by
     return moved
 
 
 def equal_effect(
     student: Student, image: Tensor, original: Prediction, values: list[Tensor], moved: list[Tensor]
 ) -> list[Tensor]:
-    """`moved`, so far from the original weights that the prediction changes as much as with `values`, to first order.
+    """`moved`, so far from the original weights that the prediction changes as much as with `values`, or at the most
+    2^14 times as far.
 
-    The change is the mean |log depth - log original depth| around its median, over (H,W).
+    The distance is doubled until that is so, then halved in between (far off, a network gives hardly any finite depth, so
+    the whole range cannot be bisected). The change is the mean |log depth - log original depth| around its median, over (H,W).
     """
 
-    def effect(weights: list[Tensor]) -> Tensor:
+    def effect(weights: list[Tensor]) -> float:
         with student.weights(weights):
             found = student.model.predict(image)
         of = (lambda p: p.disparity) if original.depth is None else (lambda p: p.depth)
         change = of(found).log() - of(original).log()
-        return (change - change.nanmedian()).abs().nanmean()
+        return float((change - change.nanmedian()).abs().nanmean())
 
-    factor = effect(values) / effect(moved).clamp_min(1e-12)
-    return [start + factor * (end - start) for start, end in zip(student.original, moved)]
+    def at(power: float) -> list[Tensor]:
+        return [start.clone().add_(2**power * (end - start)) for start, end in zip(student.original, moved)]
+
+    power, wanted = -4.0, effect(values)
+    while power < 14 and effect(at(power + 1)) < wanted:
+        power += 1
+    for step in (0.5, 0.25, 0.125, 0.0625):
+        power += step if effect(at(power + step)) < wanted else 0.0
+    return at(power)
 
 
 @contextmanager

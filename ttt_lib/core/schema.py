@@ -22,8 +22,7 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]  # more is a slip, and would fill the memory
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Side = Annotated[int, Field(ge=16, le=16384)]  # pixels that a network can make something of
-# Folders in a folder of runs that are no experiment's.
-RESERVED = ("summary", "superseded", "failed", "scored")
+RESERVED = ("summary", "superseded", "failed", "scored")  # folders of a folder of runs that are no experiment's
 
 
 class Section(BaseModel):
@@ -97,13 +96,10 @@ class TrainConfig(Section):
     `lora_rank`: train low-rank updates of the chosen matrices instead of these; 0: the parameters themselves.
     `l2_sp`: weight of the squared distance to the original weights. `restore_probability`: chance of each number to
     return to its original after a step (CoTTA). `sharpness_radius`: gradients at a worst point so far away (SAM, SAR).
-    `reset`: where training starts: each image from the original weights, or where the last one ended (`never`; a number
-    N: original again at every N-th image), for sequences from one camera. Anything but `per_image` ties the result to
-    the order of the samples within a shard.
-    `random_change`: a control: the trained change of each tensor is replaced by a random one of the same norm (`weights`),
-    or so large that the prediction changes as much (`prediction`; single photographs).
-    `profiled`: whether a profile's factors on rates and counts apply. They keep the relations between the study's rows; a
-    row whose rates were chosen for every model says no.
+    `reset`: where training starts: each image from the original weights, or where the last one ended (`never`; N: original
+    again at every N-th image), for one camera's sequences. All but `per_image` depend on the order of a shard's samples.
+    `random_change`: a control: instead of the trained change a random one, of its norm or of its effect (one photograph).
+    `profiled`: whether a profile's factors on rates and counts apply; a row whose rates suit every model says no.
     """
 
     method: Literal["none", "tta", "ttt"] = "ttt"
