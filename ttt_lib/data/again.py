@@ -40,8 +40,8 @@ def seen_again(samples: SampleSet, draw: int) -> SampleSet:
     Example:
         >>> from ttt_lib.data.catalog import open_dataset
         >>> again = seen_again(open_dataset("motorcycle", width=96, height=64), draw=1)
-        >>> again[0]
-        Sample(motorcycle.again/motorcycle_left: 96 x 64 pixels, truth 2.33 to 5.45 m (median 3.13))
+        >>> again.name, again[0].dataset, again[0].name
+        ('motorcycle.again', 'motorcycle.again', 'motorcycle_left')
     """
     title = f"{samples.name}{AGAIN}"
 
