@@ -7,6 +7,7 @@ import json
 import pandas as pd
 import pytest
 
+from ttt_lib import cli
 from ttt_lib.core.config import build_experiment
 from ttt_lib.core.errors import RunError
 from ttt_lib.evaluation.selection import CONTROLS
@@ -43,6 +44,33 @@ def test_the_samples_are_scored_chosen_and_seen_twice(tmp_path):
     first, again = open_samples(build_experiment({"name": "row", "data": data}))
     assert set(first.names) == set(chosen["sample"]) and again.names == first.names
     assert (first.name, again.name) == ("shifted", "shifted.again") and [entry["draw"] for entry in data] == [0, 1]
+
+
+def test_the_command_runs_the_rows_and_the_controls_on_the_chosen_samples(tmp_path, monkeypatch, capsys):
+    """Afterwards a plain ablation in the same folder is no study of chosen samples any more."""
+    asked = {}
+
+    def run_jobs(jobs, folder, workers, scheduler, cluster_file, threads, announce):
+        asked[folder] = jobs
+        return do([job for job in jobs if folder.name == "scored"], folder) or [Outcome(jobs[0].experiment, "", "done")]
+
+    monkeypatch.setattr("ttt_lib.runs.jobs.run_jobs", run_jobs)
+    monkeypatch.setattr(cli, "summarise", lambda runs: None)
+    scenes = "data=[{kind: shifted, count: 4, width: 32, height: 24}]"
+    words = ["--experiments", "unfreeze_encoder", "--runs", tmp_path, "--workers", "1", "--no-views", "--set", scenes]
+    words = ["ttt-depth", "ablation", *map(str, words), "--set", "model.num_tokens=32", "--limit", "4"]
+    monkeypatch.setattr("sys.argv", [*words, "--hardest", "2"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert [job.experiment for job in asked[tmp_path]] == ["unfreeze_encoder", *CONTROLS]
+    chosen = pd.read_csv(tmp_path / "selection.csv")
+    assert {job.samples for job in asked[tmp_path]} == {2 * chosen["sample"].nunique()} == {8}
+    assert all(job.parameters["limit"] == 0 for job in asked[tmp_path])
+    assert "hard: 2 samples" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert [job.samples for job in asked[tmp_path]] == [4] and not (tmp_path / "selection.csv").exists()
 
 
 def test_a_job_that_failed_is_told_and_nothing_is_chosen(tmp_path):
