@@ -54,7 +54,7 @@ def selection_figure(table: pd.DataFrame) -> Figure:
     """`selection_table`: gains as chosen (gray) and what is left over controls on the second look, a panel a group."""
     groups = table["group"].unique()
     figure, axes = plt.subplots(1, max(len(groups), 1), figsize=(11, 1.4 + 0.3 * table["experiment"].nunique()),
-                                sharex=True, sharey=True, squeeze=False)  # fmt: skip
+                                sharex=True, sharey=True, squeeze=False, layout="constrained")  # fmt: skip
     for axis, group in zip(axes[0], groups):
         rows = table[table["group"] == group].set_index("experiment")
         for prefix, color, label in (
@@ -70,9 +70,8 @@ def selection_figure(table: pd.DataFrame) -> Figure:
         axis.set_yticks(range(len(rows)), rows.index, fontsize=7)
         axis.tick_params(axis="x", labelsize=7)
     axes[0, 0].invert_yaxis()
-    axes[0, 0].legend(fontsize=6)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=2, fontsize=7)
     figure.suptitle("gain in " + ", ".join(sorted(set(table["metric"] + " " + table["score"]))), fontsize=9)
-    figure.tight_layout()
     plt.close(figure)
     return figure
 
