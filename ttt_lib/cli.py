@@ -13,7 +13,8 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from ttt_lib.runs.catalog import NOTEBOOKS, experiment_file, experiment_files, n
 from ttt_lib.runs.plan import choose_experiments, make_jobs, parse_set, put
 
 LOG = logging.getLogger("ttt_lib")
+HARD_BY = "points_scale_invariant/delta1"  # as the study's text says
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -111,23 +113,44 @@ def ablation(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples of each shard.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,
     views: Annotated[bool, typer.Option(help="Also run 01_augmentation for every experiment.")] = True,
+    hardest: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="The published protocol: of all samples, scored first, the N hardest, N random, N easy ones, seen twice, beside controls. Default data: 1,000 scenes of shifted.",
+        ),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="metric/score that --hardest chooses by.")] = HARD_BY,
+    below: Annotated[float | None, typer.Option(help="--hardest takes only samples whose score is lower.")] = None,
 ) -> None:
     """Run every experiment through the notebooks, then make Table 1, the figures and the report."""
     from ttt_lib.runs.jobs import run_jobs
+    from ttt_lib.runs.protocol import choose_samples, with_controls
+    from ttt_lib.runs.results import SELECTION
 
     runs, cluster = Path(absolute(runs)), absolute(cluster) if cluster else None
     overrides = parse_set(set_ or [])
     if data:
         overrides["data"] = parse_data(data)
     workers = workers or default_workers()
-    jobs = make_jobs(choose_experiments(experiments), profile, overrides, shards, limit, views)
+    files, say = choose_experiments(experiments), partial(print, flush=True)
+    do = partial(run_jobs, workers=workers, scheduler=scheduler, cluster_file=cluster, threads=threads, announce=say)
+    if hardest:
+        overrides["data"] = choose_samples(runs, profile, overrides, hardest, metric, below, shards, limit, do)
+        files, limit = with_controls(files), None  # the limit was of the samples to choose from
+    jobs = make_jobs(files, profile, overrides, shards, limit, views)
     names = {job.parameters["model"]["name"] for job in jobs} - {"tiny"}
     if profile == "demo" and names:
         print(f"note: the profile demo (few tokens, low rates) is made for tiny; for {min(names)} try --profile paper.")
     print(f"{len(jobs)} jobs, {jobs[0].samples} samples each; results go to {runs}", flush=True)
-    outcomes = run_jobs(
-        jobs, runs, workers, scheduler, cluster, threads=threads, announce=lambda line: print(line, flush=True)
-    )
+    if not hardest:
+        with suppress(OSError):  # of an earlier study in this folder
+            (runs / SELECTION).unlink(missing_ok=True)
+    _end(do(jobs, runs), runs)
+
+
+def _end(outcomes: list, runs: Path) -> None:
+    """The summary of what was done, and what failed with exit code 1."""
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if len(failed) < len(outcomes):
         summarise(runs)
@@ -143,7 +166,7 @@ def ablation(
 
 def summarise(runs: Path) -> None:
     """Execute 03_ablation on a runs folder into `runs/summary`, and print the table."""
-    from ttt_lib.report.tables import table1, to_text
+    from ttt_lib.report.tables import SELECTION_LEGEND, selection_cells, selection_table, table1, to_text
     from ttt_lib.runs.jobs import one_line
     from ttt_lib.runs.notebook import execute, own_kernel
     from ttt_lib.runs.results import read_runs
@@ -159,7 +182,11 @@ def summarise(runs: Path) -> None:
         except Exception as error:  # of a cell; the notebook shows it
             raise UserError(f"{output / '03_ablation.ipynb'}: the summary failed ({one_line(error)}).") from error
     read = read_runs(runs)
-    print("\n".join([to_text(table1(read)), *read.notes]))
+    selected = selection_table(read)
+    text = (
+        to_text(table1(read)) if selected is None else f"{selection_cells(selected).to_string()}\n({SELECTION_LEGEND})"
+    )
+    print("\n".join([text, *read.notes]))
     if len(read.left_out):
         print(f"left out:\n{read.left_out.to_string(index=False)}")
     print(f"table, figures and report: {output}")
@@ -279,7 +306,7 @@ def scene(
 def hard_subset(
     data: Annotated[list[str], typer.Option(help="MoGe-layout folders or a JSON of sets; may repeat.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the subset (links and an index).")],
-    metric: Annotated[str, typer.Option(help="metric/score to choose by.")] = "points_scale_invariant/delta1",
+    metric: Annotated[str, typer.Option(help="metric/score to choose by.")] = HARD_BY,
     below: Annotated[float, typer.Option(help="Only samples whose score is lower.")] = 0.5,
     count: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
     profile: Annotated[

@@ -305,6 +305,28 @@ def test_the_distance_term_pulls_back(tiny, image):
     assert distance(held) < 0.9 * distance(free)
 
 
+def test_a_random_change_is_as_large_as_the_trained_one_and_learns_nothing(tiny, image):
+    fast = {"optimizer": {"learning_rate": 1e-4}, "passes": 2, "accumulation": 1, "reset": "never"}
+    kinds = (None, "weights", "prediction")
+    trained, norm, effect = (adapt(tiny, image, config(train={**fast, "random_change": k}), name="a") for k in kinds)
+    own = [p for _, p in tiny.network.named_parameters()]
+
+    def moves(result):
+        return [(a - b).flatten() for a, b in zip(result.weights, own, strict=True)]
+
+    def change(result):
+        ratio = result.final.depth.log() - result.original.depth.log()
+        return float((ratio - ratio.nanmedian()).abs().nanmean())
+
+    for one, other in zip(moves(trained), moves(norm)):
+        assert torch.allclose(one.norm(), other.norm(), rtol=1e-2, atol=1e-7)
+        if len(one) > 1000 and one.norm() > 0:
+            assert abs(float(torch.cosine_similarity(one, other, dim=0))) < 0.3
+    assert change(norm) < 0.5 * change(trained) and change(effect) == pytest.approx(change(trained), rel=0.2)
+    still = config(train={"optimizer": {"learning_rate": 0.0}, "random_change": "prediction"})
+    assert torch.equal(adapt(tiny, image, still, name="a").final.depth, trained.original.depth)
+
+
 def test_a_sequence_goes_on_from_the_last_image(tiny, image):
     settings = config(train={"reset": "never"})
     first = adapt(tiny, image, settings, name="a")

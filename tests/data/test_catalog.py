@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 
 from ttt_lib.core.config import build_experiment
-from ttt_lib.core.errors import ConfigError, UserError
+from ttt_lib.core.errors import ConfigError, DataError, UserError
 from ttt_lib.core.registry import DATASETS
 from ttt_lib.core.schema import DataConfig
 from ttt_lib.core.types import Sample
 from ttt_lib.data.catalog import describe_sources, list_datasets, open_dataset
 from ttt_lib.data.samples import SampleSet
+from ttt_lib.geometry.cameras import project
 
 
 @pytest.fixture
@@ -87,3 +88,31 @@ def test_every_path_is_absolute_once_it_is_in(tmp_path, monkeypatch):
     for name in ("sets.json", "../sets/sets.json"):
         paths = [entry["path"] for entry in describe_sources([name])]
         assert paths == [str(tmp_path / "sets" / "NYUv2"), str(home / "photos")]
+
+
+def test_names_take_some_samples_of_a_set_and_are_part_of_what_it_is():
+    some = open_dataset("shifted", names=["003_defocus_blur_4", "001_fog_2"], count=6, width=32, height=24)
+    assert some.names == ["003_defocus_blur_4", "001_fog_2"] and some[1].name == "001_fog_2"
+    assert some.data_hash() != open_dataset("shifted", count=6, width=32, height=24).data_hash()
+    with pytest.raises(DataError, match="shifted has no sample '009' .1 of the `names`"):
+        open_dataset("shifted", names=["009"], count=6)
+    config = build_experiment({"name": "x", "data": [{"kind": "shifted", "names": ["001_fog_2"], "draw": 1}]})
+    assert config.data[0].options() == {"names": ["001_fog_2"], "draw": 1}
+
+
+@pytest.mark.parametrize("kind, options", [("motorcycle", {}), ("shifted", {"count": 2, "shifts": ["low_light"]})])
+def test_a_second_look_is_the_same_scene_in_a_mirror_with_other_noise(kind, options):
+    first, again, third = (open_dataset(kind, draw=i, width=64, height=48, **options) for i in range(3))
+    assert again.names == first.names and again.name == f"{kind}.again"
+    assert len({samples.data_hash() for samples in (first, again, third)}) == 3
+    one, other = first[1], again[1]
+    assert (other.name, other.dataset) == (one.name, f"{kind}.again")
+    assert torch.equal(other.depth.flip(-1).nan_to_num(0), one.depth.nan_to_num(0))
+    assert torch.equal(other.mask.flip(-1), one.mask) and other.intrinsics[0, 2] == 1 - one.intrinsics[0, 2]
+    known = other.mask
+    seen = project(other.points[known], other.intrinsics)  # every point is still seen where its pixel is
+    grid = torch.stack(torch.meshgrid((torch.arange(64) + 0.5) / 64, (torch.arange(48) + 0.5) / 48, indexing="xy"), -1)
+    assert torch.allclose(seen, grid[known], atol=1e-4)
+    difference = (other.image.flip(-1) - one.image).abs().mean()
+    assert 0.003 < float(difference) < 0.1 and not torch.equal(third[1].image, other.image)
+    assert torch.equal(again[1].image, other.image)

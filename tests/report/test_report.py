@@ -415,3 +415,37 @@ def test_samples_without_truth_are_timed_and_not_counted(tmp_path):
     table = tables.table1(runs)
     assert table.loc["original", "n"] == 4 and table.loc["original", "seconds"] == 3  # of 1, 2, 3, 4 and 5 seconds
     assert "seconds are means over all samples, also those without truth, which n does not count" in runs.notes
+
+
+def test_of_chosen_samples_nothing_shows_a_gain_that_is_the_choice(tmp_path, capsys):
+    """Each row's second look is a data set of its own; what follows in the notebook is of the random samples alone."""
+    for experiment, shift in (("original", 0.0), ("control_lr0", 0.0), ("unfreeze_encoder", 0.2)):
+        place = write_shard(tmp_path / "runs", experiment, samples=range(8), shift=shift)
+        for name in ("metrics", "samples", "history"):
+            rows = pd.read_csv(place / f"{name}.csv")
+            pd.concat([rows, rows.assign(dataset=rows["dataset"] + ".again")]).to_csv(
+                place / f"{name}.csv", index=False
+            )
+    names = {"hard": [1, 2, 3], "random": [2, 5, 6], "easy": [0, 4, 7]}
+    keys = [(group, "ab"[i % 2], f"s{i}") for group, numbers in names.items() for i in numbers]
+    chosen = pd.DataFrame(keys, columns=["group", "dataset", "sample"]).assign(value=0.0, metric="depth_metric/delta1")
+    chosen.to_csv(tmp_path / "runs" / "selection.csv", index=False)
+    runs = results.read_runs(tmp_path / "runs")
+    hard, random = runs.group("hard"), runs.group("random")
+    assert sorted(hard.samples["sample"].unique()) == ["s1", "s2", "s3"] and len(hard.samples) == 9
+    table = tables.selection_table(runs, 50).set_index(["group", "experiment"])
+    assert table.loc[("hard", "unfreeze_encoder"), "again_mean"] == pytest.approx(0.2)
+    assert table["gain"][table["gain"]].index.tolist() == [(group, "unfreeze_encoder") for group in ("hard", "random")]
+    assert table.loc[("hard", "original, seen again"), "first_mean"] == 0
+    text = tables.selection_cells(tables.selection_table(runs, 50))
+    assert text.loc[("hard", "unfreeze_encoder"), "second look, over controls"] == (
+        "+0.2000 (+0.2000, +0.2000) over original"
+    )
+    space = run_notebook(tmp_path / "runs", tmp_path / "out")
+    assert "all below is of the random samples" in capsys.readouterr().out and "beyond_selection" in space["files"]
+    pd.testing.assert_frame_equal(space["table"], tables.table1(random))
+    written = pd.read_csv(space["files"]["beyond_selection"])
+    assert len(written) == 12 * 3 * 3 and set(written["metric"] + "_" + written["score"]) == set(tables.COLUMN_NAMES)
+    page = space["files"]["html"].read_text(encoding="utf-8")
+    assert "beyond selection" in page and (tmp_path / "out" / "chosen_samples.png").exists()
+    assert pd.read_csv(space["files"]["table1_hard"])["n"].tolist() == [3, 3, 3]

@@ -22,7 +22,7 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]  # more is a slip, and would fill the memory
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Side = Annotated[int, Field(ge=16, le=16384)]  # pixels that a network can make something of
-RESERVED = ("summary", "superseded", "failed")  # folders in a folder of runs that are no experiment's
+RESERVED = ("summary", "superseded", "failed", "scored")  # folders of a folder of runs that are no experiment's
 
 
 class Section(BaseModel):
@@ -103,11 +103,10 @@ class TrainConfig(Section):
     `prompt_tokens`: so many more tokens of a ViT, which `parts: ["*.register_tokens"]` trains alone (VPT).
     `l2_sp`: weight of the squared distance to the original weights. `restore_probability`: chance of each number to
     return to its original after a step (CoTTA). `sharpness_radius`: gradients at a worst point so far away (SAM, SAR).
-    `reset`: where training starts: each image from the original weights, or where the last one ended (`never`; a number
-    N: original again at every N-th image), for sequences from one camera. Anything but `per_image` ties the result to
-    the order of the samples within a shard.
-    `profiled`: whether a profile's factors on rates and counts apply. They keep the relations between the study's rows; a
-    row whose rates were chosen for every model says no.
+    `reset`: where training starts: each image from the original weights, or where the last one ended (`never`; N: original
+    again at every N-th image), for one camera's sequences. All but `per_image` depend on the order of a shard's samples.
+    `random_change`: a control: instead of the trained change a random one, of its norm or of its effect (one photograph).
+    `profiled`: whether a profile's factors on rates and counts apply; a row whose rates suit every model says no.
     """
 
     method: Literal["none", "tta", "ttt"] = "ttt"
@@ -127,6 +126,7 @@ class TrainConfig(Section):
     restore_probability: Probability = 0.0
     sharpness_radius: NonNegative = 0.0
     reset: Literal["per_image", "never"] | Count = "per_image"
+    random_change: Literal["weights", "prediction"] | None = None
     profiled: bool = True
 
     @model_validator(mode="after")
@@ -262,7 +262,7 @@ class DataConfig(Section):
     """One set of samples; the keys of MoGe's `configs/eval/*.json` plus `kind` and `name`. See `data.open_dataset`.
 
     `kind`: one of `data.list_datasets()`; one that you have registered takes options of its own beside these. `path`
-    becomes absolute, `~` your home.
+    becomes absolute, `~` your home. `names`: only these samples. `draw`: above 0 they are seen again (`data/again.py`).
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -281,6 +281,8 @@ class DataConfig(Section):
     min_seg_area: Count = 1000
     subset: Count | None = None
     count: Count | None = None
+    names: list[str] | None = None
+    draw: Annotated[int, Field(ge=0)] = 0
     seed: Seed = 0
     shifts: list[str] | None = None
     severities: list[Severity] | None = None

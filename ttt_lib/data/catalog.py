@@ -11,6 +11,7 @@ from typing import Any
 
 from ttt_lib.core.errors import ConfigError, DataError
 from ttt_lib.core.registry import DATASETS
+from ttt_lib.data.again import seen_again
 from ttt_lib.data.images import is_photo, open_images
 from ttt_lib.data.moge_layout import BENCHMARKS, INDEX, read_eval_config
 from ttt_lib.data.motorcycle import open_motorcycle
@@ -36,11 +37,13 @@ def list_datasets() -> list[str]:
     return DATASETS.all_names()
 
 
-def open_dataset(kind: str = "moge", **options: Any) -> SampleSet:
+def open_dataset(kind: str = "moge", names: list[str] | None = None, draw: int = 0, **options: Any) -> SampleSet:
     """Open a set of samples.
 
     Args:
         kind: one of `list_datasets()`.
+        names: only these samples.
+        draw: above 0 the samples are seen again (`again.py`), under another draw for another number.
         options: as the function takes them that is registered for the kind.
 
     Raises:
@@ -58,11 +61,15 @@ def open_dataset(kind: str = "moge", **options: Any) -> SampleSet:
             raise ConfigError(f"data: a set of kind {kind!r} needs a `{needed}`.", kind=kind)
     if kind == "moge" and options.get("name") in BENCHMARKS:
         options = {**BENCHMARKS[options["name"]], **options}
+    signature = inspect.signature(DATASETS[kind])
     try:
-        inspect.signature(DATASETS[kind]).bind(**options)
+        signature.bind(**options)
     except TypeError as error:
         raise ConfigError(f"data: a set of kind {kind!r} does not take these options ({error}).", kind=kind) from error
-    return DATASETS[kind](**options)
+    drawn = {"draw": draw} if draw and "draw" in signature.parameters else {}
+    samples = DATASETS[kind](**options, **drawn)
+    samples = samples if names is None else samples.only(names)
+    return seen_again(samples, draw) if draw else samples
 
 
 def describe_sources(entries: Iterable[str | Path], where: str = "data") -> list[dict[str, Any]]:

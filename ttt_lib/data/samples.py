@@ -72,6 +72,14 @@ class SampleSet:
             raise DataError(f"shard {index} of {count}: the index must be from 0 to {count - 1}.")
         return replace(self, names=self.names[index::count], left_out=[])
 
+    def only(self, names: list[str]) -> SampleSet:
+        """The samples of these names, in this order. Raises `DataError` for one that is not there."""
+        if missing := sorted(set(names) - set(self.names)):
+            raise DataError(
+                f"data: the set {self.name} has no sample {missing[0]!r} ({len(missing)} of the `names` are not there)."
+            )
+        return replace(self, names=list(names), left_out=[])
+
     def scene_of(self, name: str) -> tuple[str, list[str]]:
         """The scene of a sample, and all of its samples; a sample that stands alone is a scene of its own."""
         return next(((scene, names) for scene, names in self.scenes.items() if name in names), (name, [name]))

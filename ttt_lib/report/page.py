@@ -13,13 +13,26 @@ from matplotlib.figure import Figure
 
 from ttt_lib.evaluation.paired import paired_gains, summarise
 from ttt_lib.evaluation.scores import TABLE1_COLUMNS
+from ttt_lib.evaluation.selection import GROUPS
 from ttt_lib.report.figures import encoded, picture
-from ttt_lib.report.study_figures import best_row, figure4, gallery, gallery_cloud, gallery_samples, loss_curves, pareto
+from ttt_lib.report.study_figures import (
+    best_row,
+    figure4,
+    gallery,
+    gallery_cloud,
+    gallery_samples,
+    loss_curves,
+    pareto,
+    selection_figure,
+)
 from ttt_lib.report.tables import (
     PUBLISHED_SOURCE,
+    SELECTION_LEGEND,
     confound,
     control_is_exact,
     published_table,
+    selection_cells,
+    selection_table,
     styled,
     table1,
     to_latex,
@@ -30,7 +43,7 @@ from ttt_lib.runs.results import Runs
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-FIGURES = ("loss_curves", "figure4", "pareto", "gallery")
+FIGURES = ("chosen_samples", "loss_curves", "figure4", "pareto", "gallery")
 NOTHING = Markup("<p>nothing</p>")
 PAGE = Environment(autoescape=True).from_string("""<!doctype html><meta charset="utf-8"><title>Ablation</title>
 <style>
@@ -68,8 +81,9 @@ def write_report(
         bootstrap_samples: of each interval.
 
     Returns:
-        The files by name. What the runs do not allow (no `original`, no truth, no history) is left out, and the page
-        says so.
+        The files by name. Where samples were chosen by a score (`runs.selection`), `beyond_selection` says what is left of the
+        gains, `table1_GROUP` are the groups' tables, and everything else is of the random samples. What the runs do not
+        allow (no `original`, no truth, no history) is left out, and the page says so.
 
     Raises:
         OSError: the folder cannot be written.
@@ -82,17 +96,26 @@ def write_report(
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    gains = paired_gains(runs.metrics, metric, score)
-    tables = _tables(runs, gains, tolerance, bootstrap_samples)
+    shown = runs.group("random")  # no score chose these
+    gains = paired_gains(shown.metrics, metric, score)
+    tables = _tables(shown, gains, tolerance, bootstrap_samples)
+    tables |= {"metrics": runs.metrics, "samples": runs.samples, "left_out": runs.left_out}
+    selected = selection_table(runs, bootstrap_samples)
+    if selected is not None:
+        every = [selection_table(runs, bootstrap_samples, m, s) for m, s in TABLE1_COLUMNS]
+        tables["beyond_selection"] = pd.concat(every)
+        tables |= {f"table1_{name}": table1(runs.group(name)).reset_index() for name in GROUPS}
     files = {}
     for name, frame in tables.items():
         files[name] = output / f"{name}.csv"
         frame.to_csv(files[name], index=False)
     files["markdown"], files["latex"] = output / "table1.md", output / "table1.tex"
-    table = table1(runs)
+    table = table1(shown)
     files["markdown"].write_text(to_markdown(table), encoding="utf-8")
     files["latex"].write_text(to_latex(table), encoding="utf-8")
-    figures, clouds = _figures(runs, gains, tolerance, f"{metric} {score}")
+    figures, clouds = _figures(shown, gains, tolerance, f"{metric} {score}")
+    if selected is not None:
+        figures["chosen_samples"] = selection_figure(selected)
     for name in FIGURES:
         path = output / f"{name}.png"
         path.unlink(missing_ok=True)  # of an earlier report, which may have had more to show
@@ -100,7 +123,9 @@ def write_report(
             figures[name].savefig(path, dpi=110, bbox_inches="tight")
             files[name] = path
     files["html"] = output / "report.html"
-    files["html"].write_text(_page(runs, table, tables, f"{metric} {score}", figures, clouds), encoding="utf-8")
+    files["html"].write_text(
+        _page(runs, table, tables, selected, f"{metric} {score}", figures, clouds), encoding="utf-8"
+    )
     return files
 
 
@@ -116,9 +141,6 @@ def _tables(runs: Runs, gains: pd.DataFrame, tolerance: float, bootstrap_samples
         "paired": pd.concat(filled) if filled else paired[0],
         "paired_by_dataset": summarise(gains, tolerance, bootstrap_samples, ("experiment", "dataset")),
         "gains": gains,
-        "metrics": runs.metrics,
-        "samples": runs.samples,
-        "left_out": runs.left_out,
     }
 
 
@@ -142,11 +164,16 @@ def _figures(
 
 
 def _page(
-    runs: Runs, table: pd.DataFrame, tables: dict[str, pd.DataFrame], title: str, figures: dict[str, Figure],
-    clouds: list[tuple[str, go.Figure]],
+    runs: Runs, table: pd.DataFrame, tables: dict[str, pd.DataFrame], selected: pd.DataFrame | None, title: str,
+    figures: dict[str, Figure], clouds: list[tuple[str, go.Figure]],
 ) -> str:  # fmt: skip
     published = published_table()
-    sections = {
+    sections = {}
+    if selected is not None:
+        sections["Chosen samples: what is left beyond selection"] = Markup(
+            "<p>{}</p>{}<p>All below is of the random samples, which no score chose.</p>"
+        ).format(SELECTION_LEGEND, _html(selection_cells(selected)))
+    sections |= {
         "Table 1": _table1(table),
         "Published Table 1": Markup("<p>{}</p>{}").format(PUBLISHED_SOURCE, _table1(published)),
         "Paired differences to original (positive is better)": _html(tables["paired"].round(4)),

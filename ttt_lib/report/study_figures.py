@@ -50,6 +50,32 @@ def figure4(gains: pd.DataFrame, tolerance: float = 1e-3, title: str = "") -> Fi
     return figure
 
 
+def selection_figure(table: pd.DataFrame) -> Figure:
+    """`selection_table`: gains as chosen (gray) and what is left over controls on the second look, a panel a group."""
+    groups = table["group"].unique()
+    figure, axes = plt.subplots(1, max(len(groups), 1), figsize=(11, 1.4 + 0.3 * table["experiment"].nunique()),
+                                sharex=True, sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+    for axis, group in zip(axes[0], groups):
+        rows = table[table["group"] == group].set_index("experiment")
+        for prefix, color, label in (
+            ("first", "tab:gray", "as chosen"),
+            ("again", "tab:blue", "second look, over controls"),
+        ):
+            mean, low, high = (rows[f"{prefix}_{name}"].to_numpy(float) for name in ("mean", "low", "high"))
+            bars = np.maximum(np.stack([mean - low, high - mean]), 0)  # of one sample the interval is unknown
+            place = np.arange(len(rows)) + (0.15 if prefix == "again" else -0.15)
+            axis.errorbar(mean, place, xerr=bars, fmt="o", color=color, markersize=4, linewidth=1, label=label)
+        axis.axvline(0, color="k", linewidth=0.6)
+        axis.set_title(f"{group}, {over(rows['count'])}", fontsize=8)
+        axis.set_yticks(range(len(rows)), rows.index, fontsize=7)
+        axis.tick_params(axis="x", labelsize=7)
+    axes[0, 0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=2, fontsize=7)
+    figure.suptitle("gain in " + ", ".join(sorted(set(table["metric"] + " " + table["score"]))), fontsize=9)
+    plt.close(figure)
+    return figure
+
+
 def over(counts: pd.Series) -> str:
     """Over how many samples means are: `n = 5`, or `n = 3 to 5`.
 

@@ -13,6 +13,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from ttt_lib.evaluation.scores import SCORES, TABLE1_COLUMNS
+from ttt_lib.evaluation.selection import SEEN_AGAIN, beyond_selection, selection_gains
 from ttt_lib.runs.results import Runs
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "published_table1.csv"
@@ -163,3 +164,41 @@ def control_is_exact(runs: Runs) -> bool | None:
     return original.index.equals(control.index) and np.array_equal(
         original.to_numpy(float), control.to_numpy(float), equal_nan=True
     )
+
+
+SELECTION_LEGEND = (
+    "As chosen: gain over original on the very samples and pictures that original's score chose, which the choice is part "
+    f"of; the row '{SEEN_AGAIN}' is what the choice alone gives. Over controls: over the one that leaves least of it. Second "
+    "look: the same on the same scenes seen again, which nothing was chosen by. A gain is what lies above every control on "
+    "both looks (95 % intervals, paired bootstrap over the samples)."
+)
+
+
+def selection_table(
+    runs: Runs, bootstrap_samples: int = 2000, metric: str = "", score: str = ""
+) -> pd.DataFrame | None:
+    """`beyond_selection` of the runs, by default in the score that chose the samples; None where none did."""
+    if runs.selection is None:
+        return None
+    by, _, of = runs.selection["metric"].iloc[0].partition("/")
+    metric, score = metric or by, score or of
+    gains = selection_gains(runs.metrics, runs.selection, metric, score, bootstrap_samples)
+    return beyond_selection(gains).assign(metric=metric, score=score)
+
+
+def selection_cells(table: pd.DataFrame, decimals: int = 4) -> pd.DataFrame:
+    """`selection_table` as text: mean (interval), and which control it is over."""
+
+    def cell(row: pd.Series, prefix: str) -> str:
+        mean, low, high = (row[f"{prefix}_{name}"] for name in ("mean", "low", "high"))
+        if pd.isna(mean):
+            return ""
+        control = row.get(f"{prefix}_control")
+        over = f" over {control}" if isinstance(control, str) else ""
+        return f"{mean:+.{decimals}f} ({low:+.{decimals}f}, {high:+.{decimals}f}){over}"
+
+    shown = table[["group", "experiment"]].assign(n=table["count"])
+    titles = {"first": "as chosen", "over": "over controls", "again": "second look, over controls"}
+    for prefix, title in titles.items():
+        shown[title] = [cell(row, prefix) for _, row in table.iterrows()]
+    return shown.assign(gain=np.where(table["gain"], "yes", "not shown")).set_index(["group", "experiment"])

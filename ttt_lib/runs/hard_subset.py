@@ -10,21 +10,32 @@ import pandas as pd
 from ttt_lib.core.errors import UserError, reason
 from ttt_lib.data import moge_layout
 from ttt_lib.data.moge_layout import check_name
+from ttt_lib.evaluation.scores import SCORES
 
 
-def select_hard(scores: pd.DataFrame, metric: str, below: float, count: int) -> pd.DataFrame:
-    """The samples of lowest score: tidy metric rows in, at most `count` rows (dataset, sample, value) out.
+def ranked(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Samples by their score, hardest first: tidy metric rows in, rows (dataset, sample, value) out.
 
-    metric as `points_scale_invariant/delta1`; only values under `below`; ties and order by (value, dataset, sample),
-    so the choice does not depend on the order of the input. Raises `UserError` for a metric that is not there.
+    metric as `points_scale_invariant/delta1`; ties by (dataset, sample), so the order is not that of the input.
+    Raises `UserError` for a metric that is not there, or that is an error, of which the lowest are easy.
     """
     name, _, score = metric.partition("/")
     rows = scores[(scores["metric"] == name) & (scores["score"] == score)]
     if rows.empty:
         known = sorted({f"{m}/{s}" for m, s in zip(scores["metric"], scores["score"])})
         raise UserError(f"--metric {metric!r}: was not measured; there are {', '.join(known)}.")
-    rows = rows[rows["value"] < below].sort_values(["value", "dataset", "sample"])
-    return rows[["dataset", "sample", "value"]].head(count).reset_index(drop=True)
+    if not SCORES[score].higher_is_better:
+        raise UserError(
+            f"--metric {metric!r}: is lower for better predictions; choose by a score such as {name}/delta1."
+        )
+    rows = rows.dropna(subset=["value"]).sort_values(["value", "dataset", "sample"])
+    return rows[["dataset", "sample", "value"]].reset_index(drop=True)
+
+
+def select_hard(scores: pd.DataFrame, metric: str, below: float, count: int) -> pd.DataFrame:
+    """At most `count` of the `ranked` samples, the hardest ones, with values under `below`. Raises `UserError`."""
+    rows = ranked(scores, metric)
+    return rows[rows["value"] < below].head(count)
 
 
 def _relative(target: Path, start: Path) -> str:

@@ -13,8 +13,9 @@ from ttt_lib.runs.catalog import experiment_file, experiment_files, list_experim
 # Rooms and modules that decide no number: a change in them does not make finished runs old.
 SHOWING = (
     "api", "cli", "doctor", "machine", "core/provenance", "models/pretraining", "evaluation/calibration",
-    "evaluation/paired", "evaluation/zero_shot", "report", "runs/benchmark", "runs/cluster", "runs/hard_subset",
-    "runs/jobs", "runs/notebook", "runs/progress", "runs/results", "runs/scene_study",
+    "evaluation/paired", "evaluation/selection", "evaluation/zero_shot", "report", "runs/benchmark", "runs/cluster",
+    "runs/hard_subset", "runs/jobs", "runs/notebook", "runs/progress", "runs/protocol", "runs/results",
+    "runs/scene_study",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ttt_lib.runs.catalog import table_places
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"  # of a finished job
+SELECTION = "selection.csv"  # of a study of hard, random and easy samples: which are which
 COMPARABLE = ("data", "limit", "model", "code", "torch")  # parts of an identity that experiments have in common
 SHARD = re.compile(r"(\d+)-of-(0*[1-9]\d*)", re.ASCII)
 
@@ -35,7 +36,8 @@ class Runs:
     """All results of a runs folder: metrics, samples, history, left_out as tables, and the shards' folders.
 
     experiments: their names in the order of the table, in which the tables' rows are too. notes: one line for each thing
-    that is missing or was not used.
+    that is missing or was not used. selection: of a study of chosen samples (`ttt-depth ablation --hardest`), which are in
+    which group; else None.
     """
 
     folder: Path
@@ -46,6 +48,19 @@ class Runs:
     shards: list[Path]
     experiments: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    selection: pd.DataFrame | None = None
+
+    def group(self, name: str) -> Runs:
+        """The chosen samples of a group alone, as they were seen first; everything where nothing was chosen."""
+        if self.selection is None:
+            return self
+        part = self.selection[self.selection["group"] == name]
+        keys = pd.MultiIndex.from_frame(part[["dataset", "sample"]])
+        tables = {
+            key: table[pd.MultiIndex.from_frame(table[["dataset", "sample"]]).isin(keys)]
+            for key in KEYS for table in [getattr(self, key)]
+        }  # fmt: skip
+        return replace(self, **tables, selection=None)
 
 
 def read_runs(folder: str | Path) -> Runs:
@@ -83,6 +98,9 @@ def read_runs(folder: str | Path) -> Runs:
         if repeated and name == "metrics":
             notes.append(f"{repeated} scores are there twice (two data sets or samples of one name); the first counts")
     runs = Runs(folder, **tables, shards=places, experiments=list(chosen))
+    if (folder / SELECTION).is_file():
+        selection = _read(folder / SELECTION)
+        runs.selection = selection if len(selection) else None
     runs.notes = notes + _incomparable(chosen) + _missing(runs)
     return runs
 

@@ -20,9 +20,11 @@ SIZE = (240, 320)
 
 @lru_cache(maxsize=16)  # the jobs of an ablation see the same few, one experiment after the other in one process
 def held_out_sample(
-    number: int, seed: int = 0, shift: str | None = None, severity: int = 0, size: tuple[int, int] = SIZE
-) -> Sample:
-    """Scene `number` of the held-out set of `seed`, as a `data.Sample`, clean or under a shift."""
+    number: int, seed: int = 0, shift: str | None = None, severity: int = 0, size: tuple[int, int] = SIZE,
+    draw: int = 0,
+) -> Sample:  # fmt: skip
+    """Scene `number` of the held-out set of `seed`, as a `data.Sample`, clean or under a shift, whose randomness is that of
+    `draw`."""
     kind = KINDS[number % len(KINDS)]
     picture = make_pictures([kind], HELD_OUT_SEED + 10_000 * seed + number, size)
     mask = picture.mask[0]
@@ -30,7 +32,7 @@ def held_out_sample(
     image = (picture.image[0].clamp(0, 1) * 255).round() / 255
     name = f"{kind}_{number:03d}"
     if shift:
-        image = apply_shift(shift, image, depth, severity, seed=seed * 1000 + number)
+        image = apply_shift(shift, image, depth, severity, seed=seed * 1000 + number + 10**9 * draw)
         name = f"{name}_{shift}_{severity}"
     return Sample(
         name=name,
@@ -54,11 +56,12 @@ def open_synthetic(
     width: int = SIZE[1],
     height: int = SIZE[0],
     name: str | None = None,
+    draw: int = 0,
 ) -> SampleSet:
     """The sets `synthetic` (clean) and `shifted`, of `count` scenes, as a `data.SampleSet`.
 
     `shifted` gives each scene one shift and one severity, so that all names and severities take turns; `shifts` and
-    `severities` restrict them. Raises `UserError` for an unknown shift.
+    `severities` restrict them; `draw` numbers the draws of what is random in a shift. Raises `UserError` for an unknown shift.
     """
     shifts, severities = shifts or list(BUILT_IN), severities or [1, 2, 3, 4, 5]
     for shift in shifts:
@@ -75,7 +78,7 @@ def open_synthetic(
 
     def load(key: str):
         number, shift, severity = plan[key]
-        sample = held_out_sample(number, seed, shift, severity, (height, width))
+        sample = held_out_sample(number, seed, shift, severity, (height, width), draw)
         return replace(sample, name=key, dataset=name or kind)
 
     return SampleSet(name or kind, list(plan), load, f"{kind}/{seed}/{width}x{height}/{sorted(plan.items())}")

@@ -6,6 +6,7 @@ The photographs leave out the motorcycle, which is test data.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -52,12 +53,19 @@ def _pattern(rng: np.random.Generator) -> np.ndarray:
     return ((x * n % 1 - 0.5) ** 2 + (y * n % 1 - 0.5) ** 2 < rng.uniform(0.05, 0.2)).astype(float)
 
 
+@cache
+def _shipped(name: str) -> np.ndarray:
+    """One of scikit-image's photographs, uint8, read once a process."""
+    import skimage.data
+
+    return getattr(skimage.data, name)()
+
+
 def _photograph(rng: np.random.Generator) -> np.ndarray:
     """A random square cut from one of scikit-image's photographs, (S, S, 3) in [0, 1]."""
-    import skimage.data
     from skimage.transform import resize
 
-    image = np.asarray(getattr(skimage.data, str(rng.choice(PHOTOGRAPHS)))(), dtype=np.float32) / 255
+    image = np.asarray(_shipped(str(rng.choice(PHOTOGRAPHS))), dtype=np.float32) / 255
     image = np.repeat(image[..., None], 3, -1) if image.ndim == 2 else image[..., :3]
     side = int(rng.uniform(0.3, 0.95) * min(image.shape[:2]))
     top, left = (int(rng.integers(0, extent - side + 1)) for extent in image.shape[:2])

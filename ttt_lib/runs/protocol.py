@@ -1,0 +1,117 @@
+"""The published study's protocol: score a large set, then run every row on the hardest samples, and on as many random and
+easy ones, each seen twice, beside controls. What selection alone gives is measured by `evaluation/selection.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ttt_lib.core.config import ExperimentConfig
+from ttt_lib.core.errors import RunError, UserError
+from ttt_lib.evaluation.selection import CONTROLS, GROUPS
+from ttt_lib.runs.catalog import experiment_file
+from ttt_lib.runs.hard_subset import ranked
+from ttt_lib.runs.results import SELECTION, read_runs
+
+SCORED = "scored"  # folder of the runs that the choice is made by
+PER_SHARD = 125  # samples that are scored in one job, unless more shards are asked for
+SCENES = 1000  # of `shifted`, where no data is named
+
+
+def with_controls(files: list[Path]) -> list[Path]:
+    """The experiments, and those of the controls that are not among them."""
+    there = {file.stem for file in files}
+    return files + [experiment_file(name) for name in CONTROLS if name not in there]
+
+
+def choose_groups(
+    scores: pd.DataFrame, metric: str, count: int, below: float | None = None, seed: int = 0
+) -> pd.DataFrame:
+    """The hardest, as many random, and the easiest samples.
+
+    Args:
+        scores: tidy metric rows of one prediction a sample.
+        metric: as `points_scale_invariant/delta1`.
+        count: samples of each group. A random one may be hard or easy too: they stand for the whole set.
+        below: the hard ones must score lower.
+        seed: of the random ones. Nothing depends on the order of `scores`.
+
+    Returns:
+        Rows (group, dataset, sample, value), `GROUPS` in order.
+
+    Raises:
+        UserError: a metric that was not measured; fewer samples than that needs.
+
+    Example:
+        >>> names, values = ["a", "b", "c", "d"], [0.4, 0.1, 0.9, 0.8]
+        >>> scores = pd.DataFrame({"dataset": "set", "sample": names, "metric": "depth", "score": "delta1", "value": values})
+        >>> choose_groups(scores, "depth/delta1", 1).query("group != 'random'")["sample"].tolist()
+        ['b', 'c']
+    """
+    rows = ranked(scores, metric)
+    if len(rows) < 2 * count:
+        raise UserError(
+            f"--hardest {count}: {len(rows)} samples have a score, and as many hard and easy ones are {2 * count}; name "
+            f"more data or a lower number."
+        )
+    hard = rows if below is None else rows[rows["value"] < below]
+    if len(hard) < count:
+        raise UserError(
+            f"--below {below}: {len(hard)} of {len(rows)} samples score lower in {metric}, not {count}; raise it, or "
+            f"lower --hardest."
+        )
+    parts = {"hard": hard.head(count), "random": rows.sample(count, random_state=seed), "easy": rows.tail(count)}
+    return pd.concat([parts[group].assign(group=group) for group in GROUPS], ignore_index=True)[
+        ["group", "dataset", "sample", "value"]
+    ]
+
+
+def choose_samples(
+    runs: Path, profile: str, overrides: dict[str, Any], count: int, metric: str, below: float | None,
+    shards: int, limit: int | None, do: Callable[[list, Path], list],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Score all samples with `original` (in `runs/scored`, once), choose, and write `runs/selection.csv`.
+
+    do: runs jobs into a folder. Returns `data` for the rows: the chosen samples, and the same seen again.
+    Raises `UserError`, and `RunError` for jobs that failed.
+    """
+    from ttt_lib.runs.experiment import load_with_profile, open_samples
+    from ttt_lib.runs.plan import make_jobs
+
+    overrides.setdefault("data", [{"kind": "shifted", "count": SCENES}])
+    original = experiment_file("original")
+    config = load_with_profile(original, profile, overrides)
+    total = sum(len(samples) for samples in open_samples(config))
+    jobs = make_jobs([original], profile, overrides, max(shards, -(-total // PER_SHARD)), limit, views=False)
+    print(f"choosing among {total} samples, which are scored in {runs / SCORED}", flush=True)
+    failed = [outcome for outcome in do(jobs, runs / SCORED) if outcome.status == "failed"]
+    if failed:
+        raise RunError(f"{runs / SCORED}: {len(failed)} of {len(jobs)} jobs failed ({failed[0].reason}); run it again.")
+    scored = read_runs(runs / SCORED)
+    if not len(scored.metrics):
+        raise UserError(f"--hardest {count}: none of the samples could be read and scored.")
+    chosen = choose_groups(
+        scored.metrics[scored.metrics["prediction"] == "final"], metric, count, below, seed=config.seed
+    )
+    chosen.assign(metric=metric).to_csv(runs / SELECTION, index=False)
+    for group, part in chosen.groupby("group", sort=False):
+        print(f"{group}: {len(part)} samples, {metric} {part['value'].min():.3f} to {part['value'].max():.3f}")
+    return data_of(config, chosen)
+
+
+def data_of(config: ExperimentConfig, chosen: pd.DataFrame) -> list[dict[str, Any]]:
+    """The sets of `config` with the chosen samples only, then all of them seen again."""
+    from ttt_lib.runs.experiment import open_samples
+
+    looks: list[list[dict[str, Any]]] = [[], []]
+    for entry, samples in zip(config.data, open_samples(config)):
+        wanted = set(chosen.loc[chosen["dataset"] == samples.name, "sample"])
+        names = [name for name in samples.names if name in wanted]
+        for draw, look in enumerate(looks):
+            if names:
+                look.append({"kind": entry.kind, **entry.options(), "names": names, "draw": entry.draw + draw})
+    return looks[0] + looks[1]
