@@ -5,28 +5,24 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
+from PIL.ExifTags import IFD, Base
 
 from ttt_lib.core.errors import printable, reason
 from ttt_lib.data.images import readable_formats
 
 log = logging.getLogger(__name__)
 
-MAKE, MODEL, EXIF = 271, 272, 0x8769  # of the picture's own directory; the third points to EXIF's
-FOCAL, WIDTH, HEIGHT = 37386, 40962, 40963  # millimetres; pixels of the picture as the camera wrote it
-PLANE_X, PLANE_UNIT, FOCAL_35 = 41486, 41488, 41989
 UNITS = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # of the focal plane's resolution, in millimetres
 DIAGONAL_35 = math.hypot(36, 24)  # millimetres: equivalents compare the diagonals of two frames
 SHORTEST, LONGEST = 0.15, 40.0  # of the longer side: from a fisheye to a telescope, beyond that the tag lies
 CROPPED = 0.03  # by how much the shape may differ from what the camera wrote
 
 
-@dataclass(frozen=True)
-class Lens:
+class ExifLens(NamedTuple):
     """What EXIF says of a camera.
 
     diagonal: focal length over the diagonal of the picture, longer: over its longer side; None where it says nothing.
@@ -43,16 +39,13 @@ class Lens:
         """Over the width of the upright picture of this size; None where it is not known.
 
         Example:
-            >>> phone = Lens(diagonal=26 / DIAGONAL_35)
+            >>> phone = ExifLens(diagonal=26 / DIAGONAL_35)
             >>> [round(phone.focal(*size), 3) for size in ((4000, 3000), (3000, 4000))]
             [0.751, 1.002]
         """
+        pixels = (self.longer or 0.0) * max(width, height)
         if self.diagonal is not None:
             pixels = self.diagonal * math.hypot(width, height)
-        elif self.longer is not None:
-            pixels = self.longer * max(width, height)
-        else:
-            return None
         return pixels / width if SHORTEST < pixels / max(width, height) < LONGEST else None
 
     def is_cropped(self, width: int, height: int) -> bool:
@@ -70,23 +63,24 @@ def _number(tags: Mapping[int, Any], tag: int) -> float | None:
     return value if math.isfinite(value) and value > 0 else None
 
 
-def _lens(own: Mapping[int, Any], tags: Mapping[int, Any]) -> Lens:
-    focal, equivalent = _number(tags, FOCAL), _number(tags, FOCAL_35)
-    width, height, plane = (_number(tags, tag) for tag in (WIDTH, HEIGHT, PLANE_X))
-    unit = UNITS.get(int(_number(tags, PLANE_UNIT) or 2))
+def _lens(own: Mapping[int, Any], tags: Mapping[int, Any]) -> ExifLens:
+    focal, equivalent, width, height, plane = (
+        _number(tags, tag)
+        for tag in (
+            Base.FocalLength, Base.FocalLengthIn35mmFilm, Base.ExifImageWidth, Base.ExifImageHeight,
+            Base.FocalPlaneXResolution,
+        )
+    )  # fmt: skip
+    unit = UNITS.get(int(_number(tags, Base.FocalPlaneResolutionUnit) or 2))
     longer = max(width, height) if width and height else None
     on_sensor = focal * plane / (unit * longer) if focal and plane and unit and longer else None
-    words = [" ".join(str(own[tag]).split()) for tag in (MAKE, MODEL) if isinstance(own.get(tag), str)]
+    words = [" ".join(str(own[tag]).split()) for tag in (Base.Make, Base.Model) if isinstance(own.get(tag), str)]
     words += [f"{value:g} mm" for value in (focal, equivalent) if value]
-    return Lens(
-        equivalent / DIAGONAL_35 if equivalent else None,
-        on_sensor,
-        longer / min(width, height) if longer else None,
-        printable(" ".join(words), 200),
-    )
+    diagonal, shape = equivalent and equivalent / DIAGONAL_35, longer and longer / min(width, height)
+    return ExifLens(diagonal, on_sensor, shape, printable(" ".join(words), 200))
 
 
-def read_lens(path: str | Path) -> Lens:
+def read_lens(path: str | Path) -> ExifLens:
     """What a photograph's EXIF says of its lens; nothing where there is none or it is damaged, which is no error.
 
     The focal length is FocalLengthIn35mmFilm, which compares diagonals, else FocalLength with the sensor's size by
@@ -96,7 +90,7 @@ def read_lens(path: str | Path) -> Lens:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     image, exif = Image.new("RGB", (400, 300)), Image.Exif()
-        ...     exif.get_ifd(EXIF)[FOCAL_35] = 26
+        ...     exif.get_ifd(IFD.Exif)[Base.FocalLengthIn35mmFilm] = 26
         ...     image.save(f"{folder}/phone.jpg", exif=exif)
         ...     lens = read_lens(f"{folder}/phone.jpg")
         >>> round(lens.focal(400, 300), 3), lens.camera
@@ -105,7 +99,7 @@ def read_lens(path: str | Path) -> Lens:
     try:
         with Image.open(path, formats=readable_formats()) as image:
             own = image.getexif()
-            return _lens(own, own.get_ifd(EXIF))
+            return _lens(own, own.get_ifd(IFD.Exif))
     except Exception as error:  # odd tags, no image: whoever reads the pixels says so
         log.info("%s: EXIF that cannot be read is ignored (%s)", printable(path), reason(error))
-        return Lens()
+        return ExifLens()
