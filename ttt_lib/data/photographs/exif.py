@@ -16,6 +16,8 @@ from ttt_lib.data.images import readable_formats
 
 log = logging.getLogger(__name__)
 
+NUMBERS = (Base.FocalLength, Base.FocalLengthIn35mmFilm, Base.ExifImageWidth, Base.ExifImageHeight,
+           Base.FocalPlaneXResolution)  # fmt: skip
 UNITS = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # of the focal plane's resolution, in millimetres
 DIAGONAL_35 = math.hypot(36, 24)  # millimetres: equivalents compare the diagonals of two frames
 SHORTEST, LONGEST = 0.15, 40.0  # of the longer side: from a fisheye to a telescope, beyond that the tag lies
@@ -64,13 +66,7 @@ def _number(tags: Mapping[int, Any], tag: int) -> float | None:
 
 
 def _lens(own: Mapping[int, Any], tags: Mapping[int, Any]) -> ExifLens:
-    focal, equivalent, width, height, plane = (
-        _number(tags, tag)
-        for tag in (
-            Base.FocalLength, Base.FocalLengthIn35mmFilm, Base.ExifImageWidth, Base.ExifImageHeight,
-            Base.FocalPlaneXResolution,
-        )
-    )  # fmt: skip
+    focal, equivalent, width, height, plane = (_number(tags, tag) for tag in NUMBERS)
     unit = UNITS.get(int(_number(tags, Base.FocalPlaneResolutionUnit) or 2))
     longer = max(width, height) if width and height else None
     on_sensor = focal * plane / (unit * longer) if focal and plane and unit and longer else None

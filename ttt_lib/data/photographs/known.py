@@ -71,7 +71,7 @@ def scene_of_cameras(
             raise DataError(f"{cameras}: no frame has a camera ({' '.join(scene.left_out[0])}).")
         files = _files([frame.path for frame in frames], photographs, folders_near(cameras.parent), cameras, scene)
         frames = thinned([frame for frame in frames if frame.path in files], every, count, cameras)
-        entries = [(files[frame.path], frame.values, frame.pose) for frame in frames]
+        entries = [(files[f.path], f.pose, size_of(f.values), partial(lens_of, f.values)) for f in frames]
         return _triangulated(_put_beside(entries, cameras, scene), seed, scene)
     model, listing = read_model(cameras)
     scene.left_out = [(f"{path.parent.name}/{path.name}", ANOTHER) for path in cameras.others]
@@ -83,7 +83,10 @@ def scene_of_cameras(
         return _with_points(model, listing, files, count, cameras.folder, scene)
     scene.left_out += [(files[image].stem, why) for image, why in listing.unusable.items() if image in files]
     usable = thinned([each for each in found if each[0] not in listing.unusable], None, count, cameras.folder)
-    entries = [(files[i], listing.lenses[listing.images[i][1]], model.pose[row]) for i, row in usable]
+    lenses = {image: listing.lenses[listing.images[image][1]] for image, _ in usable}
+    entries = [
+        (files[i], model.pose[row], lenses[i][1:3], partial(lambda lens, _: lens, lenses[i])) for i, row in usable
+    ]
     return _triangulated(_put_beside(entries, cameras.folder, scene), seed, scene)
 
 
@@ -99,10 +102,8 @@ def _files(
     else:
         files, where = in_folders(names, folders_near(photographs) if photographs else near)
         others = sorted(set(photos_in(where)[0]) - set(files.values())) if where else []
-        why = f"has no camera in {what}"
-        scene.left_out += first_of(
-            [(printable(file.stem, 100), why) for file in others], "other photographs", f"have no camera in {what}"
-        )
+        unknown = [(printable(file.stem, 100), f"has no camera in {what}") for file in others]
+        scene.left_out += first_of(unknown, "other photographs", f"have no camera in {what}")
         at = where or photographs or near[0]
     if len(files) < 2:
         raise DataError(
@@ -117,18 +118,16 @@ def _because(scene: Scene) -> str:
     return next((f" ({name} {why.rstrip('.')})" for name, why in scene.left_out), "")
 
 
-def _put_beside(entries: list[tuple[Path, Any, Any]], where: Path, scene: Scene) -> list[Posed]:
-    """Photographs with their cameras, those that can be read. entries: file, a `Lens` or what `lens_of` takes, pose."""
+def _put_beside(entries: list[tuple[Path, np.ndarray, Any, Any]], where: Path, scene: Scene) -> list[Posed]:
+    """Photographs with their cameras, those that can be read. entries: file, pose, the camera's size or None where nothing
+    says it, and a function from the size to the `Lens`, which may raise `UserError`."""
     result = []
-    for name, (file, camera, pose) in zip(distinct_names([file for file, _, _ in entries]), entries):
+    for name, (file, pose, size, lens_of_size) in zip(distinct_names([entry[0] for entry in entries]), entries):
         try:
-            known = (camera.width, camera.height) if isinstance(camera, Lens) else size_of(camera)
-            turns, stored = turns_of_camera(file, known)
-            lens = camera if isinstance(camera, Lens) else lens_of(camera, known or stored)
+            turns, stored = turns_of_camera(file, size)
+            result.append(Posed(name, file, turns, lens_of_size(size or stored), pose))
         except UserError as error:
             scene.left_out.append((name, str(error)))
-        else:
-            result.append(Posed(name, file, turns, lens, pose))
     if len(result) < 2:
         raise DataError(
             f"{where}: {len(result)} photographs with a camera can be used, two are needed{_because(scene)}."

@@ -155,18 +155,15 @@ def _explained(job: Job, model: pycolmap.Reconstruction) -> np.ndarray:
         matches = geometry.inlier_matches
         if one not in fits or other not in fits or not len(matches):
             continue
-        lines, sides = [], []
-        for image, column in ((one, 0), (other, 1)):
-            camera = model.images[image].camera
-            sides.append(np.linalg.inv(camera.calibration_matrix()))
-            lines.append(np.pad(places[image][matches[:, column]], ((0, 0), (0, 1)), constant_values=1))
-        motion = model.images[other].cam_from_world() * model.images[one].cam_from_world().inverse()
-        x, y, z = motion.translation
-        cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-        matrix = sides[1].T @ cross @ motion.rotation.matrix() @ sides[0]
-        there, back = lines[0] @ matrix.T, lines[1] @ matrix
-        slope = np.sqrt((there[:, :2] ** 2).sum(-1) + (back[:, :2] ** 2).sum(-1))
-        near = np.abs((lines[1] * there).sum(-1)) < slope * max(1.0, EPIPOLAR_ERROR * max(camera.width, camera.height))
+        first, second = model.images[one], model.images[other]
+        motion = second.cam_from_world() * first.cam_from_world().inverse()
+        inner, outer = (np.linalg.inv(image.camera.calibration_matrix()) for image in (first, second))
+        error = pycolmap.compute_squared_sampson_error(
+            places[one][matches[:, 0]], places[other][matches[:, 1]],
+            outer.T @ pycolmap.essential_matrix_from_pose(motion) @ inner,
+        )  # fmt: skip
+        longest = max(second.camera.width, second.camera.height)
+        near = np.array(error) < max(1.0, EPIPOLAR_ERROR * longest) ** 2
         for image in (one, other):
             fits[image] += near.sum(), len(near)
     return np.array([fit / max(count, 1) for fit, count in fits.values()])
