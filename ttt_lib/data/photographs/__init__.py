@@ -1,15 +1,16 @@
 """Several photographs of one scene: points whose depth is known up to one scale, from the photographs alone.
 
-Comes in (`load.load_scene`): a list or a folder of photographs (`sources`, `exif`), a clip (`clips`), or cameras that
-somebody computed (`known`): a COLMAP model (`colmap_files`, `colmap`) or a `transforms.json` (`transforms`), put beside
-their photographs (`beside`) and turned with them (`upright`).
+Comes in (`load.load_scene`): a list or a folder of photographs (`sources`), a clip (`clips`), or cameras that somebody
+computed (`known`), a COLMAP model (`colmap_files`, `colmap`) or a `transforms.json` (`transforms`), with their photographs,
+which may be stored turned (`upright`).
 Goes out: a `scene.Scene`, cameras and tracks with their signals, and one sentence in `refused` where the photographs tell
 nothing. `stereo` measures depth between the tracks; `writers` give a scene to other programs.
 
-In between, `reconstruct` writes small gray pictures and lets another process (`apart`) do a `job`, in this order:
-`features` (SIFT, verified matches), `matching` (copies and strangers are left out), `focal` (what is believed of the focal
-length), `mapping` (pycolmap's reconstructions), `agreement` (several must agree), `signals` (what they are worth, which
-observations become tracks); with known cameras `triangulation` in place of the last four.
+In between, `reconstruct` writes small gray pictures and has another process, with pycolmap in it, do a `job.Job`:
+1. `matching`: features and verified matches; copies and photographs of something else are left out;
+2. `focal`: what can be believed of the focal length, by reconstructions with several (`mapping` has pycolmap make each);
+3. `agreement`: one reconstruction that two others confirm, or with known cameras points that fit to the matches;
+4. `signals`: what that is worth, and which observations become tracks.
 
 Known: two photographs without any focal length are often refused, since their depth hangs on it; a given one that is
 wrong by half misleads them where several fit as well, which three photographs do not let happen. Frames of a drive may

@@ -12,9 +12,8 @@ import numpy as np
 
 from ttt_lib.core.errors import DataError
 from ttt_lib.core.types import are_normalised_intrinsics
-from ttt_lib.data.photographs.apart import Failed, apart
 from ttt_lib.data.photographs.colmap_files import Listing, Model, list_model
-from ttt_lib.data.photographs.job import SparseModel
+from ttt_lib.data.photographs.job import Failed, SparseModel, apart
 from ttt_lib.data.photographs.reconstruct import normalized_intrinsics
 from ttt_lib.data.photographs.sources import natural
 

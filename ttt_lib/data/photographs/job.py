@@ -1,16 +1,31 @@
-"""What travels between this process and the one that pycolmap runs in: photographs, lenses, a reconstruction, the job."""
+"""pycolmap in a process of its own: what travels there and back, and the call of a function there.
+
+Its seeds and logs stay there, a crash of it ends one job, and the libraries inside it do not meet those of Pillow (loaded
+together, the PNG encoder of one writes over the other's memory). The modules that are called there know neither Pillow nor
+torch: it must start at once. One thread and fixed seeds: the same job gives the same result.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ttt_lib.core.errors import printable
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 CELLS = 4  # a picture has CELLS x CELLS cells, in which its tracks are counted
 LONGEST_SIDE = 1200  # pixels of the pictures that are matched
@@ -144,3 +159,47 @@ class Job:
             exact.append(any(p.exact for p in known))
             focals.append(float(np.median([p.focal for p in known if p.exact or not exact[-1]])) if known else None)
         return focals, exact
+
+
+class Failed(Exception):
+    """The process ended without a result; says in words how."""
+
+
+def apart(task: str, patience: float, *arguments: Any) -> Any:
+    """What a function gives in another process. Raises `Failed`.
+
+    Args:
+        task: `module.function` of this sub-package.
+        patience: seconds that it may take.
+        arguments: of the function.
+    """
+    program = f"import sys; sys.path[:] = {list(map(str, sys.path))}; from {__name__} import main; main()"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    content = pickle.dumps((*task.split("."), arguments))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], input=content, env=environment, capture_output=True, timeout=patience
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Failed(f"it took longer than {patience:.0f} s") from error
+    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    if said:
+        log.log(logging.WARNING if done.returncode else logging.DEBUG, "%s: %s", task, "\n".join(said[-20:]))
+    if done.returncode < 0:
+        raise Failed(f"the reconstruction program was ended by signal {-done.returncode}")
+    if done.returncode:
+        raise Failed(printable(said[-1] if said else f"exit status {done.returncode}", 200))
+    return pickle.loads(done.stdout)
+
+
+def main() -> None:
+    """Call what the standard input names. The result goes to the standard output, and nothing else may."""
+    answer = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    import pycolmap
+
+    pycolmap.logging.minloglevel = 2  # errors
+    module, function, arguments = pickle.load(sys.stdin.buffer)
+    result = getattr(import_module(f"{__package__}.{module}"), function)(*arguments)
+    with answer:
+        pickle.dump(result, answer)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pycolmap
 
-from ttt_lib.data.photographs.features import database_of, image_name, tolerance
 from ttt_lib.data.photographs.job import Job, SparseModel
+from ttt_lib.data.photographs.matching import database_of, image_name, tolerance
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ttt_lib.core.errors import DataError
-from ttt_lib.data.photographs.apart import Failed, apart
-from ttt_lib.data.photographs.job import LONGEST_SIDE, Job, Picture, Selection, SparseModel
+from ttt_lib.data.photographs.job import LONGEST_SIDE, Failed, Job, Picture, Selection, SparseModel, apart
 from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks
 
 log = logging.getLogger(__name__)

@@ -1,26 +1,32 @@
 """Procedural scenes with exact geometry: rooms, streets, open ground and tables, from any camera.
 
 A scene is a few dozen solids (`solids.py`), placed by `layouts.py`, with textures (`textures.py`), light and a camera
-that fit it; `raycast.py` draws it. Everything follows from an integer seed.
+that fit it; `raycast.py` draws it. Everything follows from an integer seed. Sets of them: held-out ones, and the same
+under domain shifts.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ttt_lib.core.types import Sample
+from ttt_lib.data.samples import SampleSet
 from ttt_lib.data.scenes.layouts import LAYOUTS, Layout, tilt_matrix, yaw_matrix
 from ttt_lib.data.scenes.raycast import Lighting, Picture, Scenes, draw, make_atlas
 from ttt_lib.data.scenes.solids import Solids
 from ttt_lib.data.scenes.textures import make_textures
-from ttt_lib.data.shifts import apply_shift
+from ttt_lib.data.shifts import BUILT_IN, apply_shift
 
 KINDS = tuple(LAYOUTS)
 PITCH_DOWN = {"room": (-0.12, 0.45), "street": (-0.1, 0.15), "ground": (-0.08, 0.35), "table": (0.25, 0.8)}  # radians
+HELD_OUT_SEED = 900_000  # far from the seeds that training chunks use
+SIZE = (240, 320)
+SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def _lighting(rng: np.random.Generator, kind: str, camera: np.ndarray) -> dict[str, np.ndarray]:
@@ -123,3 +129,38 @@ def as_sample(
         image = apply_shift(shift, image, torch.where(mask, points[..., 2], torch.inf), severity, seed)
     depth = torch.where(mask, points[..., 2], torch.nan)
     return Sample(name, dataset, image, depth, points, mask, picture.intrinsics[0], True, has_sharp_boundary=True)
+
+
+def check_shifts(shifts: Sequence[str]) -> None:
+    """Raises `UserError` for an unknown shift."""
+    for shift in shifts:
+        apply_shift(shift, torch.zeros(3, 2, 2), torch.ones(2, 2), 0)
+
+
+def open_synthetic(
+    kind: str, count: int = 40, seed: int = 0, shifts: list[str] | None = None, severities: list[int] | None = None,
+    width: int = SIZE[1], height: int = SIZE[0], name: str | None = None,
+) -> SampleSet:  # fmt: skip
+    """The sets `synthetic` (clean) and `shifted`, of `count` scenes, as a `data.SampleSet`.
+
+    `shifted` gives each scene one shift and one severity, so that all names and severities take turns; `shifts` and
+    `severities` restrict them. Raises `UserError` for an unknown shift.
+    """
+    shifts, severities = shifts or list(BUILT_IN), severities or SEVERITIES
+    check_shifts(shifts)
+    plan: dict[str, tuple] = {}
+    for number in range(count):
+        choice = (None, 0)
+        if kind == "shifted":
+            turn = number // len(shifts)  # each turn pairs shifts with other kinds of scene and other severities
+            which = (number + turn) % len(shifts)
+            choice = (shifts[which], severities[(which + turn) % len(severities)])
+        plan["_".join([f"{number:03d}", *(map(str, choice) if choice[0] else ())])] = (number, *choice)
+
+    def load(key: str) -> Sample:
+        number, shift, severity = plan[key]
+        scene_seed = HELD_OUT_SEED + 10_000 * seed + number
+        picture = make_pictures([KINDS[number % len(KINDS)]], scene_seed, (height, width))
+        return as_sample(picture, key, name or kind, shift=shift, severity=severity, seed=seed * 1000 + number)
+
+    return SampleSet(name or kind, list(plan), load, f"{kind}/{seed}/{width}x{height}/{sorted(plan.items())}")

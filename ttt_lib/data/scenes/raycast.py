@@ -1,7 +1,7 @@
 """Exact pictures of scenes made of simple solids: which point each pixel sees, its normal, and a shaded colour.
 
 Every pixel's ray is intersected with every solid in closed form (`solids.py`), so the point map of a scene is exact
-from any camera. `synthetic.py` composes the scenes; here they are only drawn.
+from any camera. `generate.py` composes the scenes; here they are only drawn.
 
 World frame: metres, x right, y down, z forward (an OpenCV camera at the origin looks along +z; "up" is -y).
 """

@@ -20,9 +20,8 @@ from ttt_lib.core.errors import ConfigError
 from ttt_lib.core.types import Sample
 from ttt_lib.data.samples import SampleSet
 from ttt_lib.data.scenes.detail import Detail
-from ttt_lib.data.scenes.generate import KINDS, as_sample, make_scenes, place_cameras
+from ttt_lib.data.scenes.generate import KINDS, SEVERITIES, SIZE, as_sample, check_shifts, make_scenes, place_cameras
 from ttt_lib.data.scenes.raycast import Picture, Scenes, draw, make_atlas
-from ttt_lib.data.scenes.sets import SEVERITIES, SIZE, check_shifts
 from ttt_lib.data.scenes.textures import make_textures
 from ttt_lib.geometry.cameras import look_at_transform, project, transform_points
 
