@@ -80,9 +80,8 @@ def find_model(folder: Path) -> Model | None:
 
 def _model_in(folder: Path) -> Model | None:
     for suffix in (".bin", ".txt"):
-        files = [
-            path for name in ("cameras", "images", "points3D") if os.path.isfile(path := folder / f"{name}{suffix}")
-        ]
+        files = [folder / f"{name}{suffix}" for name in ("cameras", "images", "points3D")]
+        files = [path for path in files if os.path.isfile(path)]
         if [path.stem for path in files[:2]] == ["cameras", "images"]:
             return Model(folder, files)
     return None
@@ -138,7 +137,7 @@ class _Bytes(BytesIO):
 
     def pass_over(self, size: int) -> None:
         """The next bytes are not needed."""
-        if size > len(self.getbuffer()) - self.tell():
+        if size > len(self.getvalue()) - self.tell():
             raise ValueError("it is cut off, or its counts are wrong")
         self.seek(size, 1)
 
@@ -146,7 +145,7 @@ class _Bytes(BytesIO):
         """The next values."""
         begin = self.tell()
         self.pass_over(struct.calcsize(form))
-        return struct.unpack_from(form, self.getbuffer(), begin)
+        return struct.unpack_from(form, self.getvalue(), begin)
 
     def count(self, each: int) -> int:
         """The next count, of things that have at least so many bytes each."""
@@ -155,6 +154,13 @@ class _Bytes(BytesIO):
         self.pass_over(number * each)
         self.seek(begin)
         return number
+
+    def word(self) -> str:
+        """The text before the next zero byte."""
+        end = self.getvalue().find(b"\0", self.tell())
+        if end < 0:
+            raise ValueError("a name has no end")
+        return self.read(end + 1 - self.tell())[:-1].decode("utf-8", "surrogateescape")
 
 
 def _read_cameras(data: _Bytes, listing: Listing) -> None:
@@ -169,8 +175,7 @@ def _read_cameras(data: _Bytes, listing: Listing) -> None:
 def _read_images(data: _Bytes, listing: Listing) -> None:
     for _ in range(data.count(64)):
         number, *_, camera = data.take("<I7dI")
-        name = b"".join(iter(lambda: data.take("c")[0], b"\0"))
-        _add_image(listing, number, name.decode("utf-8", "surrogateescape"), camera)
+        _add_image(listing, number, data.word(), camera)
         data.pass_over(24 * data.count(24))
 
 

@@ -173,7 +173,7 @@ def apart(task: str, patience: float, *arguments: Any) -> Any:
         patience: seconds that it may take.
         arguments: of the function.
     """
-    program = f"import sys; sys.path[:] = {list(map(str, sys.path))}; from {__name__} import main; main()"
+    program = f"import sys; sys.path[:] = {list(map(str, sys.path))!a}; from {__name__} import main; main()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     content = pickle.dumps((*task.split("."), arguments))
     try:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pycolmap
-from scipy.sparse.csgraph import connected_components
 
 from ttt_lib.data.photographs.job import MIN_MATCHES, USUAL_FOCAL, Job, Lens, Refusal
 
@@ -198,6 +197,10 @@ def _enough_places(job: Job) -> None:
 
 def _leave_out_strangers(job: Job) -> None:
     """All but the largest group of photographs in which each is linked to the others by matches."""
+    from scipy.sparse.csgraph import (
+        connected_components,
+    )  # not above: it takes half a second, and `mapping.read` none of it
+
     kept = list(job.kept)
     counts = np.zeros((len(kept), len(kept)), dtype=int)
     for (i, j), count in zip(job.pairs, job.inliers):
