@@ -13,13 +13,13 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.ExifTags import IFD
 
 from ttt_lib.core.errors import UserError
 from ttt_lib.data.photographs.clips import read_clip
 from ttt_lib.data.photographs.colmap_files import find_model, list_model
-from ttt_lib.data.photographs.exif import EXIF, read_lens
 from ttt_lib.data.photographs.load import load_scene
-from ttt_lib.data.photographs.sources import from_files
+from ttt_lib.data.photographs.sources import from_list, read_lens
 from ttt_lib.data.photographs.transforms import lens_of, read_transforms
 
 sys.path.append(str(ROOT / "tests" / "data" / "photographs"))
@@ -210,7 +210,7 @@ def test_exif_of_any_kind(tmp_path_factory, tags, changes):
     path = tmp_path_factory.getbasetemp() / "exif.jpg"
     content = Image.Exif()
     for tag, value in tags.items():
-        (content if tag < 300 else content.get_ifd(EXIF))[tag] = value
+        (content if tag < 300 else content.get_ifd(IFD.Exif))[tag] = value
     image = Image.new("RGB", (40, 30))
     try:
         raw = content.tobytes()
@@ -220,5 +220,5 @@ def test_exif_of_any_kind(tmp_path_factory, tags, changes):
         image.save(path, exif=exif[:65000])
         focal = read_lens(path).focal(40, 30)
         assert focal is None or 0.1 < focal < 60
-        given_ = from_files([path])
+        given_ = from_list([path])
         assert len(given_.pictures) == 1 and not given_.left_out  # a tag spoils no photograph

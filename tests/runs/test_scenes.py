@@ -8,7 +8,7 @@ from conftest import small_experiment
 from true_scene import true_scene
 
 from ttt_lib.data.samples import SampleSet
-from ttt_lib.runs import scenes as module
+from ttt_lib.runs import scene_study
 from ttt_lib.runs.experiment import Adaptations, run_experiment
 from ttt_lib.runs.scene_study import control_scenes, study
 from ttt_lib.runs.scenes import ALONE, Scenes
@@ -28,7 +28,7 @@ def grouped(monkeypatch):
         assert all(0.3 < picture.focal < 3 for picture in pictures)  # the model's guess
         return scene
 
-    monkeypatch.setattr(module, "reconstruct", reconstruct)
+    monkeypatch.setattr(scene_study, "reconstruct", reconstruct)
     names = [sample.name for sample in samples]
     return SampleSet("set", names, by_name.__getitem__, scenes={"s": names}), asked
 

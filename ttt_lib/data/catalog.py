@@ -16,7 +16,7 @@ from ttt_lib.data.images import is_photo, open_images
 from ttt_lib.data.moge_layout import BENCHMARKS, INDEX, read_eval_config
 from ttt_lib.data.motorcycle import open_motorcycle
 from ttt_lib.data.samples import SampleSet, open_moge
-from ttt_lib.data.scenes.sets import open_synthetic
+from ttt_lib.data.scenes.generate import open_synthetic
 from ttt_lib.data.scenes.tours import open_tours
 
 DATASETS.register("moge", needs=("path",))(open_moge)

@@ -157,6 +157,15 @@ def adapt_photo(
     return folder
 
 
+def check_free(folder: Path) -> None:
+    """Raises `UserError` where the folder is there, holds something, and is no earlier result."""
+    if os.path.lexists(folder) and not (folder / "record.json").is_file():
+        if not os.path.isdir(folder) or any(os.scandir(folder)):
+            raise UserError(
+                f"{folder}: is there already and is no earlier result; move it, or choose another output folder."
+            )
+
+
 def result_folder(path: Path, output: Path, name: str | None = None) -> Path:
     """`output/<name>`, by default the photograph's stem. Raises `UserError` if it is there and no earlier result, or if
     it would not be inside."""
@@ -164,10 +173,7 @@ def result_folder(path: Path, output: Path, name: str | None = None) -> Path:
     folder = Path(output) / stem
     if stem in (".", ".."):
         raise UserError(f"{path}: no folder can be named after it; rename the photograph.")
-    if os.path.lexists(folder) and not (folder / "record.json").is_file():
-        raise UserError(
-            f"{folder}: is there already and is no earlier result; move it, or choose another output folder."
-        )
+    check_free(folder)
     return folder
 
 

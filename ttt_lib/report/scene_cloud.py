@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,7 @@ VOXELS = 500  # along the scene's median depth: points in one of them become one
 MOST = 2_000_000  # points
 
 
-@dataclass
-class _Surface:
+class _Surface(NamedTuple):
     """A photograph's small depth map (h,w) with unknown as NaN, colours (h,w,3), its camera."""
 
     depth: Tensor
@@ -46,11 +46,10 @@ class SceneCloud:
         depth = torch.where(prediction.mask, prediction.depth, torch.nan).float().cpu()
         depth = F.interpolate(depth[None, None], size, mode="nearest-exact")[0, 0]
         known = torch.isfinite(depth) & (depth > 0)
-        filled = torch.where(known, depth, 0.0)
-        known &= ~depth_edges(filled, known, rtol=EDGE_RTOL)
+        known &= ~depth_edges(torch.where(known, depth, 0.0), known, rtol=EDGE_RTOL)
         colour = F.interpolate(image[None].cpu(), size, mode="area")[0].permute(1, 2, 0)
-        depth = torch.where(known, depth, torch.nan)
-        self.surfaces.append(_Surface(depth, colour, photograph.intrinsics.float(), photograph.pose.float()))
+        camera = photograph.intrinsics.float(), photograph.pose.float()
+        self.surfaces.append(_Surface(torch.where(known, depth, torch.nan), colour, *camera))
 
     def merged(self) -> tuple[np.ndarray, np.ndarray]:
         """Points (N,3) float32 in the frame of the scene's world, and colours (N,3) uint8; N may be 0."""

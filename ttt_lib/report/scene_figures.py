@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ttt_lib.adaptation.photographs.evidence import Evidence
@@ -30,18 +31,14 @@ def plot_scene(
     for axis_row, (known, result, sample) in zip(axes, rows):
         image, tracks = known.photograph.image, known.used
         height, width = image.shape[-2:]
-        before, after = result.original, result.final
-        show = [
-            ("photograph and tracks", to_array(image), {}),
-            ("before", inverse_depth(before.depth), {"cmap": "magma"}),
-        ]
-        if known.measured is not None:
-            show.insert(1, ("measured between them", inverse_depth(known.measured), {"cmap": "magma"}))
-        show.append((f"after ({result.decision})", inverse_depth(after.depth), {"cmap": "magma"}))
+        before, after = result.original.depth, result.final.depth
+        depths = {"measured between them": known.measured, "before": before, f"after ({result.decision})": after}
+        show = [("photograph and tracks", to_array(image), {})]
+        show += [(title, inverse_depth(d), {"cmap": "magma"}) for title, d in depths.items() if d is not None]
         if sample is not None and sample.depth is not None:
             limits = {"cmap": "viridis", "vmin": 0, "vmax": 0.5}
-            show.append(("error before", relative_error(before.depth, sample.depth), limits))
-            show.append(("error after", relative_error(after.depth, sample.depth), limits))
+            errors = {"error before": before, "error after": after}
+            show += [(title, relative_error(d, sample.depth), limits) for title, d in errors.items()]
         for axis in axis_row:
             axis.axis("off")
         for axis, (title, picture, options) in zip(axis_row, show):
@@ -63,34 +60,33 @@ def save_scene_overview(path: str) -> None:
     figure.savefig(path, dpi=75, pil_kwargs={"quality": 85})
 
 
+def _gain_over(x: pd.Series, table: pd.DataFrame, label: str) -> tuple[Figure, Axes, pd.Series]:
+    """A point a photograph: the true gain in delta1 over x."""
+    figure, axis = plt.subplots(figsize=(5, 3.3))
+    gain = table["depth_final"] - table["depth_original"]
+    axis.scatter(x, gain, s=12, alpha=0.6)
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.set(xlabel=label, ylabel="gain in delta1 (affine depth)", title=f"{len(gain)} photographs")
+    figure.tight_layout()
+    plt.close(figure)
+    return figure, axis, gain
+
+
 def plot_held_back(table: pd.DataFrame) -> Figure:
     """What the held-back tracks say (improvement of their error) against the true gain in delta1, a point a photograph.
 
     table: of `runs.scene_study.study`.
     """
     known = table.dropna(subset=["held_back_original", "held_back_corrected"])
-    figure, axis = plt.subplots(figsize=(5, 3.4))
     said = known["held_back_original"] - known["held_back_corrected"]
-    axis.scatter(said, known["depth_final"] - known["depth_original"], s=12)
-    axis.axhline(0, color="gray", linewidth=0.8)
-    axis.set(xlabel="error taken away at held-back tracks", ylabel="gain in delta1 (affine depth)",
-             title=f"{len(known)} photographs")  # fmt: skip
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+    return _gain_over(said, known, "error taken away at held-back tracks")[0]
 
 
 def plot_gain(table: pd.DataFrame, by: str) -> Figure:
     """Gain in delta1 of each photograph that was not refused over a column of `study`'s table, and the means."""
     known = table[table["refused"] == ""]
-    gain = known["depth_final"] - known["depth_original"]
-    figure, axis = plt.subplots(figsize=(5, 3.2))
-    axis.scatter(known[by], gain, s=10, alpha=0.6)
+    figure, axis, gain = _gain_over(known[by], known, by)
     means = gain.groupby(known[by]).mean()
     axis.plot(means.index, means.to_numpy(), color="black", marker="o", label="mean")
-    axis.axhline(0, color="gray", linewidth=0.8)
-    axis.set(xlabel=by, ylabel="gain in delta1 (affine depth)")
     axis.legend()
-    figure.tight_layout()
-    plt.close(figure)
     return figure

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import Environment
+from markupsafe import Markup
 from PIL import Image
-from torch import Tensor
 
 from ttt_lib.adaptation.photographs.evidence import scaled
 from ttt_lib.adaptation.photographs.scene import SceneAdaptation, adapt_scene, guess_focal
@@ -23,7 +22,6 @@ from ttt_lib.adaptation.saved_weights import save_weights, use_weights
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, reason
 from ttt_lib.core.files import replacing, write_json
-from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Photograph
@@ -31,19 +29,19 @@ from ttt_lib.data.photographs.sources import distinct_names
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
 from ttt_lib.models.base import weights_checksum
 from ttt_lib.report.figures import cloud_figure, plot_before_after
-from ttt_lib.report.photo_files import shown_image, write_depth
+from ttt_lib.report.photo_files import check_free, shown_image, write_depth
 from ttt_lib.report.scene_cloud import SceneCloud, thinned, write_points
 from ttt_lib.runs.experiment import open_model
 
 ON_PAGE = 60_000  # points of the cloud on the page
+PAGE = Environment(autoescape=True).from_string("""<!doctype html><meta charset="utf-8"><title>scene</title>
+<style>body{font:15px sans-serif;max-width:70em;margin:2em auto}img{max-width:100%}</style>
+<h1>{{ photographs | length }} photographs, {{ cloud_points }} points</h1>{{ figure }}
+<p>Depth in one scale, unit: {{ unit }}.</p>
+<ul>{% for name, why in left_out %}<li>{{ name }}: {{ why }}</li>{% endfor %}</ul>
+{% for row in photographs %}<h2>{{ row.name }}</h2><p>{{ row.decision }}. {{ row.reason }}</p>
+<img loading="lazy" src="before_after/{{ row.file }}.jpg" alt="before and after">{% endfor %}""")
 Announce = Callable[[str], None]
-
-
-def check_output(output: Path) -> None:
-    """Raises `UserError` where the folder is there, holds something, and is no earlier result."""
-    if os.path.lexists(output) and not (output / "record.json").is_file():
-        if not os.path.isdir(output) or any(os.scandir(output)):
-            raise UserError(f"{output}: is there already and is no earlier result; choose another output folder.")
 
 
 def adapt_photographs(
@@ -63,7 +61,7 @@ def adapt_photographs(
     Raises:
         UserError: for an experiment that knows nothing of photographs, and for whatever cannot be read or written.
     """
-    check_output(output)
+    check_free(output)
     settings = config.supervision.get("photographs")
     if settings is None:
         raise UserError(f"--experiment {config.name}: knows nothing of several photographs; use scene.")
@@ -106,7 +104,7 @@ def write_scene(adaptation: SceneAdaptation, output: Path, announce: Announce = 
     `cloud.glb` (y up), `sparse/0` (COLMAP text), `transforms.json` (nerfstudio) and `index.html`. All depth is in one
     scale: metres for metric models, else arbitrary. Photographs that were left out are in their own scale.
     """
-    check_output(output)
+    check_free(output)
     try:
         with replacing(output.absolute()) as work:
             for folder in ("depth", "images", "before_after"):
@@ -123,13 +121,11 @@ def _write(adaptation: SceneAdaptation, work: Path, announce: Announce) -> dict[
     files = dict(zip(names, distinct_names([Path(name.replace("/", "_")) for name in names])))
     for photograph, result in adaptation.results():
         name, known = files[photograph.name], evidence.get(photograph.name)
-        final = result.final
-        if known is not None and result.decision == "original":
-            final = scaled(final, known.used)  # so that all have one scale
-            result = replace(result, final=final)
-        _write_photograph(work, name, result, known is not None)
         if known is not None:
-            cloud.add(photograph, result.image, final)
+            if result.decision == "original":
+                result = replace(result, final=scaled(result.final, known.used))  # so that all have one scale
+            cloud.add(photograph, result.image, result.final)
+        _write_photograph(work, name, result, known is not None)
         rows.append(_row(photograph, name, result))
         announce(f"{photograph.name}: {result.decision}{f' ({result.reason})' if result.reason else ''}")
     record = _record(adaptation, rows)
@@ -147,28 +143,23 @@ def _write(adaptation: SceneAdaptation, work: Path, announce: Announce) -> dict[
 
 
 def _write_photograph(work: Path, name: str, result: AdaptResult, in_scene: bool) -> None:
-    final, image = result.final, result.image
+    original, final, image = result.original, result.final, result.image
     write_depth(work / "depth" / name, final)
     array = (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
     Image.fromarray(array).save(work / "images" / f"{name}.png")
-    shown = _like(result.original, final) if in_scene else result.original
-    figure = plot_before_after(shown_image(image), replace(result, original=shown))
+    both = torch.isfinite(original.depth) & torch.isfinite(final.depth) & (original.depth > 0)
+    if in_scene and bool(both.any()):  # in the scale of the final prediction, so that their ratio says what changed
+        original = replace(original, depth=original.depth * (final.depth / original.depth)[both].median())
+    figure = plot_before_after(shown_image(image), replace(result, original=original))
     figure.savefig(work / "before_after" / f"{name}.jpg", dpi=100, pil_kwargs={"quality": 88})
 
 
-def _like(original: Prediction, final: Prediction) -> Prediction:
-    """The original in the scale of the final prediction, so that their ratio says what changed."""
-    both = torch.isfinite(original.depth) & torch.isfinite(final.depth) & (original.depth > 0)
-    factor: Tensor | float = (final.depth / original.depth)[both].median() if bool(both.any()) else 1.0
-    return replace(original, depth=original.depth * factor)
-
-
 def _row(photograph: Photograph, name: str, result: AdaptResult) -> dict[str, Any]:
+    camera = {"intrinsics": photograph.intrinsics, "pose": photograph.pose}
     return {
         "name": photograph.name, "file": name, "width": result.image.shape[-1], "height": result.image.shape[-2],
         "decision": result.decision, "reason": result.reason, "seconds": result.seconds, "signals": result.signals,
-        "intrinsics": None if photograph.intrinsics is None else photograph.intrinsics.tolist(),
-        "pose": None if photograph.pose is None else photograph.pose.tolist(),
+        **{key: None if value is None else value.tolist() for key, value in camera.items()},
     }  # fmt: skip
 
 
@@ -188,15 +179,4 @@ def _record(adaptation: SceneAdaptation, rows: list[dict[str, Any]]) -> dict[str
 def _page(record: dict[str, Any], points: np.ndarray, colours: np.ndarray) -> str:
     """A page that shows the cloud, the decisions and the pictures; it needs no network."""
     figure = cloud_figure(*thinned(points, colours, ON_PAGE)).to_html(full_html=False, include_plotlyjs="inline")
-    cells = "".join(
-        f"<h2>{escape(row['name'])}</h2><p>{escape(row['decision'])}. {escape(row['reason'])}</p>"
-        f"<img loading='lazy' src='before_after/{escape(row['file'])}.jpg' alt='before and after'>"
-        for row in record["photographs"]
-    )
-    left_out = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in record["left_out"])
-    return (
-        "<!doctype html><meta charset='utf-8'><title>scene</title><style>body{font:15px sans-serif;max-width:70em;"
-        "margin:2em auto}img{max-width:100%}</style>"
-        f"<h1>{len(record['photographs'])} photographs, {record['cloud_points']} points</h1>{figure}"
-        f"<p>Depth in one scale, unit: {escape(record['unit'])}.</p>{f'<ul>{left_out}</ul>' if left_out else ''}{cells}"
-    )
+    return PAGE.render(record, figure=Markup(figure))

@@ -11,7 +11,7 @@ import torch
 from ttt_lib.adaptation.photographs.scene import SceneAdaptation, adapt_scene, guess_focal
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.types import Sample
-from ttt_lib.data.photographs.features import Picture
+from ttt_lib.data.photographs.job import Picture
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.evaluation.scores import scores_of
@@ -20,10 +20,15 @@ from ttt_lib.models.base import GeometryModel
 SCORES = {"depth": "depth_affine_invariant", "points": "points_affine_invariant"}
 
 
-def reconstruct_samples(model: GeometryModel, samples: Iterable[Sample], seed: int = 0) -> Scene:
-    """The scene of samples that are photographs of one, with the model's guess of the focal length."""
-    guess = guess_focal(model)
-    return reconstruct([Picture(s.name, s.image, guess(s.image)) for s in samples], seed)
+def reconstruct_samples(
+    model: GeometryModel, samples: Iterable[Sample], seed: int = 0, longest_side: int | None = None
+) -> Scene:
+    """The scene of samples that are photographs of one, with the model's guess of the focal length.
+
+    They know nothing else of the truth. longest_side: pixels of the pictures that the model sees.
+    """
+    guess = guess_focal(model, longest_side)
+    return reconstruct([Picture(sample.name, sample.image, guess(sample.image)) for sample in samples], seed)
 
 
 def score_scene(adaptation: SceneAdaptation, samples: Iterable[Sample]) -> pd.DataFrame:

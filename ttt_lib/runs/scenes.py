@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 
-from ttt_lib.adaptation.photographs.scene import SceneAdaptation, adapt_scene, guess_focal
+from ttt_lib.adaptation.photographs.scene import SceneAdaptation, adapt_scene
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.types import Sample
-from ttt_lib.data.photographs.groups import scene_of_samples
-from ttt_lib.data.photographs.reconstruct import reconstruct
-from ttt_lib.data.photographs.scene import Scene
 from ttt_lib.data.samples import SampleSet
 from ttt_lib.models.base import GeometryModel
+from ttt_lib.runs.scene_study import reconstruct_samples
 
 ALONE = "original kept: no other photograph of its scene is in the set"
 
@@ -38,7 +36,7 @@ class Scenes:
         alone = self.config.supervision["photographs"].alone
         reason = ALONE
         if len(names) > 1:
-            adaptation = self._adapted(samples, scene, names[0])
+            adaptation = self._adapted(samples, scene, names)
             found = next((e for e in adaptation.evidence if e.photograph.name == sample.name), None)
             if found is not None:
                 return adaptation.result(found)
@@ -51,19 +49,14 @@ class Scenes:
         seconds = time.perf_counter() - begun
         return AdaptResult(original, None, original, "original", reason, seconds=seconds, image=sample.image)
 
-    def _adapted(self, samples: SampleSet, scene: str, first: str) -> SceneAdaptation:
-        """The scene of the sample `first`, adapted to unless it is the last one."""
+    def _adapted(self, samples: SampleSet, scene: str, names: list[str]) -> SceneAdaptation:
+        """The scene of these samples, adapted to unless it is the last one."""
         key = (samples.name, scene)
         if self._last is None or self._last[0] != key:
             begun = time.perf_counter()
-            found = self._reconstruct(scene_of_samples(samples, first))
+            members = (samples.load(name) for name in names)
+            found = reconstruct_samples(self.model, members, self.config.seed, self.config.views.longest_side)
             adaptation = adapt_scene(self.model, found, self.config, "/".join(key))
             adaptation.seconds = time.perf_counter() - begun  # with the reconstruction: each photograph has its share
             self._last = key, adaptation
         return self._last[1]
-
-    def _reconstruct(self, pictures: list) -> Scene:
-        guess = guess_focal(self.model, self.config.views.longest_side)
-        for picture in pictures:
-            picture.focal = guess(picture.read())
-        return reconstruct(pictures, self.config.seed)

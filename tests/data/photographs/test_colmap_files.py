@@ -86,7 +86,7 @@ COUNTS = [("cameras.bin", 0), ("images.bin", 0), ("images.bin", 8 + 64 + 7), ("p
 
 @pytest.mark.parametrize("name, at", COUNTS)
 def test_counts_beyond_the_file_are_no_counts(tmp_path, name, at, monkeypatch):
-    monkeypatch.setattr(colmap, "run_worker", None)  # pycolmap must not see it
+    monkeypatch.setattr(colmap, "apart", None)  # pycolmap must not see it
     files = binary()
     assert huge(files[name], at) != files[name]
     write_model(tmp_path, {**files, name: huge(files[name], at)})
@@ -96,7 +96,7 @@ def test_counts_beyond_the_file_are_no_counts(tmp_path, name, at, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cameras.bin", "images.bin", "points3D.bin"])
 def test_files_that_are_cut_off(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(colmap, "run_worker", None)
+    monkeypatch.setattr(colmap, "apart", None)
     files = binary()
     for length in (0, 4, 20, len(files[name]) // 2, len(files[name]) - 1):
         write_model(tmp_path, {**files, name: files[name][:length]})

@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, TiffImagePlugin
+from PIL.ExifTags import IFD, Base
 
 from ttt_lib.core.errors import DataError
 from ttt_lib.core.types import Sample
 from ttt_lib.data.motorcycle import open_motorcycle
-from ttt_lib.data.photographs import exif
 from ttt_lib.data.photographs.load import load_scene
-from ttt_lib.data.photographs.sources import from_files, from_list
+from ttt_lib.data.photographs.sources import from_list
+
+TAGS = {
+    "FOCAL_35": Base.FocalLengthIn35mmFilm, "FOCAL": Base.FocalLength, "PLANE_X": Base.FocalPlaneXResolution,
+    "PLANE_UNIT": Base.FocalPlaneResolutionUnit, "WIDTH": Base.ExifImageWidth, "HEIGHT": Base.ExifImageHeight,
+}  # fmt: skip
 
 
 def photo(path, size=(120, 90), orientation=None, own=None, **tags):
@@ -27,13 +32,13 @@ def photo(path, size=(120, 90), orientation=None, own=None, **tags):
         if value is not None:
             content[tag] = value
     for name, value in tags.items():
-        content.get_ifd(exif.EXIF)[getattr(exif, name)] = value
+        content.get_ifd(IFD.Exif)[TAGS[name]] = value
     Image.fromarray(values).save(path, exif=content)
     return path
 
 
 def focal_of(path):
-    return from_files([path]).pictures[0].focal
+    return from_list([path]).pictures[0].focal
 
 
 def test_the_equivalent_focal_length_compares_diagonals(tmp_path):
@@ -42,7 +47,7 @@ def test_the_equivalent_focal_length_compares_diagonals(tmp_path):
     turned = photo(tmp_path / "b.jpg", orientation=6, FOCAL_35=26)
     assert focal_of(upright) == pytest.approx(26 * diagonal / 120)
     assert focal_of(turned) == pytest.approx(26 * diagonal / 90)  # 90 is the width of what is seen
-    one, other = from_files([upright, turned]).pictures
+    one, other = from_list([upright, turned]).pictures
     assert one.exact and other.exact and one.camera == other.camera == "26 mm"
     assert focal_of(photo(tmp_path / "film.jpg", size=(150, 100), FOCAL_35=36)) == pytest.approx(1.0)
 
@@ -58,10 +63,10 @@ def test_the_focal_length_on_the_sensor_needs_the_sensors_size(tmp_path):
 
 
 def test_another_zoom_is_another_camera_and_a_cropped_picture_is_a_guess(tmp_path):
-    wide = photo(tmp_path / "a.jpg", own={exif.MAKE: "Maker", exif.MODEL: "One"}, FOCAL_35=24)
-    tele = photo(tmp_path / "b.jpg", own={exif.MAKE: "Maker", exif.MODEL: "One"}, FOCAL_35=70)
+    wide = photo(tmp_path / "a.jpg", own={Base.Make: "Maker", Base.Model: "One"}, FOCAL_35=24)
+    tele = photo(tmp_path / "b.jpg", own={Base.Make: "Maker", Base.Model: "One"}, FOCAL_35=70)
     cropped = photo(tmp_path / "c.jpg", size=(90, 90), FOCAL_35=24, WIDTH=4000, HEIGHT=3000)
-    pictures = from_files([wide, tele, cropped]).pictures
+    pictures = from_list([wide, tele, cropped]).pictures
     assert [p.camera for p in pictures] == ["Maker One 24 mm", "Maker One 70 mm", "24 mm"]
     assert [p.exact for p in pictures] == [True, True, False]
 
@@ -78,7 +83,7 @@ def rational(numerator, denominator):
              {"FOCAL": 4.2, "PLANE_X": 3000.0, "PLANE_UNIT": 77, "WIDTH": 4000, "HEIGHT": 3000}, {"FOCAL_35": b"\0\1"}]
 )  # fmt: skip
 def test_odd_tags_say_nothing(tmp_path, tags):
-    given = from_files([photo(tmp_path / "a.jpg", **tags)])
+    given = from_list([photo(tmp_path / "a.jpg", **tags)])
     assert given.pictures[0].focal is None and not given.pictures[0].exact and not given.left_out
 
 
@@ -101,7 +106,7 @@ def test_damaged_photographs_are_left_out_by_name_and_names_differ(tmp_path):
     given = from_list([*files, tmp_path / "broken.jpg", tmp_path / "none.jpg"])
     assert [p.name for p in given.pictures] == ["a", "a_png", "a_jpg"]
     assert [name for name, _ in given.left_out] == ["broken", "none"] and "damaged" in given.left_out[0][1]
-    assert torch.equal(given.pictures[2].read(), from_files([files[2]]).pictures[0].read())
+    assert torch.equal(given.pictures[2].read(), from_list([files[2]]).pictures[0].read())
 
 
 def test_a_folder_says_what_it_does_not_read(tmp_path):

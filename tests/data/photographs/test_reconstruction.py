@@ -8,7 +8,8 @@ from rendered_walls import depth_error
 
 from ttt_lib.core.errors import DataError
 from ttt_lib.data.motorcycle import open_motorcycle
-from ttt_lib.data.photographs.job import Picture
+from ttt_lib.data.photographs import reconstruct as module
+from ttt_lib.data.photographs.job import Failed, Picture, apart
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.scene import split
 
@@ -55,3 +56,18 @@ def test_copies_and_one_photograph_alone_tell_nothing(samples):
     assert "copy" in refused.refused and all(len(p.tracks) == 0 for p in refused.photographs)
     with pytest.raises(DataError, match="at least two"):
         reconstruct([one])
+
+
+def test_how_the_other_process_ends_is_said(samples, tmp_path, monkeypatch):
+    with pytest.raises(Failed, match="it took longer than 0 s"):
+        apart("mapping.read", 0.001, tmp_path, 2**31)
+    with pytest.raises(Failed, match="Error: "):  # the last line of what it said
+        apart("mapping.read", 60, tmp_path / "none", 2**31)
+
+    def fail(*_):
+        raise Failed("the reconstruction program was ended by signal 9")
+
+    monkeypatch.setattr(module, "apart", fail)
+    refused = reconstruct(pictures(samples))
+    assert "could not be compared" in refused.refused and "signal 9" in refused.refused
+    assert [p.name for p in refused.photographs] == [s.name for s in samples]

@@ -8,8 +8,8 @@ import torch
 from rendered_walls import FOCAL, camera, depth_error, poster, render, walk
 
 from ttt_lib.data.photographs import focal
-from ttt_lib.data.photographs.features import Picture
 from ttt_lib.data.photographs.focal import Belief, combine, expected
+from ttt_lib.data.photographs.job import Picture
 from ttt_lib.data.photographs.matching import MIN_MATCHES, _leave_out_strangers
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.scenes.failures import FAILURES

@@ -1,16 +1,19 @@
 """Several photographs of one scene: points whose depth is known up to one scale, from the photographs alone.
 
-Goes out: a `scene.Scene`, cameras and tracks from features, verified matches and reconstructions that must agree, with their
-signals, and one sentence in `refused` where the photographs tell nothing; `stereo` measures depth between the tracks.
-A scene enters by `load.load_scene`: photographs as a list or a folder, with EXIF's focal length; a clip; a finished COLMAP
-model; a `transforms.json`, by whose cameras tracks are triangulated. It leaves by `writers`, in both of these formats.
-`groups` gives the photographs of a sample's scene from a set.
+Comes in (`load.load_scene`): a list or a folder of photographs (`sources`), a clip (`clips`), or cameras that somebody
+computed (`known`), a COLMAP model (`colmap_files`, `colmap`) or a `transforms.json` (`transforms`), with their photographs,
+which may be stored turned (`upright`).
+Goes out: a `scene.Scene`, cameras and tracks with their signals, and one sentence in `refused` where the photographs tell
+nothing. `stereo` measures depth between the tracks; `writers` give a scene to other programs.
+
+In between, `reconstruct` writes small gray pictures and has another process, with pycolmap in it, do a `job.Job`:
+1. `matching`: features and verified matches; copies and photographs of something else are left out;
+2. `focal`: what can be believed of the focal length, by reconstructions with several (`mapping` has pycolmap make each);
+3. `agreement`: one reconstruction that two others confirm, or with known cameras points that fit to the matches;
+4. `signals`: what that is worth, and which observations become tracks.
 
 Known: two photographs without any focal length are often refused, since their depth hangs on it; a given one that is
 wrong by half misleads them where several fit as well, which three photographs do not let happen. Frames of a drive may
 be refused for contradictions. Distortion of the lens is not modelled.
-
-pycolmap runs in a process of its own (`worker.py`): its seeds and logs stay there, a crash of it ends one job, and the
-libraries inside it do not meet those of Pillow (loaded together, the PNG encoder of one writes over the other's memory).
 Start reading at `scene.py`, then `load.py` and `reconstruct.py`.
 """

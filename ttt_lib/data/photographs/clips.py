@@ -12,10 +12,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import cv2
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from ttt_lib.core.errors import DataError, UserError, printable, reason
 from ttt_lib.data.images import SMALLEST, read_photo, readable_formats
-from ttt_lib.data.photographs.features import Picture
+from ttt_lib.data.photographs.job import Picture
 from ttt_lib.data.photographs.sources import MOST, evenly
 
 log = logging.getLogger(__name__)
@@ -43,30 +42,18 @@ FORMATS = (
 )
 
 
-@dataclass
-class Clip:
-    """The frames that were chosen.
+class Clip(NamedTuple):
+    """The frames that were chosen, in their order, and how many were decoded."""
 
-    pictures: in their order; frames: how many were decoded; left_out: (name, reason) of what was not read.
-    """
-
-    pictures: list[Picture] = field(default_factory=list)
-    frames: int = 0
-    left_out: list[tuple[str, str]] = field(default_factory=list)
+    pictures: list[Picture]
+    frames: int
 
 
-class _Folder:
-    """A temporary folder that goes when the last frame that lies in it is forgotten."""
-
-    def __init__(self) -> None:
-        self._kept = tempfile.TemporaryDirectory(prefix="ttt-frames-")
-        self.path = Path(self._kept.name)
+class _Folder(tempfile.TemporaryDirectory):
+    """Goes when the last frame that lies in it is forgotten."""
 
     def __reduce__(self) -> tuple[Any, ...]:  # another process gets the name; the files stay this one's
-        return str, (str(self.path),)
-
-    def __copy__(self) -> _Folder:
-        return self
+        return str, (self.name,)
 
     def __deepcopy__(self, memo: dict) -> _Folder:
         return self
@@ -85,24 +72,12 @@ def _open(path: Path) -> Iterator[Any]:
         yield container
 
 
-def _packets(container: Any, stream: Any) -> Iterator[Any]:
-    """What can be read of a stream: a clip that was cut off ends there."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            yield next(packets)
-        except (StopIteration, av.FFmpegError):
-            return
-
-
 def _pictures(path: Path) -> Iterator[av.VideoFrame]:
     """The frames of a picture that moves (GIF, PNG, WebP), by Pillow, which knows more of their kinds."""
-    left = BUDGET
     with Image.open(path, formats=readable_formats()) as image:
         if image.width * image.height > LARGEST:
             raise ValueError(f"{image.width} x {image.height} pixels")
         for number in itertools.count():
-            left -= max(image.width * image.height, LEAST)
             try:
                 image.seek(number)
                 whole = image.convert("RGBA")
@@ -110,9 +85,6 @@ def _pictures(path: Path) -> Iterator[av.VideoFrame]:
                 return
             white = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
             yield av.VideoFrame.from_ndarray(np.asarray(white.convert("RGB")), "rgb24")
-            if left < 0:
-                log.warning("%s: holds many frames; only its beginning is read", path)
-                return
 
 
 def is_moving_picture(path: Path) -> bool:
@@ -125,17 +97,23 @@ def is_moving_picture(path: Path) -> bool:
 
 
 def _frames(path: Path, keys_only: bool) -> Iterator[tuple[av.VideoFrame, float]]:
-    """The clip's frames, each with the width of its pixels over their height. Raises what the decoders raise."""
-    if is_moving_picture(path):
-        return ((frame, 1.0) for frame in _pictures(path))
-    return _decoded(path, keys_only)
-
-
-def _decoded(path: Path, keys_only: bool) -> Iterator[tuple[av.VideoFrame, float]]:
-    """As `_frames`, by PyAV.
+    """The clip's frames, each with the width of its pixels over their height. Raises what the decoders raise.
 
     Packets that cannot be decoded are passed over, and what comes after BUDGET pixels is not read.
     """
+    left = BUDGET
+    found = ((frame, 1.0) for frame in _pictures(path)) if is_moving_picture(path) else _decoded(path, keys_only)
+    for frame, aspect in found:
+        left -= max(frame.width * frame.height if frame else 0, LEAST)
+        if frame:
+            yield frame, aspect
+        if left < 0:
+            log.warning("%s: the clip is long; only its beginning is read", path)
+            return
+
+
+def _decoded(path: Path, keys_only: bool) -> Iterator[tuple[av.VideoFrame | None, float]]:
+    """As `_frames`, by PyAV; None for a packet that is damaged."""
     with _open(path) as container:
         stream = _stream(container, path)
         aspect = float(stream.sample_aspect_ratio or 1)
@@ -143,22 +121,17 @@ def _decoded(path: Path, keys_only: bool) -> Iterator[tuple[av.VideoFrame, float
         context.options = {"max_pixels": str(LARGEST)}
         context.thread_type, context.thread_count = "AUTO", 2
         context.skip_frame = "NONKEY" if keys_only else "DEFAULT"
-        left, damaged = BUDGET, 0
-        for packet in _packets(container, stream):
+        packets = container.demux(stream)
+        while True:
             try:
-                decoded = packet.decode()
-            except av.FFmpegError:
-                damaged += 1
-                left -= LEAST
-                decoded = []
-            for frame in decoded:
-                left -= max(frame.width * frame.height, LEAST)
-                yield frame, aspect
-            if left < 0:
-                log.warning("%s: the clip is long; only its beginning is read", path)
+                packet = next(packets)
+            except (StopIteration, av.FFmpegError):  # the end, or where it was cut off
                 return
-        if damaged:
-            log.info("%s: %d packets are damaged and passed over", path, damaged)
+            try:
+                yield from ((frame, aspect) for frame in packet.decode())
+            except av.FFmpegError as error:
+                log.info("%s: a damaged packet is passed over (%s)", path, reason(error))
+                yield None, aspect
 
 
 def _stream(container: Any, path: Path) -> Any:
@@ -190,10 +163,6 @@ def _sharpness(frame: av.VideoFrame) -> float:
     return -1.0 if frame.is_corrupt else float(cv2.Laplacian(gray, cv2.CV_32F).var())
 
 
-def _measure(path: Path, keys_only: bool) -> np.ndarray:
-    return np.array([_sharpness(frame) for frame, _ in _frames(path, keys_only)])
-
-
 def choose(sharpness: np.ndarray, every: int | None, count: int | None) -> list[int]:
     """The sharpest frame near each place: each `every`-th, or `count` (USUAL_COUNT) places spread evenly.
 
@@ -207,15 +176,14 @@ def choose(sharpness: np.ndarray, every: int | None, count: int | None) -> list[
         step = total / count
         places = [(k + 0.5) * step - 0.5 for k in range(count)]
     else:
-        step = float(every)
-        places = [float(k) for k in range(0, total, every)]
+        step, places = float(every), range(0, total, every)
         places = [places[k] for k in evenly(count, len(places))]
-    chosen = []
+    chosen = set()
     for place in places:
         low = max(0, round(place - WINDOW * step / 2))
-        high = min(total, max(low + 1, round(place + WINDOW * step / 2) + 1))
-        chosen.append(low + int(np.argmax(sharpness[low:high])))
-    return sorted(set(chosen))
+        high = max(low + 1, round(place + WINDOW * step / 2) + 1)
+        chosen.add(low + int(np.argmax(sharpness[low:high])))
+    return sorted(chosen)
 
 
 def _upright(frame: av.VideoFrame, aspect: float) -> np.ndarray:
@@ -258,29 +226,24 @@ def read_clip(path: str | Path, every: int | None = None, count: int | None = No
 
 
 def _read(path: Path, every: int | None, count: int | None, focal: float | None) -> Clip:
-    clip = Clip()
     keys_only = every is None and not is_moving_picture(path) and _expected(path) > LONG
-    sharpness = _measure(path, keys_only)
+    sharpness = np.array([_sharpness(frame) for frame, _ in _frames(path, keys_only)])
     if keys_only and len(sharpness) < ENOUGH * (count or USUAL_COUNT):
         keys_only = False
-        sharpness = _measure(path, False)
+        sharpness = np.array([_sharpness(frame) for frame, _ in _frames(path, False)])
     if len(sharpness) < 2:
         raise DataError(f"{path}: the clip holds {len(sharpness)} frames that can be read; at least two are needed.")
     chosen = choose(sharpness, every, count)
     if len(chosen) > MOST:
         raise DataError(f"{path}: {len(chosen)} frames are too many for one scene, at most {MOST}; take fewer.")
-    clip.frames = len(sharpness)
-    folder = _Folder()
-    wanted = set(chosen)
+    clip, folder = Clip([], len(sharpness)), _Folder(prefix="ttt-frames-")
     for index, (frame, aspect) in enumerate(itertools.islice(_frames(path, keys_only), chosen[-1] + 1)):
-        if index not in wanted:
-            continue
-        array = _upright(frame, aspect)
-        if min(array.shape[:2]) < SMALLEST:
-            raise DataError(f"{path}: frames of {array.shape[1]} x {array.shape[0]} pixels are too small.")
-        file = folder.path / f"{index:06d}.png"
-        Image.fromarray(array).save(file, compress_level=1)
-        name = f"{printable(path.stem, 80)}_{index:04d}"
-        source = partial(_read_frame, file, folder)
-        clip.pictures.append(Picture(name, source, focal, exact=focal is not None))
+        if index in chosen:
+            array = _upright(frame, aspect)
+            if min(array.shape[:2]) < SMALLEST:
+                raise DataError(f"{path}: frames of {array.shape[1]} x {array.shape[0]} pixels are too small.")
+            file = Path(folder.name, f"{index:06d}.png")
+            Image.fromarray(array).save(file, compress_level=1)
+            source = partial(_read_frame, file, folder)
+            clip.pictures.append(Picture(f"{printable(path.stem, 80)}_{index:04d}", source, focal, focal is not None))
     return clip

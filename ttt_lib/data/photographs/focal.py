@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ttt_lib.data.photographs import signals
-from ttt_lib.data.photographs.features import USUAL_FOCAL
-from ttt_lib.data.photographs.job import Job
-from ttt_lib.data.photographs.process import SparseModel
-from ttt_lib.data.photographs.runs import describe, focals_of, reconstruct_all, support
+from ttt_lib.data.photographs.job import USUAL_FOCAL, Job, SparseModel
+from ttt_lib.data.photographs.mapping import attempt
 
 FOCALS = (0.5, 0.63, 0.8, 1.0, 1.26, 1.6)  # of the width: compared where two photographs must do
 STARTS = (0.6, 1.2)  # of the width: where refinement begins too, beside what is believed
@@ -50,35 +48,32 @@ def expected(given: list[float | None], exact: list[bool]) -> Belief:
 
 def believed(job: Job) -> Belief | None:
     """The focal lengths to reconstruct with, after reconstructions with others; None where none gave cameras."""
-    exact = job.exact()
-    belief = expected(job.priors(), exact)
+    given, exact = job.focals()
+    belief = expected(given, exact)
     if all(exact):
         return belief
     two = len(job.kept) == 2
     guesses = FOCALS if two else STARTS if len(job.kept) <= MANY else ()
     tried = [belief.focals, *(np.where(exact, belief.focals, guess) for guess in guesses)]
-    profile = [] if two else [STEP, 1 / STEP]
+    profile = () if two else (STEP, 1 / STEP)
     begins = [None, *[job.widest()] * len(guesses)]
-    runs = [
-        describe(job, f"first{k}", f, fixed=two, profile=profile, start=start)
-        for k, (f, start) in enumerate(zip(tried, begins))
-    ]
-    models = reconstruct_all(job, runs)
+    found = [attempt(job, f, fixed=two, profile=profile, start=start) for f, start in zip(tried, begins)]
+    models = {k: each for k, each in enumerate(found) if each}
     if not models:
         return None
     if two:
-        return compared({int(name[5:]): model for name, model in models.items()}, tried, belief.deviation)
-    best = max((name for name in models if "@" not in name), key=lambda name: support(models[name]))
-    spread, bend, shift = knowledge(models[best], [models[f"{best}@{k}"] for k in range(2)])
-    found = focals_of(job, models[best], belief.focals) * math.exp(shift)
-    result = combine(found, belief, np.array(exact), spread, bend)
-    result.model = models[best]
-    if np.abs(np.log(found / result.focals)).max() > math.log(STEP):  # what an error costs there may be something else
-        run = describe(job, "there", result.focals, profile=profile, start=job.widest())
-        models = reconstruct_all(job, [run])
-        if len(models) == 3:
-            result.doubt = float(result.deviation.max() * knowledge(models["there"], list(models.values())[1:])[1])
-            result.model = models["there"]
+        return compared({k: each[0] for k, each in models.items()}, tried, belief.deviation)
+    best, *others = max(models.values(), key=lambda each: signals.support(each[0]))
+    spread, bend, shift = knowledge(best, others)
+    refined = signals.focals_of(job, best, belief.focals) * math.exp(shift)
+    result = combine(refined, belief, np.array(exact), spread, bend)
+    result.model = best
+    if np.abs(np.log(refined / result.focals)).max() > math.log(
+        STEP
+    ):  # what an error costs there may be something else
+        if there := attempt(job, result.focals, profile=profile, start=job.widest()):
+            result.doubt = float(result.deviation.max() * knowledge(there[0], there[1:])[1])
+            result.model = there[0]
     return result
 
 
@@ -87,8 +82,10 @@ def compared(models: dict[int, SparseModel], tried: list[np.ndarray], deviation:
 
     models: by their place in `tried`, focal lengths (C,) of which the first are the expected ones.
     """
-    best = max(map(support, models.values()))
-    cost = {k: float(signals.robust_cost(m.error).mean()) for k, m in models.items() if support(m) >= SIMILAR * best}
+    best = max(map(signals.support, models.values()))
+    cost = {
+        k: float(signals.robust_cost(m.error).mean()) for k, m in models.items() if signals.support(m) >= SIMILAR * best
+    }
     good = [k for k in cost if cost[k] <= WORSE * min(cost.values())]
     unusual = np.abs(np.log(tried[0] / USUAL_FOCAL)) > math.log(2)
     if 0 not in good or unusual.any():

@@ -1,17 +1,36 @@
-"""What is known so far while photographs are reconstructed, and how that ends early."""
+"""pycolmap in a process of its own: what travels there and back, and the call of a function there.
+
+Its seeds and logs stay there, a crash of it ends one job, and the libraries inside it do not meet those of Pillow (loaded
+together, the PNG encoder of one writes over the other's memory). The modules that are called there know neither Pillow nor
+torch: it must start at once. One thread and fixed seeds: the same job gives the same result.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ttt_lib.data.photographs.features import Gray, Picture
-from ttt_lib.data.photographs.process import run_worker
+from ttt_lib.core.errors import printable
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+CELLS = 4  # a picture has CELLS x CELLS cells, in which its tracks are counted
+LONGEST_SIDE = 1200  # pixels of the pictures that are matched
 MIN_MATCHES = 40  # verified matches with some other photograph
+USUAL_FOCAL = 0.85  # of the width, where nothing is known: a phone, a small camera
 
 
 class Refusal(Exception):
@@ -19,52 +38,168 @@ class Refusal(Exception):
 
 
 @dataclass
+class Picture:
+    """A photograph before anything is known of it.
+
+    source: the image (3,H,W) in [0,1] or a function that reads it; focal: over its width, from EXIF or from the caller,
+    or None; exact: whether that comes from EXIF; camera: pictures of one size with the same word share one camera.
+    """
+
+    name: str
+    source: Tensor | Callable[[], Tensor]
+    focal: float | None = None
+    exact: bool = False
+    camera: str = ""
+
+    def read(self) -> Tensor:
+        """The image, (3,H,W) in [0,1]."""
+        return self.source() if callable(self.source) else self.source
+
+
+class Lens(NamedTuple):
+    """A camera: model, one of COLMAP's; width, height in pixels; params as COLMAP orders them, in pixels."""
+
+    model: str
+    width: int
+    height: int
+    params: tuple[float, ...]
+
+
+@dataclass
+class SparseModel:
+    """A reconstruction as arrays: I registered images, P points, M observations of them.
+
+    image (I,) long: its place among the photographs, or its id; pose (I,4,4) world -> camera; size (I,2) width and
+    height; intrinsics (I,4) fx, fy, cx, cy in pixels, NaN of a fisheye; xyz (P,3). Of an observation: seen_by (M,) row of
+    the image, feature (M,) number of the picture's feature, point (M,) row of xyz, uv (M,2) in pixels with the first
+    pixel's centre at 0.5, depth (M,), error (M,) of reprojection in pixels, NaN where the camera cannot project it.
+    explained (I,): of each image the share of its verified matches that its cameras explain; None where none are known.
+    """
+
+    image: np.ndarray
+    pose: np.ndarray
+    size: np.ndarray
+    intrinsics: np.ndarray
+    xyz: np.ndarray
+    seen_by: np.ndarray
+    feature: np.ndarray
+    point: np.ndarray
+    uv: np.ndarray
+    depth: np.ndarray
+    error: np.ndarray
+    explained: np.ndarray | None = None
+
+
+@dataclass
+class Selection:
+    """which (M,) bool: the observations that become tracks; error (M,) in pixels of a picture of at most LONGEST_SIDE;
+    angle (P,) degrees, the parallax of each point; weak: image -> why its tracks are too few."""
+
+    which: np.ndarray
+    error: np.ndarray
+    angle: np.ndarray
+    weak: dict[int, str]
+
+
+@dataclass
 class Job:
-    """What is known so far of a reconstruction in a folder."""
+    """What is known so far of photographs that are compared in a folder, where each lies as gray_0.npy, gray_1.npy, ...
+
+    pictures: without their sources; of the gray ones sizes (width, height) and digests. kept: those that take part;
+    left_out: place -> why of the others; camera_of: of each the number of its lens; of pairs of photographs inliers
+    (verified matches), moved (pixels that three quarters of them stay below), flat (the share of them that one homography
+    explains). In the end about (see `Scene`), model and picked, or refused.
+    """
 
     folder: Path
     pictures: list[Picture]
+    sizes: list[tuple[int, int]]
+    digests: list[str]
     seed: int
-    grays: list[Gray] = field(default_factory=list)
-    camera_of: list[int] = field(default_factory=list)
+    in_order: bool = False
     kept: list[int] = field(default_factory=list)
     left_out: dict[int, str] = field(default_factory=dict)
+    lenses: list[Lens] = field(default_factory=list)
+    camera_of: list[int] = field(default_factory=list)
     pairs: list[tuple[int, int]] = field(default_factory=list)
-    inliers: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    moved: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    flat: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    inliers: np.ndarray | None = None
+    moved: np.ndarray | None = None
+    flat: np.ndarray | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    model: SparseModel | None = None
+    picked: Selection | None = None
+    refused: str = ""
+
+    def __post_init__(self) -> None:
+        self.kept = list(range(len(self.pictures)))
+
+    @property
+    def longest(self) -> int:
+        """Pixels of the longest side."""
+        return max(map(max, self.sizes))
 
     def leave_out(self, index: int, why: str) -> None:
         """From here on without this photograph."""
         self.kept.remove(index)
         self.left_out[index] = why
 
-    def widest(self) -> list[int] | None:
+    def widest(self) -> tuple[int, int] | None:
         """Of the pairs with many matches the one whose matches moved furthest; None of two photographs."""
         many = max(MIN_MATCHES, float(self.inliers.max(initial=0)) / 4)
         good = [k for k, p in enumerate(self.pairs) if self.inliers[k] >= many and set(p) <= set(self.kept)]
-        if len(self.kept) == 2 or not good:
-            return None
-        return list(self.pairs[max(good, key=lambda k: self.moved[k])])
+        return self.pairs[max(good, key=lambda k: self.moved[k])] if len(self.kept) > 2 and good else None
 
-    def widths(self) -> np.ndarray:
-        """Of each camera, pixels of the gray picture."""
-        return np.array([self.grays[self.camera_of.index(c)].width for c in range(max(self.camera_of) + 1)], float)
-
-    def priors(self) -> list[float | None]:
-        """Of each camera the median of what is known of its focal length, over the width; EXIF before anything else."""
-        result: list[float | None] = []
+    def focals(self) -> tuple[list[float | None], list[bool]]:
+        """Of each camera the median of what is known of its focal length over the width, EXIF before anything else, and
+        whether EXIF gives it."""
+        focals: list[float | None] = []
+        exact = []
         for camera in range(max(self.camera_of) + 1):
             known = [p for p, c in zip(self.pictures, self.camera_of) if c == camera and p.focal]
-            known = [p for p in known if p.exact] or known
-            result.append(float(np.median([p.focal for p in known])) if known else None)
-        return result
+            exact.append(any(p.exact for p in known))
+            focals.append(float(np.median([p.focal for p in known if p.exact or not exact[-1]])) if known else None)
+        return focals, exact
 
-    def exact(self) -> list[bool]:
-        """Of each camera whether EXIF gives its focal length."""
-        cameras = {c for p, c in zip(self.pictures, self.camera_of) if p.focal and p.exact}
-        return [camera in cameras for camera in range(max(self.camera_of) + 1)]
 
-    def run(self, task: str, **arguments: Any) -> str:
-        """Do a task of the worker; what `run_worker` returns."""
-        return run_worker(self.folder, task, 300 + 60 * len(self.pictures), **arguments)
+class Failed(Exception):
+    """The process ended without a result; says in words how."""
+
+
+def apart(task: str, patience: float, *arguments: Any) -> Any:
+    """What a function gives in another process. Raises `Failed`.
+
+    Args:
+        task: `module.function` of this sub-package.
+        patience: seconds that it may take.
+        arguments: of the function.
+    """
+    program = f"import sys; sys.path[:] = {list(map(str, sys.path))!a}; from {__name__} import main; main()"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    content = pickle.dumps((*task.split("."), arguments))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], input=content, env=environment, capture_output=True, timeout=patience
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Failed(f"it took longer than {patience:.0f} s") from error
+    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    if said:
+        log.log(logging.WARNING if done.returncode else logging.DEBUG, "%s: %s", task, "\n".join(said[-20:]))
+    if done.returncode < 0:
+        raise Failed(f"the reconstruction program was ended by signal {-done.returncode}")
+    if done.returncode:
+        raise Failed(printable(said[-1] if said else f"exit status {done.returncode}", 200))
+    return pickle.loads(done.stdout)
+
+
+def main() -> None:
+    """Call what the standard input names. The result goes to the standard output, and nothing else may."""
+    answer = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    import pycolmap
+
+    pycolmap.logging.minloglevel = 2  # errors
+    module, function, arguments = pickle.load(sys.stdin.buffer)
+    result = getattr(import_module(f"{__package__}.{module}"), function)(*arguments)
+    with answer:
+        pickle.dump(result, answer)

@@ -1,124 +1,286 @@
-"""Tracks from photographs whose cameras are known: matched, and triangulated without moving a camera."""
+"""Scenes whose cameras somebody else computed: a COLMAP model, with points or without, or a `transforms.json`, and the
+photographs that belong to the names in them."""
 
 from __future__ import annotations
 
-import logging
-import tempfile
+import os
+from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ttt_lib.data.photographs.colmap_files import Lens
-from ttt_lib.data.photographs.features import Picture, choose_pairs, write_gray
-from ttt_lib.data.photographs.job import MIN_MATCHES, Job, Refusal
-from ttt_lib.data.photographs.process import SparseModel, read_sparse_model
+from ttt_lib.core.errors import DataError, UserError, printable
+from ttt_lib.data.images import is_photo, read_photo
+from ttt_lib.data.photographs.colmap import read_model
+from ttt_lib.data.photographs.colmap_files import Listing, Model, find_model
+from ttt_lib.data.photographs.job import Lens, Picture, Selection, SparseModel
+from ttt_lib.data.photographs.reconstruct import do_apart, to_photographs
+from ttt_lib.data.photographs.scene import Photograph, Scene
+from ttt_lib.data.photographs.signals import centres, moves_ahead, select_tracks, summarize
+from ttt_lib.data.photographs.sources import distinct_names, first_of, from_list, photos_in, thinned
+from ttt_lib.data.photographs.transforms import find_transforms, lens_of, read_transforms, size_of
+from ttt_lib.data.photographs.upright import turn, turns_of_camera
 
-log = logging.getLogger(__name__)
-
-PLACED_ANGLE = 0.1  # degrees between two rays: far points count too when cameras and matches are compared
-EXPLAINED = 0.6  # of the matches: 1.0 of right cameras, 0.3 where two were exchanged, 0.7 where they are a few px off
-EXPLAINED_EACH = 0.5  # of one photograph's matches
-MAX_MEDIAN_ERROR = 1.5  # pixels
-ONE_FOCAL = (
-    "SIMPLE_PINHOLE",
-    "SIMPLE_RADIAL",
-    "RADIAL",
-    "SIMPLE_DIVISION",
-)  # f, cx, cy, ...; others fx, fy, cx, cy, ...
+INSIDE = (".", "images", "input", "photos", "images_2", "images_4", "images_8")  # folders that people use
+FAR = 1000.0  # times their own spread: so far from the origin float32 would cost a ten-thousandth of it
+ANOTHER = "is another model, of fewer images, which is not read; name it to have it"
 
 
-def scaled(lens: Lens, width: int, height: int) -> Lens:
-    """The same lens for a picture of another size and the same shape.
+def folders_near(*places: Path) -> list[Path]:
+    """Where photographs may lie, likeliest first: `images` and the like in each place, and in the two above it."""
+    above = [folder for place in places for folder in (place, place.parent, place.parent.parent)]
+    return list(dict.fromkeys(Path(os.path.normpath(folder / name)) for folder in above for name in INSIDE))
+
+
+def in_folders(names: list[str], folders: list[Path]) -> tuple[dict[str, Path], Path | None]:
+    """The file of each name, in the one folder that has most of them, and that folder; names without a file are missing.
+
+    A name is a path inside the folder. With another ending or none it is found where just one photograph there has its
+    stem; spaces may have become underscores.
+    """
+    best: tuple[dict[str, Path], Path | None] = ({}, None)
+    for folder in folders:
+        if not os.path.isdir(folder):
+            continue
+        known: dict[Path, dict[str, Path]] = {}
+        found = {name: file for name in names if (file := _in_folder(name, folder, known)) is not None}
+        if len(found) > len(best[0]):
+            best = found, folder
+        if len(found) == len(set(names)):
+            break
+    return best
+
+
+def in_list(names: list[str], files: list[Path]) -> dict[str, Path]:
+    """The file of each name among these, by its own name or its stem.
 
     Example:
-        >>> scaled(Lens("SIMPLE_RADIAL", 800, 600, (700.0, 400.0, 300.0, -0.1)), 400, 300)
-        Lens(model='SIMPLE_RADIAL', width=400, height=300, params=(350.0, 200.0, 150.0, -0.1))
+        >>> in_list(["images/a.png", "b"], [Path("x/a.jpg"), Path("y/b.jpg")])["b"].name
+        'b.jpg'
     """
-    x, y = width / lens.width, height / lens.height
-    factors = [x, x, y] if lens.model in ONE_FOCAL else [x, y, x, y]
-    rest = lens.params[len(factors) :]
-    return Lens(lens.model, width, height, (*(p * f for p, f in zip(lens.params, factors)), *rest))
+    known = _by_name(files)
+    return {name: file for name in names if (file := _lookup(Path(name.replace("\\", "/")), known)) is not None}
 
 
-def triangulate(
-    pictures: list[Picture], lenses: list[Lens], poses: np.ndarray, seed: int, in_order: bool, about: dict[str, Any]
-) -> tuple[SparseModel, dict[int, str]]:
-    """Points that the photographs see, by cameras that stay as they are. Images are places in the list.
+def _in_folder(name: str, folder: Path, known: dict[Path, dict[str, Path]]) -> Path | None:
+    path = folder / name.replace("\\", "/")
+    try:
+        if path.is_file():
+            return path
+        for inside in (path.parent, folder):
+            if inside not in known:
+                known[inside] = _by_name([p for p in inside.iterdir() if is_photo(p)]) if inside.is_dir() else {}
+            if (file := _lookup(path, known[inside])) is not None:
+                return file
+    except (OSError, ValueError):  # names that no file system takes
+        pass
+    return None
+
+
+def _lookup(path: Path, known: dict[str, Path]) -> Path | None:
+    keys = (path.name.replace(" ", "_"), path.stem.replace(" ", "_"))
+    return next((known[key] for key in keys if key in known), None)
+
+
+def _by_name(files: list[Path]) -> dict[str, Path]:
+    """Files by stem where that is there once, and by name; spaces as underscores."""
+    stems = [file.stem.replace(" ", "_") for file in files]
+    number = Counter(stems)
+    once = {stem: file for stem, file in zip(stems, files) if number[stem] == 1}
+    return {**once, **{file.name.replace(" ", "_"): file for file in files}}
+
+
+class Posed(NamedTuple):
+    """A photograph with its camera. turns: quarter turns, clockwise, from the picture as the camera saw it to the
+    upright one that `read_photo` gives; lens: of the picture as the camera saw it; pose (4,4) float64 world -> camera."""
+
+    name: str
+    file: Path
+    turns: int
+    lens: Lens
+    pose: np.ndarray
+
+    def as_seen(self) -> Tensor:
+        """The picture (3,H,W) as the camera saw it."""
+        return torch.rot90(read_photo(self.file), self.turns, (1, 2))
+
+
+def find_cameras(path: Any) -> Model | Path | None:
+    """The files of a COLMAP model in a folder, else a `transforms.json` there or of this name; None without either."""
+    if not isinstance(path, Path):
+        return None
+    return (find_model(path) if os.path.isdir(path) else None) or find_transforms(path)
+
+
+def scene_of_cameras(
+    cameras: Model | Path, photographs: Path | list[Path] | None, every: int | None, count: int | None, seed: int
+) -> Scene:
+    """The scene of a file of cameras.
 
     Args:
-        pictures: as their cameras saw them, of the shape of their lenses.
-        lenses: one a picture.
-        poses: (N,4,4) world -> camera.
-        about: gets `explained`, the share of the matches that the cameras explain.
-
-    Returns:
-        The model, and why a photograph's camera cannot be right: place -> reason.
+        cameras: as `find_cameras` gives it.
+        photographs: the folder that they lie in, or their files; None: beside the cameras.
+        every, count, seed: see `load_scene`.
 
     Raises:
-        Refusal: the photographs share too little, or the cameras contradict them.
+        DataError: the files of cameras are damaged, or fewer than two of their photographs can be found.
     """
-    with tempfile.TemporaryDirectory(prefix="ttt-known-") as name:
-        job = Job(Path(name), pictures, seed, kept=list(range(len(pictures))))
-        for index, picture in enumerate(pictures):
-            job.grays.append(write_gray(picture.read(), job.folder / f"gray_{index}.npy"))
-        _match(job, [scaled(lens, gray.width, gray.height) for lens, gray in zip(lenses, job.grays)], in_order)
-        _do(job, "triangulate", poses=poses.tolist(), min_angle=PLACED_ANGLE, two_view=True)
-        model = read_sparse_model(job.folder / "triangulated.npz")
-    if model is None:
-        raise Refusal("no points could be placed by these cameras.")
-    model.image = model.image - 1
-    shares = _explained(job, model)
-    about["explained"] = float(np.average(list(shares.values()))) if shares else 0.0
-    error = float(np.median(model.error)) if len(model.error) else np.inf
-    if about["explained"] < EXPLAINED or error > MAX_MEDIAN_ERROR:
-        raise Refusal(
-            f"the given cameras contradict the photographs: {about['explained']:.0%} of the matches fit to them, at "
-            f"least {EXPLAINED:.0%} are needed, with a median error of {error:.1f} px; check that cameras and files "
-            "belong together, and in which direction their axes point."
-        )
-    why = "its camera contradicts its matches with the others ({:.0%} of them fit)"
-    return model, {index: why.format(share) for index, share in shares.items() if share < EXPLAINED_EACH}
-
-
-def _do(job: Job, task: str, **arguments: Any) -> None:
-    failed = job.run(task, **arguments)
-    if failed:
-        raise Refusal(f"the photographs could not be compared ({task}: {failed}); try fewer of them.")
-
-
-def _match(job: Job, lenses: list[Lens], in_order: bool) -> None:
-    """Features and verified matches in the job's database, by lenses of the gray pictures' sizes."""
-    distinct = list(dict.fromkeys(lenses))
-    job.camera_of = [distinct.index(lens) for lens in lenses]
-    cameras = [
-        {"model": lens.model, "width": lens.width, "height": lens.height, "params": list(lens.params), "known": True}
-        for lens in distinct
+    scene = Scene([])  # which is filled in
+    if isinstance(cameras, Path):
+        frames, scene.left_out = read_transforms(cameras)
+        if not frames:
+            raise DataError(f"{cameras}: no frame has a camera ({' '.join(scene.left_out[0])}).")
+        files = _files([frame.path for frame in frames], photographs, folders_near(cameras.parent), cameras, scene)
+        frames = thinned([frame for frame in frames if frame.path in files], every, count, cameras)
+        entries = [(files[f.path], f.pose, size_of(f.values), partial(lens_of, f.values)) for f in frames]
+        return _triangulated(_put_beside(entries, cameras, scene), seed, scene)
+    model, listing = read_model(cameras)
+    scene.left_out = [(f"{path.parent.name}/{path.name}", ANOTHER) for path in cameras.others]
+    names = [listing.images.get(image, ("", 0))[0] for image in model.image.tolist()]
+    paths = _files(names, photographs, folders_near(cameras.folder), cameras.folder, scene)
+    found = [(image, row) for row, image in enumerate(model.image.tolist()) if names[row] in paths][::every]
+    files = {image: paths[names[row]] for image, row in found}
+    if listing.points:
+        return _with_points(model, listing, files, count, cameras.folder, scene)
+    scene.left_out += [(files[image].stem, why) for image, why in listing.unusable.items() if image in files]
+    usable = thinned([each for each in found if each[0] not in listing.unusable], None, count, cameras.folder)
+    lenses = {image: listing.lenses[listing.images[image][1]] for image, _ in usable}
+    entries = [
+        (files[i], model.pose[row], lenses[i][1:3], partial(lambda lens, _: lens, lenses[i])) for i, row in usable
     ]
-    most = 4096 if len(job.pictures) <= 8 else 2048
-    _do(job, "features", cameras=cameras, camera_of=job.camera_of, most=most)
-    with np.load(job.folder / "features.npz") as arrays:
-        coarse = arrays["coarse"]
-    job.pairs = choose_pairs(coarse, in_order)
-    _do(job, "match", pairs=job.pairs, seed=job.seed)
-    with np.load(job.folder / "matches.npz") as arrays:
-        job.inliers, job.flat = arrays["inliers"], arrays["flat"]
-    if job.inliers.max(initial=0) < MIN_MATCHES:
-        raise Refusal(
-            f"the photographs share too few points ({job.inliers.max(initial=0)} matches at most, {MIN_MATCHES} are "
-            "needed): they must show the same things, with texture, and overlap by half or more."
+    return _triangulated(_put_beside(entries, cameras.folder, scene), seed, scene)
+
+
+def _files(
+    names: list[str], photographs: Path | list[Path] | None, near: list[Path], what: Path, scene: Scene
+) -> dict[str, Path]:
+    """The photograph of each name. Raises `DataError` where fewer than two are there."""
+    if isinstance(photographs, list):
+        files, at = in_list(names, photographs), "the list"
+        unused = from_list([file for file in photographs if file not in set(files.values())])
+        scene.rest = [Photograph(picture.name, picture.source) for picture in unused.pictures]
+        scene.left_out += unused.left_out + [(p.name, f"has no camera in {what}") for p in scene.rest]
+    else:
+        files, where = in_folders(names, folders_near(photographs) if photographs else near)
+        others = sorted(set(photos_in(where)[0]) - set(files.values())) if where else []
+        unknown = [(printable(file.stem, 100), f"has no camera in {what}") for file in others]
+        scene.left_out += first_of(unknown, "other photographs", f"have no camera in {what}")
+        at = where or photographs or near[0]
+    if len(files) < 2:
+        raise DataError(
+            f"{what}: of its {len(names)} photographs (such as {printable(names[0], 100)!r}) {len(files)} are in {at}; "
+            "give the folder that they lie in."
         )
+    scene.left_out += [(printable(name, 100), f"is not in {at}") for name in names if name not in files]
+    return files
 
 
-def _explained(job: Job, model: SparseModel) -> dict[int, float]:
-    """Of each photograph with matches enough the share of them that became points, from 0 to 1."""
-    row_of = {int(image): row for row, image in enumerate(model.image)}
-    points = [set(model.point[model.seen_by == row].tolist()) for row in range(len(model.image))]
-    fit, seen = dict.fromkeys(job.kept, 0.0), dict.fromkeys(job.kept, 0.0)
-    for (i, j), count in zip(job.pairs, job.inliers):
-        if count >= MIN_MATCHES:
-            both = points[row_of[i]] & points[row_of[j]] if i in row_of and j in row_of else ()
-            for index in (i, j):
-                fit[index] += min(len(both), count)
-                seen[index] += count
-    return {index: fit[index] / seen[index] for index in job.kept if seen[index]}
+def _because(scene: Scene) -> str:
+    return next((f" ({name} {why.rstrip('.')})" for name, why in scene.left_out), "")
+
+
+def _put_beside(entries: list[tuple[Path, np.ndarray, Any, Any]], where: Path, scene: Scene) -> list[Posed]:
+    """Photographs with their cameras, those that can be read. entries: file, pose, the camera's size or None where nothing
+    says it, and a function from the size to the `Lens`, which may raise `UserError`."""
+    result = []
+    for name, (file, pose, size, lens_of_size) in zip(distinct_names([entry[0] for entry in entries]), entries):
+        try:
+            turns, stored = turns_of_camera(file, size)
+            result.append(Posed(name, file, turns, lens_of_size(size or stored), pose))
+        except UserError as error:
+            scene.left_out.append((name, str(error)))
+    if len(result) < 2:
+        raise DataError(
+            f"{where}: {len(result)} photographs with a camera can be used, two are needed{_because(scene)}."
+        )
+    return result
+
+
+def _triangulated(posed: list[Posed], seed: int, scene: Scene) -> Scene:
+    """A scene of photographs whose cameras are known and stay as they are; its scale is that of the poses."""
+    pictures = [Picture(each.name, each.as_seen) for each in posed]
+    lenses, poses = [each.lens for each in posed], np.stack([each.pose for each in posed])
+    job = do_apart("agreement.triangulate", pictures, seed, False, lenses, poses)
+    scene.about = {"scale": "as the cameras have it", **job.about}
+    rest = [Photograph(each.name, partial(read_photo, each.file)) for each in posed]
+    if job.refused:
+        return replace(scene, photographs=rest + scene.rest, refused=job.refused, rest=[])
+    picked = select_tracks(job.model, moves_ahead(job.model))
+    picked.weak.update(job.left_out)
+    turns = {image: posed[image].turns for image in job.model.image.tolist() if image not in picked.weak}
+    return _put_together(job.model, picked, dict(enumerate(rest)), turns, scene)
+
+
+def _with_points(
+    model: SparseModel, listing: Listing, files: dict[int, Path], count: int | None, where: Path, scene: Scene
+) -> Scene:
+    """A scene of a model that has points. files: id -> photograph, of the images that were found; of those that can be
+    used at most `count` are taken."""
+    picked = select_tracks(model, moves_ahead(model))
+    if listing.own:  # each observation is a track already
+        picked = replace(picked, which=np.isfinite(model.depth) & (model.depth > 0), weak={})
+    picked.weak.update(listing.unusable)
+    named = zip(files.items(), distinct_names(list(files.values())))
+    photographs = {image: Photograph(name, partial(read_photo, file)) for (image, file), name in named}
+    sizes = dict(zip(model.image.tolist(), model.size.tolist()))
+    turns = {}
+    for image in thinned([i for i in sizes if i in files and i not in picked.weak], None, count, where):
+        try:
+            turns[image], _ = turns_of_camera(files[image], sizes[image])
+        except UserError as error:
+            scene.left_out.append((photographs.pop(image).name, str(error)))
+    return _put_together(model, picked, photographs, turns, scene)
+
+
+def _put_together(
+    model: SparseModel, picked: Selection, photographs: dict[int, Photograph], turns: dict[int, int], scene: Scene
+) -> Scene:
+    """The scene of the images that `turns` has; the others are left out with their reasons, if they have any."""
+    for row, image in enumerate(model.image.tolist()):
+        here, camera = model.seen_by == row, (model.intrinsics[row], model.size[row], model.pose[row])
+        turned = turn(turns.get(image, 0), *camera, model.uv[here])
+        model.intrinsics[row], model.size[row], model.pose[row], model.uv[here] = turned
+    _near_origin(model, scene)
+    out = [image for image in photographs if image in picked.weak]
+    scene.left_out += [(photographs[image].name, picked.weak[image]) for image in out]
+    taken = np.isin(model.image, list(turns))
+    weak = dict.fromkeys(model.image[~taken].tolist(), "")
+    whole = replace(picked, which=picked.which & taken[model.seen_by], weak=weak)
+    scene.about.update(summarize(model, whole))
+    focals = model.intrinsics[taken, 0] / model.size[taken, 0]
+    scene.about["focal"] = sorted({round(focal, 4) for focal in focals.tolist()})
+    rest = [photographs[image] for image in out if _can_be_read(photographs[image])] + scene.rest
+    found = to_photographs(model, whole, [photographs.get(image) for image in model.image.tolist()])
+    if len(found) >= 2:
+        return replace(scene, photographs=found, rest=rest)
+    refused = (
+        f"fewer than two photographs have a camera and points enough{_because(scene)}: give more of them, from places "
+        "apart."
+    )
+    return replace(scene, photographs=rest + [Photograph(p.name, p.source) for p in found], refused=refused, rest=[])
+
+
+def _near_origin(model: SparseModel, scene: Scene) -> None:
+    """Move the world where the cameras stand far from its origin, as in geographic coordinates: poses are float32.
+
+    `about["origin"]` says what has to be added to have the old coordinates again.
+    """
+    places = centres(model)
+    middle = np.median(places, axis=0)
+    if np.linalg.norm(middle) > FAR * np.median(np.linalg.norm(places - middle, axis=-1)) > 0:
+        origin = np.round(middle)
+        model.pose[:, :3, 3] += model.pose[:, :3, :3] @ origin
+        model.xyz -= origin
+        scene.about["origin"] = origin.tolist()
+
+
+def _can_be_read(photograph: Photograph) -> bool:
+    try:
+        return photograph.image is not None
+    except UserError:
+        return False

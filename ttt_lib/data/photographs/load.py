@@ -9,19 +9,10 @@ from typing import Any
 
 from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import is_photo
-from ttt_lib.data.photographs.finished import find_cameras, scene_of_finished
+from ttt_lib.data.photographs.known import find_cameras, scene_of_cameras
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.scene import Scene
-from ttt_lib.data.photographs.sources import (
-    Given,
-    Prior,
-    checked_focal,
-    from_files,
-    from_list,
-    guess,
-    photos_in,
-    thinned,
-)
+from ttt_lib.data.photographs.sources import Given, Prior, checked_focal, from_list, guess, photos_in, thinned
 
 
 def load_scene(
@@ -65,22 +56,24 @@ def load_scene(
         'b is a copy of a, or taken from the same place: take a second photograph a step to the side.'
     """
     focal, every, count = checked_focal(focal), _whole(every, "every", 1), _whole(count, "count", 2)
-    source, cameras = (
-        _path_or_list(source, "source"),
-        _path_or_list(cameras, "cameras") if cameras is not None else None,
-    )
+    source = _path_or_list(source, "source")
+    cameras = _path_or_list(cameras, "cameras") if cameras is not None else None
+    known = find_cameras(source if cameras is None else cameras)
     if cameras is not None:
-        return _with_cameras(source, cameras, every, count, seed, focal)
-    if isinstance(source, list):
-        return _reconstructed(from_list(thinned(source, every, count, "the list"), focal, prior), "the list", seed)
-    path = source
-    if (finished := find_cameras(path)) is not None:
-        return _finished(finished, None, every, count, seed, focal)
-    if os.path.isdir(path):
-        return _from_folder(path, every, count, seed, focal, prior)
-    if os.path.isfile(path):
-        return _from_clip(path, every, count, seed, focal, prior)
-    raise DataError(f"{path}: there is no such folder or file; check the name.")
+        _check_known(known, cameras, source)
+    if known is not None:
+        if focal is not None:
+            raise DataError("focal: the cameras are known here, and their focal length with them; leave it out.")
+        return scene_of_cameras(known, None if cameras is None else source, every, count, seed)
+    given, where, in_order = _given(source, every, count, focal, prior)
+    if len(given.pictures) < 2:
+        damaged = next((f": {why}" for _, why in given.left_out if why.endswith(".")), ".")
+        raise DataError(
+            f"{where}: {len(given.pictures)} photographs can be read, at least two of one scene are needed{damaged}"
+        )
+    scene = reconstruct(given.pictures, seed, in_order)
+    scene.left_out = given.left_out + scene.left_out
+    return scene
 
 
 def _path_or_list(value: Any, name: str) -> Path | list[Any]:
@@ -97,56 +90,42 @@ def _whole(value: Any, name: str, least: int) -> int | None:
     return value
 
 
-def _with_cameras(source: Any, cameras: Any, every: Any, count: Any, seed: int, focal: float | None) -> Scene:
-    """Photographs of a folder or a list, with the cameras that a file gives."""
-    finished = find_cameras(cameras) if isinstance(cameras, Path) else None
-    if finished is None:
+def _check_known(known: Any, cameras: Any, source: Path | list[Any]) -> None:
+    """Raises `DataError` where cameras that somebody names do not go with the photographs."""
+    if known is None:
         raise DataError(f"{cameras}: holds neither a COLMAP model (cameras, images) nor a transforms.json.")
-    if isinstance(source, Path):
-        if not os.path.isdir(source):
-            raise DataError(f"{source}: is no folder of photographs, which known cameras need.")
-        return _finished(finished, source, every, count, seed, focal)
-    if not all(isinstance(file, str | os.PathLike) for file in source):
-        raise DataError("photographs: known cameras belong to files, by their names; the list holds something else.")
-    return _finished(finished, [Path(file) for file in source], every, count, seed, focal)
+    if isinstance(source, Path) and not os.path.isdir(source):
+        raise DataError(f"{source}: is no folder of photographs, which known cameras need.")
+    if isinstance(source, list):
+        if not all(isinstance(file, str | os.PathLike) for file in source):
+            raise DataError(
+                "photographs: known cameras belong to files, by their names; the list holds something else."
+            )
+        source[:] = map(Path, source)
 
 
-def _finished(finished: Any, photographs: Any, every: Any, count: Any, seed: int, focal: float | None) -> Scene:
-    if focal is not None:
-        raise DataError("focal: the cameras are known here, and their focal length with them; leave it out.")
-    return scene_of_finished(finished, photographs, every, count, seed)
-
-
-def _from_folder(path: Path, every: int | None, count: int | None, seed: int, focal: Any, prior: Any) -> Scene:
-    files, others = photos_in(path)
-    if not files:
-        also = "; ".join(f"{name} {why}" for name, why in others[:1]) or "it is empty"
-        raise DataError(f"{path}: holds no photographs ({also}); name the folder that they lie in.")
-    given = from_files(thinned(files, every, count, path), focal, prior)
-    given.left_out += others
-    return _reconstructed(given, str(path), seed)
-
-
-def _from_clip(path: Path, every: int | None, count: int | None, seed: int, focal: Any, prior: Any) -> Scene:
+def _given(
+    source: Path | list[Any], every: int | None, count: int | None, focal: float | None, prior: Prior | None
+) -> tuple[Given, str, bool]:
+    """Pictures without cameras, where they are from, and whether they are in the order in which they were taken."""
+    if isinstance(source, list):
+        return from_list(thinned(source, every, count, "the list"), focal, prior), "the list", False
+    if os.path.isdir(source):
+        files, others = photos_in(source)
+        if not files:
+            also = "; ".join(f"{name} {why}" for name, why in others[:1]) or "it is empty"
+            raise DataError(f"{source}: holds no photographs ({also}); name the folder that they lie in.")
+        given = from_list(thinned(files, every, count, source), focal, prior)
+        return Given(given.pictures, given.left_out + others), str(source), False
+    if not os.path.isfile(source):
+        raise DataError(f"{source}: there is no such folder or file; check the name.")
     # Here and not above: OpenCV has an FFmpeg of its own, and two of them in one process are one too many for some systems.
     from ttt_lib.data.photographs.clips import is_moving_picture, read_clip
 
-    if is_photo(path) and not is_moving_picture(path):
-        raise DataError(f"{path}: is one photograph; name two or more of the same scene.")
-    given = Given(read_clip(path, every, count, focal).pictures)
-    for picture in given.pictures:
+    if is_photo(source) and not is_moving_picture(source):
+        raise DataError(f"{source}: is one photograph; name two or more of the same scene.")
+    pictures = read_clip(source, every, count, focal).pictures
+    for picture in pictures:
         if picture.focal is None and prior is not None:
             picture.focal = guess(prior, picture.name, picture.read())
-    return _reconstructed(given, str(path), seed, in_order=True)
-
-
-def _reconstructed(given: Given, where: str, seed: int, in_order: bool = False) -> Scene:
-    """The scene of pictures without cameras, with what was left out before."""
-    if len(given.pictures) < 2:
-        damaged = next((f": {why}" for _, why in given.left_out if why.endswith(".")), ".")
-        raise DataError(
-            f"{where}: {len(given.pictures)} photographs can be read, at least two of one scene are needed{damaged}"
-        )
-    scene = reconstruct(given.pictures, seed, in_order)
-    scene.left_out = given.left_out + scene.left_out
-    return scene
+    return Given(pictures, []), str(source), True

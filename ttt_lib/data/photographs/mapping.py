@@ -1,158 +1,233 @@
-"""A reconstruction from verified matches, and others that must agree with it."""
+"""Reconstructions from verified matches or known cameras, and finished ones, by pycolmap. Runs in a process of its own."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import copy
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
+import pycolmap
 
-from ttt_lib.data.photographs import focal, signals
-from ttt_lib.data.photographs.job import Job, Refusal
-from ttt_lib.data.photographs.process import SparseModel
-from ttt_lib.data.photographs.runs import describe, focals_of, reconstruct_all, support
-from ttt_lib.data.photographs.tracks import (
-    AHEAD_ANGLE,
-    MIN_POINTS,
-    Selection,
-    select_tracks,
-    summarize,
-)
+from ttt_lib.data.photographs.job import Job, SparseModel
+from ttt_lib.data.photographs.matching import database_of, image_name, tolerance
 
-AGREEMENT = 0.05  # median |log depth ratio|: 0.0003 to 0.02 of right reconstructions, 0.1 and more of wrong ones
-DOUBT = 0.04  # the same, of two whose focal lengths are a standard deviation apart
-EXPLAINED = 0.88  # of the matches, median over photographs: 0.93 and more of right ones, 0.87 and less of what moved
-PLACED = 0.8  # the same, of a single photograph
-SEEN_ANGLE = 2.0  # degrees, the median parallax of what is reconstructed; with less, noise bends the scene
-FLAT = 0.92  # of the points, on one plane
-SHARE = 0.7  # of the matches that the second and third reconstruction see
-AHEAD = "take more frames, further apart, or move sideways (the camera moved straight ahead)"
-NO_MODEL = (
-    "no cameras could be found that explain the matches: take more photographs, closer together but not from one "
-    "place, of a scene that stands still."
-)
+log = logging.getLogger(__name__)
+
+MAPPED_ANGLE = 1.0  # degrees between two rays to a point: what a reconstruction takes
+PLACED_ANGLE = 0.1  # the same of known cameras: far points count too when they and the matches are compared
+EPIPOLAR_ERROR = 0.002  # of the longer side, and at least a pixel
+LOSS_SCALE = 0.5  # pixels: from here on a residual counts by its length, not by its square
+FISHEYE = ("FISHEYE", "FOV", "EUCM", "EQUIRECTANGULAR")
 
 
-def agreed(job: Job, about: dict[str, Any]) -> tuple[SparseModel, Selection]:
-    """A reconstruction that two others confirm, and its tracks. Raises `Refusal`."""
-    focals = _focals(job, about)
-    model, others = _reconstructions(job, focals)
-    about["focal"] = [round(float(f), 4) for f in focals_of(job, model, focals)]
-    _look(model, about)
-    picked = select_tracks(model, about["forward"])
-    for image, share in zip(map(int, model.image), model.explained):
-        if share < PLACED:
-            picked.weak[image] = f"its place explains only {share:.0%} of its matches"
-    about.update(summarize(model, picked))
-    _check(job, model, picked, about)
-    results = [signals.disagreement(model, other, MIN_POINTS) for other in others]
-    about["agreement"] = max((value for value, _ in results), default=float("inf"))
-    if len(results) < 2 or about["agreement"] > AGREEMENT:
-        raise Refusal(
-            "reconstructions from parts of the matches contradict each other, so none can be trusted: take more "
-            "photographs, from places further apart, of a scene that stands still and does not repeat itself."
-        )
-    for image in map(int, model.image):
-        each = [values.get(image, math.inf) for _, values in results]
-        if image not in picked.weak and max(each) > AGREEMENT:
-            picked.weak[image] = "its place among the others is not certain"
-    _check(job, model, picked, about)
-    about.update(summarize(model, picked))
-    for index in job.kept[:]:
-        if index in picked.weak:
-            job.leave_out(index, picked.weak[index])
-        elif index not in model.image:
-            job.leave_out(index, "could not be placed among the others")
-    return model, picked
+def attempt(
+    job: Job, focals: np.ndarray, *, fixed: bool = True, start: Sequence[int] | None = None, number: int = 0,
+    share: float = 1.0, at_once: bool = False, profile: Sequence[float] = (),
+) -> list[SparseModel]:  # fmt: skip
+    """Reconstruct from the job's matches; images are places in its list. Empty where that gives fewer than two.
+
+    Args:
+        job: with matches.
+        focals: the focal length of each camera over the width; fixed: whether they stay.
+        start: two photographs to begin with, if that goes.
+        number: to be added to the job's seed.
+        share: of the matches that are used.
+        at_once: all photographs at once (`global` mapping), not one after the other.
+        profile: factors of the focal lengths, for each of which the result is fitted again with these held; they follow.
+    """
+    seed, method, models = job.seed + number, _global if at_once else _incremental, {}
+    with tempfile.TemporaryDirectory(dir=job.folder) as folder:
+        path = Path(shutil.copyfile(database_of(job), f"{folder}/run.db"))
+        _prepare(path, focals * [lens.width for lens in job.lenses], share, seed)
+        pycolmap.set_random_seed(seed)
+        try:
+            for first in dict.fromkeys([start, None]):
+                models = models or method(path, job, seed, fixed, first)
+        except Exception as error:  # whatever a library of C++ may raise
+            log.warning("a reconstruction failed: %s", error)
+    best = max(models.values(), key=lambda model: (model.num_reg_images(), model.num_points3D()), default=None)
+    if best is None or best.num_reg_images() < 2:
+        return []
+    _fit(best, fixed)
+    results = [as_arrays(best, 1)]
+    results[0].explained = _explained(job, best)
+    for factor in profile:
+        other = copy.deepcopy(best)
+        _fit(other, True, factor)
+        results.append(as_arrays(other, 1))
+    return results
 
 
-def _focals(job: Job, about: dict[str, Any]) -> np.ndarray:
-    """The focal lengths to reconstruct with. Raises `Refusal` where the depth would hang on a guess."""
-    belief = focal.believed(job)
-    if belief is None:
-        raise Refusal(NO_MODEL)
-    about["focal"] = [round(float(f), 4) for f in belief.focals]
-    about["focal_deviation"], about["focal_doubt"] = float(belief.deviation.max()), belief.doubt
-    if belief.model is None:
-        return belief.focals
-    unlikely = focal.is_unlikely(belief)
-    if belief.doubt > DOUBT or unlikely:
-        _look(belief.model, about)  # another cause, if there is one, says more
-    if unlikely:
-        raise Refusal(
-            f"the photographs fit only a camera that hardly exists (focal length {belief.focals[0]:.2f} of the width): "
-            "the scene moved or repeats itself; take more photographs, side by side, of a scene that stands still."
-        )
-    if belief.doubt > DOUBT:
-        raise Refusal(
-            "the depth hangs on the focal length, which these photographs do not tell: "
-            + (AHEAD if about["forward"] else "take more of them, from more different places")
-            + ", or use files that have it in their EXIF."
-        )
-    return belief.focals
+def _prepare(path: Path, focals: np.ndarray, share: float, seed: int) -> None:
+    """Focal lengths (pixels) of the cameras, and this share of the matches, into a database."""
+    with closing(pycolmap.Database.open(path)) as database:
+        for camera in database.read_all_cameras():
+            camera.params = [focals[camera.camera_id - 1], *camera.params[1:]]
+            camera.has_prior_focal_length = True  # else the global mapper finds its own
+            database.update_camera(camera)
+        generator = np.random.default_rng(seed)
+        for pair, geometry in zip(*database.read_two_view_geometries()) if share < 1 else ():
+            matches = geometry.inlier_matches
+            count = round(share * len(matches))
+            geometry.inlier_matches = matches[np.sort(generator.permutation(len(matches))[:count])]
+            database.update_two_view_geometry(*pycolmap.pair_id_to_image_pair(pair), geometry)
 
 
-def _look(model: SparseModel, about: dict[str, Any]) -> None:
-    """How the cameras moved and how well that explains the matches. Raises `Refusal` where it does not, or where they
-    hardly moved."""
-    about["forward"] = ahead = signals.moves_ahead(model)
-    about["explained"] = float(np.median(model.explained))
-    about["seen_parallax"] = seen = float(np.median(signals.parallax(model))) if len(model.xyz) else 0.0
-    if about["explained"] < EXPLAINED:
-        raise Refusal(
-            f"cameras explain only {about['explained']:.0%} of the matches: things moved between the photographs, or "
-            "parts of the scene look alike; take them of a scene that stands still and does not repeat itself."
-        )
-    least = AHEAD_ANGLE if ahead else SEEN_ANGLE
-    if seen < least:
-        raise Refusal(
-            f"the photographs are taken from nearly the same place (median parallax {seen:.1f} degrees, at least "
-            f"{least:.0f} are needed): {AHEAD if ahead else 'take them from places further apart'}."
-        )
-
-
-def _check(job: Job, model: SparseModel, picked: Selection, about: dict[str, Any]) -> None:
-    """Raises `Refusal` where the tracks tell nothing."""
-    about["flat"] = signals.flatness(model)
-    if about["flat"] > FLAT:
-        raise Refusal(
-            "everything that was matched lies in one plane (a wall, a poster): depth cannot be told from that alone; "
-            "take in things at several distances."
-        )
-    if sum(image not in picked.weak for image in map(int, model.image)) < 2:
-        image, why = next(iter(picked.weak.items()))
-        advice = AHEAD if about["forward"] else "take them closer together, or more of them, with texture all over"
-        raise Refusal(
-            f"too little of the photographs could be measured (of {job.pictures[image].name} {why}): {advice}."
-        )
-
-
-def _reconstructions(job: Job, focals: np.ndarray) -> tuple[SparseModel, list[SparseModel]]:
-    """The reconstruction with these focal lengths, and two more with the same from parts of the matches, with other
-    seeds and starts, one of them global. The focal lengths' doubt is known already, and would hide what differs."""
-    pairs = [job.widest(), *_by_matches(job)] if job.widest() else []
-
-    def other(name: str, number: int, method: str = "incremental") -> dict[str, Any]:
-        start = pairs[min(number, len(pairs)) - 1] if pairs and method == "incremental" else None
-        return describe(job, name, focals, seed=job.seed + number, share=SHARE, start=start, method=method)
-
-    wide = [describe(job, "wide", focals, start=job.widest())] if job.widest() else []
-    found = reconstruct_all(
-        job, [describe(job, "held", focals), *wide, other("second", 1), other("global", 2, "global")]
+def _incremental(
+    path: Path, job: Job, seed: int, fixed: bool, start: Sequence[int] | None
+) -> dict[int, pycolmap.Reconstruction]:
+    """Reconstructions of the photographs that take part, one after the other."""
+    options = pycolmap.IncrementalPipelineOptions(
+        random_seed=seed, num_threads=1, min_model_size=2, max_num_models=3, extract_colors=False
     )
-    whole = {name: found.pop(name) for name in ("held", "wide") if name in found}
-    if not whole:
-        raise Refusal(NO_MODEL)
-    model = max(
-        whole.values(), key=support
-    )  # from neighbors, a camera that moves ahead may end as one that moves aside
-    if "global" not in found or len(found["global"].image) < len(model.image):  # it needs more than there may be
-        found.pop("global", None)
-        found.update(reconstruct_all(job, [other("third", 2)]))
-    return model, [m for m in found.values() if len(m.image) >= len(model.image)]
+    options.ba_refine_focal_length = not fixed
+    options.ba_refine_extra_params = options.ba_refine_principal_point = False
+    options.image_names = [image_name(index) for index in job.kept]
+    if start is not None:
+        options.init_image_id1, options.init_image_id2 = (index + 1 for index in start)
+    mapper, points, error = options.mapper, options.triangulation, tolerance(job.longest)
+    mapper.random_seed = points.random_seed = seed
+    mapper.num_threads = 1
+    mapper.abs_pose_refine_focal_length = mapper.abs_pose_refine_extra_params = False
+    mapper.init_max_forward_motion = 1.0
+    mapper.init_min_num_inliers, mapper.abs_pose_min_num_inliers = 30, 20
+    mapper.init_min_tri_angle = mapper.filter_min_tri_angle = points.min_angle = MAPPED_ANGLE
+    mapper.ba_local_min_tri_angle = MAPPED_ANGLE
+    mapper.init_max_error = mapper.filter_max_reproj_error = error
+    mapper.abs_pose_max_error = 3 * error
+    points.merge_max_reproj_error = points.complete_max_reproj_error = error
+    points.ignore_two_view_tracks = False
+    return pycolmap.incremental_mapping(path, path.parent, path.parent, options)
 
 
-def _by_matches(job: Job) -> list[list[int]]:
-    """Pairs of photographs that take part, those with most matches first."""
-    order = sorted(range(len(job.pairs)), key=lambda k: -job.inliers[k])
-    return [list(job.pairs[k]) for k in order if set(job.pairs[k]) <= set(job.kept)]
+def _global(
+    path: Path, job: Job, seed: int, fixed: bool, start: Sequence[int] | None
+) -> dict[int, pycolmap.Reconstruction]:
+    """Reconstructions of the photographs that take part, all at once."""
+    options = pycolmap.GlobalPipelineOptions(random_seed=seed, num_threads=1, min_model_size=2)
+    options.image_names = [image_name(index) for index in job.kept]
+    mapper, adjustment = options.mapper, options.mapper.bundle_adjustment
+    mapper.random_seed = mapper.rotation_averaging.random_seed = seed
+    mapper.global_positioning.random_seed = mapper.retriangulation.random_seed = seed
+    mapper.num_threads = adjustment.ceres.solver_options.num_threads = 1
+    adjustment.refine_focal_length = not fixed
+    adjustment.refine_extra_params = adjustment.refine_principal_point = False
+    adjustment.ceres.use_gpu = mapper.global_positioning.use_gpu = False
+    adjustment.min_track_length = mapper.global_positioning.min_num_view_per_track = 2
+    mapper.track_min_num_views_per_track = 2
+    mapper.min_tri_angle_deg = mapper.retriangulation.min_angle = MAPPED_ANGLE
+    mapper.retriangulation.ignore_two_view_tracks = False
+    return pycolmap.global_mapping(path, path.parent, path.parent, options)
+
+
+def _fit(model: pycolmap.Reconstruction, fixed: bool, factor: float = 1.0) -> None:
+    """Fit cameras and points to the matches, robustly and to the end, which mapping does not; the focal lengths times
+    `factor` first, and then held if `fixed`."""
+    for camera in model.cameras.values():
+        camera.params = [camera.params[0] * factor, *camera.params[1:]]
+    options = pycolmap.BundleAdjustmentOptions(
+        refine_focal_length=not fixed, refine_extra_params=False, print_summary=False
+    )
+    options.ceres.loss_function_type = pycolmap.LossFunctionType.SOFT_L1
+    options.ceres.loss_function_scale = LOSS_SCALE
+    solver = options.ceres.solver_options
+    solver.num_threads, solver.max_num_iterations, solver.function_tolerance = 1, 50, 1e-6
+    pycolmap.bundle_adjustment(model, options)
+
+
+def _explained(job: Job, model: pycolmap.Reconstruction) -> np.ndarray:
+    """Of each registered image, in order of its id, the share of its verified matches that fit the cameras.
+
+    A match fits if it is within EPIPOLAR_ERROR (Sampson) of where the two cameras say it must lie. A point far off fits
+    as well as a near one; in a scene that moved, or where a camera stands wrong, many do not.
+    """
+    with closing(pycolmap.Database.open(database_of(job))) as database:
+        fits = {i: np.zeros(2) for i in sorted(model.reg_image_ids())}  # of matches: those that fit, and all
+        places = {i: database.read_keypoints(i)[:, :2].astype(float) for i in fits}
+        geometries = list(zip(*database.read_two_view_geometries()))
+    for pair, geometry in geometries:
+        one, other = pycolmap.pair_id_to_image_pair(pair)
+        matches = geometry.inlier_matches
+        if one not in fits or other not in fits or not len(matches):
+            continue
+        first, second = model.images[one], model.images[other]
+        motion = second.cam_from_world() * first.cam_from_world().inverse()
+        inner, outer = (np.linalg.inv(image.camera.calibration_matrix()) for image in (first, second))
+        error = pycolmap.compute_squared_sampson_error(
+            places[one][matches[:, 0]], places[other][matches[:, 1]],
+            outer.T @ pycolmap.essential_matrix_from_pose(motion) @ inner,
+        )  # fmt: skip
+        longest = max(second.camera.width, second.camera.height)
+        near = np.array(error) < max(1.0, EPIPOLAR_ERROR * longest) ** 2
+        for image in (one, other):
+            fits[image] += near.sum(), len(near)
+    return np.array([fit / max(count, 1) for fit, count in fits.values()])
+
+
+def place(job: Job, poses: np.ndarray) -> SparseModel:
+    """Points from the job's matches by cameras that stay: its lenses, and poses (N,4,4) world -> camera."""
+    model = pycolmap.Reconstruction()
+    with closing(pycolmap.Database.open(database_of(job))) as database:
+        for camera in database.read_all_cameras():
+            model.add_camera_with_trivial_rig(camera)
+        for number, pose in enumerate(poses, 1):
+            image = database.read_image(number)
+            image.points2D = pycolmap.Point2DList(
+                [pycolmap.Point2D(xy.astype(float)) for xy in database.read_keypoints(number)[:, :2]]
+            )
+            image.reset_frame_ptr() if image.has_frame_ptr() else None
+            new = pycolmap.Image(name=image.name, image_id=number, camera_id=image.camera_id, points2D=image.points2D)
+            model.add_image_with_trivial_frame(new, pycolmap.Rigid3d(pose[:3]))
+    options = pycolmap.IncrementalPipelineOptions(random_seed=0, num_threads=1, extract_colors=False)
+    options.mapper.filter_min_tri_angle = options.triangulation.min_angle = PLACED_ANGLE
+    options.mapper.random_seed = options.triangulation.random_seed = 0
+    options.triangulation.ignore_two_view_tracks = False
+    folder = tempfile.mkdtemp(dir=job.folder)
+    return as_arrays(pycolmap.triangulate_points(model, database_of(job), folder, folder, True, options, False), 1)
+
+
+def read(folder: Path, memory: int) -> SparseModel:
+    """A finished COLMAP model, whose images are ids. memory: bytes that this may take, where the system limits it."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    except (ImportError, ValueError, OSError):  # not on every system
+        pass
+    return as_arrays(pycolmap.Reconstruction(folder), 0)
+
+
+def as_arrays(model: pycolmap.Reconstruction, first: int) -> SparseModel:
+    """Registered images with their cameras, and what each sees of the points; first: the id that becomes image 0."""
+    ids, points = sorted(model.reg_image_ids()), [point for _, point in sorted(model.points3D.items())]
+    row_of = {image: row for row, image in enumerate(ids)}
+    seen = [
+        (row_of[element.image_id], element.point2D_idx, row)
+        for row, point in enumerate(points)
+        for element in point.track.elements
+        if element.image_id in row_of
+    ]
+    seen_by, feature, point = np.array(seen, dtype=np.int64).reshape(-1, 3).T
+    xyz = np.array([each.xyz for each in points]).reshape(-1, 3)
+    uv, depth, error = np.zeros((len(point), 2)), np.zeros(len(point)), np.zeros(len(point))
+    pose, size, intrinsics = np.tile(np.eye(4), (len(ids), 1, 1)), np.zeros((len(ids), 2), int), np.zeros((len(ids), 4))
+    for row, image in enumerate(model.images[i] for i in ids):
+        camera, which = image.camera, seen_by == row
+        pose[row, :3], size[row] = image.cam_from_world().matrix(), (camera.width, camera.height)
+        if any(word in camera.model_name for word in FISHEYE):
+            intrinsics[row] = np.nan
+        else:
+            centre = camera.principal_point_x, camera.principal_point_y
+            intrinsics[row] = camera.focal_length_x, camera.focal_length_y, *centre
+        if which.any():
+            places = image.points2D
+            uv[which] = [places[int(k)].xy for k in feature[which]]
+            local = xyz[point[which]] @ pose[row, :3, :3].T + pose[row, :3, 3]
+            depth[which] = local[:, 2]
+            error[which] = np.linalg.norm(camera.img_from_cam(local) - uv[which], axis=1)
+    return SparseModel(np.array(ids) - first, pose, size, intrinsics, xyz, seen_by, feature, point, uv, depth, error)

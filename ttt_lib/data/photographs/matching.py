@@ -1,58 +1,193 @@
-"""Features and verified matches of photographs; copies and those that show something else are left out."""
+"""Features of gray pictures and their verified matches, in the database of a job; copies and photographs that show something
+else are left out. Runs in a process of its own.
+
+The database lies in the job's folder; photograph k has the id k + 1 in it, and so have camera k and its rig.
+"""
 
 from __future__ import annotations
 
+import itertools
+from contextlib import closing
+from pathlib import Path
+
 import numpy as np
+import pycolmap
 
-from ttt_lib.data.photographs.features import USUAL_FOCAL, choose_pairs, shared_cameras, write_gray
-from ttt_lib.data.photographs.job import MIN_MATCHES, Job, Refusal
+from ttt_lib.data.photographs.job import MIN_MATCHES, USUAL_FOCAL, Job, Lens, Refusal
 
+ALL_PAIRS = 16  # up to so many photographs, each is compared with each
+PARTNERS, NEIGHBORS = 8, 4  # with more: the likeliest, and in a clip those before and after
+COARSE = 256  # of each picture's features, the largest, decide which pictures are compared
+TWIN, TWIN_DISTANCE = 0.97, 0.03  # cosine of descriptors that look the same, of the picture how far apart they are
+FLAT_ERROR = 0.003  # of the longer side: three times what features are off by, a third of what relief moves them by
 FLAT = 0.88  # of the matches: rooms and streets, seen with little parallax, have up to 0.8; posters and turns 0.91 to 1
 TWINS = 0.5  # of the larger features of a picture: from 0.94 where a pattern repeats, elsewhere 0.2 at most
 MOVED = 0.0012  # of the longest side: what three quarters of the matches of a copy stay below
 
 
-def match(job: Job, in_order: bool) -> None:
+def image_name(index: int) -> str:
+    """The name of a photograph in the database."""
+    return f"{index:06d}"
+
+
+def tolerance(longest: int) -> float:
+    """How far from its place a match may lie (pixels) in pictures of this longer side: the usual 4 of large ones make
+    planes of whole streets in small ones."""
+    return min(4.0, max(1.5, longest / 300))
+
+
+def database_of(job: Job) -> Path:
+    """Where the job's database lies."""
+    return job.folder / "database.db"
+
+
+def extract(job: Job, lenses: list[Lens], known: list[bool]) -> tuple[np.ndarray, np.ndarray]:
+    """SIFT of the gray pictures into the database; known: of each lens whether its focal length comes from somewhere.
+
+    Returns the largest descriptors of each picture, (N,COARSE,128), and its `_twins`, (N,).
+    """
+    job.lenses = lenses
+    options = pycolmap.FeatureExtractionOptions(num_threads=1, use_gpu=False)
+    options.sift.max_num_features = 4096 if len(job.pictures) <= 8 else 2048
+    extractor = pycolmap.FeatureExtractor.create(options, pycolmap.Device.cpu)
+    coarse, twins = [], []
+    with closing(pycolmap.Database.open(database_of(job))) as database:
+        sensors = [pycolmap.sensor_t(pycolmap.SensorType.CAMERA, number + 1) for number in range(len(lenses))]
+        for sensor, lens, is_known in zip(sensors, lenses, known):
+            camera = pycolmap.Camera(camera_id=sensor.id, **lens._asdict())
+            camera.has_prior_focal_length = is_known
+            database.write_camera(camera, use_camera_id=True)
+            rig = pycolmap.Rig(rig_id=sensor.id)
+            rig.add_ref_sensor(sensor)
+            database.write_rig(rig, use_rig_id=True)
+        for index, sensor in enumerate(sensors[number] for number in job.camera_of):
+            gray = np.load(job.folder / f"gray_{index}.npy")
+            keypoints, descriptors = extractor.extract_from_uint8_array(gray)
+            keypoints, data = pycolmap.keypoints_to_matrix(keypoints), descriptors.data
+            image_id = database.write_image(pycolmap.Image(name=image_name(index), camera_id=sensor.id))
+            frame = pycolmap.Frame(rig_id=sensor.id)
+            frame.add_data_id(pycolmap.data_t(sensor, image_id))
+            database.write_frame(frame)
+            database.write_keypoints(image_id, keypoints)
+            database.write_descriptors(image_id, descriptors)
+            by_size = np.argsort(-np.abs(keypoints[:, 2:6]).max(1, initial=0), kind="stable")
+            largest = by_size[:COARSE]
+            twins.append(_twins(keypoints[:, :2], data, by_size))
+            coarse.append(np.pad(data[largest], ((0, COARSE - len(largest)), (0, 0))))
+    return np.array(coarse), np.array(twins)
+
+
+def _twins(places: np.ndarray, descriptors: np.ndarray, by_size: np.ndarray) -> float:
+    """The share of a picture's features that look like another one elsewhere in it.
+
+    Asked are at most 500 of its largest third: small ones (a speckle, the end of a twig) look alike in any picture.
+    """
+    if len(places) < 2:
+        return 0.0
+    third = by_size[: -(-len(by_size) // 3)]
+    asked = third[:: -(-len(third) // 500)]
+    unit = descriptors / np.maximum(np.linalg.norm(descriptors.astype(np.float32), axis=1, keepdims=True), 1e-6)
+    alike = unit[asked] @ unit.T > TWIN
+    apart = np.linalg.norm(places[asked, None] - places[None], axis=-1) > TWIN_DISTANCE * np.ptp(places, axis=0).max()
+    return float((alike & apart).any(1).mean())
+
+
+def _likeness(one: np.ndarray, other: np.ndarray) -> int:
+    """How many of the largest features (K,128) of two pictures find each other."""
+    product = one.astype(np.float32) @ other.astype(np.float32).T
+    there, back = product.argmax(1), product.argmax(0)
+    ordered = np.partition(product, -2, axis=1)
+    clear = ordered[:, -1] * 0.95 > ordered[:, -2]  # cosines: the second best is clearly further away
+    return int(((back[there] == np.arange(len(one))) & clear).sum())
+
+
+def choose_pairs(coarse: np.ndarray, in_order: bool) -> list[tuple[int, int]]:
+    """Which pictures to compare, by their largest features (N,K,128); in_order: frames of a clip."""
+    count = len(coarse)
+    everything = list(itertools.combinations(range(count), 2))
+    if count <= ALL_PAIRS:
+        return everything
+    likeness = np.zeros((count, count), dtype=np.int64)
+    for i, j in everything:
+        likeness[i, j] = likeness[j, i] = _likeness(coarse[i], coarse[j])
+    likeliest = np.argsort(-likeness, kind="stable")[:, :PARTNERS]
+    chosen = {(min(i, j), max(i, j)) for i, partners in enumerate(likeliest.tolist()) for j in partners if i != j}
+    return sorted(chosen | {(i, j) for i, j in everything if in_order and j - i <= NEIGHBORS})
+
+
+def verify(job: Job, coarse: np.ndarray) -> None:
+    """Mutual matching and guided geometric verification of the likely pairs of the photographs that take part.
+
+    coarse: of `extract`. Fills in the job's pairs, and of each pair inliers, moved and flat.
+    """
+    kept = job.kept
+    job.pairs = [(kept[i], kept[j]) for i, j in choose_pairs(coarse[kept], job.in_order)]
+    pairing = pycolmap.ImportedPairingOptions(match_list_path=job.folder / "pairs.txt")
+    lines = [f"{image_name(i)} {image_name(j)}\n" for i, j in job.pairs]
+    pairing.match_list_path.write_text("".join(lines), encoding="utf-8")
+    options = pycolmap.FeatureMatchingOptions(num_threads=1, use_gpu=False, guided_matching=True)
+    verification = pycolmap.TwoViewGeometryOptions(detect_watermark=False)
+    verification.max_H_inlier_ratio = 1.0  # never a plane alone: what lies off it would be lost
+    verification.ransac.random_seed, verification.ransac.max_error = job.seed, tolerance(job.longest)
+    pycolmap.set_random_seed(job.seed)
+    pycolmap.match_image_pairs(database_of(job), options, pairing, verification, pycolmap.Device.cpu)
+    ransac = pycolmap.RANSACOptions(max_error=FLAT_ERROR * job.longest, random_seed=job.seed, max_num_trials=2000)
+    rows = []
+    with closing(pycolmap.Database.open(database_of(job))) as database:
+        for pair in np.array(job.pairs) + 1:
+            matches, moved, flat = np.zeros((0, 2), int), np.inf, 0.0
+            if database.exists_two_view_geometry(*pair):
+                matches = database.read_two_view_geometry(*pair).inlier_matches
+            if len(matches) >= 8:
+                first, second = (
+                    database.read_keypoints(k)[matches[:, side], :2].astype(float) for side, k in enumerate(pair)
+                )
+                moved = np.quantile(np.linalg.norm(first - second, axis=1), 0.75)
+                homography = pycolmap.estimate_homography_matrix(first, second, ransac)
+                flat = homography["num_inliers"] / len(matches) if homography else 0.0
+            rows.append((len(matches), moved, flat))
+    inliers, job.moved, job.flat = np.array(rows, float).reshape(-1, 3).T
+    job.inliers = inliers.astype(int)
+
+
+def match(job: Job) -> None:
     """Features and verified matches in the database; copies and strangers are left out."""
-    for index, picture in enumerate(job.pictures):
-        job.grays.append(write_gray(picture.read(), job.folder / f"gray_{index}.npy"))
     first: dict[str, int] = {}
-    for index, gray in enumerate(job.grays):
-        if gray.digest in first:
-            job.leave_out(index, f"is a copy of {job.pictures[first[gray.digest]].name}")
-        first.setdefault(gray.digest, index)
+    for index, digest in enumerate(job.digests):
+        if digest in first:
+            job.leave_out(index, f"is a copy of {job.pictures[first[digest]].name}")
+        first.setdefault(digest, index)
     _enough_places(job)
-    job.camera_of = shared_cameras(job.pictures, job.grays)
-    cameras = [
-        {"width": gray.width, "height": gray.height, "focal": (focal or USUAL_FOCAL) * gray.width, "known": known}
-        for camera, (focal, known) in enumerate(zip(job.priors(), job.exact()))
-        for gray in [job.grays[job.camera_of.index(camera)]]
+    keys = [(*size, picture.camera) for size, picture in zip(job.sizes, job.pictures)]
+    cameras = list(dict.fromkeys(keys))
+    job.camera_of = [cameras.index(key) for key in keys]
+    focals, exact = job.focals()
+    lenses = [
+        Lens("SIMPLE_PINHOLE", width, height, ((focal or USUAL_FOCAL) * width, width / 2, height / 2))
+        for focal, (width, height, _) in zip(focals, cameras)
     ]
-    most = 4096 if len(job.pictures) <= 8 else 2048
-    failed = job.run("features", cameras=cameras, camera_of=job.camera_of, most=most)
-    if failed:
-        raise Refusal(f"the photographs' features could not be computed ({failed}); send them to the authors.")
-    with np.load(job.folder / "features.npz") as arrays:
-        coarse, twins = arrays["coarse"], float(np.median(arrays["twins"][job.kept]))
-    if twins > TWINS:
+    coarse, twins = extract(job, lenses, exact)
+    alike = float(np.median(twins[job.kept]))
+    if alike > TWINS:
         raise Refusal(
-            f"the photographs show one pattern again and again ({twins:.0%} of its details have a twin elsewhere in the "
+            f"the photographs show one pattern again and again ({alike:.0%} of its details have a twin elsewhere in the "
             "same picture), so which is which cannot be told: take in things that are there only once."
         )
-    kept = job.kept
-    job.pairs = [(kept[i], kept[j]) for i, j in choose_pairs(coarse[kept], in_order)]
-    failed = job.run("match", pairs=job.pairs, seed=job.seed)
-    if failed:
-        raise Refusal(f"the photographs could not be matched ({failed}); try fewer of them.")
-    with np.load(job.folder / "matches.npz") as arrays:
-        job.inliers, job.flat, job.moved = arrays["inliers"], arrays["flat"], arrays["moved"]
+    verify(job, coarse)
     for (i, j), count, distance in zip(job.pairs, job.inliers, job.moved):
-        side = max(job.grays[j].width, job.grays[j].height)
-        if i in job.kept and j in job.kept and count >= MIN_MATCHES and distance < MOVED * side:
+        if i in job.kept and j in job.kept and count >= MIN_MATCHES and distance < MOVED * max(job.sizes[j]):
             job.leave_out(j, f"is a copy of {job.pictures[i].name}, or taken from the same place")
     _enough_places(job)
     _leave_out_strangers(job)
     _refuse_flat(job)
+
+
+def too_few(most: int) -> Refusal:
+    """What to raise where no two photographs have more matches than that."""
+    return Refusal(
+        f"the photographs share too few points ({most} matches at most, {MIN_MATCHES} are needed): they must show the same "
+        "things, with texture, and overlap by half or more."
+    )
 
 
 def _enough_places(job: Job) -> None:
@@ -68,35 +203,30 @@ def _enough_places(job: Job) -> None:
 
 def _leave_out_strangers(job: Job) -> None:
     """All but the largest group of photographs in which each is linked to the others by matches."""
-    best = dict.fromkeys(job.kept, 0)
-    group = {i: {i} for i in job.kept}
-    for (i, j), count in zip(job.pairs, map(int, job.inliers)):
-        if i not in best or j not in best:
-            continue
-        best[i], best[j] = max(best[i], count), max(best[j], count)
-        if count >= MIN_MATCHES and group[i] is not group[j]:
-            group[i] |= group[j]
-            for member in group[j]:
-                group[member] = group[i]
-    largest = max(group.values(), key=lambda members: (len(members), sum(best[i] for i in members)))
-    if len(largest) < 2:
-        raise Refusal(
-            f"the photographs share too few points ({max(best.values())} matches at most, {MIN_MATCHES} are needed): "
-            "they must show the same things, with texture, and overlap by half or more."
-        )
-    for i in sorted(set(best) - largest):
-        few = "shares too few points with the others" + (f" ({best[i]} matches at most)" if len(group[i]) == 1 else "")
-        job.leave_out(i, f"{few}: it shows something else")
+    from scipy.sparse.csgraph import (
+        connected_components,
+    )  # not above: it takes half a second, and `mapping.read` none of it
+
+    kept = list(job.kept)
+    counts = np.zeros((len(kept), len(kept)), dtype=int)
+    for (i, j), count in zip(job.pairs, job.inliers):
+        if i in kept and j in kept:
+            counts[kept.index(i), kept.index(j)] = counts[kept.index(j), kept.index(i)] = count
+    number, group = connected_components(counts >= MIN_MATCHES, directed=False)
+    best, size = counts.max(1), np.bincount(group)
+    largest = max(range(number), key=lambda each: (size[each], best[group == each].sum()))
+    if size[largest] < 2:
+        raise too_few(best.max())
+    for index, own, most in zip(kept, group, best):
+        if own != largest:
+            few = f" ({most} matches at most)" if size[own] == 1 else ""
+            job.leave_out(index, f"shares too few points with the others{few}: it shows something else")
 
 
 def _refuse_flat(job: Job) -> None:
     """Where one homography explains each pair, nothing has depth: cameras that turned, walls and posters alike."""
-    flat = [
-        share
-        for (i, j), share, count in zip(job.pairs, job.flat, job.inliers)
-        if count >= MIN_MATCHES and i in job.kept and j in job.kept
-    ]
-    if min(flat) > FLAT:
+    pairs = zip(job.pairs, job.flat, job.inliers)
+    if min(flat for pair, flat, count in pairs if count >= MIN_MATCHES and set(pair) <= set(job.kept)) > FLAT:
         raise Refusal(
             "the camera only turned, or everything in sight is flat or far away: no depth can be told from that; take "
             "the photographs from places a step apart, with things at several distances in them."

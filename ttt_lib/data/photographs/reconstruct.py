@@ -1,24 +1,58 @@
 """From photographs alone to a scene: features, matches, several reconstructions that must agree, and the tracks.
 
-Whatever cannot be reconstructed ends in one sentence in `Scene.refused`; nothing here raises for it.
+Whatever cannot be reconstructed ends in one sentence in `Scene.refused`; nothing here raises for it. What is computed is
+in `agreement.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
 
 from ttt_lib.core.errors import DataError
-from ttt_lib.data.photographs.features import Picture
-from ttt_lib.data.photographs.job import Job, Refusal
-from ttt_lib.data.photographs.mapping import agreed
-from ttt_lib.data.photographs.matching import match
-from ttt_lib.data.photographs.scene import Photograph, Scene
-from ttt_lib.data.photographs.tracks import to_photographs
+from ttt_lib.data.photographs.job import LONGEST_SIDE, Failed, Job, Picture, Selection, SparseModel, apart
+from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks
 
 log = logging.getLogger(__name__)
+
+
+def do_apart(task: str, pictures: list[Picture], seed: int, in_order: bool, *arguments: object) -> Job:
+    """The job that a task makes of the pictures' gray copies; each is read once. arguments: of the task, after the job.
+
+    Raises `DataError` for a picture that cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="ttt-scene-") as name:
+        folder = Path(name)
+        grays = [_write_gray(picture.read(), folder / f"gray_{k}.npy") for k, picture in enumerate(pictures)]
+        sizes, digests = map(list, zip(*grays))
+        job = Job(folder, [replace(picture, source=None) for picture in pictures], sizes, digests, seed, in_order)
+        try:
+            return apart(task, 1500 + 300 * len(pictures), job, *arguments)
+        except Failed as error:
+            job.refused = f"the photographs could not be compared ({error}); try fewer of them."
+            return job
+
+
+def _write_gray(image: Tensor, path: Path) -> tuple[tuple[int, int], str]:
+    """The luma of an image (3,H,W) in [0,1], at most LONGEST_SIDE long, as uint8 array in a file; (width, height), hash."""
+    array = image.detach().cpu().float().permute(1, 2, 0).numpy()
+    height, width = array.shape[:2]
+    factor = min(1.0, LONGEST_SIDE / max(height, width))
+    if factor < 1:
+        size = max(1, round(width * factor)), max(1, round(height * factor))
+        array = cv2.resize(np.ascontiguousarray(array), size, interpolation=cv2.INTER_AREA)
+    gray = array @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    gray = np.ascontiguousarray((gray.clip(0, 1) * 255).round().astype(np.uint8))
+    np.save(path, gray)
+    return gray.shape[::-1], hashlib.sha256(gray.tobytes()).hexdigest()
 
 
 def reconstruct(pictures: list[Picture], seed: int = 0, in_order: bool = False) -> Scene:
@@ -43,27 +77,36 @@ def reconstruct(pictures: list[Picture], seed: int = 0, in_order: bool = False) 
     """
     if len(pictures) < 2:
         raise DataError("several photographs of one scene are needed, at least two; this is one photograph alone.")
-    about: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="ttt-scene-") as folder:
-        job = Job(Path(folder), pictures, seed, kept=list(range(len(pictures))))
-        try:
-            match(job, in_order)
-            model, picked = agreed(job, about)
-        except Refusal as refusal:
-            log.info("refused: %s", refusal)
-            return _refused(job, str(refusal), about)
-    images = [pictures[i].source for i in model.image]
-    return Scene(to_photographs(model, picked, [pictures[i].name for i in model.image], images), *_rest(job, about))
+    job = do_apart("agreement.reconstruct", pictures, seed, in_order)
+    left_out = [(pictures[i].name, why) for i, why in sorted(job.left_out.items())]
+    plain = [Photograph(picture.name, picture.source) for picture in pictures]
+    if job.refused:
+        log.info("refused: %s", job.refused)
+        return Scene(plain, left_out, job.about, job.refused)
+    found = to_photographs(job.model, job.picked, [plain[i] for i in job.model.image])
+    return Scene(found, left_out, job.about, rest=[plain[i] for i in sorted(job.left_out)])
 
 
-def _rest(job: Job, about: dict[str, Any]) -> tuple[list[tuple[str, str]], dict, str, list[Photograph]]:
-    """The fields of a scene after its photographs."""
-    out = sorted(job.left_out.items())
-    names = [(job.pictures[i].name, why) for i, why in out]
-    return names, about, "", [Photograph(job.pictures[i].name, job.pictures[i].source) for i, _ in out]
+def normalized_intrinsics(model: SparseModel, row: int) -> Tensor:
+    """(3,3) float32 of an image: divided by its width and height."""
+    (fx, fy, cx, cy), (width, height) = model.intrinsics[row], model.size[row]
+    matrix = [[fx / width, 0, cx / width], [0, fy / height, cy / height], [0, 0, 1]]
+    return torch.tensor(matrix, dtype=torch.float32)
 
 
-def _refused(job: Job, why: str, about: dict[str, Any]) -> Scene:
-    photographs = [Photograph(picture.name, picture.source) for picture in job.pictures]
-    left_out = [(job.pictures[i].name, reason) for i, reason in sorted(job.left_out.items())]
-    return Scene(photographs, left_out, about, why)
+def to_photographs(model: SparseModel, picked: Selection, plain: list[Photograph | None]) -> list[Photograph]:
+    """The photographs that are not weak, with cameras and tracks. plain: of each image of the model, without them."""
+    result = []
+    for row, image in enumerate(model.image.tolist()):
+        if image in picked.weak:
+            continue
+        here = np.flatnonzero(picked.which & (model.seen_by == row))
+        _, once = np.unique(model.point[here], return_index=True)  # a point that one picture sees twice
+        here = here[np.sort(once)]
+        places, weights = model.uv[here] / model.size[row], np.exp(-(picked.error[here] ** 2))
+        uv, depth, weight, pose = (
+            torch.from_numpy(each).float() for each in (places, model.depth[here], weights, model.pose[row])
+        )
+        tracks = Tracks(uv, depth, torch.from_numpy(model.point[here]).long(), weight)
+        result.append(replace(plain[row], intrinsics=normalized_intrinsics(model, row), tracks=tracks, pose=pose))
+    return result

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ttt_lib.core.errors import DataError
+from ttt_lib.data.photographs.job import CELLS
 from ttt_lib.geometry.cameras import transform_points
-
-CELLS = 4  # a picture has CELLS x CELLS cells, in which its tracks are counted
 
 
 @dataclass
@@ -22,7 +21,7 @@ class Tracks:
     uv (N,2) float32 in [0,1], pixel centres at (i + 0.5) / size; depth (N,) float32 along the optical axis, in the
     scene's one unit; track_id (N,) long, the same for a point in all photographs; weight (N,) float32 in [0,1],
     `exp(-e^2)` with the reprojection error e in pixels of the picture that was matched (longest side at most
-    `features.LONGEST_SIDE`).
+    `job.LONGEST_SIDE`).
     """
 
     uv: Tensor
@@ -50,8 +49,7 @@ class Tracks:
     @staticmethod
     def none() -> Tracks:
         """No tracks."""
-        empty = torch.zeros(0)
-        return Tracks(torch.zeros(0, 2), empty, torch.zeros(0, dtype=torch.long), empty)
+        return Tracks(torch.zeros(0, 2), torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0))
 
 
 @dataclass

@@ -1,10 +1,18 @@
-"""What a reconstruction is worth, in numbers: parallax, agreement with another, flatness, direction of motion."""
+"""What a reconstruction is worth, in numbers: parallax, agreement with another, flatness, direction of motion; and which
+of its observations become tracks."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from ttt_lib.data.photographs.process import SparseModel
+from ttt_lib.data.photographs.job import CELLS, LONGEST_SIDE, Job, Selection, SparseModel
+
+MIN_ANGLE = 1.5  # what becomes a track
+MAX_ERROR = 1.0  # pixels
+MIN_POINTS, MIN_CELLS = 50, 8
+AHEAD_ANGLE, AHEAD_CELLS = 1.0, 6  # of cameras that move ahead: what lies in front of them has hardly any parallax
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -97,3 +105,64 @@ def moves_ahead(model: SparseModel) -> bool:
     steps = _unit(np.diff(places, axis=0))
     axes = _unit(model.pose[:-1, 2, :3])
     return bool(len(steps)) and float(np.median(np.abs((steps * axes).sum(-1)))) > 0.85
+
+
+def support(model: SparseModel) -> float:
+    """How much a reconstruction explains: photographs first, then points, each by how well it fits."""
+    return len(model.image) * 1e7 + float(np.exp(-(np.minimum(model.error, 5) ** 2)).sum())
+
+
+def focals_of(job: Job, model: SparseModel, otherwise: np.ndarray) -> np.ndarray:
+    """The focal length of each camera over the width."""
+    result = otherwise.copy()
+    result[[job.camera_of[index] for index in model.image]] = model.intrinsics[:, 0] / model.size[:, 0]
+    return result
+
+
+def _cells(uv: np.ndarray) -> int:
+    column, row = np.clip((uv * CELLS).astype(int), 0, CELLS - 1).T
+    return len(np.unique(row * CELLS + column))
+
+
+def select_tracks(model: SparseModel, ahead: bool = False) -> Selection:
+    """Observations that fit, in front of the camera, inside the picture, of points with parallax.
+
+    Where a photograph has enough points that three photographs see, those that only two see are left out: nothing
+    checks where along the ray they lie. ahead: whether the cameras move along their axis.
+    """
+    size = model.size[model.seen_by].astype(float)
+    error = model.error * np.minimum(1.0, LONGEST_SIDE / np.maximum(size.max(-1, initial=1), 1))
+    uv = model.uv / size
+    angle = parallax(model)
+    inside = ((uv >= 0) & (uv <= 1)).all(-1) & np.isfinite(model.depth) & (model.depth > 0)
+    good = inside & (error < MAX_ERROR) & (angle[model.point] >= (AHEAD_ANGLE if ahead else MIN_ANGLE))
+    views = np.bincount(model.point[good], minlength=len(model.xyz))
+    which = good & (views[model.point] >= 2)
+    least = AHEAD_CELLS if ahead else MIN_CELLS
+    weak = {}
+    for row, image in enumerate(model.image):
+        here = which & (model.seen_by == row)
+        checked = here & (views[model.point] >= 3)
+        if checked.sum() >= MIN_POINTS and _cells(uv[checked]) >= least:
+            which &= ~here | checked
+            here = checked
+        points, cells = int(here.sum()), _cells(uv[here])
+        if points < MIN_POINTS:
+            weak[int(image)] = f"only {points} of its points have a depth ({MIN_POINTS} are needed)"
+        elif cells < least:
+            weak[int(image)] = f"its {points} points with a depth lie in {cells} of 16 cells ({least} are needed)"
+    return Selection(which, error, angle, weak)
+
+
+def summarize(model: SparseModel, picked: Selection) -> dict[str, Any]:
+    """The signals points, parallax, cells and error of a selection; see `Scene`."""
+    points = np.unique(model.point[picked.which])
+    uv = model.uv / model.size[model.seen_by]
+    rows = [row for row, image in enumerate(model.image) if int(image) not in picked.weak]
+    cells = [_cells(uv[picked.which & (model.seen_by == row)]) for row in rows]
+    return {
+        "points": len(points),
+        "parallax": float(np.median(picked.angle[points])) if len(points) else 0.0,
+        "cells": min(cells, default=0),
+        "error": float(np.median(picked.error[picked.which])) if len(points) else float("nan"),
+    }

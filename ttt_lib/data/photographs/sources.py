@@ -1,5 +1,5 @@
 """Photographs as they are given, files, tensors or samples, as `Picture`s: checked one by one, with what is known of
-their focal length."""
+their focal length, by the user or by EXIF, and with the words by which EXIF tells one camera from another."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from PIL import Image
+from PIL.ExifTags import IFD, Base
 from torch import Tensor
 
-from ttt_lib.core.errors import DataError, UserError, printable
+from ttt_lib.core.errors import DataError, UserError, printable, reason
 from ttt_lib.core.types import Sample
-from ttt_lib.data.images import as_image, is_photo, read_photo
-from ttt_lib.data.photographs.exif import Lens, read_lens
-from ttt_lib.data.photographs.features import Picture
+from ttt_lib.data.images import as_image, is_photo, read_photo, readable_formats
+from ttt_lib.data.photographs.job import Picture
 
 log = logging.getLogger(__name__)
 
+NUMBERS = (Base.FocalLength, Base.FocalLengthIn35mmFilm, Base.ExifImageWidth, Base.ExifImageHeight,
+           Base.FocalPlaneXResolution)  # fmt: skip
+UNITS = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # of the focal plane's resolution, in millimetres
+DIAGONAL_35 = math.hypot(36, 24)  # millimetres: equivalents compare the diagonals of two frames
+SHORTEST, LONGEST = 0.15, 40.0  # of the longer side: from a fisheye to a telescope, beyond that the tag lies
+CROPPED = 0.03  # by how much the shape may differ from what the camera wrote
 Prior = Callable[[Tensor], float | None] | Mapping[str, float]
 MOST = 300  # photographs of one scene: a mistake rather than a scene, and pairs grow with the square
 CLIPS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mts", ".3gp")
@@ -31,16 +37,88 @@ SHOWN = 20  # of the files that are not read, each is named; of more, their numb
 REASONABLE = 0.05, 15.0  # focal length over width that somebody may say; 26 would be millimetres
 
 
-@dataclass
-class Given:
-    """Photographs that can be read, and why the others cannot.
+class ExifLens(NamedTuple):
+    """What EXIF says of a camera.
 
-    pictures; sizes (width, height) of each; left_out (name, reason).
+    diagonal: focal length over the diagonal of the picture, longer: over its longer side; None where it says nothing.
+    shape: longer over shorter side as the camera wrote it, or None. camera: make, model and focal length as words, the
+    same for photographs of one camera at one zoom; "" where nothing is said.
     """
 
-    pictures: list[Picture] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
+    diagonal: float | None = None
+    longer: float | None = None
+    shape: float | None = None
+    camera: str = ""
+
+    def focal(self, width: int, height: int) -> float | None:
+        """Over the width of the upright picture of this size; None where it is not known.
+
+        Example:
+            >>> phone = ExifLens(diagonal=26 / DIAGONAL_35)
+            >>> [round(phone.focal(*size), 3) for size in ((4000, 3000), (3000, 4000))]
+            [0.751, 1.002]
+        """
+        pixels = (self.longer or 0.0) * max(width, height)
+        if self.diagonal is not None:
+            pixels = self.diagonal * math.hypot(width, height)
+        return pixels / width if SHORTEST < pixels / max(width, height) < LONGEST else None
+
+    def is_cropped(self, width: int, height: int) -> bool:
+        """Whether the picture has another shape than the camera wrote, so that the focal length is a guess."""
+        shape = max(width, height) / min(width, height)
+        return self.shape is not None and abs(shape / self.shape - 1) > CROPPED
+
+
+def _number(tags: Mapping[int, Any], tag: int) -> float | None:
+    """A tag's value above 0; None for whatever else it may hold: text, 0, -1/0, nan, lists."""
+    try:
+        value = float(tags.get(tag))  # type: ignore[arg-type]
+    except Exception:  # what Pillow makes of odd tags differs by tag
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _lens(own: Mapping[int, Any], tags: Mapping[int, Any]) -> ExifLens:
+    focal, equivalent, width, height, plane = (_number(tags, tag) for tag in NUMBERS)
+    unit = UNITS.get(int(_number(tags, Base.FocalPlaneResolutionUnit) or 2))
+    longer = max(width, height) if width and height else None
+    on_sensor = focal * plane / (unit * longer) if focal and plane and unit and longer else None
+    words = [" ".join(str(own[tag]).split()) for tag in (Base.Make, Base.Model) if isinstance(own.get(tag), str)]
+    words += [f"{value:g} mm" for value in (focal, equivalent) if value]
+    diagonal, shape = equivalent and equivalent / DIAGONAL_35, longer and longer / min(width, height)
+    return ExifLens(diagonal, on_sensor, shape, printable(" ".join(words), 200))
+
+
+def read_lens(path: str | Path) -> ExifLens:
+    """What a photograph's EXIF says of its lens; nothing where there is none or it is damaged, which is no error.
+
+    The focal length is FocalLengthIn35mmFilm, which compares diagonals, else FocalLength with the sensor's size by
+    FocalPlaneXResolution. Nothing is looked up by a camera's name.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     image, exif = Image.new("RGB", (400, 300)), Image.Exif()
+        ...     exif.get_ifd(IFD.Exif)[Base.FocalLengthIn35mmFilm] = 26
+        ...     image.save(f"{folder}/phone.jpg", exif=exif)
+        ...     lens = read_lens(f"{folder}/phone.jpg")
+        >>> round(lens.focal(400, 300), 3), lens.camera
+        (0.751, '26 mm')
+    """
+    try:
+        with Image.open(path, formats=readable_formats()) as image:
+            own = image.getexif()
+            return _lens(own, own.get_ifd(IFD.Exif))
+    except Exception as error:  # odd tags, no image: whoever reads the pixels says so
+        log.info("%s: EXIF that cannot be read is ignored (%s)", printable(path), reason(error))
+        return ExifLens()
+
+
+class Given(NamedTuple):
+    """Photographs that can be read, and (name, reason) of the others."""
+
+    pictures: list[Picture]
+    left_out: list[tuple[str, str]]
 
 
 def distinct_names(files: list[Path]) -> list[str]:
@@ -55,86 +133,79 @@ def distinct_names(files: list[Path]) -> list[str]:
 
 def _unlike(wishes: list[list[str]]) -> list[str]:
     """For each the first of its wishes that is free, else the first with a number."""
-    taken: set[str] = set()
-    result = []
+    taken: dict[str, str] = {}
     for wish in wishes:
         choices = [printable(name, 100) for name in wish]
         choices += [f"{choices[0]}_{number}" for number in range(2, len(wishes) + 2)]
-        result.append(next(name for name in choices if name.casefold() not in taken))
-        taken.add(result[-1].casefold())
-    return result
+        name = next(name for name in choices if name.casefold() not in taken)
+        taken[name.casefold()] = name
+    return list(taken.values())
 
 
-def checked_focal(value: Any, where: str = "focal") -> float | None:
+def checked_focal(value: Any) -> float | None:
     """A focal length over the width that somebody says. Raises `DataError` where it is none."""
     if value is None:
         return None
+    number = _reasonable(value)
+    if number is None:
+        low, high = REASONABLE
+        raise DataError(
+            f"focal: must be the focal length over the picture's width, a number from {low} to {high:.0f}, not {value!r}."
+        )
+    return number
+
+
+def _reasonable(value: Any) -> float | None:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not REASONABLE[0] <= number <= REASONABLE[1]:
-        low, high = REASONABLE
-        raise DataError(
-            f"{where}: must be the focal length over the picture's width, a number from {low} to {high:.0f}, "
-            f"not {value!r}."
-        )
-    return number
+        return None
+    return number if REASONABLE[0] <= number <= REASONABLE[1] else None
 
 
 def guess(prior: Prior | None, name: str, image: Tensor) -> float | None:
     """What a model guesses; None where it has no sensible guess."""
     if prior is None:
         return None
-    value = prior.get(name) if isinstance(prior, Mapping) else prior(image)
-    value = math.nan if value is None else float(value)
-    return value if REASONABLE[0] <= value <= REASONABLE[1] else None
+    return _reasonable(prior.get(name) if isinstance(prior, Mapping) else prior(image))
 
 
-def _turned(focal: float, size: tuple[int, int], first: tuple[int, int]) -> float:
-    """The first photograph's focal length over its width, for one that may have been held the other way."""
-    is_turned = (size[0] > size[1]) != (first[0] > first[1]) and size[0] != size[1] and first[0] != first[1]
-    return focal * size[1] / size[0] if is_turned else focal
-
-
-def _picture(given: Given, name: str, image: Tensor, source: Any, lens: Lens, focal: float | None, prior: Any) -> None:
-    """Add a picture with what is known of its focal length: by the user, by EXIF, by the model's guess."""
-    height, width = image.shape[1:]
-    given.sizes.append((width, height))
-    picture = Picture(name, source, camera=lens.camera)
-    from_exif = lens.focal(width, height)
-    if focal is not None:
-        picture.focal, picture.exact = _turned(focal, (width, height), given.sizes[0]), True
-    elif from_exif is not None:
-        picture.focal, picture.exact = from_exif, not lens.is_cropped(width, height)
-    else:
-        picture.focal = guess(prior, name, image)
-    given.pictures.append(picture)
-
-
-def from_files(files: list[Path], focal: float | None = None, prior: Prior | None = None) -> Given:
-    """Pictures of files, each read once and read again when it is asked for; damaged ones are left out.
+def from_list(items: list[Any], focal: float | None = None, prior: Prior | None = None) -> Given:
+    """Pictures of files, each read once and read again when it is asked for, damaged ones left out; or of (name, tensor)
+    pairs and samples. The focal length is what the user says, else EXIF, else the model's guess.
 
     focal, prior: see `load_scene`.
+
+    Raises:
+        DataError: for an item that is none of these, or a tensor that is no image.
     """
-    given = Given()
-    for name, file in zip(distinct_names(files), files):
-        try:
-            image = read_photo(file)
-        except UserError as error:
-            given.left_out.append((name, str(error)))
-            continue
-        _picture(given, name, image, partial(read_photo, file), read_lens(file), focal, prior)
+    given, first = Given([], []), None
+    is_files = all(isinstance(item, str | os.PathLike) for item in items)
+    for name, image, source, lens in _files(items, given.left_out) if is_files else _tensors(items):
+        height, width = image.shape[1:]
+        first = first or (width, height)
+        picture = Picture(name, source, lens.focal(width, height), camera=lens.camera)
+        picture.exact = picture.focal is not None and not lens.is_cropped(width, height)
+        if focal is not None:
+            # One that was held the other way has the first one's focal length over its height.
+            turned = (first[0] - first[1]) * (width - height) < 0
+            picture.focal, picture.exact = focal * height / width if turned else focal, True
+        elif picture.focal is None:
+            picture.focal = guess(prior, name, image)
+        given.pictures.append(picture)
     return given
 
 
-def from_memory(items: list[Any], focal: float | None = None, prior: Prior | None = None) -> Given:
-    """Pictures of (name, tensor) pairs and samples, in their order.
+def _files(items: list[Any], left_out: list[tuple[str, str]]) -> Iterator[tuple[str, Tensor, Any, ExifLens]]:
+    files = [Path(item) for item in items]
+    for name, file in zip(distinct_names(files), files):
+        try:
+            yield name, read_photo(file), partial(read_photo, file), read_lens(file)
+        except UserError as error:
+            left_out.append((name, str(error)))
 
-    Raises:
-        DataError: for an item that is neither, or a tensor that is no image.
-    """
-    given = Given()
+
+def _tensors(items: list[Any]) -> Iterator[tuple[str, Tensor, Tensor, ExifLens]]:
     parts = [(item.name, item.image) if isinstance(item, Sample) else item for item in items]
     for part in parts:
         if not (isinstance(part, tuple) and len(part) == 2 and isinstance(part[1], Tensor)):
@@ -144,15 +215,7 @@ def from_memory(items: list[Any], focal: float | None = None, prior: Prior | Non
             )
     for name, (_, tensor) in zip(_unlike([[str(name)] for name, _ in parts]), parts):
         image = as_image(tensor, name)
-        _picture(given, name, image, image, Lens(), focal, prior)
-    return given
-
-
-def from_list(items: list[Any], focal: float | None = None, prior: Prior | None = None) -> Given:
-    """Pictures of a list of files, or of pairs and samples."""
-    if all(isinstance(item, str | os.PathLike) for item in items):
-        return from_files([Path(item) for item in items], focal, prior)
-    return from_memory(items, focal, prior)
+        yield name, image, image, ExifLens()
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
@@ -173,17 +236,20 @@ def photos_in(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}).") from error
     files = [p for p in visible if is_photo(p) and p.is_file()]
-    others = [p for p in visible if p not in set(files)]
-    left_out = [(printable(p.name, 100), _why_not(p)) for p in others[:SHOWN]]
-    if len(others) > SHOWN:
-        left_out.append((f"{len(others) - SHOWN} other files", NO_PHOTOGRAPH))
-    return files, left_out
+    others = [(printable(p.name, 100), _why_not(p)) for p in visible if not (is_photo(p) and p.is_file())]
+    return files, first_of(others, "other files", NO_PHOTOGRAPH)
 
 
 def _why_not(path: Path) -> str:
     if path.is_dir():
         return "is a folder; its photographs are not read"
     return "is a clip; name it by itself" if path.suffix.lower() in CLIPS else NO_PHOTOGRAPH
+
+
+def first_of(left_out: list[tuple[str, str]], others: str, why: str) -> list[tuple[str, str]]:
+    """The first SHOWN (name, reason), and of more their number with a reason."""
+    more = len(left_out) - SHOWN
+    return left_out[:SHOWN] + ([(f"{more} {others}", why)] if more > 0 else [])
 
 
 def evenly(count: int | None, total: int) -> list[int]:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ttt_lib.core.errors import DataError, UserError, printable
 from ttt_lib.core.files import read_json
-from ttt_lib.data.photographs.colmap_files import Lens
+from ttt_lib.data.photographs.job import Lens
 
 NAMES = ("transforms.json", "transforms_train.json")
 FLIP = np.diag([1.0, -1, -1, 1])  # between the axes of OpenGL and OpenCV
@@ -27,8 +26,7 @@ FARTHEST = 1e8  # units: a coordinate beyond is no measurement
 ROUND = 0.02  # by which a rotation's axes may differ from unit length and right angles, once its scale is taken away
 
 
-@dataclass
-class Frame:
+class Frame(NamedTuple):
     """A photograph of the file. path: as the file names it; pose (4,4) float64, world -> camera in OpenCV's axes; values:
     what is said of its camera, see `lens_of`."""
 
@@ -63,31 +61,30 @@ def read_transforms(path: Path) -> tuple[list[Frame], list[tuple[str, str]]]:
         where = f"{path}: frame {number}"
         if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str):
             raise DataError(f"{where} names no file (`file_path`).")
-        name = frame["file_path"]
-        pose = _pose(frame.get("transform_matrix"))
-        if isinstance(pose, str):
-            left_out.append((printable(name, 100), pose))
-            continue
-        values = {**shared, **_values(frame, where)}
-        result.append(Frame(name, pose, values))
+        try:
+            pose = _pose(frame.get("transform_matrix"))
+        except UserError as error:
+            left_out.append((printable(frame["file_path"], 100), f"has a transform_matrix {error}"))
+        else:
+            result.append(Frame(frame["file_path"], pose, {**shared, **_values(frame, where)}))
     return result, left_out
 
 
-def _pose(matrix: Any) -> np.ndarray | str:
-    """World -> camera, or why the matrix is none."""
+def _pose(matrix: Any) -> np.ndarray:
+    """World -> camera. Raises `UserError` that says why the matrix is none."""
     try:
         array = np.array(matrix, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        return "has a transform_matrix that is none"
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError("that is none") from error
     if array.shape not in ((4, 4), (3, 4)) or not np.isfinite(array).all() or np.abs(array).max() > FARTHEST:
-        return "has a transform_matrix that is not 4 x 4 numbers"
+        raise UserError("that is not 4 x 4 numbers")
     axes = array[:3, :3]
     determinant = float(np.linalg.det(axes))
     scale = abs(determinant) ** (1 / 3)
     if scale < 1e-6 or np.abs(axes.T @ axes / scale**2 - np.eye(3)).max() > ROUND:
-        return "has a transform_matrix whose axes are no rotation"
+        raise UserError("whose axes are no rotation")
     if determinant < 0:
-        return "has a transform_matrix that mirrors"
+        raise UserError("that mirrors")
     u, _, v = np.linalg.svd(axes)
     to_world = np.eye(4)
     to_world[:3, :3], to_world[:3, 3] = u @ v, array[:3, 3]
@@ -102,16 +99,12 @@ def _values(content: Mapping[str, Any], where: str) -> dict[str, float]:
             f"{where}: cameras of the kind {printable(content.get('camera_model', 'fisheye'), 40)!r} cannot be used; "
             "undistort the pictures first."
         )
-    result = {}
-    for key in ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y", *DISTORTION):
-        value = content.get(key)
-        if value is None:
-            continue
-        number = float(value) if isinstance(value, int | float) and abs(value) < 1e9 else math.nan
-        if not math.isfinite(number):
+    keys = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y", *DISTORTION)
+    said = {key: content[key] for key in keys if content.get(key) is not None}
+    for key, value in said.items():
+        if not (isinstance(value, int | float) and abs(value) < 1e9):  # which NaN is not
             raise DataError(f"{where}: {key!r} must be a number, not {printable(value, 40)}.")
-        result[key] = number
-    return result
+    return {key: float(value) for key, value in said.items()}
 
 
 def size_of(values: Mapping[str, float]) -> tuple[int, int] | None:
@@ -143,11 +136,8 @@ def lens_of(values: Mapping[str, float], size: tuple[int, int]) -> Lens:
     if 0 <= min(center) and max(center) <= 1:
         raise UserError("has an optical centre in transforms.json that is not in pixels, as its focal length is.")
     bent = [values.get(key, 0.0) for key in DISTORTION]
-    if not any(bent):
-        return Lens("PINHOLE", width, height, (focal, across, *center))
-    if not any(bent[4:]):
-        return Lens("OPENCV", width, height, (focal, across, *center, *bent[:4]))
-    return Lens("FULL_OPENCV", width, height, (focal, across, *center, *bent))
+    model, count = ("PINHOLE", 0) if not any(bent) else ("OPENCV", 4) if not any(bent[4:]) else ("FULL_OPENCV", 8)
+    return Lens(model, width, height, (focal, across, *center, *bent[:count]))
 
 
 def _focal(values: Mapping[str, float], axis: str, pixels: int) -> float | None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
-from ttt_lib.core.errors import DataError, reason
-from ttt_lib.core.files import first_repeated, write_json, write_text
+from ttt_lib.core.errors import DataError, UserError, reason
+from ttt_lib.core.files import first_repeated, to_json, write_text
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.colmap_files import OWN_MARK
-from ttt_lib.data.photographs.posed import CLOCKWISE, QUARTER, orientation_of
 from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.transforms import FLIP
+from ttt_lib.data.photographs.upright import Turned, turn, turns_of
 
 DEPTH_WEIGHT = 300.0  # of a track's depth against its place in the picture, when its point is found again
 
@@ -30,35 +30,22 @@ def _check(scene: Scene, files: Sequence[str | os.PathLike] | None) -> None:
         )
 
 
-@dataclass
-class _AsStored:
-    """A camera of the pixels as they lie in the file. pinhole: fx, fy, cx, cy; uv (N,2) of the tracks; all in pixels."""
-
-    width: int
-    height: int
-    pinhole: list[float]
-    pose: np.ndarray
-    uv: np.ndarray
-
-
-def _as_stored(photograph: Photograph, file: Path | None) -> _AsStored:
-    """What other programs want: they take the pixels as they are stored, whatever EXIF says of up and down.
+def _as_stored(photograph: Photograph, file: Path | None) -> Turned:
+    """What other programs want: they take the pixels as they are stored, whatever EXIF says of up and down. Camera (fx, fy,
+    cx, cy), size (width, height), pose, and uv (N,2) of the tracks; in pixels.
 
     file: that they will read; None: the one that the photograph is read from, if it is read from one.
     """
     height, width = photograph.image.shape[1:]
     (fx, _, cx), (_, fy, cy), _ = photograph.intrinsics.double().tolist()
-    pose, uv = photograph.pose.double().numpy().copy(), photograph.tracks.uv.double().numpy()
+    uv = photograph.tracks.uv.double().numpy() * [width, height]
     file = file or _file_of(photograph)
-    orientation = orientation_of(file) if file is not None and file.is_file() else 1
-    if orientation not in CLOCKWISE:
-        raise DataError(f"{file}: is mirrored by its EXIF, which no camera can be; save it as it is to be seen.")
-    for _ in range(-CLOCKWISE[orientation] % 4):
-        width, height, fx, fy, cx, cy = height, width, fy, fx, 1 - cy, cx
-        pose[:3] = QUARTER @ pose[:3]
-        uv = np.stack([1 - uv[:, 1], uv[:, 0]], -1)
-    pinhole = [fx * width, fy * height, cx * width, cy * height]
-    return _AsStored(width, height, pinhole, pose, uv * [width, height])
+    try:
+        turns = turns_of(file) if file is not None and file.is_file() else 0
+    except UserError as error:
+        raise DataError(f"{file}: {error}") from error
+    pinhole = (fx * width, fy * height, cx * width, cy * height)
+    return turn(-turns, pinhole, (width, height), photograph.pose.double().numpy(), uv)
 
 
 def _file_of(photograph: Photograph) -> Path | None:
@@ -82,34 +69,21 @@ def scene_points(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     ids = scene.track_ids().numpy()
     normal, right = np.zeros((len(ids), 3, 3)), np.zeros((len(ids), 3))
     for photograph in scene.photographs:
-        tracks = photograph.tracks
+        tracks, pose = photograph.tracks, photograph.pose.double().numpy()
         at = np.searchsorted(ids, tracks.track_id.numpy())
-        pose, matrix = photograph.pose.double().numpy(), photograph.intrinsics.double().numpy()
         depth = tracks.depth.double().numpy()[:, None]
         homogeneous = np.concatenate([tracks.uv.double().numpy(), np.ones_like(depth)], -1)
-        rays = (homogeneous @ np.linalg.inv(matrix).T)[:, :2]
+        rays = (homogeneous @ np.linalg.inv(photograph.intrinsics.double().numpy()).T)[:, :2]
         x, y, z = pose[:3, :3]
-        (tx, ty, tz) = pose[:3, 3]
+        tx, ty, tz = pose[:3, 3]
         # Rows a and values b of a @ xyz = b: x - u z = 0 and y - v z = 0 over the depth, z = depth.
-        across = (np.stack([x - rays[:, :1] * z, y - rays[:, 1:] * z], 1)) / depth[:, None]
+        across = np.stack([x - rays[:, :1] * z, y - rays[:, 1:] * z], 1) / depth[:, None]
         across_b = np.stack([rays[:, 0] * tz - tx, rays[:, 1] * tz - ty], 1) / depth
-        along, along_b = DEPTH_WEIGHT * z / depth, DEPTH_WEIGHT * (depth[:, 0] - tz) / depth[:, 0]
-        rows = np.concatenate([across, along[:, None]], 1)
-        values = np.concatenate([across_b, along_b[:, None]], 1)
+        rows = np.concatenate([across, (DEPTH_WEIGHT * z / depth)[:, None]], 1)
+        values = np.concatenate([across_b, DEPTH_WEIGHT * (depth - tz) / depth], 1)
         np.add.at(normal, at, rows.transpose(0, 2, 1) @ rows)
         np.add.at(right, at, np.einsum("nij,ni->nj", rows, values))
     return ids, np.linalg.solve(normal, right[..., None])[..., 0] if len(ids) else right
-
-
-def _quaternion(rotation: np.ndarray) -> np.ndarray:
-    """(w,x,y,z) of a rotation matrix: the eigenvector of Bar-Itzhack's matrix, exact for matrices that are nearly one."""
-    (a, b, c), (d, e, f), (g, h, i) = rotation
-    symmetric = np.array(
-        [[a - e - i, d + b, g + c, h - f], [d + b, e - a - i, h + f, c - g],
-         [g + c, h + f, i - a - e, d - b], [h - f, c - g, d - b, a + e + i]]
-    )  # fmt: skip
-    x, y, z, w = np.linalg.eigh(symmetric / 3)[1][:, -1]
-    return np.array([w, x, y, z]) * (1 if w >= 0 else -1)
 
 
 def _numbers(values: np.ndarray | Sequence[float]) -> str:
@@ -141,16 +115,17 @@ def write_colmap(folder: str | os.PathLike, scene: Scene, files: Sequence[str | 
     _check(scene, files)
     ids, xyz = scene_points(scene)
     names = ["_".join(os.fspath(file).split()) for file in files or _names(scene)]
-    cameras, images = ["# Camera list: id, model, width, height, fx, fy, cx, cy."], [
+    cameras = ["# Camera list: id, model, width, height, fx, fy, cx, cy."]
+    images = [
         "# Images, two lines each: id, rotation w x y z and translation (world to camera), camera, name; points x, y, id."
-    ]  # fmt: skip
+    ]
     seen: list[list[str]] = [[] for _ in ids]
     errors, views = np.zeros(len(ids)), np.zeros(len(ids))
     for number, (photograph, name) in enumerate(zip(scene.photographs, names), 1):
-        stored = _as_stored(photograph, None)
-        cameras.append(f"{number} PINHOLE {stored.width} {stored.height} {_numbers(stored.pinhole)}")
-        pose, uv, pinhole = stored.pose, stored.uv, stored.pinhole
-        images.append(f"{number} {_numbers(_quaternion(pose[:3, :3]))} {_numbers(pose[:3, 3])} {number} {name}")
+        pinhole, (width, height), pose, uv = _as_stored(photograph, None)
+        cameras.append(f"{number} PINHOLE {width} {height} {_numbers(pinhole)}")
+        quaternion = np.roll(Rotation.from_matrix(pose[:3, :3]).as_quat(), 1)
+        images.append(f"{number} {_numbers([*quaternion, *pose[:3, 3]])} {number} {name}")
         at = np.searchsorted(ids, photograph.tracks.track_id.numpy())
         images.append(" ".join(f"{_numbers(pixel)} {ids[k] + 1}" for pixel, k in zip(uv, at)))
         for place, k in enumerate(at):
@@ -161,17 +136,17 @@ def write_colmap(folder: str | os.PathLike, scene: Scene, files: Sequence[str | 
         np.add.at(views, at, 1)
     points = [OWN_MARK, "# Points: id, x, y, z, red, green, blue, error, then image and place of each that sees it."]
     points += [
-        f"{ids[k] + 1} {_numbers(xyz[k])} 128 128 128 {float(errors[k] / views[k])!r} {' '.join(seen[k])}"
+        f"{ids[k] + 1} {_numbers(xyz[k])} 128 128 128 {_numbers([errors[k] / views[k]])} {' '.join(seen[k])}"
         for k in range(len(ids))
     ]
-    _write(Path(folder), {"cameras.txt": cameras, "images.txt": images, "points3D.txt": points})
+    for name, lines in {"cameras.txt": cameras, "images.txt": images, "points3D.txt": points}.items():
+        _write(Path(folder), name, "\n".join(lines))
 
 
-def _write(folder: Path, texts: dict[str, list[str]]) -> None:
+def _write(folder: Path, name: str, text: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, lines in texts.items():
-            write_text(folder / name, "\n".join(lines) + "\n")
+        write_text(folder / name, f"{text}\n")
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({reason(error)}).") from error
 
@@ -190,27 +165,17 @@ def write_transforms(path: str | os.PathLike, scene: Scene, files: Sequence[str 
     """
     _check(scene, files)
     path = Path(path)
-    frames = []
+    frames, cameras = [], []
     for photograph, file in zip(scene.photographs, files):
         found = next((p for p in (path.parent / file, Path(file)) if p.is_file()), None)
-        stored = _as_stored(photograph, found)
-        fx, fy, cx, cy = stored.pinhole
-        to_world = np.linalg.inv(stored.pose) @ FLIP
-        frames.append({
-            "file_path": _relative(file, path.parent), "w": stored.width, "h": stored.height,
-            "fl_x": fx, "fl_y": fy, "cx": cx, "cy": cy, "k1": 0.0, "k2": 0.0, "p1": 0.0, "p2": 0.0,
-            "transform_matrix": to_world.tolist(),
-        })  # fmt: skip
-    shared = {key: frames[0][key] for key in frames[0] if key not in ("file_path", "transform_matrix")}
-    if all(frame[key] == value for frame in frames for key, value in shared.items()):
-        frames = [{key: frame[key] for key in ("file_path", "transform_matrix")} for frame in frames]
-        content = {"camera_model": "OPENCV", **shared, "frames": frames}
-    else:
-        content = {"camera_model": "OPENCV", "frames": frames}
-    try:
-        write_json(path, content)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({reason(error)}).") from error
+        pinhole, size, pose, _ = _as_stored(photograph, found)
+        keys = ("w", "h", "fl_x", "fl_y", "cx", "cy", "k1", "k2", "p1", "p2")
+        cameras.append(dict(zip(keys, [*size, *pinhole, 0.0, 0.0, 0.0, 0.0])))
+        to_world = np.linalg.inv(pose) @ FLIP
+        frames.append({"file_path": _relative(file, path.parent), "transform_matrix": to_world.tolist()})
+    shared = cameras[0] if all(camera == cameras[0] for camera in cameras) else {}
+    frames = frames if shared else [{**frame, **camera} for frame, camera in zip(frames, cameras)]
+    _write(path.parent, path.name, to_json({"camera_model": "OPENCV", **shared, "frames": frames}, indent=1))
 
 
 def _relative(file: str | os.PathLike, folder: Path) -> str:

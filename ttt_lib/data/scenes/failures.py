@@ -16,7 +16,7 @@ from torch import Tensor
 from ttt_lib.core.types import Sample
 from ttt_lib.data.scenes.detail import Detail
 from ttt_lib.data.scenes.raycast import Scenes
-from ttt_lib.data.scenes.tours import RAYS, SIZE, Plan, make_tour, photograph, plan_tour
+from ttt_lib.data.scenes.tours import RAYS, SIZE, Tour, make_tour, photograph, plan_tour
 
 Trap = Callable[[int, tuple[int, int]], list[Sample]]
 FAR_WALL, FLOOR = 3, 4  # places of these two among the solids of a room
@@ -30,7 +30,7 @@ def _moved(offsets: Tensor, poses: Tensor) -> Tensor:
     return step @ poses
 
 
-def _plan(kind: str, seed: int, size: tuple[int, int]) -> Plan:
+def _plan(kind: str, seed: int, size: tuple[int, int]) -> Tour:
     return plan_tour(kind, seed, 2, 0.1, size[1] / size[0])
 
 
@@ -51,7 +51,7 @@ def copies(seed: int = 0, size: tuple[int, int] = SIZE, count: int = 4) -> list[
     return [replace(sample, name=f"view_{number}") for number in range(count)]
 
 
-def _walls(plan: Plan, slots: list[int], seed: int, repeat: float | None = None) -> Scenes:
+def _walls(plan: Tour, slots: list[int], seed: int, repeat: float | None = None) -> Scenes:
     """Only these solids of a room are left: a wall 3 m ahead of the first camera's place, a floor 1.3 m below it."""
     solids = plan.scenes.solids
     place = torch.linalg.inv(plan.poses[0])[:3, 3]
@@ -64,7 +64,7 @@ def _walls(plan: Plan, slots: list[int], seed: int, repeat: float | None = None)
     return replace(plan.scenes, solids=replace(solids, half=half, centre=centre, tile=tile), detail=detail)
 
 
-def _facing(plan: Plan, offsets: np.ndarray) -> Tensor:
+def _facing(plan: Tour, offsets: np.ndarray) -> Tensor:
     """Cameras that look straight ahead (+z of the world), `offsets` (V,3) metres from the first camera's place."""
     straight = torch.eye(4)
     straight[:3, 3] = -torch.linalg.inv(plan.poses[0])[:3, 3]
@@ -128,14 +128,5 @@ def plain(seed: int = 0, size: tuple[int, int] = SIZE) -> list[Sample]:
     return photograph(replace(plan.scenes, solids=painted, detail=None), plan.poses, plan.intrinsics, size)
 
 
-FAILURES: dict[str, Trap] = {
-    "rotation": rotation,
-    "copies": copies,
-    "poster": poster,
-    "moving": moving,
-    "repeated": repeated,
-    "forward": forward,
-    "stranger": stranger,
-    "parallax": parallax,
-    "plain": plain,
-}
+TRAPS = (rotation, copies, poster, moving, repeated, forward, stranger, parallax, plain)
+FAILURES: dict[str, Trap] = {trap.__name__: trap for trap in TRAPS}

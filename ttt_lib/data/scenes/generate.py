@@ -1,24 +1,33 @@
 """Procedural scenes with exact geometry: rooms, streets, open ground and tables, from any camera.
 
 A scene is a few dozen solids (`solids.py`), placed by `layouts.py`, with textures (`textures.py`), light and a camera
-that fit it; `raycast.py` draws it. Everything follows from an integer seed.
+that fit it; `raycast.py` draws it. Everything follows from an integer seed. Sets of them: held-out ones, and the same
+under domain shifts.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ttt_lib.core.types import Sample
+from ttt_lib.data.samples import SampleSet
 from ttt_lib.data.scenes.layouts import LAYOUTS, Layout, tilt_matrix, yaw_matrix
 from ttt_lib.data.scenes.raycast import Lighting, Picture, Scenes, draw, make_atlas
 from ttt_lib.data.scenes.solids import Solids
 from ttt_lib.data.scenes.textures import make_textures
+from ttt_lib.data.shifts import BUILT_IN, apply_shift
 
 KINDS = tuple(LAYOUTS)
 PITCH_DOWN = {"room": (-0.12, 0.45), "street": (-0.1, 0.15), "ground": (-0.08, 0.35), "table": (0.25, 0.8)}  # radians
+HELD_OUT_SEED = 900_000  # far from the seeds that training chunks use
+SIZE = (240, 320)
+SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def _lighting(rng: np.random.Generator, kind: str, camera: np.ndarray) -> dict[str, np.ndarray]:
@@ -31,18 +40,14 @@ def _lighting(rng: np.random.Generator, kind: str, camera: np.ndarray) -> dict[s
     fog = 0.0 if indoors or rng.random() < 0.7 else rng.uniform(0.001, 0.02)
     horizon = np.clip(sky * 0.5 + rng.uniform(0.3, 0.55), 0, 1)
     return {
-        "horizon": horizon,
-        "zenith": sky,
-        "sun_direction": sun_up / np.linalg.norm(sun_up),
+        "horizon": horizon, "zenith": sky, "sun_direction": sun_up / np.linalg.norm(sun_up),
         "sun": warm * level * (0.0 if indoors else 0.15 if overcast else rng.uniform(0.6, 1.3)),
         "lamp_position": camera + np.array([rng.uniform(-1.2, 1.2), -rng.uniform(0.3, 1.0), rng.uniform(0, 2.5)]),
         "lamp": warm * level * (rng.uniform(0.3, 1.4) if indoors else 0.0),
         "ambient": warm[::-1] * level * (rng.uniform(0.4, 1.0) if indoors or overcast else rng.uniform(0.25, 0.6)),
-        "evenness": np.array(rng.uniform(0.5, 0.9) if indoors else 0.0),
-        "fog": np.array(fog),
-        "fog_colour": horizon,
+        "evenness": np.array(rng.uniform(0.5, 0.9) if indoors else 0.0), "fog": np.array(fog), "fog_colour": horizon,
         "exposure": np.array(rng.uniform(0.12, 0.32)),
-    }
+    }  # fmt: skip
 
 
 def make_scenes(kinds: list[str], seed: int, atlas: list[Tensor] | None = None) -> tuple[Scenes, Tensor]:
@@ -62,19 +67,13 @@ def make_scenes(kinds: list[str], seed: int, atlas: list[Tensor] | None = None) 
         layouts.append(layout)
         lights.append(_lighting(layout.rng, kind, layout.camera))
 
-    by_kind = [[[s for s in layout.solids if s[0] == kind] for layout in layouts] for kind in range(4)]
-    counts = tuple(max(len(scene) for scene in group) for group in by_kind)
+    by_kind = [[[s for s in layout.solids if s[0] == kind] for kind in range(4)] for layout in layouts]
+    counts = tuple(max(map(len, group)) for group in zip(*by_kind))
     absent = (0, np.zeros(3), np.eye(3), np.zeros(3), np.ones((6, 3)), 0, 1.0, np.ones(3))
-    rows = [
-        [s for kind in range(4) for s in by_kind[kind][i] + [absent] * (counts[kind] - len(by_kind[kind][i]))]
-        for i in range(len(layouts))
-    ]
-
-    def stack(place: int) -> Tensor:
-        return torch.from_numpy(np.array([[solid[place] for solid in row] for row in rows]))
-
-    floats = [stack(place).float() for place in (1, 2, 3, 4)]
-    solids = Solids(*floats, texture=stack(5).long(), tile=stack(6).float(), tint=stack(7).float(), counts=counts)
+    rows = [[s for group, n in zip(scene, counts) for s in group + [absent] * (n - len(group))] for scene in by_kind]
+    _, *parts = (torch.from_numpy(np.array([[s[place] for s in row] for row in rows])).float() for place in range(8))
+    parts[4] = parts[4].long()  # the texture
+    solids = Solids(*parts, counts=counts)
     lighting = Lighting(**{k: torch.from_numpy(np.stack([light[k] for light in lights])).float() for k in lights[0]})
     cameras = torch.from_numpy(np.stack([layout.camera for layout in layouts])).float()
     return Scenes(solids, lighting, atlas), cameras
@@ -98,9 +97,8 @@ def place_cameras(kinds: list[str], places: Tensor, seed: int, aspect_ratio: flo
             ahead = np.array([0, 0, 0.25]) - places[i].numpy() + rng.uniform(-0.15, 0.15, 3)
             pitch = math.atan2(ahead[1], math.hypot(ahead[0], ahead[2]))
             yaw = math.atan2(ahead[0], ahead[2])
-        rotation = tilt_matrix(0, roll).T @ tilt_matrix(-pitch, 0).T @ yaw_matrix(yaw).T
         matrix = np.eye(4)
-        matrix[:3, :3] = rotation
+        matrix[:3, :3] = rotation = tilt_matrix(0, roll).T @ tilt_matrix(-pitch, 0).T @ yaw_matrix(yaw).T
         matrix[:3, 3] = -rotation @ places[i].numpy()
         focal = 0.5 / math.tan(fov / 2)
         fx, fy = (focal, focal * aspect_ratio) if aspect_ratio >= 1 else (focal / aspect_ratio, focal)
@@ -116,3 +114,60 @@ def make_pictures(
     scenes, places = make_scenes(kinds, seed, atlas)
     transform, intrinsics = place_cameras(kinds, places, seed, size[1] / size[0])
     return draw(scenes, transform, intrinsics, size, shadows)
+
+
+def as_sample(
+    picture: Picture, name: str, dataset: str, image: Tensor | None = None, shift: str | None = None, severity: int = 0,
+    seed: int = 0,
+) -> Sample:  # fmt: skip
+    """The first of a batch of pictures, or another image of it, as a file would hold it, with its exact truth.
+
+    shift, severity, seed: see `data.shifts.apply_shift`; it changes the image alone.
+    """
+    mask, points = picture.mask[0], picture.points[0]
+    image = ((picture.image[0] if image is None else image).clamp(0, 1) * 255).round() / 255
+    if shift:
+        image = apply_shift(shift, image, torch.where(mask, points[..., 2], torch.inf), severity, seed)
+    depth = torch.where(mask, points[..., 2], torch.nan)
+    return Sample(name, dataset, image, depth, points, mask, picture.intrinsics[0], True, has_sharp_boundary=True)
+
+
+def check_shifts(shifts: Sequence[str]) -> None:
+    """Raises `UserError` for an unknown shift."""
+    for shift in shifts:
+        apply_shift(shift, torch.zeros(3, 2, 2), torch.ones(2, 2), 0)
+
+
+@lru_cache(maxsize=16)  # the jobs of an ablation see the same few, one experiment after the other in one process
+def _held_out(number: int, seed: int, size: tuple[int, int]) -> Picture:
+    """Scene `number` of the held-out set of `seed`."""
+    return make_pictures([KINDS[number % len(KINDS)]], HELD_OUT_SEED + 10_000 * seed + number, size)
+
+
+def open_synthetic(
+    kind: str, count: int = 40, seed: int = 0, shifts: list[str] | None = None, severities: list[int] | None = None,
+    width: int = SIZE[1], height: int = SIZE[0], name: str | None = None, draw: int = 0,
+) -> SampleSet:  # fmt: skip
+    """The sets `synthetic` (clean) and `shifted`, of `count` scenes, as a `data.SampleSet`.
+
+    `shifted` gives each scene one shift and one severity, so that all names and severities take turns; `shifts` and
+    `severities` restrict them; `draw` numbers the draws of what is random in a shift. Raises `UserError` for an unknown shift.
+    """
+    shifts, severities = shifts or list(BUILT_IN), severities or SEVERITIES
+    check_shifts(shifts)
+    plan: dict[str, tuple] = {}
+    for number in range(count):
+        choice = (None, 0)
+        if kind == "shifted":
+            turn = number // len(shifts)  # each turn pairs shifts with other kinds of scene and other severities
+            which = (number + turn) % len(shifts)
+            choice = (shifts[which], severities[(which + turn) % len(severities)])
+        plan["_".join([f"{number:03d}", *(map(str, choice) if choice[0] else ())])] = (number, *choice)
+
+    def load(key: str) -> Sample:
+        number, shift, severity = plan[key]
+        picture = _held_out(number, seed, (height, width))
+        shift_seed = seed * 1000 + number + 10**9 * draw
+        return as_sample(picture, key, name or kind, shift=shift, severity=severity, seed=shift_seed)
+
+    return SampleSet(name or kind, list(plan), load, f"{kind}/{seed}/{width}x{height}/{sorted(plan.items())}")

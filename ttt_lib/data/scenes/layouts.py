@@ -67,177 +67,166 @@ class Layout:
         return self.plain() if self.rng.random() < 0.65 else int(self.rng.integers(TEXTURES))
 
 
+def _of(layout: Layout) -> tuple:
+    """The generator, and what the functions below call most."""
+    return layout.rng, layout.add, layout.rng.uniform
+
+
 def _table(layout: Layout, x: float, z: float, width: float, depth: float, height: float, yaw: float) -> None:
-    rng, turn = layout.rng, yaw_matrix(yaw)
-    texture, thick = int(rng.integers(TEXTURES)), rng.uniform(0.015, 0.04)
-    layout.add(BOX, x, height - thick, z, (width / 2, thick, depth / 2), turn, texture)
-    leg = rng.uniform(0.02, 0.04)
-    for sx in (-1, 1):
-        for sz in (-1, 1):
-            foot = turn @ np.array([sx * (width / 2 - leg), 0, sz * (depth / 2 - leg)])
-            kind = BOX if width > 1 else CYLINDER
-            layout.add(
-                kind, x + foot[0], (height - thick) / 2, z + foot[2], (leg, height / 2 - thick, leg), turn, texture
-            )
+    rng, add, uniform, turn = *_of(layout), yaw_matrix(yaw)
+    texture, thick = int(rng.integers(TEXTURES)), uniform(0.015, 0.04)
+    add(BOX, x, height - thick, z, (width / 2, thick, depth / 2), turn, texture)
+    leg = uniform(0.02, 0.04)
+    for sx, sz in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+        foot = turn @ np.array([sx * (width / 2 - leg), 0, sz * (depth / 2 - leg)])
+        kind = BOX if width > 1 else CYLINDER
+        half = (leg, height / 2 - thick, leg)
+        add(kind, x + foot[0], (height - thick) / 2, z + foot[2], half, turn, texture)
 
 
 def _things_on(layout: Layout, x: float, z: float, reach: float, height: float, count: int, size: tuple) -> None:
     """Small objects standing on a surface at `height`."""
-    rng = layout.rng
+    rng, add, uniform = _of(layout)
     for _ in range(count):
-        px, pz = x + rng.uniform(-reach, reach), z + rng.uniform(-reach, reach)
-        h = rng.uniform(*size) * rng.uniform(0.5, 1.6) / 2
-        w = rng.uniform(*size) / 2
+        px, pz = x + uniform(-reach, reach), z + uniform(-reach, reach)
+        h = uniform(*size) * uniform(0.5, 1.6) / 2
+        w = uniform(*size) / 2
         kind = int(rng.choice([BOX, BOX, ELLIPSOID, CYLINDER, CYLINDER, PRISM]))
-        half = (w, h, w if kind in (CYLINDER, ELLIPSOID) else rng.uniform(*size) / 2)
-        layout.add(kind, px, height + h, pz, half, yaw_matrix(rng.uniform(0, math.pi)))
+        half = (w, h, w if kind in (CYLINDER, ELLIPSOID) else uniform(*size) / 2)
+        add(kind, px, height + h, pz, half, yaw_matrix(uniform(0, math.pi)))
 
 
 def _chair(layout: Layout, x: float, z: float, yaw: float) -> None:
-    rng, turn = layout.rng, yaw_matrix(yaw)
-    seat, width, texture = rng.uniform(0.4, 0.5), rng.uniform(0.4, 0.55), int(rng.integers(TEXTURES))
-    layout.add(BOX, x, seat, z, (width / 2, rng.uniform(0.02, 0.06), width / 2), turn, texture)
+    rng, add, uniform, turn = *_of(layout), yaw_matrix(yaw)
+    seat, width, texture = uniform(0.4, 0.5), uniform(0.4, 0.55), int(rng.integers(TEXTURES))
+    add(BOX, x, seat, z, (width / 2, uniform(0.02, 0.06), width / 2), turn, texture)
     back = turn @ np.array([0, 0, width / 2])
-    layout.add(BOX, x + back[0], seat + 0.25, z + back[2], (width / 2, 0.25, 0.025), turn, texture)
-    layout.add(CYLINDER, x, seat / 2, z, (0.04, seat / 2, 0.04), None, texture)
+    add(BOX, x + back[0], seat + 0.25, z + back[2], (width / 2, 0.25, 0.025), turn, texture)
+    add(CYLINDER, x, seat / 2, z, (0.04, seat / 2, 0.04), None, texture)
 
 
 def _room(layout: Layout) -> None:
-    rng = layout.rng
-    wide, deep, high = rng.uniform(2.6, 8.0), rng.uniform(3.0, 9.0), rng.uniform(2.3, 3.4)
-    layout.camera = np.array(
-        [rng.uniform(-0.35, 0.35) * wide, -rng.uniform(0.9, 1.75), -rng.uniform(0.15, 0.45) * deep]
-    )
+    rng, add, uniform = _of(layout)
+    wide, deep, high = uniform(2.6, 8.0), uniform(3.0, 9.0), uniform(2.3, 3.4)
+    layout.camera = np.array([uniform(-0.35, 0.35) * wide, -uniform(0.9, 1.75), -uniform(0.15, 0.45) * deep])
     half_w, half_d = wide / 2, deep / 2
     # Four walls, floor and ceiling as slabs of their own, so that each has its own texture.
     for sign in (-1, 1):
-        layout.add(BOX, sign * (half_w + 0.1), high / 2, 0, (0.1, high / 2 + 0.2, half_d + 0.2), None,
-                   layout.wall_texture(), rng.uniform(0.8, 4), keep=True)  # fmt: skip
-        layout.add(BOX, 0, high / 2, sign * (half_d + 0.1), (half_w + 0.2, high / 2 + 0.2, 0.1), None,
-                   layout.wall_texture(), rng.uniform(0.8, 4), keep=True)  # fmt: skip
-    layout.add(BOX, 0, -0.1, 0, (half_w + 0.2, 0.1, half_d + 0.2), None, None, rng.uniform(0.5, 3), keep=True)
-    layout.add(BOX, 0, high + 0.1, 0, (half_w + 0.2, 0.1, half_d + 0.2), None, layout.plain(), 2.0, keep=True)
+        add(BOX, sign * (half_w + 0.1), high / 2, 0, (0.1, high / 2 + 0.2, half_d + 0.2), None, layout.wall_texture(),
+            uniform(0.8, 4), keep=True)  # fmt: skip
+        add(BOX, 0, high / 2, sign * (half_d + 0.1), (half_w + 0.2, high / 2 + 0.2, 0.1), None, layout.wall_texture(),
+            uniform(0.8, 4), keep=True)  # fmt: skip
+    add(BOX, 0, -0.1, 0, (half_w + 0.2, 0.1, half_d + 0.2), None, None, uniform(0.5, 3), keep=True)
+    add(BOX, 0, high + 0.1, 0, (half_w + 0.2, 0.1, half_d + 0.2), None, layout.plain(), 2.0, keep=True)
 
     for _ in range(rng.integers(1, 5)):  # pictures, doors, windows, shelves on the walls
-        w, h, y = rng.uniform(0.2, 0.9), rng.uniform(0.2, 1.0), rng.uniform(0.8, high - 0.5)
-        thick = rng.uniform(0.01, 0.04) if rng.random() < 0.7 else rng.uniform(0.1, 0.25)
+        w, h, y = uniform(0.2, 0.9), uniform(0.2, 1.0), uniform(0.8, high - 0.5)
+        thick = uniform(0.01, 0.04) if rng.random() < 0.7 else uniform(0.1, 0.25)
         if rng.random() < 0.5:
-            layout.add(BOX, rng.uniform(-1, 1) * half_w, y, half_d - thick, (w, h, thick))
+            add(BOX, uniform(-1, 1) * half_w, y, half_d - thick, (w, h, thick))
         else:
-            layout.add(BOX, rng.choice([-1, 1]) * (half_w - thick), y, rng.uniform(-0.6, 1) * half_d, (thick, h, w))
+            add(BOX, rng.choice([-1, 1]) * (half_w - thick), y, uniform(-0.6, 1) * half_d, (thick, h, w))
     for _ in range(rng.integers(1, 5)):  # cupboards, beds, sofas along the walls
-        w, h, d = rng.uniform(0.3, 1.1), rng.uniform(0.2, 1.1), rng.uniform(0.2, 0.5)
+        w, h, d = uniform(0.3, 1.1), uniform(0.2, 1.1), uniform(0.2, 0.5)
         if rng.random() < 0.5:
-            layout.add(BOX, rng.uniform(-1, 1) * (half_w - w), h, half_d - d, (w, h, d))
+            add(BOX, uniform(-1, 1) * (half_w - w), h, half_d - d, (w, h, d))
         else:
-            layout.add(BOX, rng.choice([-1, 1]) * (half_w - d), h, rng.uniform(-0.5, 1) * (half_d - w), (d, h, w))
+            add(BOX, rng.choice([-1, 1]) * (half_w - d), h, uniform(-0.5, 1) * (half_d - w), (d, h, w))
     for _ in range(rng.integers(0, 3)):
-        x, z, yaw = rng.uniform(-0.8, 0.8) * half_w, rng.uniform(-0.2, 0.85) * half_d, rng.uniform(0, math.pi)
+        x, z, yaw = uniform(-0.8, 0.8) * half_w, uniform(-0.2, 0.85) * half_d, uniform(0, math.pi)
         if rng.random() < 0.6:
-            width, height = rng.uniform(0.6, 1.8), rng.uniform(0.4, 0.95)
-            _table(layout, x, z, width, rng.uniform(0.5, 1.0), height, yaw)
+            width, height = uniform(0.6, 1.8), uniform(0.4, 0.95)
+            _table(layout, x, z, width, uniform(0.5, 1.0), height, yaw)
             _things_on(layout, x, z, 0.3, height, int(rng.integers(0, 4)), (0.06, 0.35))
         else:
             _chair(layout, x, z, yaw)
     if rng.random() < 0.4:  # a lamp, standing or hanging
-        x, z, h = rng.uniform(-0.8, 0.8) * half_w, rng.uniform(0, 0.9) * half_d, rng.uniform(1.2, 1.8)
+        x, z, h = uniform(-0.8, 0.8) * half_w, uniform(0, 0.9) * half_d, uniform(1.2, 1.8)
         y = h / 2 if rng.random() < 0.5 else high - h / 4
-        layout.add(CYLINDER, x, y, z, (0.02, h / 2 if y == h / 2 else h / 4, 0.02))
-        layout.add(ELLIPSOID, x, h if y == h / 2 else high - h / 2, z, (0.18, 0.14, 0.18))
+        add(CYLINDER, x, y, z, (0.02, h / 2 if y == h / 2 else h / 4, 0.02))
+        add(ELLIPSOID, x, h if y == h / 2 else high - h / 2, z, (0.18, 0.14, 0.18))
     _things_on(layout, 0, 0.3 * half_d, 0.7 * min(half_w, half_d), 0, int(rng.integers(0, 4)), (0.1, 0.7))
 
 
 def _car(layout: Layout, x: float, z: float, yaw: float) -> None:
-    rng, turn = layout.rng, yaw_matrix(yaw)
-    length, width, height = rng.uniform(3.6, 5.0), rng.uniform(1.6, 1.95), rng.uniform(1.35, 1.9)
+    rng, add, uniform, turn = *_of(layout), yaw_matrix(yaw)
+    length, width, height = uniform(3.6, 5.0), uniform(1.6, 1.95), uniform(1.35, 1.9)
     if rng.random() < 0.12:  # a van or lorry
-        length, width, height = rng.uniform(5, 9), rng.uniform(2, 2.5), rng.uniform(2.2, 3.6)
+        length, width, height = uniform(5, 9), uniform(2, 2.5), uniform(2.2, 3.6)
     paint, texture = random_colour(rng) * 1.3, layout.plain()
     body = 0.32 * height
-    layout.add(BOX, x, 0.22 + body, z, (width / 2, body, length / 2), turn, texture, 2.0, paint)
-    cabin = turn @ np.array([0, 0, rng.uniform(-0.1, 0.1) * length])
-    layout.add(BOX, x + cabin[0], 0.2 + 2 * body + 0.16 * height, z + cabin[2],
-               (0.44 * width, 0.17 * height, 0.27 * length), turn, texture, 2.0, paint * rng.uniform(0.1, 0.6))  # fmt: skip
+    add(BOX, x, 0.22 + body, z, (width / 2, body, length / 2), turn, texture, 2.0, paint)
+    cabin = turn @ np.array([0, 0, uniform(-0.1, 0.1) * length])
+    add(BOX, x + cabin[0], 0.2 + 2 * body + 0.16 * height, z + cabin[2], (0.44 * width, 0.17 * height, 0.27 * length),
+        turn, texture, 2.0, paint * uniform(0.1, 0.6))  # fmt: skip
     axle = turn @ np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1.0]])
     for sz in (-0.3, 0.3):  # one cylinder a pair of wheels, its axis across the car
         at = turn @ np.array([0, 0, sz * length])
-        layout.add(
-            CYLINDER, x + at[0], 0.32, z + at[2], (0.32, width / 2 + 0.01, 0.32), axle, texture, 1.0, (0.05,) * 3
-        )
+        add(CYLINDER, x + at[0], 0.32, z + at[2], (0.32, width / 2 + 0.01, 0.32), axle, texture, 1.0, (0.05,) * 3)
 
 
 def _tree(layout: Layout, x: float, z: float) -> None:
-    rng = layout.rng
-    height, crown = rng.uniform(2.5, 9), rng.uniform(0.8, 2.5)
-    radius = rng.uniform(0.08, 0.25)
-    layout.add(CYLINDER, x, height / 2, z, (radius, height / 2, radius), tint=(0.35, 0.28, 0.2))
-    green = np.array([0.25, 0.45, 0.15]) * rng.uniform(0.5, 1.4) if rng.random() < 0.8 else random_colour(rng)
-    layout.add(ELLIPSOID, x, height, z, (crown, crown * rng.uniform(0.7, 1.5), crown), tile=1.5, tint=green)
+    rng, add, uniform = _of(layout)
+    height, crown = uniform(2.5, 9), uniform(0.8, 2.5)
+    radius = uniform(0.08, 0.25)
+    add(CYLINDER, x, height / 2, z, (radius, height / 2, radius), tint=(0.35, 0.28, 0.2))
+    green = np.array([0.25, 0.45, 0.15]) * uniform(0.5, 1.4) if rng.random() < 0.8 else random_colour(rng)
+    add(ELLIPSOID, x, height, z, (crown, crown * uniform(0.7, 1.5), crown), tile=1.5, tint=green)
 
 
 def _person(layout: Layout, x: float, z: float) -> None:
-    rng, height = layout.rng, layout.rng.uniform(1.5, 1.9)
-    layout.add(CYLINDER, x, 0.23 * height, z, (0.14, 0.23 * height, 0.14))
-    layout.add(ELLIPSOID, x, 0.62 * height, z, (0.23, 0.26 * height, 0.16), yaw_matrix(rng.uniform(0, 3)))
-    layout.add(ELLIPSOID, x, 0.93 * height, z, (0.1, 0.12, 0.1), tint=(0.8, 0.6, 0.5))
+    rng, add, uniform = _of(layout)
+    height = uniform(1.5, 1.9)
+    add(CYLINDER, x, 0.23 * height, z, (0.14, 0.23 * height, 0.14))
+    add(ELLIPSOID, x, 0.62 * height, z, (0.23, 0.26 * height, 0.16), yaw_matrix(uniform(0, 3)))
+    add(ELLIPSOID, x, 0.93 * height, z, (0.1, 0.12, 0.1), tint=(0.8, 0.6, 0.5))
 
 
 def _street(layout: Layout) -> None:
-    rng = layout.rng
-    layout.camera = np.array([rng.uniform(-2, 2), -rng.uniform(1.2, 2.2), 0.0])
+    rng, add, uniform = _of(layout)
+    layout.camera = np.array([uniform(-2, 2), -uniform(1.2, 2.2), 0.0])
     layout.clearance = 1.5
-    road, walk = rng.uniform(3, 7), rng.uniform(1, 5)
-    layout.add(BOX, 0, -0.5, 0, (300, 0.5, 300), None, None, rng.uniform(1, 4), keep=True)  # the ground itself
-    layout.add(BOX, 0, 0.005, 0, (road, 0.005, 300), None, layout.plain(), rng.uniform(2, 6),
-               (rng.uniform(0.2, 0.5),) * 3, keep=True)  # fmt: skip
+    road, walk = uniform(3, 7), uniform(1, 5)
+    add(BOX, 0, -0.5, 0, (300, 0.5, 300), None, None, uniform(1, 4), keep=True)  # the ground itself
+    add(BOX, 0, 0.005, 0, (road, 0.005, 300), None, layout.plain(), uniform(2, 6), (uniform(0.2, 0.5),) * 3, keep=True)
     for sign in (-1, 1):
-        layout.add(BOX, sign * (road + walk / 2), 0.06, 0, (walk / 2, 0.06, 300), tile=rng.uniform(0.5, 2), keep=True)
+        add(BOX, sign * (road + walk / 2), 0.06, 0, (walk / 2, 0.06, 300), tile=uniform(0.5, 2), keep=True)
         if rng.random() < 0.8:  # houses
-            z = rng.uniform(-8, 4)
-            while z < rng.uniform(45, 90):
-                length, tall, deep = rng.uniform(5, 18), rng.uniform(3, 18), rng.uniform(4, 9)
-                x = sign * (road + walk + deep + rng.uniform(0, 6))
-                layout.add(BOX, x, tall / 2, z + length / 2, (deep, tall / 2, length / 2), tile=rng.uniform(1.5, 6))
-                z += length + (rng.uniform(2, 15) if rng.random() < 0.5 else 0.1)
+            z = uniform(-8, 4)
+            while z < uniform(45, 90):
+                length, tall, deep = uniform(5, 18), uniform(3, 18), uniform(4, 9)
+                x = sign * (road + walk + deep + uniform(0, 6))
+                add(BOX, x, tall / 2, z + length / 2, (deep, tall / 2, length / 2), tile=uniform(1.5, 6))
+                z += length + (uniform(2, 15) if rng.random() < 0.5 else 0.1)
         elif rng.random() < 0.6:  # a fence or hedge
-            tall = rng.uniform(0.8, 2.2)
-            layout.add(BOX, sign * (road + walk + 1), tall / 2, 30, (rng.uniform(0.05, 0.6), tall / 2, 60), tile=1.5)
+            tall = uniform(0.8, 2.2)
+            add(BOX, sign * (road + walk + 1), tall / 2, 30, (uniform(0.05, 0.6), tall / 2, 60), tile=1.5)
         for _ in range(rng.integers(0, 4)):
-            layout.add(
-                CYLINDER,
-                sign * (road + 0.5),
-                3,
-                rng.uniform(4, 45),
-                (rng.uniform(0.05, 0.14), rng.uniform(1.5, 4), 0.1),
-            )
+            add(CYLINDER, sign * (road + 0.5), 3, uniform(4, 45), (uniform(0.05, 0.14), uniform(1.5, 4), 0.1))
         for _ in range(rng.integers(0, 4)):
-            _tree(layout, sign * (road + walk * rng.uniform(0.2, 1.5)), rng.uniform(5, 50))
+            _tree(layout, sign * (road + walk * uniform(0.2, 1.5)), uniform(5, 50))
         for _ in range(rng.integers(0, 3)):
-            _car(layout, sign * (road - 1.2), rng.uniform(4, 40), rng.uniform(-0.06, 0.06))
+            _car(layout, sign * (road - 1.2), uniform(4, 40), uniform(-0.06, 0.06))
         for _ in range(rng.integers(0, 3)):
-            _person(layout, sign * (road + rng.uniform(0, walk)), rng.uniform(4, 25))
+            _person(layout, sign * (road + uniform(0, walk)), uniform(4, 25))
     for _ in range(rng.integers(0, 3)):
-        _car(layout, rng.uniform(-0.6, 0.6) * road, rng.uniform(7, 50), rng.uniform(-0.1, 0.1))
+        _car(layout, uniform(-0.6, 0.6) * road, uniform(7, 50), uniform(-0.1, 0.1))
     if rng.random() < 0.5:  # something closes the street
-        layout.add(
-            BOX, rng.uniform(-10, 10), 6, rng.uniform(50, 120), (rng.uniform(8, 30), rng.uniform(4, 14), 5), tile=4
-        )
+        add(BOX, uniform(-10, 10), 6, uniform(50, 120), (uniform(8, 30), uniform(4, 14), 5), tile=4)
 
 
 def _ground(layout: Layout) -> None:
-    rng = layout.rng
-    layout.camera = np.array([0, -rng.uniform(0.8, 2.2), 0.0])
-    slope = tilt_matrix(rng.uniform(-0.08, 0.08), rng.uniform(-0.08, 0.08))
-    layout.add(BOX, 0, -1.0, 0, (200, 1.0, 200), slope, None, rng.uniform(0.8, 5), keep=True)
+    rng, add, uniform = _of(layout)
+    layout.camera = np.array([0, -uniform(0.8, 2.2), 0.0])
+    slope = tilt_matrix(uniform(-0.08, 0.08), uniform(-0.08, 0.08))
+    add(BOX, 0, -1.0, 0, (200, 1.0, 200), slope, None, uniform(0.8, 5), keep=True)
     for _ in range(rng.integers(1, 4)):
-        size = rng.uniform(10, 40)
-        layout.add(
-            ELLIPSOID, rng.uniform(-80, 80), 0, rng.uniform(60, 150), (size * 2, size * rng.uniform(0.2, 0.6), size)
-        )
-    spread = rng.uniform(0.15, 0.7)
+        size = uniform(10, 40)
+        add(ELLIPSOID, uniform(-80, 80), 0, uniform(60, 150), (size * 2, size * uniform(0.2, 0.6), size))
+    spread = uniform(0.15, 0.7)
     for _ in range(rng.integers(4, 16)):
-        z = rng.uniform(1.5, 6) if rng.random() < 0.4 else rng.uniform(4, 30)
-        x = rng.uniform(-spread, spread) * (z + 2)
+        z = uniform(1.5, 6) if rng.random() < 0.4 else uniform(4, 30)
+        x = uniform(-spread, spread) * (z + 2)
         draw_of = rng.random()
         if draw_of < 0.25:
             _tree(layout, x, z + 2)
@@ -245,32 +234,30 @@ def _ground(layout: Layout) -> None:
             _person(layout, x, z)
         else:
             kind = int(rng.integers(4))
-            half = rng.uniform(0.15, 1.3, 3)
-            turn = yaw_matrix(rng.uniform(0, 3)) @ (
-                tilt_matrix(*rng.uniform(-0.3, 0.3, 2)) if rng.random() < 0.3 else np.eye(3)
+            half = uniform(0.15, 1.3, 3)
+            turn = yaw_matrix(uniform(0, 3)) @ (
+                tilt_matrix(*uniform(-0.3, 0.3, 2)) if rng.random() < 0.3 else np.eye(3)
             )
-            layout.add(kind, x, half[1] * rng.uniform(0.6, 1), z, half, turn)
+            add(kind, x, half[1] * uniform(0.6, 1), z, half, turn)
     if rng.random() < 0.4:  # a wall or a house
-        z = rng.uniform(6, 25)
-        layout.add(BOX, rng.uniform(-8, 8), 2, z, (rng.uniform(2, 10), rng.uniform(1.5, 5), rng.uniform(0.1, 4)),
-                   yaw_matrix(rng.uniform(-0.7, 0.7)), tile=3)  # fmt: skip
+        z = uniform(6, 25)
+        add(BOX, uniform(-8, 8), 2, z, (uniform(2, 10), uniform(1.5, 5), uniform(0.1, 4)),
+            yaw_matrix(uniform(-0.7, 0.7)), tile=3)  # fmt: skip
 
 
 def _tabletop(layout: Layout) -> None:
-    rng = layout.rng
-    layout.camera = np.array([0, -rng.uniform(0.25, 0.9), -rng.uniform(0.5, 1.1)])
+    rng, add, uniform = _of(layout)
+    layout.camera = np.array([0, -uniform(0.25, 0.9), -uniform(0.5, 1.1)])
     layout.clearance = 0.2
-    layout.add(BOX, 0, -0.03, 0.3, (rng.uniform(0.6, 2), 0.03, rng.uniform(0.6, 1.2)), tile=rng.uniform(0.3, 1.5))
-    layout.add(BOX, 0, -0.85, 1, (5, 0.1, 5), tile=rng.uniform(0.5, 2), keep=True)  # the floor below
-    layout.add(BOX, 0, 0.5, rng.uniform(1.2, 3.5), (6, 3, 0.1), yaw_matrix(rng.uniform(-0.4, 0.4)), layout.wall_texture(),
-               rng.uniform(0.8, 3), keep=True)  # fmt: skip
+    add(BOX, 0, -0.03, 0.3, (uniform(0.6, 2), 0.03, uniform(0.6, 1.2)), tile=uniform(0.3, 1.5))
+    add(BOX, 0, -0.85, 1, (5, 0.1, 5), tile=uniform(0.5, 2), keep=True)  # the floor below
+    add(BOX, 0, 0.5, uniform(1.2, 3.5), (6, 3, 0.1), yaw_matrix(uniform(-0.4, 0.4)), layout.wall_texture(),
+        uniform(0.8, 3), keep=True)  # fmt: skip
     if rng.random() < 0.5:
-        layout.add(BOX, rng.choice([-1, 1]) * rng.uniform(1.2, 2.5), 0.5, 1, (0.1, 3, 4), None, layout.wall_texture())
+        add(BOX, rng.choice([-1, 1]) * uniform(1.2, 2.5), 0.5, 1, (0.1, 3, 4), None, layout.wall_texture())
     _things_on(layout, 0, 0.2, 0.45, 0, int(rng.integers(4, 14)), (0.05, 0.3))
     for _ in range(rng.integers(0, 3)):  # thin upright things
-        layout.add(
-            CYLINDER, rng.uniform(-0.4, 0.4), 0.15, rng.uniform(-0.2, 0.6), (rng.uniform(0.004, 0.012), 0.15, 0.008)
-        )
+        add(CYLINDER, uniform(-0.4, 0.4), 0.15, uniform(-0.2, 0.6), (uniform(0.004, 0.012), 0.15, 0.008))
 
 
 LAYOUTS = {"room": _room, "street": _street, "ground": _ground, "table": _tabletop}

@@ -1,7 +1,7 @@
 """Exact pictures of scenes made of simple solids: which point each pixel sees, its normal, and a shaded colour.
 
 Every pixel's ray is intersected with every solid in closed form (`solids.py`), so the point map of a scene is exact
-from any camera. `synthetic.py` composes the scenes; here they are only drawn.
+from any camera. `generate.py` composes the scenes; here they are only drawn.
 
 World frame: metres, x right, y down, z forward (an OpenCV camera at the origin looks along +z; "up" is -y).
 """
@@ -9,7 +9,7 @@ World frame: metres, x right, y down, z forward (an OpenCV camera at the origin 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ttt_lib.data.scenes.solids import FAR, Solids, intersect, surface_at
 from ttt_lib.data.scenes.textures import TEXTURE_SIZE
+from ttt_lib.geometry.cameras import uv_map
 
 
 @dataclass
@@ -55,30 +56,13 @@ class Scenes:
     atlas: list[Tensor]
     detail: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
-    @property
-    def batch_size(self) -> int:
-        """Number of scenes B."""
-        return self.solids.centre.shape[0]
-
-    def select(self, index: int | slice | list[int]) -> Scenes:
+    def select(self, index: slice | list[int]) -> Scenes:
         """The scenes at `index`, the batch dimension kept."""
-        index = slice(index, index + 1) if isinstance(index, int) else index
-
-        def pick(part):
-            values = {f.name: getattr(part, f.name) for f in fields(part)}
-            return type(part)(**{k: v[index] if isinstance(v, Tensor) else v for k, v in values.items()})
-
-        return Scenes(pick(self.solids), pick(self.lighting), self.atlas, self.detail)
-
-    def to(self, device: torch.device | str) -> Scenes:
-        """The same scenes on another device."""
-
-        def move(part):
-            values = {f.name: getattr(part, f.name) for f in fields(part)}
-            return type(part)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
-
-        atlas = [level.to(device) for level in self.atlas]
-        return Scenes(move(self.solids), move(self.lighting), atlas, self.detail)
+        solids, lighting = (
+            replace(part, **{k: v[index] for k, v in vars(part).items() if isinstance(v, Tensor)})
+            for part in (self.solids, self.lighting)
+        )
+        return replace(self, solids=solids, lighting=lighting)
 
 
 @dataclass
@@ -119,11 +103,9 @@ def look_up(atlas: list[Tensor], texture: Tensor, uv: Tensor, footprint: Tensor)
         fraction = place - corner
         corner = corner.long()
         base = texture[where] * size * size
-        u0, v0 = corner[:, 0] % size, corner[:, 1] % size
-        u1, v1 = (u0 + 1) % size, (v0 + 1) % size
+        (u0, v0), (u1, v1) = (corner % size).T, ((corner + 1) % size).T
         fu, fv = fraction[:, 0:1], fraction[:, 1:2]
-        top = table[base + v0 * size + u0] * (1 - fu) + table[base + v0 * size + u1] * fu
-        bottom = table[base + v1 * size + u0] * (1 - fu) + table[base + v1 * size + u1] * fu
+        top, bottom = (table[base + v * size + u0] * (1 - fu) + table[base + v * size + u1] * fu for v in (v0, v1))
         colour[where] = top * (1 - fv) + bottom * fv
     return colour
 
@@ -144,10 +126,8 @@ def _shade(scenes: Scenes, origin: Tensor, position: Tensor, index: Tensor, pixe
     uv = torch.where(dominant[..., None] == 1, local[..., [0, 2]], uv)
     tile = solids.tile[batch, safe]
     footprint = pixel / tile / facing[..., 0].abs().clamp_min(0.15)
-    albedo = look_up(
-        scenes.atlas, solids.texture[batch, safe], uv / tile[..., None] + 0.37 * safe[..., None], footprint
-    )
-    albedo = albedo * solids.tint[batch, safe]
+    place = uv / tile[..., None] + 0.37 * safe[..., None]
+    albedo = look_up(scenes.atlas, solids.texture[batch, safe], place, footprint) * solids.tint[batch, safe]
     if scenes.detail is not None:
         extent = solids.half[batch, safe].amax(-1)
         span = pixel / facing[..., 0].abs().clamp_min(0.05)
@@ -172,11 +152,6 @@ def _shade(scenes: Scenes, origin: Tensor, position: Tensor, index: Tensor, pixe
     return albedo * (received + light.lamp[:, None] * lamp[..., None]), normal
 
 
-def srgb(linear: Tensor) -> Tensor:
-    """Linear light to display values in [0, 1] by the usual power law (1 / 2.2)."""
-    return linear.clamp(0, 1).clamp_min(1e-8).pow(1 / 2.2)
-
-
 def draw(scenes: Scenes, transform: Tensor, intrinsics: Tensor, size: tuple[int, int], shadows: bool = True) -> Picture:
     """Draw each scene from its camera.
 
@@ -185,12 +160,8 @@ def draw(scenes: Scenes, transform: Tensor, intrinsics: Tensor, size: tuple[int,
     """
     height, width = size
     device, dtype = transform.device, transform.dtype
-    v, u = torch.meshgrid(
-        (torch.arange(height, device=device, dtype=dtype) + 0.5) / height,
-        (torch.arange(width, device=device, dtype=dtype) + 0.5) / width,
-        indexing="ij",
-    )
-    pixels = torch.stack([u, v, torch.ones_like(u)], -1).reshape(1, -1, 3)
+    uv = uv_map(height, width, device=device, dtype=dtype)
+    pixels = torch.cat([uv, torch.ones_like(uv[..., :1])], -1).reshape(1, -1, 3)
     rays = pixels @ torch.linalg.inv(intrinsics).transpose(1, 2)  # z = 1 in the camera's frame
     rotation, translation = transform[:, :3, :3], transform[:, :3, 3]
     direction = rays @ rotation  # R^T applied to each ray
@@ -215,8 +186,7 @@ def draw(scenes: Scenes, transform: Tensor, intrinsics: Tensor, size: tuple[int,
     def to_map(x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], height, width, *x.shape[2:])
 
-    nan = torch.tensor(float("nan"), device=device, dtype=dtype)
-    points = torch.where(hit[..., None], rays * depth[..., None], nan)
-    normal = torch.where(hit[..., None], normal @ rotation.transpose(1, 2), nan)
-    image = to_map(srgb(colour)).permute(0, 3, 1, 2).contiguous()
+    points = torch.where(hit[..., None], rays * depth[..., None], torch.nan)
+    normal = torch.where(hit[..., None], normal @ rotation.transpose(1, 2), torch.nan)
+    image = to_map(colour.clamp(1e-8, 1).pow(1 / 2.2)).permute(0, 3, 1, 2).contiguous()  # sRGB, by the usual power law
     return Picture(image, to_map(points), to_map(normal), to_map(hit), intrinsics, transform)

@@ -34,11 +34,10 @@ class Solids:
     counts: tuple[int, int, int, int]  # boxes, ellipsoids, cylinders (axis y), prisms (axis y)
 
 
-def _local_rays(solids: Solids, slot: int, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Ray origins and directions in the frame of one solid, in units of its half extents: 2 x (B,N,3)."""
-    rotation, half = solids.rotation[:, slot], solids.half[:, slot].clamp_min(EPSILON)
-    to_local = rotation / half[:, None, :]
-    return (origin - solids.centre[:, slot, None]) @ to_local, direction @ to_local
+def _local_rays(solids: Solids, slot: int, scenes: slice, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Ray origins and directions in the frame of one solid of these scenes, in units of its half extents: 2 x (B,N,3)."""
+    to_local = solids.rotation[scenes, slot] / solids.half[scenes, slot].clamp_min(EPSILON)[:, None, :]
+    return (origin - solids.centre[scenes, slot, None]) @ to_local, direction @ to_local
 
 
 def _passes_near(solids: Solids, origin: Tensor, direction: Tensor) -> Tensor:
@@ -46,9 +45,8 @@ def _passes_near(solids: Solids, origin: Tensor, direction: Tensor) -> Tensor:
     centre = solids.centre
     ahead = direction / direction.norm(dim=-1, keepdim=True)
     along = centre @ ahead.transpose(1, 2) - (origin * ahead).sum(-1)[:, None]
-    apart = (centre.square().sum(-1)[..., None] - 2 * centre @ origin.transpose(1, 2)) + origin.square().sum(-1)[
-        :, None
-    ]
+    apart = centre.square().sum(-1)[..., None] - 2 * centre @ origin.transpose(1, 2)
+    apart = apart + origin.square().sum(-1)[:, None]
     radius = solids.half.norm(dim=-1)[..., None] * 1.01 + 0.02
     return (apart - along.square() <= radius.square() + 1e-5 * apart) & (along > -radius)
 
@@ -116,28 +114,19 @@ def intersect(solids: Solids, origin: Tensor, direction: Tensor) -> tuple[Tensor
     sparse = direction.device.type == "cpu"
     near = _passes_near(solids, origin, direction) & present[..., None] if sparse else None
     share = near.float().mean(dim=(0, 2)).tolist() if sparse else [1.0] * present.shape[1]
+    every = slice(None)
     for slot, covered in enumerate(share):
         if covered == 0:
             continue
+        parts = [(every, every)]
         if covered < 0.4:
-            for b in range(direction.shape[0]):
-                rays = torch.nonzero(near[b, slot])[:, 0]
-                if rays.numel() == 0:
-                    continue
-                one = slice(b, b + 1)
-                part = Solids(solids.centre[one], solids.rotation[one], solids.half[one], solids.sides[one],
-                              solids.texture, solids.tile, solids.tint, solids.counts)  # fmt: skip
-                o, d = _local_rays(part, slot, origin[one, rays], direction[one, rays])
-                t = _hit(part, slot, o, d, part.sides[:, slot])[0]
-                nearer = t < closest[b, rays]
-                closest[b, rays[nearer]] = t[nearer]
-                index[b, rays[nearer]] = slot
-            continue
-        o, d = _local_rays(solids, slot, origin, direction)
-        t = _hit(solids, slot, o, d, solids.sides[:, slot])
-        nearer = (t < closest) & present[:, slot, None]
-        closest = torch.where(nearer, t, closest)
-        index = torch.where(nearer, slot, index)
+            parts = [(slice(b, b + 1), torch.nonzero(rays)[:, 0]) for b, rays in enumerate(near[:, slot])]
+        for one, rays in parts:
+            o, d = _local_rays(solids, slot, one, origin[one, rays], direction[one, rays])
+            t = _hit(solids, slot, o, d, solids.sides[one, slot])
+            nearer = (t < closest[one, rays]) & present[one, slot, None]
+            closest[one, rays] = torch.where(nearer, t, closest[one, rays])
+            index[one, rays] = torch.where(nearer, slot, index[one, rays])
     return closest, index
 
 
@@ -153,18 +142,16 @@ def surface_at(solids: Solids, index: Tensor, position: Tensor) -> tuple[Tensor,
     box_normal = F.one_hot(unit.abs().argmax(-1), 3) * unit.sign()
     round_normal = unit / half
     on_cap = unit[..., 1].abs() > 0.9999
-    cap_normal = torch.zeros_like(unit)
-    cap_normal[..., 1] = unit[..., 1].sign()
+    cap_normal = unit.sign() * torch.tensor([0.0, 1.0, 0.0], device=unit.device)
     sides = solids.sides[batch, index]
     violation = sides[..., 0] * unit[..., 0, None] + sides[..., 1] * unit[..., 2, None] - sides[..., 2]
     chosen = torch.gather(sides, 2, violation.argmax(-1)[..., None, None].expand(-1, -1, 1, 3))[..., 0, :]
     prism_normal = torch.stack([chosen[..., 0], torch.zeros_like(chosen[..., 0]), chosen[..., 1]], -1) / half
     tube_normal = round_normal * torch.tensor([1.0, 0.0, 1.0], device=unit.device)
 
-    is_box, is_ellipsoid = index < boxes, (index >= boxes) & (index < boxes + ellipsoids)
-    is_cylinder = (index >= boxes + ellipsoids) & (index < boxes + ellipsoids + cylinders)
-    side_normal = torch.where(is_cylinder[..., None], tube_normal, prism_normal)
-    normal = torch.where(on_cap[..., None], cap_normal, side_normal)
-    normal = torch.where(is_ellipsoid[..., None], round_normal, normal)
-    normal = torch.where(is_box[..., None], box_normal.to(normal), normal)
+    kind = index[..., None]  # in the order along P
+    normal = torch.where(kind < boxes + ellipsoids + cylinders, tube_normal, prism_normal)
+    normal = torch.where(on_cap[..., None], cap_normal, normal)
+    normal = torch.where(kind < boxes + ellipsoids, round_normal, normal)
+    normal = torch.where(kind < boxes, box_normal.to(normal), normal)
     return local, F.normalize(normal, dim=-1), rotation

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 
@@ -20,13 +20,11 @@ from ttt_lib.core.errors import ConfigError
 from ttt_lib.core.types import Sample
 from ttt_lib.data.samples import SampleSet
 from ttt_lib.data.scenes.detail import Detail
-from ttt_lib.data.scenes.generate import KINDS, make_scenes, place_cameras
+from ttt_lib.data.scenes.generate import KINDS, SEVERITIES, SIZE, as_sample, check_shifts, make_scenes, place_cameras
 from ttt_lib.data.scenes.raycast import Picture, Scenes, draw, make_atlas
 from ttt_lib.data.scenes.textures import make_textures
-from ttt_lib.data.shifts import apply_shift
 from ttt_lib.geometry.cameras import look_at_transform, project, transform_points
 
-SIZE = (240, 320)
 GLANCE = (24, 32)  # pixels of the small pictures by which a path is chosen
 CAMERAS, PATHS = 4, 4  # directions of view, and paths for each, that are tried
 GOOD = 0.6  # of what a camera sees, its neighbour sees this much: the path is taken
@@ -36,22 +34,14 @@ TOUR_SEED = 700_000  # far from the seeds of training and of the held-out set
 
 @dataclass
 class Tour:
-    """Photographs of one scene: `samples` (V), `poses` (V,4,4) world to camera (OpenCV), and the median depth (metres)
-    that the baseline is a share of."""
-
-    samples: list[Sample]
-    poses: Tensor
-    median_depth: float
-
-
-@dataclass
-class Plan:
-    """A tour before it is drawn: one scene, `poses` (V,4,4) world to camera, `intrinsics` (3,3), median depth."""
+    """Cameras of one scene, and their photographs once they are drawn: `scenes` (one), `poses` (V,4,4) world to camera
+    (OpenCV), `intrinsics` (3,3), the median depth (metres) that the baseline is a share of, and `samples` (V)."""
 
     scenes: Scenes
     poses: Tensor
     intrinsics: Tensor
     median_depth: float
+    samples: list[Sample] = field(default_factory=list)
 
 
 @lru_cache(maxsize=4)
@@ -99,14 +89,16 @@ def _shared(picture: Picture) -> Tensor:
     seen = F.grid_sample(points[1:, ..., 2][:, None], 2 * uv.nan_to_num(9) - 1, mode="nearest", align_corners=False)
     same = ((moved[..., 2] / seen[:, 0] - 1).abs() < 0.05) & ((uv > 0) & (uv < 1)).all(-1) & (moved[..., 2] > 0)
     known = picture.mask.float().mean((1, 2))
-    if len(points) == 1:
-        return known.min()
-    return (same.float().mean((1, 2)) / known[:-1].clamp_min(1e-3)).min() * known.min()
+    return (
+        known.min()
+        if len(points) == 1
+        else (same.float().mean((1, 2)) / known[:-1].clamp_min(1e-3)).min() * known.min()
+    )
 
 
 def _plan(
     scenes: Scenes, kind: str, place: Tensor, seed: int, views: int, baseline: float, aspect_ratio: float
-) -> Plan:
+) -> Tour:
     """The first path on which neighbours see the same and nothing stands close before a camera, else the best."""
     bases, intrinsics = place_cameras([kind] * CAMERAS, place.expand(CAMERAS, 3), seed, aspect_ratio)
     glances = draw(scenes.select([0] * CAMERAS), bases, intrinsics, GLANCE, shadows=False)
@@ -121,7 +113,7 @@ def _plan(
         close = (glance.points[..., 2] < 0.25 * median).float().mean((1, 2)).max()
         score = float(_shared(glance) * (1 - close))
         if score > best or plan is None:
-            best, plan = score, Plan(scenes, poses, intrinsics[which], median)
+            best, plan = score, Tour(scenes, poses, intrinsics[which], median)
         if score > GOOD:
             break
     return plan
@@ -139,20 +131,6 @@ def _smooth_image(scenes: Scenes, pose: Tensor, intrinsics: Tensor, size: tuple[
     return torch.stack(images).mean(0)
 
 
-def _sample(
-    picture: Picture, image: Tensor, name: str, shift: str | None = None, severity: int = 0, seed: int = 0
-) -> Sample:
-    mask = picture.mask[0]
-    depth = torch.where(mask, picture.points[0, ..., 2], torch.inf)
-    image = (image.clamp(0, 1) * 255).round() / 255
-    if shift:
-        image = apply_shift(shift, image, depth, severity, seed)
-    return Sample(
-        name, "tours", image, torch.where(mask, depth, torch.nan), picture.points[0], mask, picture.intrinsics[0],
-        is_metric=True, has_sharp_boundary=True,
-    )  # fmt: skip
-
-
 def photograph(
     scenes: Scenes, poses: Tensor, intrinsics: Tensor, size: tuple[int, int] = SIZE, shift: str | None = None,
     severity: int = 0, seed: int = 0, first: int = 0,
@@ -164,13 +142,13 @@ def photograph(
     samples, plain = [], replace(scenes, detail=None)
     for number, pose in enumerate(poses, first):
         truth = draw(plain, pose[None], intrinsics[None], size, shadows=False)
-        image = _smooth_image(scenes, pose, intrinsics, size)
-        samples.append(_sample(truth, image, f"view_{number}", shift, severity, 1000 * seed + number))
+        image, own = _smooth_image(scenes, pose, intrinsics, size), 1000 * seed + number
+        samples.append(as_sample(truth, f"view_{number}", "tours", image, shift, severity, own))
     return samples
 
 
 @lru_cache(maxsize=2)
-def plan_tour(kind: str, seed: int, views: int, baseline: float, aspect_ratio: float) -> Plan:
+def plan_tour(kind: str, seed: int, views: int, baseline: float, aspect_ratio: float) -> Tour:
     """The scene of `make_tour` and its cameras, before anything is drawn."""
     if views < 1 or not 0 < baseline <= 1:
         raise ConfigError(f"tours: {views} views with baseline {baseline}; give views from 1 and baselines in (0, 1].")
@@ -208,7 +186,7 @@ def make_tour(
     """
     plan = plan_tour(kind, seed, views, baseline, size[1] / size[0])
     samples = photograph(plan.scenes, plan.poses, plan.intrinsics, size, shift, severity, seed)
-    return Tour(samples, plan.poses.clone(), plan.median_depth)
+    return replace(plan, poses=plan.poses.clone(), samples=samples)
 
 
 def open_tours(
@@ -222,18 +200,18 @@ def open_tours(
     `severities` (1 to 5 by default), in an order drawn from the seed. Without `shifts` the pictures are clean.
     Raises `UserError` for an unknown shift, no views or a baseline outside (0, 1].
     """
-    for shift in shifts or ():
-        apply_shift(shift, torch.zeros(3, 2, 2), torch.ones(2, 2), 0)
+    check_shifts(shifts or ())
     if not views or not baselines or min(views) < 1 or not all(0 < b <= 1 for b in baselines):
         raise ConfigError("data: tours take `views` from 1 and `baselines` in (0, 1], at least one of each.")
-    changes = list(product(shifts, severities or (1, 2, 3, 4, 5))) if shifts else [(None, 0)]
+    changes = list(product(shifts, severities or SEVERITIES)) if shifts else [(None, 0)]
     choices = list(product(views, baselines, changes))
     order = np.random.default_rng([seed, 6]).permutation(len(choices))
     plan: dict[str, tuple] = {}
+    scenes: dict[str, list[str]] = {}
     for number in range(count):
-        choice = choices[order[number % len(choices)]]
-        for view in range(choice[0]):
-            plan[f"tour_{number:03d}/view_{view}"] = (number, view, *choice)
+        choice, scene = choices[order[number % len(choices)]], f"tour_{number:03d}"
+        scenes[scene] = [f"{scene}/view_{view}" for view in range(choice[0])]
+        plan |= {key: (number, view, *choice) for view, key in enumerate(scenes[scene])}
 
     def load(key: str) -> Sample:
         number, view, of, baseline, (shift, severity) = plan[key]
@@ -241,11 +219,7 @@ def open_tours(
         tour = plan_tour(KINDS[number % len(KINDS)], own, of, baseline, width / height)
         pose = tour.poses[view : view + 1]
         sample = photograph(tour.scenes, pose, tour.intrinsics, (height, width), shift, severity, own, view)[0]
-        sample.name, sample.dataset = key, name or "tours"
-        return sample
+        return replace(sample, name=key, dataset=name or "tours")
 
-    scenes: dict[str, list[str]] = {}
-    for key in plan:
-        scenes.setdefault(key.rpartition("/")[0], []).append(key)
     fingerprint = f"tours/{seed}/{width}x{height}/{list(plan.items())}"
     return SampleSet(name or "tours", list(plan), load, fingerprint, scenes=scenes)

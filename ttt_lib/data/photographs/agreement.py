@@ -1,0 +1,211 @@
+"""A reconstruction from photographs alone, and others that must agree with it; tracks by known cameras, which must agree with
+the matches. Runs in a process of its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pycolmap
+
+from ttt_lib.data.photographs import focal, signals
+from ttt_lib.data.photographs.job import MIN_MATCHES, Job, Lens, Refusal, Selection, SparseModel
+from ttt_lib.data.photographs.mapping import attempt, place
+from ttt_lib.data.photographs.matching import extract, match, too_few, verify
+from ttt_lib.data.photographs.signals import AHEAD_ANGLE, MIN_POINTS, select_tracks, summarize
+
+AGREEMENT = 0.05  # median |log depth ratio|: 0.0003 to 0.02 of right reconstructions, 0.1 and more of wrong ones
+DOUBT = 0.04  # the same, of two whose focal lengths are a standard deviation apart
+EXPLAINED = 0.88  # of the matches, median over photographs: 0.93 and more of right ones, 0.87 and less of what moved
+PLACED = 0.8  # the same, of a single photograph
+SEEN_ANGLE = 2.0  # degrees, the median parallax of what is reconstructed; with less, noise bends the scene
+FLAT = 0.92  # of the points, on one plane
+SHARE = 0.7  # of the matches that the second and third reconstruction see
+AHEAD = "take more frames, further apart, or move sideways (the camera moved straight ahead)"
+NO_MODEL = (
+    "no cameras could be found that explain the matches: take more photographs, closer together but not from one "
+    "place, of a scene that stands still."
+)
+FIT = 0.6  # of the matches: 1.0 of right cameras, 0.3 where two were exchanged, 0.7 where they are a few px off
+FIT_EACH = 0.5  # of one photograph's matches
+MAX_MEDIAN_ERROR = 1.5  # pixels
+
+
+def reconstruct(job: Job) -> Job:
+    """The job with a reconstruction that two others confirm and its tracks, or with why there is none."""
+    try:
+        match(job)
+        _agreed(job)
+    except Refusal as refusal:
+        job.refused = str(refusal)
+    return job
+
+
+def _agreed(job: Job) -> None:
+    about = job.about
+    focals = _focals(job, about)
+    job.model, others = _reconstructions(job, focals)
+    model, places = job.model, job.model.image.tolist()
+    about["focal"] = [round(float(f), 4) for f in signals.focals_of(job, model, focals)]
+    _look(model, about)
+    picked = job.picked = select_tracks(model, about["forward"])
+    for image, share in zip(places, model.explained):
+        if share < PLACED:
+            picked.weak[image] = f"its place explains only {share:.0%} of its matches"
+    about.update(summarize(model, picked))
+    _check(job, model, picked, about)
+    results = [signals.disagreement(model, other, MIN_POINTS) for other in others]
+    about["agreement"] = max((value for value, _ in results), default=float("inf"))
+    if len(results) < 2 or about["agreement"] > AGREEMENT:
+        raise Refusal(
+            "reconstructions from parts of the matches contradict each other, so none can be trusted: take more "
+            "photographs, from places further apart, of a scene that stands still and does not repeat itself."
+        )
+    for image in places:
+        if image not in picked.weak and max(values.get(image, math.inf) for _, values in results) > AGREEMENT:
+            picked.weak[image] = "its place among the others is not certain"
+    _check(job, model, picked, about)
+    about.update(summarize(model, picked))
+    for index in job.kept[:]:
+        if index in picked.weak or index not in places:
+            job.leave_out(index, picked.weak.get(index, "could not be placed among the others"))
+
+
+def _focals(job: Job, about: dict[str, Any]) -> np.ndarray:
+    """The focal lengths to reconstruct with. Raises `Refusal` where the depth would hang on a guess."""
+    belief = focal.believed(job)
+    if belief is None:
+        raise Refusal(NO_MODEL)
+    about["focal"] = [round(float(f), 4) for f in belief.focals]
+    about["focal_deviation"], about["focal_doubt"] = float(belief.deviation.max()), belief.doubt
+    if belief.model is None:
+        return belief.focals
+    unlikely = focal.is_unlikely(belief)
+    if belief.doubt > DOUBT or unlikely:
+        _look(belief.model, about)  # another cause, if there is one, says more
+    if unlikely:
+        raise Refusal(
+            f"the photographs fit only a camera that hardly exists (focal length {belief.focals[0]:.2f} of the width): "
+            "the scene moved or repeats itself; take more photographs, side by side, of a scene that stands still."
+        )
+    if belief.doubt > DOUBT:
+        raise Refusal(
+            "the depth hangs on the focal length, which these photographs do not tell: "
+            + (AHEAD if about["forward"] else "take more of them, from more different places")
+            + ", or use files that have it in their EXIF."
+        )
+    return belief.focals
+
+
+def _look(model: SparseModel, about: dict[str, Any]) -> None:
+    """How the cameras moved and how well that explains the matches. Raises `Refusal` where it does not, or where they
+    hardly moved."""
+    about["forward"] = ahead = signals.moves_ahead(model)
+    about["explained"] = float(np.median(model.explained))
+    about["seen_parallax"] = seen = float(np.median(signals.parallax(model))) if len(model.xyz) else 0.0
+    if about["explained"] < EXPLAINED:
+        raise Refusal(
+            f"cameras explain only {about['explained']:.0%} of the matches: things moved between the photographs, or "
+            "parts of the scene look alike; take them of a scene that stands still and does not repeat itself."
+        )
+    least = AHEAD_ANGLE if ahead else SEEN_ANGLE
+    if seen < least:
+        raise Refusal(
+            f"the photographs are taken from nearly the same place (median parallax {seen:.1f} degrees, at least "
+            f"{least:.0f} are needed): {AHEAD if ahead else 'take them from places further apart'}."
+        )
+
+
+def _check(job: Job, model: SparseModel, picked: Selection, about: dict[str, Any]) -> None:
+    """Raises `Refusal` where the tracks tell nothing."""
+    about["flat"] = signals.flatness(model)
+    if about["flat"] > FLAT:
+        raise Refusal(
+            "everything that was matched lies in one plane (a wall, a poster): depth cannot be told from that alone; "
+            "take in things at several distances."
+        )
+    if sum(image not in picked.weak for image in map(int, model.image)) < 2:
+        image, why = next(iter(picked.weak.items()))
+        advice = AHEAD if about["forward"] else "take them closer together, or more of them, with texture all over"
+        raise Refusal(
+            f"too little of the photographs could be measured (of {job.pictures[image].name} {why}): {advice}."
+        )
+
+
+def _reconstructions(job: Job, focals: np.ndarray) -> tuple[SparseModel, list[SparseModel]]:
+    """The reconstruction with these focal lengths, and two more with the same from parts of the matches, with other
+    seeds and starts, one of them global. The focal lengths' doubt is known already, and would hide what differs."""
+    widest = job.widest()
+    # From neighbors, a camera that moves ahead may end as one that moves aside.
+    whole = attempt(job, focals) + (attempt(job, focals, start=widest) if widest else [])
+    if not whole:
+        raise Refusal(NO_MODEL)
+    model = max(whole, key=signals.support)
+    order = sorted(range(len(job.pairs)), key=lambda k: -job.inliers[k])
+    by_matches = [job.pairs[k] for k in order if set(job.pairs[k]) <= set(job.kept)]
+    starts = [widest, *by_matches] if widest else [None, None]
+    others = attempt(job, focals, number=1, share=SHARE, start=starts[0])
+    everywhere = attempt(job, focals, number=2, share=SHARE, at_once=True)
+    if not everywhere or len(everywhere[0].image) < len(model.image):  # it needs more than there may be
+        everywhere = attempt(job, focals, number=2, share=SHARE, start=starts[1])
+    return model, [each for each in others + everywhere if len(each.image) >= len(model.image)]
+
+
+def triangulate(job: Job, lenses: list[Lens], poses: np.ndarray) -> Job:
+    """The job with points that its photographs see, by cameras that stay as they are, or with why there are none.
+
+    Args:
+        job: of pictures as their cameras saw them, of the shape of their lenses.
+        lenses: one a picture.
+        poses: (N,4,4) world -> camera.
+
+    `about` gets `explained`, the share of the matches that the cameras explain; `left_out` says why a photograph's camera
+    cannot be right.
+    """
+    try:
+        _triangulate(job, [_scaled(lens, *size) for lens, size in zip(lenses, job.sizes)], poses)
+    except Refusal as refusal:
+        job.refused = str(refusal)
+    return job
+
+
+def _scaled(lens: Lens, width: int, height: int) -> Lens:
+    """The same lens for a picture of another size and the same shape."""
+    camera = pycolmap.Camera(**lens._asdict())
+    camera.rescale(width, height)
+    return Lens(lens.model, width, height, tuple(camera.params))
+
+
+def _triangulate(job: Job, lenses: list[Lens], poses: np.ndarray) -> None:
+    distinct = list(dict.fromkeys(lenses))
+    job.camera_of = [distinct.index(lens) for lens in lenses]
+    coarse, _ = extract(job, distinct, [True] * len(distinct))
+    verify(job, coarse)
+    if job.inliers.max(initial=0) < MIN_MATCHES:
+        raise too_few(job.inliers.max(initial=0))
+    job.model = place(job, poses)
+    shares = _explained(job)
+    job.about["explained"] = share = float(np.average(list(shares.values()))) if shares else 0.0
+    error = float(np.median(job.model.error)) if len(job.model.error) else np.inf
+    if share < FIT or error > MAX_MEDIAN_ERROR:
+        raise Refusal(
+            f"the given cameras contradict the photographs: {share:.0%} of the matches fit to them, at least "
+            f"{FIT:.0%} are needed, with a median error of {error:.1f} px; check that cameras and files belong "
+            "together, and in which direction their axes point."
+        )
+    why = "its camera contradicts its matches with the others ({:.0%} of them fit)"
+    job.left_out = {index: why.format(share) for index, share in shares.items() if share < FIT_EACH}
+
+
+def _explained(job: Job) -> dict[int, float]:
+    """Of each photograph with matches enough the share of them that became points, from 0 to 1."""
+    model, places = job.model, range(len(job.pictures))
+    points = {i: set(model.point[model.seen_by == row].tolist()) for row, i in enumerate(model.image.tolist())}
+    fit, seen = np.zeros(len(places)), np.zeros(len(places))
+    for pair, count in zip(job.pairs, job.inliers):
+        if count >= MIN_MATCHES:
+            both = set.intersection(*(points.get(index, set()) for index in pair))
+            fit[list(pair)] += min(len(both), count)
+            seen[list(pair)] += count
+    return {index: fit[index] / seen[index] for index in places if seen[index]}
