@@ -250,8 +250,10 @@ def adapt(
             print(f"ttt-depth: {why}", file=sys.stderr, flush=True)
             continue
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-        decided = f"{record['decision']} in {record['seconds']:.1f} s"
-        print(f"{printable(photo)}: {decided} -> {printable(folder, 1000)}", flush=True)
+        print(
+            f"{printable(photo)}: {record['decision']} in {record['seconds']:.1f} s -> {printable(folder, 1000)}",
+            flush=True,
+        )
     if failed:
         raise typer.Exit(1)
 

@@ -15,7 +15,7 @@ from ttt_lib.core.types import Prediction
 from ttt_lib.data.known_camera import centre_photograph, known_camera, parse_intrinsics
 from ttt_lib.data.known_distances import References
 from ttt_lib.data.moge_layout import Raw, target_view
-from ttt_lib.data.photographs.exif import EXIF, FOCAL_35
+from ttt_lib.data.photographs.sources import EXIF, FOCAL_35
 from ttt_lib.geometry.cameras import fov_from_intrinsics, project, unproject
 
 SIZE = (96, 128)

@@ -1,6 +1,6 @@
 """The sections of an experiment's configuration: every key with its type, its range and its default.
 
-`config.py` puts them together and reads them from files.
+`config.py` puts them together and reads them from files. Long: every key there is, one section after the other.
 """
 
 from __future__ import annotations

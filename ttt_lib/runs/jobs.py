@@ -15,7 +15,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,9 +165,6 @@ def _clean_work(runs: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-# --------------------------------------------------------------------------------------------------- one job
-
-
 def run_job(job: Job, runs: str | Path, keep: bool = False) -> Outcome:
     """Do one job, unless it is done; never raises. Results appear in one step, or not at all.
 
@@ -189,12 +186,8 @@ def run_job(job: Job, runs: str | Path, keep: bool = False) -> Outcome:
                 return ended("skipped")
             try:
                 log.info("%s: begins in %s", job.name, work)
-                kernel = kept_kernel(job.threads) if keep else Kernel(job.threads)
-                try:
+                with nullcontext(kept_kernel(job.threads)) if keep else closing(Kernel(job.threads)) as kernel:
                     _fill(job, work, begun, kernel)
-                finally:
-                    if not keep:
-                        kernel.close()
                 if final.exists():
                     set_aside(final, runs)
                 final.parent.mkdir(parents=True, exist_ok=True)
@@ -289,10 +282,8 @@ def _finish(
 ) -> Iterator[tuple[Job, Outcome]]:  # fmt: skip
     """Do the jobs here or on a cluster; each with its outcome as it ends."""
     if workers <= 1 and not scheduler and not cluster_file:
-        try:
+        with closing(kept_kernel(jobs[0].threads)):
             yield from ((job, run_job(job, runs, keep=True)) for job in jobs)
-        finally:
-            kept_kernel(jobs[0].threads).close()
         return
     with open_client(min(max(workers, 1), len(jobs)), scheduler, cluster_file, announce) as client:
         from distributed import as_completed

@@ -17,17 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt_lib.adaptation.ensemble import log_difference, predict_member, predict_mirrored, predict_on_views
+from ttt_lib.adaptation.gate.reprojection import reprojection_errors
 from ttt_lib.adaptation.student import Student
 from ttt_lib.core.config import ExperimentConfig, GateConfig
 from ttt_lib.core.errors import NotSupported
 from ttt_lib.core.schema import ShiftConfig
 from ttt_lib.core.types import Prediction
-from ttt_lib.geometry.cameras import project, transform_points, unproject
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.views.carry import View
-from ttt_lib.views.draw import make_views, sample_cameras
-from ttt_lib.views.mesh import build_mesh
-from ttt_lib.views.torch_backend import rasterise
+from ttt_lib.views.draw import make_views
 
 PAIRS = 4000  # pixel pairs that are voted on
 EQUAL = 0.02  # relative depth within which two pixels count as equally far
@@ -195,40 +193,6 @@ def edge_agreement(depth: Tensor, image: Tensor, mask: Tensor) -> float:
     return float(torch.corrcoef(both)[0, 1])
 
 
-def reprojection_errors(
-    model: GeometryModel, held: HeldBack, weights: list, severity: int, generator: torch.Generator
-) -> list[float]:
-    """Photometric error through the geometry that each set of weights predicts in a view from another camera.
-
-    The scene of the original prediction is drawn from a moved camera; each network (a context of `weights`) predicts
-    that picture's depth, brought to the drawn one by its median ratio; its points, moved to the first camera, say where
-    in the image each pixel's colour should be found. Mean absolute difference over the pixels that the mask calls known.
-    """
-    image, original = held.image, held.original
-    surface = original.mask & torch.isfinite(original.points).all(-1) & (original.depth > 0)
-    if not bool(surface.any()):
-        return [math.nan] * len(weights)
-    mesh = build_mesh(image, original.points, surface, original.intrinsics)
-    transform = sample_cameras(original.depth[surface].median(), severity, 1, generator).to(image.device)
-    lens = original.intrinsics[None]
-    colours, drawn, mask = rasterise(mesh, transform, lens, tuple(image.shape[-2:]))
-    errors = []
-    for context in weights:
-        with context():
-            depth = model.predict(colours, lens).depth[0]
-        known = mask[0] & (depth > 0) & torch.isfinite(depth)
-        if not bool(known.any()):
-            errors.append(math.nan)
-            continue
-        depth = depth * (drawn[0] / depth)[known].median()
-        back = transform_points(unproject(depth, original.intrinsics), torch.linalg.inv(transform[0])[None])
-        grid = 2 * project(back, original.intrinsics) - 1
-        found = F.grid_sample(image[None], grid[None], align_corners=False)[0]
-        known &= (grid.abs() < 1).all(-1) & (back[..., 2] > 0)
-        errors.append(float((found - colours[0]).abs().mean(0)[known].mean()))
-    return errors
-
-
 def field_of_view(intrinsics: Tensor) -> float:
     """Horizontal field of view in degrees of normalised intrinsics (3,3)."""
     return math.degrees(2 * math.atan(0.5 / float(intrinsics[0, 0])))
@@ -264,7 +228,7 @@ def measure(
         signals |= {f"ensemble_{key}": value for key, value in found.items()}
     if "reprojection" in config.signals:
         contexts = [lambda: student.weights(first), lambda: student.weights(values)]
-        before, after = reprojection_errors(model, held, contexts, config.severity, generator)
+        before, after = reprojection_errors(model, held.image, original, contexts, config.severity, generator)
         signals |= {"reprojection_original": before, "reprojection_adapted": after}
         signals["reprojection_gain"] = _log_ratio(before, after)
     if "edges" in config.signals:
