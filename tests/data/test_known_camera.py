@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.ExifTags import IFD, Base
 
 from ttt_lib import adapt
 from ttt_lib.core.errors import UserError
@@ -15,7 +16,6 @@ from ttt_lib.core.types import Prediction
 from ttt_lib.data.known_camera import centre_photograph, known_camera, parse_intrinsics
 from ttt_lib.data.known_distances import References
 from ttt_lib.data.moge_layout import Raw, target_view
-from ttt_lib.data.photographs.sources import EXIF, FOCAL_35
 from ttt_lib.geometry.cameras import fov_from_intrinsics, project, unproject
 
 SIZE = (96, 128)
@@ -172,7 +172,7 @@ def test_training_sees_the_known_camera(tiny, monkeypatch):
 
 def test_exif_is_used_unless_it_is_not_wanted(tiny, tmp_path, monkeypatch):
     image, exif = Image.new("RGB", (128, 96), "gray"), Image.Exif()
-    exif.get_ifd(EXIF)[FOCAL_35] = 26
+    exif.get_ifd(IFD.Exif)[Base.FocalLengthIn35mmFilm] = 26
     image.save(tmp_path / "phone.jpg", exif=exif)
     said = []
     network = SimpleNamespace(predict=type(tiny).predict)
