@@ -10,7 +10,7 @@ from rendered_walls import FOCAL, camera, depth_error, poster, render, walk
 from ttt_lib.data.photographs import focal
 from ttt_lib.data.photographs.focal import Belief, combine, expected
 from ttt_lib.data.photographs.job import Picture
-from ttt_lib.data.photographs.matching import MIN_MATCHES, _leave_out_strangers
+from ttt_lib.data.photographs.matching import MIN_MATCHES, TWINS, _leave_out_strangers, _twins
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.scenes.failures import FAILURES
 
@@ -115,3 +115,15 @@ def test_a_guess_that_contradicts_the_photographs_is_forgotten_and_exif_is_not()
 def test_a_camera_that_hardly_exists_is_known():
     assert focal.is_unlikely(Belief(np.array([2.7]), np.array([0.05])))
     assert not focal.is_unlikely(Belief(np.array([1.9]), np.array([0.05])))
+
+
+@pytest.mark.parametrize(("alike", "repeats"), [("small", False), ("large", True), ("none", False)])
+def test_only_large_features_say_that_a_pattern_repeats(alike, repeats):
+    """600 small and 300 large features: speckles look alike in any picture, tiles are alike at every size."""
+    rng = np.random.default_rng(0)
+    size = np.r_[rng.uniform(1, 2, 600), rng.uniform(4, 9, 300)]
+    descriptors = rng.integers(0, 255, (900, 128)).astype(np.uint8)
+    chosen = {"small": size < 3, "large": size > 3, "none": size < 0}[alike]
+    descriptors[chosen] = descriptors[0]
+    share = _twins(rng.uniform(0, 640, (900, 2)), descriptors, np.argsort(-size))
+    assert (share > TWINS) == repeats and (share > 0.95 or share < 0.05)
