@@ -26,7 +26,7 @@ def own() -> Terms:
 
 @LOSSES.register("study", preset=True, settings=LossConfig)
 def study() -> Terms:
-    """The study's, on MoGe-2: MoGe-1's terms without the normals (each `configs/train/ablation_*.json` of its release)."""
+    """The study's, on MoGe-2: MoGe-1's terms without normals (`configs/train/ablation_unfreeze_encoder.json` of its release)."""
     return {name: {} for name in ("global", "local_4", "local_16", "local_64", "mask")}
 
 
