@@ -69,5 +69,5 @@ def resolved(config: ExperimentConfig, model: GeometryModel) -> ExperimentConfig
 
 
 def said(config: ExperimentConfig) -> str:
-    """The active terms and their weights, for the record of a result."""
+    """The active terms and their weights, for the record of a result; one whose output a model lacks is left out of the sum."""
     return ", ".join(f"{name} {config.losses[name].weight:g}" for name in active_terms(config.losses))
