@@ -84,6 +84,10 @@ def test_heads_that_are_left_out_do_not_run_and_change_nothing_else(picture):
         adapt(model, picture.image[0], small_experiment(model={"name": "x"})()).final.points,
     )
     assert ran.count("points_head") - ran.count("normal_head") == 4  # only the second one's
+    few = {"global": {"align_resolution": 6}} | {f"local_{level}": {"weight": 0} for level in (4, 16, 64)}
+    own = adapt(model, picture.image[0], small_experiment(losses={"own": {}, **few, "mask": {"weight": 0}})())
+    assert own.losses == "global 1, edge 1, metric_scale 0.1, mask_bce 0.1, normal_map 0.1"
+    assert own.history[0]["normal_map"] > 0 and own.decision == "adapted"
 
 
 def test_a_scene_is_adapted_to_by_a_moge_2_with_a_vit():

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import inspect
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ttt_lib.core.files import absolute
-from ttt_lib.core.registry import DATASETS, MODELS, SHIFTS
+from ttt_lib.core.registry import DATASETS, MODELS, SHIFTS, Registry
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -21,6 +21,7 @@ NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]  # more is a slip, and would fill the memory
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Signal = Literal["consistency", "votes", "ensemble", "reprojection", "edges", "drift", "loss", "camera"]
 Side = Annotated[int, Field(ge=16, le=16384)]  # pixels that a network can make something of
 RESERVED = ("summary", "superseded", "failed", "scored")  # folders of a folder of runs that are no experiment's
 
@@ -29,6 +30,15 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _known(registry: Registry, what: str) -> AfterValidator:
+    def check(name: str) -> str:
+        if not registry.knows(name):
+            raise ValueError(f"there is no such {what}; there are {', '.join(registry.all_names())}")
+        return name
+
+    return AfterValidator(check)
 
 
 def absolute_name(name: str) -> str:
@@ -168,19 +178,13 @@ class PhotometricConfig(Section):
     blur: Probability = 0.0
 
 
-def _known_shift(name: str) -> str:
-    if not SHIFTS.knows(name):
-        raise ValueError(f"there is no such shift; there are {', '.join(SHIFTS)}")
-    return name
-
-
 class ShiftConfig(Section):
     """Bad weather, light and sensors in views (DepthAnything-AC), one of `names` at a time; see `shifts.py`.
 
     A set of `shifted` scenes has the very same changes: what is trained on them knows that set's kinds of shift.
     """
 
-    names: list[Annotated[str, AfterValidator(_known_shift)]] = []
+    names: list[Annotated[str, _known(SHIFTS, "shift")]] = []
     probability: Probability = 0.5
     severity: Severity = 2
 
@@ -229,9 +233,7 @@ class GateConfig(Section):
     calibration: Annotated[str, AfterValidator(absolute)] | None = None
     views: Annotated[int, Field(ge=1, le=64)] = 4
     severity: Severity = 2
-    signals: list[Literal["consistency", "votes", "ensemble", "reprojection", "edges", "drift", "loss", "camera"]] = [
-        "consistency", "votes", "ensemble", "reprojection", "edges", "drift", "loss", "camera",
-    ]  # fmt: skip
+    signals: list[Signal] = list(get_args(Signal))
 
 
 class LossConfig(Section):
@@ -252,12 +254,6 @@ class ReleasedConfig(Section):
     all_heads: bool = False
 
 
-def _known_kind(kind: str) -> str:
-    if not DATASETS.knows(kind):
-        raise ValueError(f"there is no such kind of data; there are {', '.join(DATASETS.all_names())}")
-    return kind
-
-
 class DataConfig(Section):
     """One set of samples; the keys of MoGe's `configs/eval/*.json` plus `kind` and `name`. See `data.open_dataset`.
 
@@ -267,7 +263,7 @@ class DataConfig(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    kind: Annotated[str, AfterValidator(_known_kind)] = "moge"
+    kind: Annotated[str, _known(DATASETS, "kind of data")] = "moge"
     name: str | None = None
     path: Annotated[str, AfterValidator(absolute)] | None = None
     split: str = ".index.txt"

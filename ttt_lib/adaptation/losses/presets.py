@@ -26,7 +26,7 @@ def own() -> Terms:
 
 @LOSSES.register("study", preset=True, settings=LossConfig)
 def study() -> Terms:
-    """The study's, on MoGe-2: MoGe-1's terms without the normals (each `configs/train/ablation_*.json` of its release)."""
+    """The study's, on MoGe-2: MoGe-1's terms without normals (`configs/train/ablation_unfreeze_encoder.json` of its release)."""
     return {name: {} for name in ("global", "local_4", "local_16", "local_64", "mask")}
 
 
@@ -69,5 +69,5 @@ def resolved(config: ExperimentConfig, model: GeometryModel) -> ExperimentConfig
 
 
 def said(config: ExperimentConfig) -> str:
-    """The active terms and their weights, for the record of a result."""
+    """The active terms and their weights, for the record of a result; one whose output a model lacks is left out of the sum."""
     return ", ".join(f"{name} {config.losses[name].weight:g}" for name in active_terms(config.losses))
