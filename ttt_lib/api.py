@@ -22,7 +22,7 @@ from ttt_lib.core.errors import UserError
 from ttt_lib.core.files import first_repeated
 from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.data.catalog import describe_sources, open_dataset
-from ttt_lib.data.images import read_photo
+from ttt_lib.data.images import as_image, read_photo
 from ttt_lib.data.known_camera import known_camera
 from ttt_lib.data.known_distances import References
 from ttt_lib.data.photographs.load import load_scene
@@ -163,6 +163,7 @@ def adapt(
     # What the gate was calibrated for is compared with the model at hand.
     at_hand = experiment.model.model_copy(update={"name": model.name, "num_tokens": model.num_tokens})
     config = experiment.model_copy(update={"model": at_hand})
+    image = as_image(image, "adapt: the image")
     camera = known_camera(tuple(image.shape[-2:]), intrinsics, fov, file)
     return adapt_photograph(model, config, image, name or "image", references, camera, progress)
 

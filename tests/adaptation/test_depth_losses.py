@@ -103,7 +103,10 @@ def test_outputs_reach_their_terms():
     # Points are aligned in scale and z-shift before their depth is inverted.
     shifted = 2 * target + torch.tensor([0.0, 0.0, 3.0])
     assert float(values({"points": shifted}, ssi=1.0, gradient=1.0)["ssi"]) < 1e-3
-    with pytest.raises(UserError, match=r"losses\.global"):
-        values({"disparity": depth}, **{"global": 1.0})
+    # Of a disparity there are no points: its own terms stay, and take the place of those of points that were alone.
+    instead = values({"disparity": 3 / depth + 1}, **{"global": 1.0, "local_4": 1.0, "mask": 1.0})
+    assert instead.keys() == {"ssi", "gradient"} and max(map(float, instead.values())) < 1e-5
+    assert values({"disparity": depth}, **{"global": 1.0, "gradient": 1.0}).keys() == {"gradient"}
+    assert values({"disparity": depth}, **{"global": 0.0, "mask": 1.0}).keys() == set()
     with pytest.raises(UserError, match=r"losses\.silog"):
         values({"disparity": depth}, silog=1.0)

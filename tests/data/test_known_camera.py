@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -175,11 +173,11 @@ def test_exif_is_used_unless_it_is_not_wanted(tiny, tmp_path, monkeypatch):
     exif.get_ifd(IFD.Exif)[Base.FocalLengthIn35mmFilm] = 26
     image.save(tmp_path / "phone.jpg", exif=exif)
     said = []
-    network = SimpleNamespace(predict=type(tiny).predict)
+    whole = type(tiny).predict
 
     def predict(self, images, intrinsics=None):
         said.append(self.fov_x)
-        return network.predict(self, images, intrinsics)
+        return whole(self, images, intrinsics)
 
     monkeypatch.setattr(type(tiny), "predict", predict)
     result = adapt(tiny, tmp_path / "phone.jpg", "original", overrides=QUICK)

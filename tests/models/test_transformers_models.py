@@ -23,6 +23,7 @@ from true_scene import true_scene
 
 from ttt_lib.adaptation.correction import at_references
 from ttt_lib.adaptation.ensemble import predict_mirrored
+from ttt_lib.adaptation.photographs.scene import guess_focal
 from ttt_lib.core.errors import UserError
 from ttt_lib.data.known_distances import References
 from ttt_lib.geometry.cameras import intrinsics_from_fov, unproject, uv_map
@@ -499,6 +500,9 @@ def test_a_field_of_view_can_be_given(load):
     found = load("zoe_n", fov_x=90.0).predict(_batch(_pictures(1))[0])
     assert float(found.intrinsics[0, 0]) == pytest.approx(0.5) and not found.extra
     assert "taken as known, 90 degrees" in found.note
+    image = _batch(_pictures(1))[0]  # a scene's reconstruction begins with what is known, or predicted, never assumed
+    guesses = [guess_focal(load("zoe_n", **options))(image) for options in ({}, {"fov_x": 90.0})]
+    assert guesses == [None, pytest.approx(0.5)] and 0.1 < guess_focal(load("pro"))(image) < 10
     with pytest.raises(UserError, match="field of view"):
         load("zoe_n", fov_x=190.0)
 

@@ -11,7 +11,6 @@ from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.types import Prediction
-from ttt_lib.data.images import as_image
 from ttt_lib.data.known_camera import KnownCamera, centre_photograph
 from ttt_lib.data.known_distances import References
 from ttt_lib.models.base import GeometryModel
@@ -21,7 +20,7 @@ def adapt_photograph(
     model: GeometryModel, config: ExperimentConfig, image: Tensor, name: str, references: References | None = None,
     camera: KnownCamera | None = None, progress: bool = False,
 ) -> AdaptResult:  # fmt: skip
-    """`Adapter.adapt` of a photograph (3,H,W) by its camera, where that is known; predictions are of the photograph.
+    """`Adapter.adapt` of a photograph (3,H,W) in [0,1] by its camera, where that is known; predictions are of the photograph.
 
     The model predicts, and its views are drawn, with the known camera, centred (`data.known_camera`).
 
@@ -31,7 +30,6 @@ def adapt_photograph(
     if camera is None:
         supervision = [KnownDistances(references, config)] if references is not None else []
         return Adapter(model, config).adapt(image, name, supervision, progress=progress)
-    image = as_image(image, "adapt: the image")
     seen = centre_photograph(image, camera)
     supervision = [KnownDistances(seen.carried(references), config)] if references is not None else []
     with model.knowing(fov_x=seen.fov_x):

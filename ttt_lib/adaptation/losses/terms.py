@@ -116,11 +116,11 @@ def compute_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
 
 def _of_disparity(terms: dict[str, LossConfig]) -> dict[str, LossConfig]:
     """The terms without those of points; `ssi` and `gradient`, as in `more/relative_depth`, where these were all."""
-    kept = {name: term for name, term in terms.items() if "points" not in LOSSES.about[name].get("needs", ())}
-    left = [name for name in active_terms(kept) if not LOSSES.about[name].get("where")]
-    if left or kept.keys() == terms.keys():
-        return kept
-    return kept | {"ssi": LossConfig(), "gradient": LossConfig(weight=0.5)}
+    active = {name: "points" in LOSSES.about[name].get("needs", ()) for name in active_terms(terms)}
+    kept = {name: term for name, term in terms.items() if not active.get(name)}
+    others = [name for name, of_points in active.items() if not of_points and not LOSSES.about[name].get("where")]
+    alone = any(active.values()) and not others
+    return kept | {"ssi": LossConfig(), "gradient": LossConfig(weight=0.5)} if alone else kept
 
 
 def _possible(there: set[str]) -> str:

@@ -158,7 +158,8 @@ def guess_focal(model: GeometryModel, longest_side: int | None = None) -> Callab
 
     def guess(image: Tensor) -> float | None:
         prediction = model.predict(working_image(image.to(model.device), longest_side))
-        return None if prediction.note or prediction.intrinsics is None else float(prediction.intrinsics[0, 0])
+        assumed = prediction.intrinsics is None or prediction.note and model.fov_x is None
+        return None if assumed else float(prediction.intrinsics[0, 0])
 
     return guess
 
