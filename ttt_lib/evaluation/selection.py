@@ -82,7 +82,7 @@ def beyond_selection(gains: pd.DataFrame) -> pd.DataFrame:
 
     `first_*`: gain over `original` on the samples as they were chosen, which selection is part of. `over_*` and `again_*`:
     over the control that leaves least of it (`over_control`, `again_control`), on that look and on the second one.
-    `gain`: whether both intervals lie above zero, and so those over every control. (Easy samples were chosen where
+    `gain`: whether the intervals over every control, on both looks, lie above zero. (Easy samples were chosen where
     `original` had luck, so on the first look they must win that back.)
     """
 
@@ -97,7 +97,7 @@ def beyond_selection(gains: pd.DataFrame) -> pd.DataFrame:
         for prefix, look in [("over", "first"), ("again", "again")] if name != SEEN_AGAIN else []:
             those = rows[rows["look"] == look].dropna(subset=["low"])
             if len(those):
-                least = those.loc[those["low"].idxmin()]
+                least = those.loc[those["mean"].idxmin()]
                 record |= {**columns(prefix, least), f"{prefix}_control": least["control"]}
             record["gain"] &= bool(len(those)) and bool((those["low"] > 0).all())
         found.append(record)
