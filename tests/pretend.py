@@ -62,6 +62,10 @@ class OnGpu(torch.Tensor):
             if func is torch.Tensor.data.__set__:
                 args[0].inner = args[1].inner
                 return None
+            if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+                index = args[1] if isinstance(args[1], tuple) else (args[1],)
+                there = tuple(torch.tensor(part, device=GPU) if isinstance(part, list) else part for part in index)
+                return func(args[0], there, *args[2:])
             if func is torch.Tensor.tolist:
                 return args[0].cpu().tolist()
             if func is torch.Tensor.new_tensor:
