@@ -183,6 +183,7 @@ def pretended_gpu(free: int = 2**40, peak: int = 2**20) -> Iterator[PretendedGpu
     said = {
         "_lazy_init": None, "synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 0,
         "max_memory_allocated": peak, "memory_reserved": 0, "mem_get_info": (free, free), "empty_cache": None,
+        "get_per_process_memory_fraction": 1.0,
         "get_rng_state": torch.get_rng_state(), "set_rng_state": None,
     }  # fmt: skip
     with ExitStack() as stack:
