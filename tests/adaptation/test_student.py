@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -93,19 +94,28 @@ def test_parts_of_the_batch_give_the_whole_gradient(student, exact, image, cutmi
     assert_equal_terms(part_terms, terms)
 
 
-def test_out_of_memory_halves_the_part_and_changes_nothing(student, exact, image, monkeypatch):
+def gpu_is_full():
+    raise memory.OUT_OF_MEMORY[0]("CUDA out of memory")
+
+
+@pytest.mark.parametrize("ask", [gpu_is_full, lambda: torch.empty(2**46)], ids=["gpu", "cpu"])  # 256 TiB
+def test_out_of_memory_halves_the_part_and_changes_nothing(student, exact, image, monkeypatch, ask):
     settings = config(train={"batch_size": 4}, losses=LOCAL)
     (rows,), _ = passes_of(student, image, settings)
     whole, terms, _ = gradients(exact, rows, settings, 4)
-    real = exact.model.forward
+    real, failed = exact.model.forward, []
 
     def small_memory(images, intrinsics=None):
+        assert not any(each() is not None for each in failed)  # what the failed part held is gone by now
         if len(images) > 1:
-            raise memory.OUT_OF_MEMORY[0]("CUDA out of memory")
+            output = real(images, intrinsics)
+            failed.append(weakref.ref(output["points"]))
+            ask()
         return real(images, intrinsics)
 
     monkeypatch.setattr(exact.model, "forward", small_memory)
     parts, part_terms, training = gradients(exact, rows, settings, 4)
+    assert len(failed) == 2
     assert training.micro_batch == 1
     assert_equal_terms(part_terms, terms)
     assert_close_gradients(parts, whole)
@@ -193,8 +203,10 @@ def test_auto_takes_what_the_memory_holds(tiny, image, monkeypatch):
 
     # A GPU with 100 bytes free, 20 more held by PyTorch, and a peak of 30 for a pass of two views: 0.8 * 120 / 15.
     cuda = {"memory_allocated": 50, "max_memory_allocated": 80, "mem_get_info": (100, 400), "memory_reserved": 70}
-    for name, value in cuda.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    for name, value in {**cuda, "get_per_process_memory_fraction": 0.3}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value, raising=False)
+    assert memory.room_for(torch.device("cuda"), 2) == 3  # of 120 bytes that it may have, 50 are in use
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     assert memory.room_for(torch.device("cuda"), 2) == 6
 
     class OnGpu:

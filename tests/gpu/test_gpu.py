@@ -130,15 +130,22 @@ def test_memory_does_not_grow_from_image_to_image(tiny, image, place):
 @pytest.mark.gpu
 def test_auto_stays_under_a_cap_of_the_memory(tiny, image):
     with at("cuda") as place:
-        model, settings = place.copy_of(tiny), config(train={"passes": 32, "accumulation": 32, "micro_batch": "auto"})
-        free = adapt(model, image, settings)
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(0.5 * free.peak_memory_mb * 2**20 / torch.cuda.mem_get_info()[1])
+        model = place.copy_of(tiny)
+        model.num_tokens, train = 192, {"passes": 32, "accumulation": 32}
+
+        def run(micro_batch):
+            torch.cuda.empty_cache()
+            return adapt(model, image, config(train={**train, "micro_batch": micro_batch}, views={"longest_side": 128}))
+
+        least, free = run(2), run("auto")
+        assert free.micro_batch == 64 and free.peak_memory_mb > least.peak_memory_mb
+        cap = (least.peak_memory_mb + free.peak_memory_mb) / 2 * 2**20
+        torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.mem_get_info()[1])
         try:
-            capped = adapt(model, image, settings)
+            capped = run("auto")
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
-        assert capped.micro_batch < free.micro_batch and capped.peak_memory_mb < free.peak_memory_mb
+        assert 2 <= capped.micro_batch < 64 and capped.peak_memory_mb <= cap / 2**20
         assert_near(capped, free)
 
 

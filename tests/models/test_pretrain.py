@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,3 +120,51 @@ def test_without_effects_a_batch_is_the_clean_pictures(plain_chunks):
     pictures = torch.from_numpy(chunk.image).float() / 255
     known = torch.cat([pictures, pictures.flip(-1)])
     assert all(any(torch.equal(one, other) for other in known) for one in clean)
+
+
+def test_a_gpu_draws_the_same_pictures():
+    from pretend import GPU, pretended_gpu
+
+    small = pretrain_data.draw_chunk(0, 2, 2, 1, torch.device("cpu"))
+    with pretended_gpu() as gpu:
+        source = pretrain_data.DrawnHere(0, 2, 1, GPU)
+        (there,) = source.window(2, 2)
+        assert there.image.device == GPU and source.window(2, 3)[0] is there
+        assert torch.equal(there.image.cpu(), small.image) and torch.equal(there.depth.cpu(), small.depth)
+        gpu.waits.clear()
+        image, depth, rays = pretrain_data.draw_batch([there], 0, 2, 5, GPU, effects=False)
+        assert image.device == depth.device == rays.device == GPU
+    large = pretrain_data.draw_chunk(0, 2, 1, 2, torch.device("cpu"))
+    assert large.depth.shape[1:] == tuple(2 * side for side in small.depth.shape[1:])
+
+
+def test_edges_count_where_depth_jumps(picture):
+    depth = torch.where(picture.mask, picture.points[..., 2], torch.inf)
+    rays = torch.where(picture.mask[..., None], picture.points[..., :2] / picture.points[..., 2:], 0.0)
+    sharp = {"points": picture.points.nan_to_num(1.0), "mask": picture.mask.float(), "metric_scale": torch.ones(2)}
+    blurred = torch.nn.functional.avg_pool2d(sharp["points"].permute(0, 3, 1, 2), 5, 1, 2, count_include_pad=False)
+    soft = dict(sharp, points=blurred.permute(0, 2, 3, 1))
+    plain = [float(pretrain.geometry_loss(output, depth, rays)[0]) for output in (sharp, soft)]
+    edged = [float(pretrain.geometry_loss(output, depth, rays, 0.5)[0]) for output in (sharp, soft)]
+    assert edged[0] < 1e-3 and edged[1] > plain[1] + 0.02
+
+
+def test_the_recipe_of_a_gpu_resumes_and_tells_its_scores(plain_chunks, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "new_model", lambda seed, imagenet: _fresh(seed))
+    monkeypatch.setattr(
+        pretrain_data.ChunkSource, "window",
+        lambda self, first, last: [
+            pretrain_data.make_chunk(self.seed, i, self.size, self.scale) for i in range(first, last + 1)
+        ],
+    )  # fmt: skip
+    recipe = replace(pretrain.RECIPES["gpu_10min"], steps=4, tokens=(12, 24), **SMALL)
+    seen = []
+    score = lambda model, step: seen.append(step) or {"held_out": float(step)}  # noqa: E731
+    whole = pretrain.train(recipe, tmp_path / "a", evaluate=score, evaluate_seconds=0.0)
+    assert seen == [1, 2, 3, 4]
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["held_out"] for line in lines if "held_out" in line] == [1.0, 2.0, 3.0, 4.0]
+    pretrain.train(recipe, tmp_path / "b", stop_at=2, save_every=2)
+    assert torch.equal(weights(whole), weights(pretrain.train(recipe, tmp_path / "b")))
+    with pytest.raises(ValueError, match="another recipe"):
+        pretrain.train(replace(recipe, edges=0.0), tmp_path / "a")

@@ -55,12 +55,15 @@ def peak_memory_mb(device: torch.device) -> float:
 def room_for(device: torch.device, done: int) -> int:
     """How many things like the `done` ones before fit into a CUDA device's free memory, with a fifth of it to spare.
 
+    Where this process may have only a part of the device (`torch.cuda.set_per_process_memory_fraction`), what is free of it.
+
     What one of them needs is taken from the peak since `reset_peak_memory`, so it is rather too much than too little.
     """
     in_use = torch.cuda.memory_allocated(device)
     each = max(torch.cuda.max_memory_allocated(device) - in_use, 1) / done
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - in_use
-    return int(0.8 * free / each)
+    (free, total), held = torch.cuda.mem_get_info(device), torch.cuda.memory_reserved(device)
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)  # not in old releases
+    return int(0.8 * (min(free, share * total - held) + held - in_use) / each)
 
 
 def reset_peak_memory(device: torch.device) -> None:

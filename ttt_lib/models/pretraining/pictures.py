@@ -1,4 +1,5 @@
-"""Pictures for training the base model: chunks of procedural scenes made in another process, and what cameras do to them."""
+"""Pictures for training the base model: chunks of procedural scenes made in another process or on a GPU, and what cameras
+do to them."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_lib.data.scenes.generate import KINDS, make_pictures
-from ttt_lib.data.scenes.raycast import make_atlas
+from ttt_lib.data.scenes.generate import KINDS, make_scenes, place_cameras
+from ttt_lib.data.scenes.raycast import draw, make_atlas
 from ttt_lib.data.scenes.textures import make_textures
 
 SIZES = ((192, 256), (192, 256), (256, 192), (160, 320), (128, 384), (224, 224))  # height, width; about 192 tokens
@@ -23,40 +24,72 @@ assert set(SHARES) == set(KINDS)
 
 @dataclass
 class Chunk:
-    """Pictures of one size: image uint8 (N,3,H,W), depth float32 (N,H,W) with inf at the sky, intrinsics (N,3,3)."""
+    """Pictures of one size: image uint8 (N,3,H,W), depth float32 (N,H,W) with inf at the sky, intrinsics (N,3,3).
 
-    image: np.ndarray
-    depth: np.ndarray
-    intrinsics: np.ndarray
+    Arrays from another process, tensors where they were drawn on a GPU.
+    """
+
+    image: np.ndarray | Tensor
+    depth: np.ndarray | Tensor
+    intrinsics: np.ndarray | Tensor
 
 
 _atlases: dict[int, list[Tensor]] = {}
 
 
-def make_chunk(seed: int, number: int, count: int) -> Chunk:
-    """Chunk `number` of the training set of `seed`; runs in the generating process."""
+def make_chunk(seed: int, number: int, count: int, scale: int = 1) -> Chunk:
+    """Chunk `number` of the training set of `seed`, sides times `scale`; runs in the generating process."""
     torch.set_num_threads(1)
+    chunk = draw_chunk(seed, number, count, scale, torch.device("cpu"))
+    return Chunk(chunk.image.numpy(), chunk.depth.numpy(), chunk.intrinsics.numpy())
+
+
+def draw_chunk(seed: int, number: int, count: int, scale: int, device: torch.device) -> Chunk:
+    """The same chunk, drawn on a device and left there."""
     rng = np.random.default_rng([seed, 10, number])
     family = number // ATLAS_EVERY
     if family not in _atlases:
         _atlases.clear()
         _atlases[family] = make_atlas(make_textures(int(np.random.default_rng([seed, 11, family]).integers(2**31))))
-    size = SIZES[number % len(SIZES)]
+    height, width = (side * scale for side in SIZES[number % len(SIZES)])
     kinds = rng.choice(list(SHARES), count, p=list(SHARES.values()))
     images, depths, intrinsics = [], [], []
     for kind in kinds:  # one scene at a time keeps the working set in the cache
-        picture = make_pictures([str(kind)], int(rng.integers(2**31)), size, _atlases[family], bool(rng.random() < 0.8))
-        images.append((picture.image[0] * 255).round().byte().numpy())
-        depths.append(torch.where(picture.mask[0], picture.points[0, ..., 2], torch.inf).numpy())
-        intrinsics.append(picture.intrinsics[0].numpy())
-    return Chunk(np.stack(images), np.stack(depths), np.stack(intrinsics))
+        scene, shadows = int(rng.integers(2**31)), bool(rng.random() < 0.8)
+        scenes, places = make_scenes([str(kind)], scene, _atlases[family])
+        cameras = (part.to(device) for part in place_cameras([str(kind)], places, scene, width / height))
+        picture = draw(scenes.to(device), *cameras, (height, width), shadows)
+        images.append((picture.image[0] * 255).round().byte())
+        depths.append(torch.where(picture.mask[0], picture.points[0, ..., 2], torch.inf))
+        intrinsics.append(picture.intrinsics[0])
+    return Chunk(torch.stack(images), torch.stack(depths), torch.stack(intrinsics))
+
+
+class DrawnHere:
+    """Hands out chunks as `ChunkSource` does, drawn on a GPU when they are asked for: there it takes less than a step."""
+
+    def __init__(self, seed: int, size: int, scale: int, device: torch.device) -> None:
+        self.what, self.device = (seed, size, scale), device
+        self.ready: dict[int, Chunk] = {}
+
+    def window(self, first: int, last: int) -> list[Chunk]:
+        """Chunks first..last (inclusive); forgets those before."""
+        seed, size, scale = self.what
+        kept = {number: chunk for number, chunk in self.ready.items() if number >= first}
+        missing = [number for number in range(first, last + 1) if number not in kept]
+        self.ready = kept | {number: draw_chunk(seed, number, size, scale, self.device) for number in missing}
+        return [self.ready[number] for number in range(first, last + 1)]
+
+    def close(self) -> None:
+        """Forget the chunks."""
+        self.ready = {}
 
 
 class ChunkSource:
     """Hands out chunks in order of number, a few made ahead in one other process."""
 
-    def __init__(self, seed: int, size: int, ahead: int = 3, workers: int = 1) -> None:
-        self.seed, self.size, self.ahead = seed, size, ahead
+    def __init__(self, seed: int, size: int, scale: int = 1, ahead: int = 3, workers: int = 1) -> None:
+        self.seed, self.size, self.scale, self.ahead = seed, size, scale, ahead
         self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
         self.pending: dict[int, Future] = {}
         self.ready: dict[int, Chunk] = {}
@@ -65,7 +98,7 @@ class ChunkSource:
         """Chunks first..last (inclusive); waits for them, forgets those before, starts those after."""
         for number in range(first, last + 1 + self.ahead):
             if number not in self.pending and number not in self.ready:
-                self.pending[number] = self.pool.submit(make_chunk, self.seed, number, self.size)
+                self.pending[number] = self.pool.submit(make_chunk, self.seed, number, self.size, self.scale)
         for number in range(first, last + 1):
             if number in self.pending:
                 self.ready[number] = self.pending.pop(number).result()
@@ -80,15 +113,17 @@ class ChunkSource:
 def camera_effects(image: Tensor, generator: torch.Generator) -> Tensor:
     """What cameras and files do to a picture: white balance, contrast, blur, grain, vignette, rough quantisation.
 
-    image (B,3,H,W) in [0,1]; each picture gets its own draw from `generator` (CPU). Returns the same shape and range.
+    image (B,3,H,W) in [0,1]; each picture gets its own draw from `generator`. Returns the same shape and range.
     """
     batch, _, height, width = image.shape
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return (low + (high - low) * torch.rand(batch, *shape, 1, 1, generator=generator)).to(image)
+        return (low + (high - low) * torch.rand(batch, *shape, 1, 1, generator=generator, device=generator.device)).to(
+            image
+        )
 
     def chance(probability: float) -> Tensor:
-        return (torch.rand(batch, 1, 1, 1, generator=generator) < probability).to(image.device)
+        return (torch.rand(batch, 1, 1, 1, generator=generator, device=generator.device) < probability).to(image.device)
 
     x = image * uniform(0.8, 1.25, 3) * uniform(0.6, 1.4, 1)
     gray = x.mean(1, keepdim=True)
@@ -104,7 +139,7 @@ def camera_effects(image: Tensor, generator: torch.Generator) -> Tensor:
     x = torch.where(chance(0.2), sharper, x)
     v, u = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     x = x * (1 - uniform(0, 0.25, 1) * (u**2 + v**2).to(x) / 2)
-    grain = torch.randn(image.shape, generator=generator).to(x)
+    grain = torch.randn(image.shape, generator=generator, device=generator.device).to(x)
     x = x + grain * uniform(0, 1, 1).square() * 0.07
     levels = uniform(24, 255, 1).round()
     x = torch.where(chance(0.15), (x * levels).round() / levels, x)
@@ -118,14 +153,16 @@ def draw_batch(
     rng = np.random.default_rng([seed, 20, step])
     chunk = chunks[int(rng.integers(len(chunks)))]
     chosen = rng.choice(len(chunk.image), batch_size, replace=len(chunk.image) < batch_size)
-    image = torch.from_numpy(chunk.image[chosen]).to(device).float() / 255
-    depth = torch.from_numpy(chunk.depth[chosen]).to(device)
-    intrinsics = torch.from_numpy(chunk.intrinsics[chosen]).to(device)
+    image, depth, intrinsics = (
+        torch.as_tensor(part[chosen]).to(device) for part in (chunk.image, chunk.depth, chunk.intrinsics)
+    )
+    image = image.float() / 255
     height, width = image.shape[-2:]
     u = ((torch.arange(width, device=device) + 0.5) / width - 0.5)[None, None] / intrinsics[:, 0, 0, None, None]
     v = ((torch.arange(height, device=device) + 0.5) / height - 0.5)[None, :, None] / intrinsics[:, 1, 1, None, None]
     rays = torch.stack([u.expand_as(depth), v.expand_as(depth)], -1)
     if rng.random() < 0.5:  # centred cameras: a mirrored picture has mirrored depth and the very same rays
         image, depth = image.flip(-1), depth.flip(-1)
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    return camera_effects(image, generator) if effects else image, depth, rays
+    noise = int(rng.integers(2**62))  # drawn on the device: on a CPU grain would take longer than a GPU's whole step
+    image = camera_effects(image, torch.Generator(device).manual_seed(noise)) if effects else image
+    return image, depth, rays

@@ -13,15 +13,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_lib.core.files import to_json
-from ttt_lib.models.pretraining.pictures import ChunkSource, draw_batch
+from ttt_lib.models.pretraining.loss import geometry_loss
+from ttt_lib.models.pretraining.pictures import ChunkSource, DrawnHere, draw_batch
 from ttt_lib.models.tiny import TinyMoGe, default_config
-
-FAR_LIMIT = 200.0  # metres; what is farther trains the mask but not the depth
 
 
 @dataclass(frozen=True)
@@ -42,41 +41,20 @@ class Recipe:
     autocast: bool = True  # bfloat16 in the network, float32 in the loss
     effects: bool = True  # what cameras do to a picture; False: clean renderings only
     start: str = ""  # a checkpoint of `save_checkpoint` to go on from, as a second stage; "": ImageNet's encoder
+    scale: int = 1  # of the sides of the pictures
+    tokens: tuple[int, int] | None = None  # drawn for each step between these; None: one for each 16 x 16 pixels
+    edges: float = 0.0  # weight of the steps across depth edges, which are few and count little elsewhere
 
 
-def geometry_loss(output: dict[str, Tensor], depth: Tensor, rays: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Loss on log depth up to a factor, its gradients at four scales, ray directions, mask and metric scale.
-
-    The factor is the median ratio (a least-squares one diverges on exponential outputs: one far pixel dominates it).
-    depth (B,H,W) metres with inf at the sky; rays (B,H,W,2). Returns the loss and its terms.
-    """
-    points = output["points"].float()
-    known = torch.isfinite(depth) & (depth < FAR_LIMIT)
-    weight = known.float() / known.float().mean().clamp_min(1e-3)
-    predicted = points[..., 2].clamp_min(1e-6).log()
-    truth = torch.where(known, depth, 1.0).log()
-    difference = predicted - truth
-    with torch.no_grad():
-        offset = torch.where(known, difference, torch.nan).flatten(1).nanmedian(dim=1).values.nan_to_num(0.0)
-    centred = difference - offset[:, None, None]
-    depth_term = (weight * centred.abs()).mean()
-
-    gradient_term = torch.zeros((), device=points.device)
-    for scale in (1, 2, 4, 8):
-        d, k = centred[:, ::scale, ::scale], known[:, ::scale, ::scale]
-        for a, b, ka, kb in (
-            (d[:, 1:], d[:, :-1], k[:, 1:], k[:, :-1]),
-            (d[:, :, 1:], d[:, :, :-1], k[:, :, 1:], k[:, :, :-1]),
-        ):
-            gradient_term = gradient_term + ((a - b).abs() * (ka & kb)).sum() / (ka & kb).sum().clamp_min(1)
-
-    ray_term = (points[..., :2] / points[..., 2:].clamp_min(1e-6) - rays).abs().sum(-1).mean()
-    mask_term = F.binary_cross_entropy(output["mask"].float().clamp(1e-5, 1 - 1e-5), torch.isfinite(depth).float())
-    has_truth = known.flatten(1).any(1)
-    scale_term = ((output["metric_scale"].float().log() + offset).abs() * has_truth).mean()
-    terms = {"depth": depth_term, "gradient": gradient_term, "ray": ray_term, "mask": mask_term, "scale": scale_term}
-    total = depth_term + 0.5 * gradient_term + ray_term + 0.3 * mask_term + 0.2 * scale_term
-    return total, {name: float(term.detach()) for name, term in terms.items()}
+# For `seconds`: a schedule is fitted to the time. The second one has not met a GPU yet; larger pictures and edges are for
+# the blur of the first one's depth.
+RECIPES = {
+    "cpu_85min": Recipe(),
+    "gpu_10min": Recipe(
+        steps=4000, batch_size=32, learning_rate=2e-3, warmup=300, chunk_size=96, window=8, scale=2, tokens=(192, 768),
+        edges=0.5,
+    ),
+}  # fmt: skip
 
 
 def rate_at(step: int, recipe: Recipe) -> float:
@@ -124,6 +102,7 @@ def _begin(recipe: Recipe, device: torch.device) -> tuple[TinyMoGe, torch.optim.
         [{"params": rest, "factor": 1.0}, {"params": encoder, "factor": recipe.encoder_rate}],
         lr=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
+        fused=device.type == "cuda" or None,
     )
     return model, optimizer
 
@@ -143,24 +122,42 @@ def _resume(
     return state["average"], state["step"], state["spent"]
 
 
+def _keep(
+    path: Path, recipe: Recipe, model: TinyMoGe, optimizer: torch.optim.Optimizer, average: dict[str, Tensor],
+    step: int, spent: float,
+) -> None:  # fmt: skip
+    """What `_resume` reads."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+    save_tensors(path, {"recipe": asdict(recipe), **state, "step": step, "spent": spent})
+
+
+def _source(recipe: Recipe, device: torch.device, workers: int) -> ChunkSource | DrawnHere:
+    """Where pictures come from: drawn on the GPU, or in processes beside this one."""
+    pictures = (recipe.seed, recipe.chunk_size, recipe.scale)
+    return DrawnHere(*pictures, device) if device.type == "cuda" else ChunkSource(*pictures, workers=workers)
+
+
 def _step(
-    model: TinyMoGe, optimizer: torch.optim.Optimizer, drawn: tuple[Tensor, Tensor, Tensor], rate: float, mixed: bool
-) -> dict[str, float]:
+    model: TinyMoGe, optimizer: torch.optim.Optimizer, drawn: tuple[Tensor, Tensor, Tensor], recipe: Recipe, step: int,
+    rate: float,
+) -> dict[str, Tensor]:  # fmt: skip
     """One step on a batch of `draw_batch`; the loss and its terms. A gradient that is not finite moves nothing."""
     image, depth, rays = drawn
     image = image.contiguous(memory_format=torch.channels_last)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
     tokens = round(image.shape[-2] / 16) * round(image.shape[-1] / 16)
-    with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=mixed):
+    if recipe.tokens is not None:
+        tokens = int(np.random.default_rng([recipe.seed, 30, step]).integers(recipe.tokens[0], recipe.tokens[1] + 1))
+    with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=recipe.autocast):
         output = model(image, tokens)
-    loss, terms = geometry_loss(output, depth, rays)
+    loss, terms = geometry_loss(output, depth, rays, recipe.edges)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if torch.isfinite(norm):
         optimizer.step()
-    return {"loss": float(loss.detach()), **terms}
+    return {"loss": loss.detach(), **terms}
 
 
 @torch.no_grad()
@@ -171,23 +168,18 @@ def _follow(average: dict[str, Tensor], model: TinyMoGe, decay: float) -> None:
 
 
 def train(
-    recipe: Recipe,
-    folder: Path,
-    device: str = "cpu",
-    threads: int | None = None,
-    seconds: float | None = None,
-    stop_at: int | None = None,
-    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
-    evaluate_every: int = 1000,
-    save_every: int = 250,
-    workers: int = 1,
-) -> TinyMoGe:
+    recipe: Recipe, folder: Path, device: str = "cpu", threads: int | None = None, seconds: float | None = None,
+    stop_at: int | None = None, evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    evaluate_every: int = 1000, evaluate_seconds: float | None = None, save_every: int = 250, workers: int = 1,
+) -> TinyMoGe:  # fmt: skip
     """Train, or go on from `folder/state.pt` if it is there with the same recipe; returns the averaged model.
 
     Writes `folder/log.jsonl` (a line every 25 steps, a line an evaluation) and `folder/state.pt` (atomic).
     `seconds`: the rate still falls to its end, by turning time into steps after the first 300 steps; this makes the
     run depend on the clock, so leave it out where the result must be the same twice. `stop_at`: stop early, to be
-    resumed. Raises `ValueError` if the folder holds a run of another recipe.
+    resumed. `evaluate` gets the averaged model every so many steps, and with `evaluate_seconds` also so long after it had
+    it last; it moves nothing. On a GPU the pictures are drawn there. Raises `ValueError` if the folder holds a run of
+    another recipe.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,11 +188,11 @@ def train(
     model, optimizer = _begin(recipe, torch.device(device))
     state_path = folder / "state.pt"
     average, step, spent = _resume(state_path, recipe, model, optimizer)
-    source = ChunkSource(recipe.seed, recipe.chunk_size, workers=workers)
+    source = _source(recipe, torch.device(device), workers)
     steps_a_chunk = max(1, round(recipe.reuse * recipe.chunk_size / recipe.batch_size))
-    begun = time.perf_counter() - spent
+    begun, looked = time.perf_counter() - spent, time.perf_counter()
     total = recipe.steps
-    running: dict[str, float] = {}
+    running: dict[str, Tensor] = {}
     try:
         with open(folder / "log.jsonl", "a", encoding="utf-8", buffering=1) as log:  # line by line
             write = lambda line: log.write(to_json(line) + "\n")  # noqa: E731
@@ -209,24 +201,24 @@ def train(
                 chunks = source.window(max(0, newest - recipe.window + 1), newest)
                 drawn = draw_batch(chunks, recipe.seed, recipe.batch_size, step, torch.device(device), recipe.effects)
                 position = step if seconds is None else recipe.steps * step / total
-                terms = _step(model, optimizer, drawn, rate_at(int(position), recipe), recipe.autocast)
+                terms = _step(model, optimizer, drawn, recipe, step, rate_at(int(position), recipe))
                 _follow(average, model, min(recipe.average_decay, (step + 1) / (step + 10)))
                 step += 1
                 for name, value in terms.items():
                     running[name] = running.get(name, 0.0) + value / 25
                 if step % 25 == 0:
                     spent = time.perf_counter() - begun
-                    write({"step": step, "seconds": round(spent, 1), **{k: round(v, 5) for k, v in running.items()}})
+                    means = {name: round(float(value), 5) for name, value in running.items()}
+                    write({"step": step, "seconds": round(spent, 1), **means})
                     running = {}
                     if seconds is not None and step >= 300:
                         total = max(step + 1, int(step * seconds / spent))
                 if step % save_every == 0 or step == total:
-                    save_tensors(state_path, {
-                        "recipe": asdict(recipe), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "average": average, "step": step, "spent": time.perf_counter() - begun,
-                    })  # fmt: skip
-                if evaluate is not None and (step % evaluate_every == 0 or step == total):
+                    _keep(state_path, recipe, model, optimizer, average, step, time.perf_counter() - begun)
+                due = evaluate_seconds is not None and time.perf_counter() - looked >= evaluate_seconds
+                if evaluate is not None and (due or step % evaluate_every == 0 or step == total):
                     write({"step": step, **evaluate(averaged(model, average), step)})
+                    looked = time.perf_counter()
     finally:
         source.close()
     return averaged(model, average)

@@ -62,6 +62,10 @@ class OnGpu(torch.Tensor):
             if func is torch.Tensor.data.__set__:
                 args[0].inner = args[1].inner
                 return None
+            if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+                index = args[1] if isinstance(args[1], tuple) else (args[1],)
+                there = tuple(torch.tensor(part, device=GPU) if isinstance(part, list) else part for part in index)
+                return func(args[0], there, *args[2:])
             if func is torch.Tensor.tolist:
                 return args[0].cpu().tolist()
             if func is torch.Tensor.new_tensor:
@@ -179,6 +183,7 @@ def pretended_gpu(free: int = 2**40, peak: int = 2**20) -> Iterator[PretendedGpu
     said = {
         "_lazy_init": None, "synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 0,
         "max_memory_allocated": peak, "memory_reserved": 0, "mem_get_info": (free, free), "empty_cache": None,
+        "get_per_process_memory_fraction": 1.0,
         "get_rng_state": torch.get_rng_state(), "set_rng_state": None,
     }  # fmt: skip
     with ExitStack() as stack:
