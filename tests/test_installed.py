@@ -55,7 +55,7 @@ def imported() -> set[str]:
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 modules.add(node.module.split(".")[0])
-    modules -= set(sys.stdlib_module_names) | {"ttt_lib", "worker_mapping"}  # the latter lies beside `worker.py`
+    modules -= set(sys.stdlib_module_names) | {"ttt_lib"}
     known = packages_distributions()
     missing = {module for module in modules if module not in known and module not in OPTIONAL}
     assert not missing, f"{missing}: imported, and of no installed distribution"
