@@ -87,6 +87,17 @@ def default_workers() -> int:
     return torch.cuda.device_count() or cores()
 
 
+Profile = Annotated[
+    str,
+    typer.Option(
+        help="demo, paper, as_released, or a YAML file; auto: demo for tiny, none for other models.",
+        autocompletion=_complete_profiles,
+    ),
+]
+Model = Annotated[str | None, typer.Option(help="See `ttt-depth models`.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")]
+
+
 @app.command(epilog="Example: ttt-depth ablation --data path/to/set --experiments original,recommended --runs runs")
 def ablation(
     data: Annotated[
@@ -111,7 +122,7 @@ def ablation(
     scheduler: Annotated[str | None, typer.Option(help="Address of a running dask scheduler, tcp://host:port.")] = None,
     cluster: Annotated[str | None, typer.Option(help="YAML for dask-jobqueue: class and options.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples of each shard.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,
+    set_: Overrides = None,
     views: Annotated[bool, typer.Option(help="Also run 01_augmentation for every experiment.")] = True,
     hardest: Annotated[
         int | None,
@@ -199,14 +210,8 @@ def adapt(
     experiment: Annotated[
         str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)
     ] = "recommended",
-    profile: Annotated[
-        str,
-        typer.Option(
-            help="demo, paper, as_released, or a YAML file; auto: demo for tiny, none for other models.",
-            autocompletion=_complete_profiles,
-        ),
-    ] = "auto",
-    model: Annotated[str | None, typer.Option(help="See `ttt-depth models`.")] = None,
+    profile: Profile = "auto",
+    model: Model = None,
     metric_points: Annotated[
         Path | None,
         typer.Option(
@@ -217,7 +222,7 @@ def adapt(
     intrinsics: Annotated[str | None, typer.Option(help="Known camera: fx,fy,cx,cy in pixels, upright.")] = None,
     fov: Annotated[float | None, typer.Option(help="Known camera: horizontal field of view in degrees.")] = None,
     exif: Annotated[bool, typer.Option(help="Take the focal length from EXIF where neither is given.")] = True,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,
+    set_: Overrides = None,
 ) -> None:
     """Adapt to photographs: depth (PNG, NPY), point cloud (PLY), a before/after figure and a JSON record for each.
 
@@ -268,10 +273,8 @@ def scene(
     experiment: Annotated[
         str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)
     ] = "scene",
-    profile: Annotated[
-        str, typer.Option(help="A profile's name or file; auto: demo for tiny.", autocompletion=_complete_profiles)
-    ] = "auto",
-    model: Annotated[str | None, typer.Option(help="See `ttt-depth models`.")] = None,
+    profile: Profile = "auto",
+    model: Model = None,
     cameras: Annotated[
         Path | None, typer.Option(help="Known cameras: transforms.json, or the folder of a COLMAP model.")
     ] = None,
@@ -285,7 +288,7 @@ def scene(
         typer.Option(help="Keep the adapted weights for this place; needs an experiment that trains, scene_trained."),
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Begin with weights that were kept for this place.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")] = None,
+    set_: Overrides = None,
 ) -> None:
     """Adapt to several photographs of one scene: depth in one scale, one point cloud, cameras, pictures and a record."""
     with _importing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -63,6 +64,20 @@ def study(
         table.insert(1, "photographs", len(samples))
         tables.append(table.assign(refused=scene.refused, seconds=adaptation.seconds))
     return pd.concat(tables, ignore_index=True)
+
+
+def scene_signals(measured: pd.DataFrame) -> pd.DataFrame:
+    """What decides on a photograph of a scene beside what was gained there, as `evaluation.calibration.signal_quality` takes it.
+
+    measured: of `study` with `supervision.photographs.decide: false`, so that every correction was made. Columns:
+    `signal_*`, and `gain_adapted`, the gain in delta1 over affine-invariant depth and points.
+    `signal_held_back_gain` is log of the original's error at the held-back tracks over the corrected one's.
+    """
+    told = measured.dropna(subset=["held_back_corrected"])
+    gains = [told[f"{short}_final"] - told[f"{short}_original"] for short in SCORES]
+    table = told[["confirmed", "rank", "focal_doubt", "measured", "held_back_tracks"]].add_prefix("signal_")
+    table.insert(0, "signal_held_back_gain", np.log(told["held_back_original"] / told["held_back_corrected"]))
+    return table.assign(gain_adapted=sum(gains) / len(gains))
 
 
 def _with_depth(photograph: Photograph, depth: torch.Tensor) -> Photograph:
