@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ttt_lib.runs.notebook import Kernel
+from ttt_lib.runs.notebook import Kernel, thread_limits
 
 PARAMETERS = 'output_dir = ""\nending = ""\nseconds = 0'
 LOOK = """
@@ -74,3 +74,13 @@ def test_after_a_failure_there_is_a_new_kernel(look, ending):
         look("failing", ending)
     after = look("after")
     assert after["process"] != first["process"] and not after["warm"]
+
+
+def test_a_kernel_does_not_give_its_memory_back_at_once_as_a_dask_worker_does(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")  # dask's own, for its workers
+    with thread_limits(1):
+        assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
+    assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "65536"
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")  # a user's
+    with thread_limits(None):
+        assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "131072"
