@@ -56,13 +56,21 @@ class Scenes:
     atlas: list[Tensor]
     detail: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
-    def select(self, index: slice | list[int]) -> Scenes:
-        """The scenes at `index`, the batch dimension kept."""
+    def _changed(self, change: Callable[[Tensor], Tensor], atlas: list[Tensor]) -> Scenes:
+        """With every tensor of solids and lighting changed."""
         solids, lighting = (
-            replace(part, **{k: v[index] for k, v in vars(part).items() if isinstance(v, Tensor)})
+            replace(part, **{k: change(v) for k, v in vars(part).items() if isinstance(v, Tensor)})
             for part in (self.solids, self.lighting)
         )
-        return replace(self, solids=solids, lighting=lighting)
+        return replace(self, solids=solids, lighting=lighting, atlas=atlas)
+
+    def select(self, index: slice | list[int]) -> Scenes:
+        """The scenes at `index`, the batch dimension kept."""
+        return self._changed(lambda value: value[index], self.atlas)
+
+    def to(self, device: torch.device | str) -> Scenes:
+        """The scenes on a device."""
+        return self._changed(lambda value: value.to(device), [level.to(device) for level in self.atlas])
 
 
 @dataclass
