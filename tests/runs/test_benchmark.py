@@ -200,6 +200,7 @@ def test_the_memory_of_the_parent_is_not_the_loops(picture):
         ("04_reliability", {
             "calibration_data": [{"kind": "shifted", "count": 4, "seed": 11, "width": 64, "height": 48}],
             "test_data": [{"kind": "shifted", "count": 3, "width": 64, "height": 48}],
+            "tour_data": [{"kind": "tours", "count": 1, "views": [2], "width": 64, "height": 48}],  # refused
             "overrides": {"model": {"num_tokens": 48}, "train": {"passes": 1}, "gate": {"views": 1}},
         }),
     ],

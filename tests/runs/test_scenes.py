@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
+import pandas as pd
 import pytest
 import torch
 from conftest import small_experiment
 from true_scene import true_scene
 
 from ttt_lib.data.samples import SampleSet
+from ttt_lib.evaluation.calibration import signal_quality
 from ttt_lib.runs import scene_study
 from ttt_lib.runs.experiment import Adaptations, run_experiment
-from ttt_lib.runs.scene_study import control_scenes, study
+from ttt_lib.runs.scene_study import control_scenes, scene_signals, study
 from ttt_lib.runs.scenes import ALONE, Scenes
 
 experiment = small_experiment(supervision={"photographs": {}}, train={"method": "none", "passes": 0})
@@ -75,3 +79,19 @@ def test_a_study_says_what_was_gained_and_the_controls_gain_nothing(tiny):
     controls = control_scenes(tiny, scene, other)
     found = study(tiny, experiment(), {name: (changed, samples) for name, changed in controls.items()})
     assert len(controls) == 3 and (found["decision"] == "original").all()
+
+
+def test_what_decides_stands_beside_what_was_gained():
+    """Three photographs of a scene and one of a refused one; the more the held-back tracks say, the more was gained."""
+    rows = [
+        {"held_back_original": 0.2, "held_back_corrected": 0.2 / ratio, "rank": 0.5, "confirmed": 0.9, "focal_doubt": 0.0,
+         "measured": 0.5, "held_back_tracks": 50, "depth_original": 0.6, "depth_final": 0.6 + gain, "points_original": 0.5,
+         "points_final": 0.5 + 3 * gain}
+        for ratio, gain in ((1, 0.0), (2, 0.05), (4, 0.1))
+    ]  # fmt: skip
+    table = scene_signals(pd.DataFrame([*rows, {"depth_original": 0.6, "depth_final": 0.6}]))
+    assert table["gain_adapted"].tolist() == pytest.approx([0.0, 0.1, 0.2])
+    assert table["signal_held_back_gain"].tolist() == pytest.approx([0.0, math.log(2), math.log(4)])
+    assert signal_quality(table).set_index("signal")["spearman"]["held_back_gain"] == pytest.approx(1.0)
+    nothing = dict.fromkeys(["depth_original", "depth_final", "points_original", "points_final"], 0.5)
+    assert scene_signals(pd.DataFrame([nothing, nothing])).empty  # all refused

@@ -73,10 +73,13 @@ def scene_signals(measured: pd.DataFrame) -> pd.DataFrame:
     `signal_*`, and `gain_adapted`, the gain in delta1 over affine-invariant depth and points.
     `signal_held_back_gain` is log of the original's error at the held-back tracks over the corrected one's.
     """
-    told = measured.dropna(subset=["held_back_corrected"])
+    names = ["confirmed", "rank", "focal_doubt", "measured", "held_back_tracks"]
+    told = measured.reindex(columns=measured.columns.union([*names, "held_back_original", "held_back_corrected"]))
+    told = told.dropna(subset=["held_back_corrected"])  # of refused scenes nothing was held back
     gains = [told[f"{short}_final"] - told[f"{short}_original"] for short in SCORES]
-    table = told[["confirmed", "rank", "focal_doubt", "measured", "held_back_tracks"]].add_prefix("signal_")
-    table.insert(0, "signal_held_back_gain", np.log(told["held_back_original"] / told["held_back_corrected"]))
+    table = told[names].add_prefix("signal_")
+    errors = told[["held_back_original", "held_back_corrected"]].astype(float)
+    table.insert(0, "signal_held_back_gain", np.log(errors.iloc[:, 0] / errors.iloc[:, 1]))
     return table.assign(gain_adapted=sum(gains) / len(gains))
 
 
