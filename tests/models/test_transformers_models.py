@@ -568,8 +568,9 @@ def test_every_parameter_is_in_one_part_and_gradients_reach_all(load, family):
     heads = {"relative_head", "metric_head"} if family.startswith("zoe") else {"head"}
     heads |= {"fov_model"} if family == "pro" else set()
     assert {name.split(".")[0] for name, _ in groups["heads"]} == heads
-    # GLPN's decoder has batch normalisations in sequences.
-    assert groups["norms"] and all("norm" in n.lower() or ".convolutional_layer" in n for n, _ in groups["norms"])
+    # GLPN's decoder has batch normalisations in sequences; the scales of a ViT's branches count as norms.
+    kinds = ("norm", ".convolutional_layer", "layer_scale")
+    assert groups["norms"] and all(any(kind in n.lower() for kind in kinds) for n, _ in groups["norms"])
     select_parameters(model, ["encoder", "neck", "heads"])
     model.known_references = References(torch.rand(9, 2), 1 + torch.rand(9)) if family == "prompt" else None
     output = model.forward(_batch(_pictures()))[model.output]

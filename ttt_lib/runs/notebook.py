@@ -83,7 +83,7 @@ class Kernel:
 
     def close(self) -> None:
         """End the kernel, if there is one; the next notebook gets a new one."""
-        from jupyter_core.utils import run_sync
+        from jupyter_client.utils import run_sync
 
         manager, self.manager, self.done = self.manager, None, 0
         atexit.unregister(self.close)
