@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,23 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], manager: A
     )  # fmt: skip
 
 
+def _put(values: dict[str, str | None]) -> None:
+    """Into the environment; None takes a name out of it."""
+    for key, value in values.items():
+        os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+
+
+@contextmanager
+def _environment(values: dict[str, str | None]) -> Iterator[None]:
+    """Inside, these values are in the environment; then what was there before."""
+    before = {key: os.environ.get(key) for key in values}
+    _put(values)
+    try:
+        yield
+    finally:
+        _put(before)
+
+
 @contextmanager
 def own_kernel() -> Iterator[None]:
     """Make `python3` mean this interpreter: a kernel spec of our own comes first in the search path."""
@@ -125,32 +142,16 @@ def own_kernel() -> Iterator[None]:
         spec.mkdir(parents=True)
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=ERROR"]
         write_json(spec / "kernel.json", {"argv": argv, "display_name": "Python 3", "language": "python"})
-        before = os.environ.get("JUPYTER_PATH")
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, before]))
-        try:
+        search = os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))
+        with _environment({"JUPYTER_PATH": search}):
             yield
-        finally:
-            if before is None:
-                os.environ.pop("JUPYTER_PATH", None)
-            else:
-                os.environ["JUPYTER_PATH"] = before
 
 
-@contextmanager
-def thread_limits(threads: int | None) -> Iterator[None]:
+def thread_limits(threads: int | None) -> AbstractContextManager[None]:
     """Environment for the kernel: its thread count (None: as it is), no spinning while it waits, and no `DASK_TRIM`.
 
     With that a kernel gives back each tensor's memory and asks for it anew: two fifths of its time went there.
     """
     counts = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS") if threads is not None else ()
-    values = {**dict.fromkeys(counts, str(threads)), "OMP_WAIT_POLICY": "PASSIVE"}
-    before = {key: os.environ.get(key) for key in (*values, *DASK_TRIM)}
-    os.environ.update(values)
-    for key, value in DASK_TRIM.items():
-        if before[key] == value:
-            del os.environ[key]
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+    dropped = {key: None for key, value in DASK_TRIM.items() if os.environ.get(key) == value}
+    return _environment({**dict.fromkeys(counts, str(threads)), "OMP_WAIT_POLICY": "PASSIVE", **dropped})
