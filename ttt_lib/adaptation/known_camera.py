@@ -27,11 +27,12 @@ def adapt_photograph(
     Raises:
         UserError: as `Adapter` does, and for a camera of which hardly any picture is left.
     """
-    if camera is None:
-        supervision = [KnownDistances(references, config)] if references is not None else []
+    seen = centre_photograph(image, camera) if camera is not None else None
+    if references is not None and seen is not None:
+        references = seen.carried(references)
+    supervision = [KnownDistances(references, config)] if references is not None else []
+    if seen is None:
         return Adapter(model, config).adapt(image, name, supervision, progress=progress)
-    seen = centre_photograph(image, camera)
-    supervision = [KnownDistances(seen.carried(references), config)] if references is not None else []
     with model.knowing(fov_x=seen.fov_x):
         result = Adapter(model, config).adapt(seen.image, name, supervision, progress=progress)
     placed: dict[int, Prediction | None] = {id(None): None}  # one prediction may have several parts in a result

@@ -85,9 +85,9 @@ def _on_views(model: GeometryModel, view: View, original: Prediction) -> tuple[T
 def original_members(model: GeometryModel, image: Tensor, config: GateConfig) -> list[Tensor]:
     """The mirrored prediction of the model's present (original) weights, and for the ensemble those of other
     resolutions: depth maps (H,W) of `image`; none where no signal needs them."""
-    members = [*["mirror"] * bool({"votes", "ensemble"} & set(config.signals))]
-    members += ENSEMBLE if "ensemble" in config.signals else []
-    return [predict_member(model, image, member).depth for member in members]
+    mirror = ("mirror",) if {"votes", "ensemble"} & set(config.signals) else ()
+    others = ENSEMBLE if "ensemble" in config.signals else ()
+    return [predict_member(model, image, member).depth for member in mirror + others]
 
 
 def signals_before(original: Prediction, members: list[Tensor], config: GateConfig) -> dict[str, float]:
