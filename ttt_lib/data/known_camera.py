@@ -6,7 +6,6 @@ turned to the middle of its frame, as the samples of `moge_layout.py` are, and w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from ttt_lib.core.types import Prediction, are_normalised_intrinsics
 from ttt_lib.data.images import SMALLEST
 from ttt_lib.data.known_distances import References
 from ttt_lib.data.photographs.sources import read_lens
-from ttt_lib.geometry.cameras import intrinsics_from_fov, project, recentred_crop, unproject
+from ttt_lib.geometry.cameras import fov_from_intrinsics, intrinsics_from_fov, project, recentred_crop, unproject
 from ttt_lib.geometry.warp import depth_edges
 
 OFF_CENTRE = 1.0  # pixels that a principal point may be off: cameras with the half pixel counted otherwise, and less
@@ -106,8 +105,7 @@ def known_camera(
     focal = lens.focal(width, height) if lens is not None and not lens.is_cropped(width, height) else None
     if focal is None:
         return None
-    fov_x = math.degrees(2 * math.atan(0.5 / focal))
-    return KnownCamera(intrinsics_from_fov(fov_x, width / height), f"EXIF ({lens.camera})")
+    return KnownCamera(_centred(focal * width, size), f"EXIF ({lens.camera})")
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class CentredPhotograph:
     @property
     def fov_x(self) -> float:
         """Horizontal field of view of `image` in degrees."""
-        return math.degrees(2 * math.atan(0.5 / float(self.intrinsics[0, 0])))
+        return float(fov_from_intrinsics(self.intrinsics.double())[0])
 
     def carried(self, references: References) -> References:
         """Known distances of the photograph as those of `image`. Raises `UserError` if none of them lies in it."""
