@@ -47,7 +47,8 @@ def assert_near(there, here, rel=2e-2):
     for one, other in zip(there.history, here.history, strict=True):
         assert one["known"] == pytest.approx(other["known"], abs=0.01)
         assert one["loss"] == pytest.approx(other["loss"], rel=rel)
-    difference = (there.final.depth.cpu() - here.final.depth).abs() / here.final.depth
+    there, here = there.final.depth.cpu(), here.final.depth.cpu()
+    difference = (there - here).abs() / here
     assert difference.nanmedian() < rel / 10
 
 
@@ -99,7 +100,9 @@ def test_photographs_of_a_scene_are_adapted_there(tiny, place):
     settings = config(supervision={"photographs": {"stereo": True}}, train={"batch_size": 1})
     there, here = (list(adapt_scene(model, scene, settings).results()) for model in (place.copy_of(tiny), tiny))
     for (_, one), (_, other) in zip(there, here, strict=True):
-        assert one.decision == other.decision
+        # Two passes change next to nothing, so rounding may decide whether the trained one counts: both are corrected.
+        assert {one.decision, other.decision} <= {"corrected", "adapted_corrected"}, (one.reason, other.reason)
+        assert one.signals["held_back_corrected"] == pytest.approx(other.signals["held_back_corrected"], rel=0.1)
         depth = one.final.depth.cpu()
         assert depth.nanmedian() == pytest.approx(float(other.final.depth.nanmedian()), rel=2e-2)
 

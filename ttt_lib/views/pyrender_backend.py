@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 import threading
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -74,11 +75,20 @@ def _view_renderer(width: int, height: int) -> Any:
     return renderer
 
 
+def _import_pyrender() -> ModuleType:
+    """pyrender, without its window where that cannot be had: its toolkit wants X libraries, which GPU servers lack."""
+    try:
+        import pyrender
+    except Exception:  # of many kinds: what a missing library looks like is pyglet's affair
+        sys.modules["pyrender.viewer"] = viewer = ModuleType("pyrender.viewer")
+        viewer.Viewer = None
+        import pyrender
+    return pyrender
+
+
 def _make_context() -> Any:
     """An `OffscreenRenderer` on the platform that `PYOPENGL_PLATFORM` names; with EGL, on the device `EGL_DEVICE_ID` (0)."""
-    import pyrender
-
-    renderer = pyrender.OffscreenRenderer(64, 64)
+    renderer = _import_pyrender().OffscreenRenderer(64, 64)
     renderer._renderer = _view_renderer(64, 64)
     _let_go(renderer)
     return renderer

@@ -50,8 +50,16 @@ def _lighting(rng: np.random.Generator, kind: str, camera: np.ndarray) -> dict[s
     }  # fmt: skip
 
 
-def make_scenes(kinds: list[str], seed: int, atlas: list[Tensor] | None = None) -> tuple[Scenes, Tensor]:
-    """One scene for each entry of `kinds`, from `seed`.
+def _generators(seed: int | Sequence[int], stream: int, count: int) -> list[np.random.Generator]:
+    """Random numbers for each scene of a batch: by its place, or as the only scene of its own seed."""
+    own = [[seed, stream, i] for i in range(count)] if isinstance(seed, int) else [[s, stream, 0] for s in seed]
+    return [np.random.default_rng(key) for key in own]
+
+
+def make_scenes(
+    kinds: list[str], seed: int | Sequence[int], atlas: list[Tensor] | None = None
+) -> tuple[Scenes, Tensor]:
+    """One scene for each entry of `kinds`, from `seed`; or from a seed each, as if it were alone (needs `atlas`).
 
     Returns the scenes and the place of a camera that fits each, (B, 3) metres in the world. `atlas` reuses textures
     (`make_atlas(make_textures(seed))` otherwise, about a second). Raises `ValueError` for an unknown kind.
@@ -61,8 +69,8 @@ def make_scenes(kinds: list[str], seed: int, atlas: list[Tensor] | None = None) 
         raise ValueError(f"unknown scene kind {sorted(unknown)}; there are {list(KINDS)}")
     atlas = make_atlas(make_textures(seed)) if atlas is None else atlas
     layouts, lights = [], []
-    for i, kind in enumerate(kinds):
-        layout = Layout(np.random.default_rng([seed, 2, i]))
+    for rng, kind in zip(_generators(seed, 2, len(kinds)), kinds):
+        layout = Layout(rng)
         LAYOUTS[kind](layout)
         layouts.append(layout)
         lights.append(_lighting(layout.rng, kind, layout.camera))
@@ -79,15 +87,16 @@ def make_scenes(kinds: list[str], seed: int, atlas: list[Tensor] | None = None) 
     return Scenes(solids, lighting, atlas), cameras
 
 
-def place_cameras(kinds: list[str], places: Tensor, seed: int, aspect_ratio: float) -> tuple[Tensor, Tensor]:
+def place_cameras(
+    kinds: list[str], places: Tensor, seed: int | Sequence[int], aspect_ratio: float
+) -> tuple[Tensor, Tensor]:
     """A tilted camera with a field of view from 30 to 100 degrees at each place.
 
     The angle is that of the longer side of the image. Returns transform (B,4,4) world to camera and intrinsics
     (B,3,3), normalised, principal point in the middle.
     """
     transforms, intrinsics = [], []
-    for i, kind in enumerate(kinds):
-        rng = np.random.default_rng([seed, 3, i])
+    for i, (rng, kind) in enumerate(zip(_generators(seed, 3, len(kinds)), kinds)):
         fov = math.radians(rng.uniform(30, 100) if rng.random() < 0.3 else rng.normal(62, 10))
         fov = min(max(fov, math.radians(30)), math.radians(100))
         pitch = rng.uniform(*PITCH_DOWN[kind])

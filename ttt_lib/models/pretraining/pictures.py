@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 
 import numpy as np
@@ -19,6 +20,7 @@ from ttt_lib.data.scenes.textures import make_textures
 SIZES = ((192, 256), (192, 256), (256, 192), (160, 320), (128, 384), (224, 224))  # height, width; about 192 tokens
 SHARES = {"room": 0.4, "street": 0.25, "ground": 0.2, "table": 0.15}
 ATLAS_EVERY = 8  # chunks that share one set of textures
+TOGETHER = 32  # scenes drawn at once on a GPU; the largest tensor is then half a gigabyte at `scale` 2
 assert set(SHARES) == set(KINDS)
 
 
@@ -34,7 +36,10 @@ class Chunk:
     intrinsics: np.ndarray | Tensor
 
 
-_atlases: dict[int, list[Tensor]] = {}
+@lru_cache(1)
+def _atlas(seed: int, family: int, device: torch.device) -> list[Tensor]:
+    textures = make_textures(int(np.random.default_rng([seed, 11, family]).integers(2**31)))
+    return [level.to(device) for level in make_atlas(textures)]
 
 
 def make_chunk(seed: int, number: int, count: int, scale: int = 1) -> Chunk:
@@ -45,24 +50,35 @@ def make_chunk(seed: int, number: int, count: int, scale: int = 1) -> Chunk:
 
 
 def draw_chunk(seed: int, number: int, count: int, scale: int, device: torch.device) -> Chunk:
-    """The same chunk, drawn on a device and left there."""
+    """The same chunk, drawn on a device and left there (on a GPU textures are laid otherwise on some solids).
+
+    A picture is some 3,000 small operations. A GPU does them for many scenes in the time of one; a CPU is faster with one
+    scene at a time, which stays in its cache.
+    """
     rng = np.random.default_rng([seed, 10, number])
-    family = number // ATLAS_EVERY
-    if family not in _atlases:
-        _atlases.clear()
-        _atlases[family] = make_atlas(make_textures(int(np.random.default_rng([seed, 11, family]).integers(2**31))))
+    atlas = _atlas(seed, number // ATLAS_EVERY, device)
     height, width = (side * scale for side in SIZES[number % len(SIZES)])
     kinds = rng.choice(list(SHARES), count, p=list(SHARES.values()))
-    images, depths, intrinsics = [], [], []
-    for kind in kinds:  # one scene at a time keeps the working set in the cache
-        scene, shadows = int(rng.integers(2**31)), bool(rng.random() < 0.8)
-        scenes, places = make_scenes([str(kind)], scene, _atlases[family])
-        cameras = (part.to(device) for part in place_cameras([str(kind)], places, scene, width / height))
-        picture = draw(scenes.to(device), *cameras, (height, width), shadows)
-        images.append((picture.image[0] * 255).round().byte())
-        depths.append(torch.where(picture.mask[0], picture.points[0, ..., 2], torch.inf))
-        intrinsics.append(picture.intrinsics[0])
-    return Chunk(torch.stack(images), torch.stack(depths), torch.stack(intrinsics))
+    scenes = [(str(kind), int(rng.integers(2**31)), bool(rng.random() < 0.8)) for kind in kinds]
+    image = torch.empty(count, 3, height, width, dtype=torch.uint8, device=device)
+    depth, intrinsics = torch.empty(count, height, width, device=device), torch.empty(count, 3, 3, device=device)
+    for alike in _alike(scenes, TOGETHER if device.type == "cuda" else 1):
+        (kind, _, shadows), seeds = scenes[alike[0]], [scenes[i][1] for i in alike]
+        there, places = make_scenes([kind] * len(alike), seeds, atlas)
+        cameras = place_cameras([kind] * len(alike), places, seeds, width / height)
+        picture = draw(there.to(device), *(part.to(device) for part in cameras), (height, width), shadows)
+        image[alike] = (picture.image * 255).round().byte()
+        depth[alike] = torch.where(picture.mask, picture.points[..., 2], torch.inf)
+        intrinsics[alike] = picture.intrinsics
+    return Chunk(image, depth, intrinsics)
+
+
+def _alike(scenes: list[tuple[str, int, bool]], most: int) -> list[list[int]]:
+    """Places of scenes of one kind and both with or without shadows, at most so many together."""
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for i, (kind, _, shadows) in enumerate(scenes):
+        groups.setdefault((kind, shadows), []).append(i)
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
 
 
 class DrawnHere:

@@ -41,21 +41,22 @@ def vits_config() -> dict[str, Any]:
     }
 
 
-def write_stand_in(path: Path, steps: int = 120) -> None:
+def write_stand_in(path: Path, steps: int = 120, device: str = "cpu") -> None:
     """Write a checkpoint as MoGe's are, which `load_model` takes; about a minute on two CPU cores.
 
     steps: of the fit to the plane, on a picture of noise.
+    device: where it is fitted; the weights depend on it, what they cost does not.
     """
     torch.manual_seed(0)
     config = vits_config()
-    network = MoGeModel(**config)
+    network = MoGeModel(**config).to(device)
     height, width = FIT_SIZE
     v, u = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     depth = 3 + 0.8 * u - v
-    plane = torch.stack([0.8 * u * depth, 0.8 * height / width * v * depth, depth], -1)
+    plane = torch.stack([0.8 * u * depth, 0.8 * height / width * v * depth, depth], -1).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=FIT_RATE)
     for _ in range(steps):
-        output = network(torch.rand(1, 3, height, width), num_tokens=FIT_TOKENS)
+        output = network(torch.rand(1, 3, height, width, device=device), num_tokens=FIT_TOKENS)
         loss = (output["points"] - plane).abs().mean() - 0.2 * output["mask"].clamp_min(1e-6).log().mean()
         optimizer.zero_grad()
         loss.backward()
