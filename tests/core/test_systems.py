@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from ttt_lib.runs import jobs
 from ttt_lib.runs.hard_subset import write_subset_index
 
 ELSEWHERE = """
-import builtins, os, sys
+import builtins, json, os, sys
 absent = {"resource", "fcntl", "grp", "pwd", "termios"}
 held = builtins.__import__
 def find(name, *rest, **more):
@@ -32,7 +33,12 @@ for name in ("sched_getaffinity", "sched_setaffinity", "fork", "mkfifo", "getuid
     if hasattr(os, name):
         delattr(os, name)
 from ttt_lib.cli import main
-main()
+for line in json.loads(sys.argv[1]):
+    sys.argv = ["ttt-depth", *line]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (line, end.code)
 """
 
 
@@ -40,13 +46,11 @@ def test_the_command_works_without_what_only_linux_has(tmp_path):
     from PIL import Image
 
     Image.new("RGB", (48, 32), "gray").save(tmp_path / "a.png")
-    line = ["adapt", tmp_path / "a.png", "-o", tmp_path / "out", "--set", "model.num_tokens=48", "--set", "gate.mode=off",
-            "--set", "train.method=none"]  # fmt: skip
-    for arguments in (line, ["models"]):
-        done = subprocess.run(
-            [sys.executable, "-c", ELSEWHERE, *arguments], capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr
+    line = ["adapt", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--set", "model.num_tokens=48",
+            "--set", "gate.mode=off", "--set", "train.method=none"]  # fmt: skip
+    command = [sys.executable, "-c", ELSEWHERE, json.dumps([line, ["models"]])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "a" / "record.json").is_file()
 
 
