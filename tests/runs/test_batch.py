@@ -20,12 +20,15 @@ from types import SimpleNamespace
 import nbformat
 import pandas as pd
 import pytest
+from small_jobs import job, write_without_kernel
 
 from ttt_lib.core.errors import RunError, UserError
+from ttt_lib.report.tables import table1
 from ttt_lib.runs import cluster as cluster_module
 from ttt_lib.runs import jobs as batch
 from ttt_lib.runs.cluster import visible_gpus
 from ttt_lib.runs.jobs import Job, job_lock, run_job, run_jobs
+from ttt_lib.runs.results import read_runs
 
 CELL = """
 import errno, json, os, signal, time
@@ -62,12 +65,6 @@ def notebook(tmp_path) -> str:
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "work.ipynb")
     return str(tmp_path / "work.ipynb")
-
-
-def job(notebook, name="a", shard=(0, 1), settings="1", threads=1, **parameters) -> Job:
-    identity = {"settings": settings, "shards": str(shard[1])}
-    samples = len(range(shard[0], 6, shard[1]))
-    return Job(name, *shard, {"name": name, **parameters}, identity, (notebook,), samples, threads)
 
 
 def table(runs: Path) -> pd.DataFrame:
@@ -121,16 +118,6 @@ def test_a_failing_notebook_is_reported_kept_and_repeated_alone(notebook, tmp_pa
     marker.touch()
     assert statuses(run_jobs(jobs, runs, announce=lambda _: None)) == ["done", "skipped"]
     assert not (runs / "failed" / "bad" / "000-of-001").exists()  # what failed before is no longer of interest
-
-
-def write_without_kernel(self, notebook, output, parameters):
-    """What the notebook does, row by row, in this process."""
-    with open(output.parent / "metrics.csv", "w") as file:
-        file.write("experiment,dataset,sample,prediction,metric,score,value\n")
-        for i in range(parameters["shard_index"], 6, parameters["shard_count"]):
-            time.sleep(parameters.get("pause", 0))
-            file.write(f"{parameters['name']},set,s{i},final,depth_metric,rel,{(i * 37 % 11) / 11}\n")
-            file.flush()
 
 
 @pytest.fixture
@@ -335,8 +322,8 @@ def test_folders_of_killed_runs_are_removed_and_those_of_running_ones_are_not(no
 
 SCRIPT = """
 import sys, time
-sys.path[:0] = {tests!r}
-from test_batch import job, write_without_kernel
+sys.path[:0] = [{tests!r}]
+from small_jobs import job, write_without_kernel
 from ttt_lib.runs import jobs as batch
 from ttt_lib.runs.jobs import run_jobs
 if __name__ == "__main__":
@@ -352,7 +339,7 @@ if __name__ == "__main__":
 def start(notebook, tmp_path, runs, workers=1, names="ab", kernel=True) -> subprocess.Popen:
     """`run_jobs` in a process of its own: two shards of each name; says `ready` when it begins."""
     values = {
-        "tests": [str(folder) for folder in Path(__file__).parents[:2]],
+        "tests": str(Path(__file__).parent),
         "notebook": notebook,
         "runs": str(runs),
         "workers": workers,
@@ -370,11 +357,6 @@ def end(process) -> None:
 
 def check_resumed(runs, whole):
     """The tables of a run that was killed and resumed are those of an undisturbed one, and nothing else is left."""
-    from ttt_lib.report.tables import table1
-    from ttt_lib.runs.results import (
-        read_runs,  # takes torch along, which the processes that are killed need not wait for
-    )
-
     pd.testing.assert_frame_equal(table(runs), table(whole), check_exact=True)
     one, two = (table1(read_runs(folder)) for folder in (runs, whole))
     pd.testing.assert_frame_equal(one, two, check_exact=True)
@@ -407,14 +389,18 @@ def test_killed_at_ten_random_moments_and_resumed_gives_the_same_tables(notebook
 def test_killed_runs_leave_orphaned_kernels_that_disturb_nothing(notebook, tmp_path):
     """Only the parent dies, its kernel may go on for a moment; the next run has folders of its own."""
     end(start(notebook, tmp_path, tmp_path / "whole"))
-    for moment in (2.0, 5.0, 8.0):
-        process = start(notebook, tmp_path, tmp_path / "killed")
+    runs = tmp_path / "killed"
+    moments = {".work/*": "a job has begun", ".work/*/metrics.csv": "a kernel writes", "a/*-of-*": "a job has ended"}
+    for sign in moments:
+        process = start(notebook, tmp_path, runs)
         assert process.stdout.readline() == "ready\n"
-        time.sleep(moment)
+        while not list(runs.glob(sign)):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.02)
         process.kill()
         process.wait()
-    end(start(notebook, tmp_path, tmp_path / "killed"))
-    check_resumed(tmp_path / "killed", tmp_path / "whole")
+    end(start(notebook, tmp_path, runs))
+    check_resumed(runs, tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -431,8 +417,6 @@ def test_a_real_adaptation_gives_the_same_numbers_with_one_and_two_workers(tmp_p
 
     The jobs ask for the cores divided by the workers, as their maker may; on one thread more the numbers differ.
     """
-    from ttt_lib.runs.results import read_runs
-
     settings = {
         "name": "unfreeze_encoder", "seed": 0, "data": [{"kind": "synthetic", "count": 2, "height": 64, "width": 96}],
         "model": {"name": "tiny", "num_tokens": 48}, "train": {"passes": 2, "accumulation": 1, "optimizer": {"learning_rate": 1e-3}},

@@ -27,9 +27,9 @@ from ttt_lib.core.files import absolute, first_repeated, write_json
 from ttt_lib.core.provenance import environment
 from ttt_lib.core.schema import RESERVED
 from ttt_lib.runs.cluster import open_client
+from ttt_lib.runs.manifest import MANIFEST, read_manifest
 from ttt_lib.runs.notebook import Kernel, kept_kernel
 from ttt_lib.runs.progress import Progress
-from ttt_lib.runs.results import MANIFEST, read_manifest
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from ttt_lib.core.schema import RESERVED
 from ttt_lib.core.types import IDENTITY, KEYS
 from ttt_lib.evaluation.scores import TABLE1_COLUMNS
 from ttt_lib.runs.catalog import table_places
+from ttt_lib.runs.manifest import read_manifest
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"  # of a finished job
 SELECTION = "selection.csv"  # of a study of hard, random and easy samples: which are which
 COMPARABLE = ("data", "limit", "model", "code", "torch")  # parts of an identity that experiments have in common
 SHARD = re.compile(r"(\d+)-of-(0*[1-9]\d*)", re.ASCII)
@@ -130,16 +130,6 @@ def _finished_shards(folder: Path) -> tuple[dict[str, dict[Path, dict[str, Any]]
         kept = folder / "failed" / name
         notes.append(f"{name}: no finished shard" + (f"; what failed is in {kept}" if kept.exists() else ""))
     return finished, notes
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished job; None if there is none, or none that can be read."""
-    try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    usable = isinstance(content, dict) and isinstance(content.get("identity", {}), dict)
-    return content if usable else None
 
 
 def _finished(manifest: dict[str, Any]) -> float:
