@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 
+from ttt_lib import cli
 from ttt_lib.adaptation.adapter import Adapter
 from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.losses.terms import LossInputs, draw_seeds
@@ -56,6 +59,21 @@ def small_experiment(**base) -> Callable[..., ExperimentConfig]:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def ttt(monkeypatch, capsys) -> Callable[..., CompletedProcess]:
+    """`ttt-depth` with these words, in this process: what a process of its own would give, seconds earlier."""
+
+    def run(*words: object) -> CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["ttt-depth", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)  # as typer does, if not always
+        return CompletedProcess(words, end.value.code or 0, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -214,7 +214,7 @@ def test_many_bytes_as_any_file(tmp_path_factory, content):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(ttt, monkeypatch, tmp_path):
     """Run the command in `tmp_path`, where p.png is a photograph; gives exit code and stderr, and no job may begin."""
 
     def no_jobs(*_, **__):
@@ -224,14 +224,9 @@ def command(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(batch, "run_jobs", no_jobs)
     picture(tmp_path / "p.png")
 
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["ttt-depth", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, capsys.readouterr().err
+    def run(*words: object) -> tuple[int, str]:
+        done = ttt(*words)
+        return done.returncode, done.stderr
 
     return run
 

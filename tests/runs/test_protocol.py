@@ -46,7 +46,7 @@ def test_the_samples_are_scored_chosen_and_seen_twice(tmp_path):
     assert (first.name, again.name) == ("shifted", "shifted.again") and [entry["draw"] for entry in data] == [0, 1]
 
 
-def test_the_command_runs_the_rows_and_the_controls_on_the_chosen_samples(tmp_path, monkeypatch, capsys):
+def test_the_command_runs_the_rows_and_the_controls_on_the_chosen_samples(ttt, tmp_path, monkeypatch):
     """Afterwards a plain ablation in the same folder is no study of chosen samples any more."""
     asked = {}
 
@@ -58,18 +58,14 @@ def test_the_command_runs_the_rows_and_the_controls_on_the_chosen_samples(tmp_pa
     monkeypatch.setattr(cli, "summarise", lambda runs: None)
     scenes = "data=[{kind: shifted, count: 4, width: 32, height: 24}]"
     words = ["--experiments", "unfreeze_encoder", "--runs", tmp_path, "--workers", "1", "--no-views", "--set", scenes]
-    words = ["ttt-depth", "ablation", *map(str, words), "--set", "model.num_tokens=32", "--limit", "4"]
-    monkeypatch.setattr("sys.argv", [*words, "--hardest", "2"])
-    with pytest.raises(SystemExit, match="0"):
-        cli.main()
+    words = ["ablation", *words, "--set", "model.num_tokens=32", "--limit", "4"]
+    done = ttt(*words, "--hardest", "2")
+    assert done.returncode == 0 and "hard: 2 samples" in done.stdout
     assert [job.experiment for job in asked[tmp_path]] == ["unfreeze_encoder", *CONTROLS]
     chosen = pd.read_csv(tmp_path / "selection.csv")
     assert {job.samples for job in asked[tmp_path]} == {2 * chosen["sample"].nunique()} == {8}
     assert all(job.parameters["limit"] == 0 for job in asked[tmp_path])
-    assert "hard: 2 samples" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", words)
-    with pytest.raises(SystemExit, match="0"):
-        cli.main()
+    assert ttt(*words).returncode == 0
     assert [job.samples for job in asked[tmp_path]] == [4] and not (tmp_path / "selection.csv").exists()
 
 
