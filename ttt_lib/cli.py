@@ -13,7 +13,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,14 +157,14 @@ def ablation(
     if not hardest:
         with suppress(OSError):  # of an earlier study in this folder
             (runs / SELECTION).unlink(missing_ok=True)
-    _end(do(jobs, runs), runs)
+    _end(do(jobs, runs), runs, threads)
 
 
-def _end(outcomes: list, runs: Path) -> None:
+def _end(outcomes: list, runs: Path, threads: int) -> None:
     """The summary of what was done, and what failed with exit code 1."""
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if len(failed) < len(outcomes):
-        summarise(runs)
+        summarise(runs, threads)
     for outcome in failed:
         print(f"failed: {outcome.experiment} {outcome.shard}: {outcome.reason}", file=sys.stderr)
     if failed:
@@ -175,23 +175,22 @@ def _end(outcomes: list, runs: Path) -> None:
         raise typer.Exit(1)
 
 
-def summarise(runs: Path) -> None:
-    """Execute 03_ablation on a runs folder into `runs/summary`, and print the table."""
+def summarise(runs: Path, threads: int) -> None:
+    """Execute 03_ablation on a runs folder into `runs/summary`, in the kernel of its jobs, and print the table."""
     from ttt_lib.report.tables import SELECTION_LEGEND, selection_cells, selection_table, table1, to_text
     from ttt_lib.runs.jobs import one_line
-    from ttt_lib.runs.notebook import execute, own_kernel
+    from ttt_lib.runs.notebook import kept_kernel
     from ttt_lib.runs.results import read_runs
 
     output = runs / "summary"
     output.mkdir(parents=True, exist_ok=True)
-    with own_kernel():
-        try:
-            execute(
-                notebooks_folder() / "03_ablation.ipynb", output / "03_ablation.ipynb",
-                {"runs_dir": str(runs.resolve()), "output_dir": str(output.resolve())},
-            )  # fmt: skip
-        except Exception as error:  # of a cell; the notebook shows it
-            raise UserError(f"{output / '03_ablation.ipynb'}: the summary failed ({one_line(error)}).") from error
+    parameters = {"runs_dir": str(runs.resolve()), "output_dir": str(output.resolve())}
+    notebook = "03_ablation.ipynb"
+    try:
+        with closing(kept_kernel(threads)) as kernel:
+            kernel.execute(notebooks_folder() / notebook, output / notebook, parameters)
+    except Exception as error:  # of a cell; the notebook shows it
+        raise UserError(f"{output / notebook}: the summary failed ({one_line(error)}).") from error
     read = read_runs(runs)
     selected = selection_table(read)
     text = (

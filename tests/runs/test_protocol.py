@@ -55,7 +55,7 @@ def test_the_command_runs_the_rows_and_the_controls_on_the_chosen_samples(ttt, t
         return do([job for job in jobs if folder.name == "scored"], folder) or [Outcome(jobs[0].experiment, "", "done")]
 
     monkeypatch.setattr("ttt_lib.runs.jobs.run_jobs", run_jobs)
-    monkeypatch.setattr(cli, "summarise", lambda runs: None)
+    monkeypatch.setattr(cli, "summarise", lambda runs, threads: None)
     scenes = "data=[{kind: shifted, count: 4, width: 32, height: 24}]"
     words = ["--experiments", "unfreeze_encoder", "--runs", tmp_path, "--workers", "1", "--no-views", "--set", scenes]
     words = ["ablation", *words, "--set", "model.num_tokens=32", "--limit", "4"]

@@ -241,10 +241,11 @@ def run_jobs(
 ) -> list[Outcome]:
     """Run all jobs and report each; a failing one does not stop the others.
 
-    workers: 1 works in this process; more start a `LocalCluster`; with `scheduler` (an address) or `cluster_file` (for
-    dask-jobqueue) the jobs go there, and all see `runs` under the same path. announce: gets one line an event. threads:
-    of every job, whatever the number of workers. every: seconds between looks at the samples done. Returns an outcome a
-    job, in the order of `jobs`. Raises `UserError` if two jobs are the same or the folder cannot be written.
+    workers: 1 works in this process, in a kernel that stays (`kept_kernel`); more start a `LocalCluster`; with
+    `scheduler` (an address) or `cluster_file` (for dask-jobqueue) the jobs go there, and all see `runs` under the same
+    path. announce: gets one line an event. threads: of every job, whatever the number of workers. every: seconds between
+    looks at the samples done. Returns an outcome a job, in the order of `jobs`. Raises `UserError` if two jobs are the
+    same or the folder cannot be written.
     """
     jobs = [replace(job, threads=threads, identity={**job.identity, "threads": str(threads)}) for job in jobs]
     names = [(job.experiment, job.shard) for job in jobs]
@@ -282,8 +283,7 @@ def _finish(
 ) -> Iterator[tuple[Job, Outcome]]:  # fmt: skip
     """Do the jobs here or on a cluster; each with its outcome as it ends."""
     if workers <= 1 and not scheduler and not cluster_file:
-        with closing(kept_kernel(jobs[0].threads)):
-            yield from ((job, run_job(job, runs, keep=True)) for job in jobs)
+        yield from ((job, run_job(job, runs, keep=True)) for job in jobs)
         return
     with open_client(min(max(workers, 1), len(jobs)), scheduler, cluster_file, announce) as client:
         from distributed import as_completed
