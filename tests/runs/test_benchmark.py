@@ -190,9 +190,9 @@ def test_the_command_writes_its_table(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_memory_of_the_parent_is_not_the_loops(picture):
-    hold_and_let_go(2048)
+    hold_and_let_go(1200)
     table = compare_loops({"plain": build_experiment(BASE)}, picture.image[0], repeats=1)
-    assert table.peak_mb[0] < 2048
+    assert table.peak_mb[0] < 1200
 
 
 @pytest.mark.slow
