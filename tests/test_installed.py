@@ -84,19 +84,9 @@ def unpacked(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns(*without))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        wheels,
-        source,
-    ]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"  # as pip does it
+    command = [sys.executable, "-c", build, str(wheels)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (wheel,) = wheels.glob("*.whl")
     place = tmp_path_factory.mktemp("installed")
@@ -105,20 +95,48 @@ def unpacked(tmp_path_factory) -> Path:
     return place
 
 
-def run(unpacked: Path, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """The command of the unpacked wheel in an empty folder."""
-    script = (
-        "import sys, ttt_lib; print('FROM', ttt_lib.__file__, file=sys.stderr); from ttt_lib.cli import main; main()"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(unpacked), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], cwd=folder, env=environment,
-                          capture_output=True, text=True, timeout=500)  # fmt: skip
-    assert f"FROM {unpacked}" in done.stderr, done.stderr
-    return done
-
-
 SMALL = ["--set", "model.num_tokens=48", "--set", "train.passes=2", "--set", "train.accumulation=1",
          "--set", "losses.global.align_resolution=6", "--set", "views.longest_side=96"]  # fmt: skip
+COMMANDS = {
+    "ablation": ["--experiments", "original,control_lr0", "--workers", "1", "--limit", "1", *SMALL,
+                 "--set", "data=[{kind: synthetic, count: 2, width: 96, height: 64}]"],
+    "adapt": ["photo.jpg", *SMALL],
+    "doctor": ["--json"],
+}  # fmt: skip
+# One process for all of them: what each gives, says and ends with.
+SCRIPT = """
+import contextlib, io, json, os, sys
+import ttt_lib
+from ttt_lib.cli import main
+folder, given, done = sys.argv[1], json.loads(sys.argv[2]), {"from": ttt_lib.__file__}
+for name, words in given.items():
+    os.chdir(os.path.join(folder, name))
+    sys.argv = ["ttt-depth", name, *words]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+    done[name] = {"code": code or 0, "out": out.getvalue(), "err": err.getvalue()}
+print(json.dumps(done))
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(unpacked, tmp_path_factory) -> tuple[Path, dict]:
+    """The commands of the unpacked wheel, each in a folder of its own, empty but for a photograph: where, and what they said."""
+    folder = tmp_path_factory.mktemp("work")
+    for name in COMMANDS:
+        (folder / name).mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "adapt" / "photo.jpg")
+    environment = {**os.environ, "PYTHONPATH": str(unpacked), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps(COMMANDS)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["from"].startswith(str(unpacked))
+    return folder, said
 
 
 @pytest.mark.slow
@@ -138,31 +156,27 @@ def test_the_wheel_holds_every_module_and_every_notebook_without_its_outputs(unp
 
 
 @pytest.mark.slow
-def test_the_ablation_runs_from_the_wheel(unpacked, tmp_path):
-    done = run(unpacked, tmp_path, "ablation", "--experiments", "original,control_lr0", "--workers", "1", "--limit", "1",
-               *SMALL, "--set", "data=[{kind: synthetic, count: 2, width: 96, height: 64}]")  # fmt: skip
-    assert done.returncode == 0, done.stderr + done.stdout
-    names = {path.name for path in (tmp_path / "runs" / "summary").iterdir()}
+def test_the_ablation_runs_from_the_wheel(unpacked, ran):
+    folder, said = ran[0] / "ablation", ran[1]["ablation"]
+    assert said["code"] == 0, said
+    names = {path.name for path in (folder / "runs" / "summary").iterdir()}
     assert {"table1.csv", "report.html", "03_ablation.ipynb"} <= names
     for name in ("01_augmentation.ipynb", "02_adaptation.ipynb", "manifest.json", "metrics.csv"):
-        assert (tmp_path / "runs" / "control_lr0" / "000-of-001" / name).is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+        assert (folder / "runs" / "control_lr0" / "000-of-001" / name).is_file()
+    assert [path.name for path in folder.iterdir()] == ["runs"]
     assert not list((unpacked / "ttt_lib" / "notebooks").rglob("*.csv"))  # nothing is written where it is installed
 
 
 @pytest.mark.slow
-def test_a_photograph_is_adapted_from_the_wheel(unpacked, tmp_path):
-    noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "photo.jpg")
-    done = run(unpacked, tmp_path, "adapt", "photo.jpg", *SMALL)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "outputs" / "photo" / "record.json").is_file()
+def test_a_photograph_is_adapted_from_the_wheel(ran):
+    assert ran[1]["adapt"]["code"] == 0, ran[1]["adapt"]
+    assert (ran[0] / "adapt" / "outputs" / "photo" / "record.json").is_file()
 
 
 @pytest.mark.slow
-def test_the_doctor_finds_the_wheel_complete(unpacked, tmp_path):
-    done = run(unpacked, tmp_path, "doctor", "--json")
-    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
-    assert done.returncode == 0, done.stdout
+def test_the_doctor_finds_the_wheel_complete(unpacked, ran):
+    said = ran[1]["doctor"]
+    found = {finding["name"]: finding for finding in json.loads(said["out"])}
+    assert said["code"] == 0, said
     assert found["notebooks"]["state"] == "ok" and str(unpacked) in found["notebooks"]["found"]
     assert found["requirements"]["state"] == "ok"
