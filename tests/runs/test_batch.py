@@ -322,13 +322,15 @@ def test_folders_of_killed_runs_are_removed_and_those_of_running_ones_are_not(no
 
 SCRIPT = """
 import sys, time
+sys.modules["rfc3987_syntax"] = None  # a grammar of web addresses, a second of every process that reads notebooks
 sys.path[:0] = [{tests!r}]
 from small_jobs import job, write_without_kernel
 from ttt_lib.runs import jobs as batch
 from ttt_lib.runs.jobs import run_jobs
+batch.environment = dict  # which loads torch, also in dask's workers, which run this far too
 if __name__ == "__main__":
     if not {kernel}:
-        batch.Kernel.execute, batch.environment = write_without_kernel, dict
+        batch.Kernel.execute = write_without_kernel
     jobs = [job({notebook!r}, name, (i, 2), pause=0.05) for name in {names!r} for i in range(2)]
     print("ready", flush=True)
     outcomes = run_jobs(jobs, {runs!r}, workers={workers})
