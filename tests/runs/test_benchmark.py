@@ -200,7 +200,7 @@ def test_the_memory_of_the_parent_is_not_the_loops(picture):
     ("notebook", "parameters"),
     [
         ("05_performance", {
-            "model": {"name": "tiny", "num_tokens": 48}, "longest_side": 64, "passes": 2, "repeats": 1, "tokens": [48],
+            "model": {"name": "tiny", "num_tokens": 48}, "longest_side": 64, "passes": 1, "repeats": 1, "tokens": [48],
             "sides": [64], "steps": [1], "images": [1], "batch_sizes": [1],
         }),
         ("04_reliability", {

@@ -15,7 +15,7 @@ from ttt_lib.core.types import Sample
 from ttt_lib.data.photographs.job import Picture
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.scene import Photograph, Scene
-from ttt_lib.evaluation.scores import scores_of
+from ttt_lib.evaluation.scores import Scores, scores_of
 from ttt_lib.models.base import GeometryModel
 
 SCORES = {"depth": "depth_affine_invariant", "points": "points_affine_invariant"}
@@ -42,10 +42,12 @@ def score_scene(adaptation: SceneAdaptation, samples: Iterable[Sample]) -> pd.Da
     rows = []
     for photograph, result in adaptation.results():
         row = {"photograph": photograph.name, "decision": result.decision, **result.signals}
+        scores: dict[int, Scores] = {}  # by prediction: the final one is another of them
         for kind in ("original", "adapted", "final"):
             prediction = getattr(result, kind)
             if prediction is not None:
-                found = scores_of(prediction, truth[photograph.name])
+                found = scores.get(id(prediction)) or scores_of(prediction, truth[photograph.name])
+                scores[id(prediction)] = found
                 row |= {f"{short}_{kind}": found[metric]["delta1"] for short, metric in SCORES.items()}
                 row[f"rel_{kind}"] = found["depth_affine_invariant"]["rel"]
         rows.append(row)
