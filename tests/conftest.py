@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,23 @@ def small_experiment(**base) -> Callable[..., ExperimentConfig]:
     """`SMALL` with `base` laid over it, as a function that lays a test's own settings over both."""
     content = merge(SMALL, base)
     return lambda **overrides: build_experiment(content, overrides=overrides)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first in the share of each of xdist's workers: what is left at the end is quick to share out."""
+    shares: list[list[pytest.Item]] = [[] for _ in range(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))]
+    if len(shares) == 1:
+        return
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    slow = [f for f in files.values() if any(item.get_closest_marker("slow") for item in f)]
+    for turn, file in enumerate(slow):
+        shares[turn % len(shares)] += file
+    for file in (f for f in files.values() if f not in slow):
+        min(shares, key=len).extend(file)
+    items[:] = [item for share in shares for item in share]
 
 
 @pytest.fixture(scope="session", autouse=True)
