@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -23,6 +23,7 @@ from ttt_lib.models.base import GeometryModel, select_parameters
 from ttt_lib.models.load import load_model
 from ttt_lib.models.moge import MoGe
 from ttt_lib.models.pretraining.train import new_model, save_checkpoint
+from ttt_lib.runs.notebook import Kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -92,6 +93,14 @@ def ttt(monkeypatch, capsys) -> Callable[..., CompletedProcess]:
         return CompletedProcess(words, end.value.code or 0, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def kernel() -> Iterator[Kernel]:
+    """For notebooks, one after another: what the first one loads is there for the next."""
+    kernel = Kernel(threads=1)
+    yield kernel
+    kernel.close()
 
 
 @pytest.fixture(scope="session")

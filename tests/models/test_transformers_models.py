@@ -920,9 +920,8 @@ def test_a_scene_is_adapted_to_by_every_family(load, rendered, tmp_path, family)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["da_relative", "zoe_nk", "dpt"])
-def test_the_notebook_takes_a_folder_as_the_model(folder, tmp_path, family):
+def test_the_notebook_takes_a_folder_as_the_model(folder, kernel, tmp_path, family):
     import pandas as pd
-    import papermill
 
     from ttt_lib.cli import NOTEBOOKS
 
@@ -934,9 +933,7 @@ def test_the_notebook_takes_a_folder_as_the_model(folder, tmp_path, family):
     content["train"] |= {"passes": 2, "accumulation": 1}
     content |= {"profile": "", "output_dir": str(tmp_path / "out"), "views": {"longest_side": 80}}
     content["data"] = [{"kind": "synthetic", "count": 1, "width": 80, "height": 60}]
-    papermill.execute_notebook(
-        NOTEBOOKS / "02_adaptation.ipynb", tmp_path / "out.ipynb", parameters=content, progress_bar=False
-    )
+    kernel.execute(NOTEBOOKS / "02_adaptation.ipynb", tmp_path / "out.ipynb", content)
     metrics = pd.read_csv(tmp_path / "out" / "metrics.csv")
     assert set(metrics.prediction) == {"original", "final"}
     kind = "depth_metric" if family == "zoe_nk" else "disparity_affine_invariant"

@@ -211,17 +211,13 @@ def test_the_memory_of_the_parent_is_not_the_loops(picture):
         }),
     ],
 )  # fmt: skip
-def test_the_notebook_runs_headless(tmp_path, notebook, parameters):
-    import papermill
-
+def test_the_notebook_runs_headless(kernel, tmp_path, notebook, parameters):
     from ttt_lib.cli import NOTEBOOKS
 
     parameters = {**parameters, "threads": 1}
     if notebook == "04_reliability":
         parameters["output_dir"] = str(tmp_path / "out")
-    papermill.execute_notebook(
-        NOTEBOOKS / f"{notebook}.ipynb", tmp_path / "out.ipynb", parameters=parameters, progress_bar=False
-    )
+    kernel.execute(NOTEBOOKS / f"{notebook}.ipynb", tmp_path / "out.ipynb", parameters)
     if notebook == "04_reliability":
         from ttt_lib.adaptation.gate.decision import read_calibration
 
