@@ -28,6 +28,7 @@ from ttt_lib.report.study_figures import (
 from ttt_lib.report.tables import (
     PUBLISHED_SOURCE,
     SELECTION_LEGEND,
+    chosen_by,
     confound,
     control_is_exact,
     published_table,
@@ -100,10 +101,12 @@ def write_report(
     gains = paired_gains(shown.metrics, metric, score)
     tables = _tables(shown, gains, tolerance, bootstrap_samples)
     tables |= {"metrics": runs.metrics, "samples": runs.samples, "left_out": runs.left_out}
-    selected = selection_table(runs, bootstrap_samples)
-    if selected is not None:
-        every = [selection_table(runs, bootstrap_samples, m, s) for m, s in TABLE1_COLUMNS]
-        tables["beyond_selection"] = pd.concat(every)
+    selected = None
+    if runs.selection is not None:
+        by = chosen_by(runs)
+        every = {of: selection_table(runs, bootstrap_samples, *of) for of in {by, *TABLE1_COLUMNS}}
+        selected = every[by]
+        tables["beyond_selection"] = pd.concat([every[of] for of in TABLE1_COLUMNS])
         tables |= {f"table1_{name}": table1(runs.group(name)).reset_index() for name in GROUPS}
     files = {}
     for name, frame in tables.items():

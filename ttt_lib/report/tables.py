@@ -174,14 +174,20 @@ SELECTION_LEGEND = (
 )
 
 
+def chosen_by(runs: Runs) -> tuple[str, str]:
+    """Metric and score that chose the samples."""
+    metric, _, score = runs.selection["metric"].iloc[0].partition("/")
+    return metric, score
+
+
 def selection_table(
     runs: Runs, bootstrap_samples: int = 2000, metric: str = "", score: str = ""
 ) -> pd.DataFrame | None:
     """`beyond_selection` of the runs, by default in the score that chose the samples; None where none did."""
     if runs.selection is None:
         return None
-    by, _, of = runs.selection["metric"].iloc[0].partition("/")
-    metric, score = metric or by, score or of
+    if not metric:
+        metric, score = chosen_by(runs)
     gains = selection_gains(runs.metrics, runs.selection, metric, score, bootstrap_samples)
     return beyond_selection(gains).assign(metric=metric, score=score)
 
