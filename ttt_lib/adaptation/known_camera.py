@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,9 +13,20 @@ from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.types import Prediction
-from ttt_lib.data.known_camera import KnownCamera, centre_photograph
+from ttt_lib.data.known_camera import KnownCamera, centre_photograph, known_camera
 from ttt_lib.data.known_distances import References
 from ttt_lib.models.base import GeometryModel
+
+
+def camera_of(
+    model: GeometryModel, image: Tensor, photograph: str | Path | None, exif: bool = True, **given: Any
+) -> KnownCamera | None:
+    """The known camera of a photograph (3,H,W): what is given of it, as `data.known_camera.known_camera` takes it.
+
+    Where neither that nor the model has one, EXIF of its file `photograph` counts, unless `exif` is False.
+    """
+    file = photograph if exif and model.fov_x is None else None
+    return known_camera(tuple(image.shape[-2:]), **given, photograph=file)
 
 
 def adapt_photograph(

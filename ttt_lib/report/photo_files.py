@@ -16,7 +16,7 @@ from moge.utils import io as moge_io
 from PIL import Image
 from torch.nn import functional as F
 
-from ttt_lib.adaptation.known_camera import adapt_photograph
+from ttt_lib.adaptation.known_camera import adapt_photograph, camera_of
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import TTTError, UserError, printable, reason
@@ -24,7 +24,6 @@ from ttt_lib.core.files import absolute, first_repeated, replacing, write_json
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import photographs_in, read_photo
-from ttt_lib.data.known_camera import known_camera
 from ttt_lib.data.known_distances import read_references
 from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges
 from ttt_lib.models.base import GeometryModel, weights_checksum
@@ -116,7 +115,7 @@ def adapt_photos(
 
 def adapt_photo(
     path: Path, output: Path, model: GeometryModel, config: ExperimentConfig, metric_points: Path | None = None,
-    metric_unit: float | None = None, name: str | None = None, exif: bool = True, **camera: Any,
+    metric_unit: float | None = None, name: str | None = None, **camera: Any,
 ) -> Path:  # fmt: skip
     """Adapt `model` to one photograph; writes `output/<name>/` in one step and returns it.
 
@@ -124,7 +123,7 @@ def adapt_photo(
     adaptation in depth_original.npy, cloud.ply, before_after.png, record.json (settings, device, times, decision, how
     depth.png is encoded). Depth is in metres for metric models, and for all with `metric_points`, a file of known
     distances of `metric_unit` metres (`data.known_distances.read_references`). name: default the photograph's stem.
-    camera: `intrinsics` or `fov`, as `data.known_camera.known_camera` takes them, and exif: whether EXIF counts; depth is
+    camera: `intrinsics`, `fov` and `exif` of `adaptation.known_camera.camera_of`; depth is
     NaN where a camera away from the middle leaves it unknown. An earlier result of this name is replaced. Raises
     `UserError` when the photograph or the file cannot be read, or the folder cannot be written or holds something else.
     """
@@ -132,7 +131,7 @@ def adapt_photo(
     references = read_references(metric_points, tuple(image.shape[-2:]), metric_unit) if metric_points else None
     if references is not None and references.unit is not None and metric_unit is None:
         log.warning("%s: a unit is taken for 1/256 m, as KITTI has it; --metric-unit says another", metric_points)
-    lens = known_camera(tuple(image.shape[-2:]), photograph=path if exif and model.fov_x is None else None, **camera)
+    lens = camera_of(model, image, path, **camera)
     folder = result_folder(path, output, name)
     try:
         with replacing(folder) as work:
