@@ -23,6 +23,7 @@ from ttt_lib.core.config import ExperimentConfig, GateConfig
 from ttt_lib.core.errors import NotSupported
 from ttt_lib.core.schema import ShiftConfig
 from ttt_lib.core.types import Prediction
+from ttt_lib.geometry.cameras import fov_from_intrinsics
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.views.carry import View
 from ttt_lib.views.draw import make_views
@@ -193,11 +194,6 @@ def edge_agreement(depth: Tensor, image: Tensor, mask: Tensor) -> float:
     return float(torch.corrcoef(both)[0, 1])
 
 
-def field_of_view(intrinsics: Tensor) -> float:
-    """Horizontal field of view in degrees of normalised intrinsics (3,3)."""
-    return math.degrees(2 * math.atan(0.5 / float(intrinsics[0, 0])))
-
-
 def measure(
     student: Student, values: list[Tensor], held: HeldBack, adapted: Prediction, history: list[dict[str, float]],
     config: GateConfig, generator: torch.Generator,
@@ -266,7 +262,7 @@ def _drift(student: Student, values: list[Tensor], held: HeldBack, adapted: Pred
 
 def _camera(original: Prediction, adapted: Prediction) -> dict[str, float]:
     """How much the predicted camera and the scale changed, and whether the new camera can be one."""
-    before, after = field_of_view(original.intrinsics), field_of_view(adapted.intrinsics)
+    before, after = (float(fov_from_intrinsics(p.intrinsics.double())[0]) for p in (original, adapted))
     ratio = (adapted.depth / original.depth)[original.mask]
     return {
         "camera_fov_change": abs(after - before),
