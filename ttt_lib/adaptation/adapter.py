@@ -22,7 +22,6 @@ from ttt_lib.adaptation.gate.decision import Calibration
 from ttt_lib.adaptation.gate.gate import Gate
 from ttt_lib.adaptation.loop import train_student
 from ttt_lib.adaptation.losses.presets import resolved, said
-from ttt_lib.adaptation.regularizers import equal_effect, random_change
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Episode, Judgement, Supervision, TrainingLog, configured
@@ -213,12 +212,9 @@ class Adapter:
         finally:
             result.losses = said(config)
             result.passes_done, result.micro_batch = episode.log.passes_done, episode.log.micro_batch
-        values = next(filter(None, (source.weights() for source in sources)), None)
-        values = values if values is not None else [value.clone() for value in student.values()]
-        if config.train.random_change:
-            changed = random_change(student.original, values, episode.generator)
-            alike = config.train.random_change == "prediction"
-            values = equal_effect(student, result.image, result.original, values, changed) if alike else changed
+        values = [value.clone() for value in student.values()]
+        for source in sources:
+            values = source.weights(values)
         with student.weights(values):
             result.adapted = predict_ensemble(
                 model, result.image, config.ensemble.members if config.ensemble.final else []

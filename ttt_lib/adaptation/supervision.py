@@ -121,9 +121,9 @@ class Supervision:
     def after_step(self, student: Student, last: bool) -> None:
         """Called after each optimizer step; `last`: no other follows."""
 
-    def weights(self) -> list[Tensor] | None:
-        """Weights to predict with instead of the student's, where there are such (a slow teacher's)."""
-        return None
+    def weights(self, values: list[Tensor]) -> list[Tensor]:
+        """Weights to predict with instead of these, the student's as the sources before have it (a slow teacher's)."""
+        return values
 
     def after_training(self, model: GeometryModel) -> None:
         """Called with the trained weights in the network: predict here what else is needed of them."""

@@ -139,9 +139,9 @@ class TeacherOnViews(Supervision):
         if not last:
             self._predict()
 
-    def weights(self) -> list[Tensor] | None:
+    def weights(self, values: list[Tensor]) -> list[Tensor]:
         """The slow ones, with `train.predict_with: teacher`."""
-        return self.values if self.config.train.predict_with == "teacher" else None
+        return self.values if self.config.train.predict_with == "teacher" else values
 
 
 @SUPERVISIONS.register("teacher")
