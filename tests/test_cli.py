@@ -12,7 +12,6 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import typer
 from moge.utils import io as moge_io
 from PIL import Image
@@ -50,7 +49,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, words):
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-COMMANDS = ["ablation", "adapt", "scene", "hard-subset", "benchmark", "models", "doctor"]
+COMMANDS = ["ablation", "adapt", "scene", "benchmark", "models", "doctor"]
 
 
 def test_every_help_answers_with_an_example_and_without_torch():
@@ -180,15 +179,6 @@ def test_an_ablation_on_real_frames_end_to_end(frames, tmp_path):
     assert done.returncode == 0, done.stderr
     other = pd.read_csv(tmp_path / "sharded" / "summary" / "metrics.csv")
     pd.testing.assert_frame_equal(metrics, other)
-
-
-def test_hard_subset(frames, tmp_path):
-    done = ttt("hard-subset", "--data", frames, "-o", tmp_path / "hard", "--metric", "depth_metric/delta1", "--below", "1.1",
-               "--count", "1")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "hard" / ".index.txt").read_text().split()) == 1 and "broken" in done.stderr
-    (sample,) = open_dataset(kind="moge", path=tmp_path / "hard").readable()
-    assert torch.isfinite(sample.depth).any()
 
 
 def test_verbose_says_what_is_done_and_debug_shows_the_cause(tmp_path, monkeypatch, capsys):

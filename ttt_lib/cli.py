@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from ttt_lib.core.errors import UserError, printable, reason
-from ttt_lib.core.files import absolute, first_repeated
+from ttt_lib.core.files import absolute
 from ttt_lib.runs.catalog import NOTEBOOKS, experiment_file, experiment_files, notebooks_folder
 from ttt_lib.runs.plan import choose_experiments, make_jobs, parse_set, put
 
@@ -305,47 +305,6 @@ def scene(
         source, Path(absolute(output)), config, options, save_weights, weights,
         announce=lambda line: print(printable(line, 1000), flush=True),
     )  # fmt: skip
-
-
-@app.command(epilog="Example: ttt-depth hard-subset --data path/to/set -o hard --below 0.5 --count 50")
-def hard_subset(
-    data: Annotated[list[str], typer.Option(help="MoGe-layout folders or a JSON of sets; may repeat.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the subset (links and an index).")],
-    metric: Annotated[str, typer.Option(help="metric/score to choose by.")] = HARD_BY,
-    below: Annotated[float, typer.Option(help="Only samples whose score is lower.")] = 0.5,
-    count: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
-    profile: Annotated[
-        str, typer.Option(help="Profile that names the model; auto: demo for tiny.", autocompletion=_complete_profiles)
-    ] = "auto",
-    model: Annotated[str | None, typer.Option(help="tiny, a MoGe hub name, or a checkpoint file.")] = None,
-) -> None:
-    """Choose the samples on which the original model does worst, as the published study did."""
-    from ttt_lib.runs.experiment import load_with_profile, run_experiment
-    from ttt_lib.runs.hard_subset import select_hard, write_subset_index
-
-    output, entries = Path(absolute(output)), parse_data(data)
-    for entry in entries:
-        if entry["kind"] != "moge":
-            raise UserError(
-                f"--data: a hard subset links to samples on disk in the MoGe layout, and {entry['kind']!r} is no such set."
-            )
-    names = [entry.get("name") or Path(entry["path"]).name for entry in entries]
-    if (twice := first_repeated(names)) is not None:
-        raise UserError(f"--data: two sets are called {twice!r}; give them names in a JSON file of sets.")
-    overrides: dict[str, Any] = {"data": entries, **({"model": {"name": model}} if model else {})}
-    config = load_with_profile(choose_experiments("original")[0], profile, overrides)
-    run = run_experiment(config)
-    for row in run.left_out.itertuples():
-        print(f"left out: {row.dataset}/{row.sample}: {row.reason}", file=sys.stderr)
-    if run.metrics.empty:
-        raise UserError("--data: none of the samples could be read and evaluated.")
-    chosen = select_hard(run.metrics[run.metrics.prediction == "final"], metric, below, count)
-    if chosen.empty:
-        raise UserError(f"--below {below}: no sample scores that low in {metric}.")
-    folders = {entry.get("name") or Path(entry["path"]).resolve().name: Path(entry["path"]) for entry in entries}
-    index = write_subset_index(chosen, folders, output)
-    print(chosen.to_string(index=False))
-    print(f"{len(chosen)} samples: {index}")
 
 
 @app.command(epilog="Example: ttt-depth benchmark -o times")

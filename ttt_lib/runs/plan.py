@@ -14,7 +14,7 @@ from ttt_lib.runs.catalog import experiment_file, experiment_files, list_experim
 SHOWING = (
     "api", "cli", "doctor", "machine", "core/provenance", "models/pretraining", "evaluation/calibration",
     "evaluation/paired", "evaluation/selection", "evaluation/zero_shot", "report", "runs/benchmark", "runs/cluster",
-    "runs/hard_subset", "runs/jobs", "runs/notebook", "runs/progress", "runs/protocol", "runs/results",
+    "runs/jobs", "runs/notebook", "runs/progress", "runs/protocol", "runs/results",
     "runs/scene_study",
 )  # fmt: skip
 
