@@ -16,9 +16,9 @@ import typer
 from moge.utils import io as moge_io
 from PIL import Image
 
-from ttt_lib.cli import app, parse_data
+from ttt_lib.cli import app
 from ttt_lib.core.errors import UserError
-from ttt_lib.data.catalog import open_dataset
+from ttt_lib.data.catalog import describe_sources, open_dataset
 from ttt_lib.data.samples import write_moge_layout
 from ttt_lib.runs.plan import choose_experiments, parse_set
 
@@ -103,14 +103,14 @@ def test_parsing(tmp_path):
     assert parse_set(["train.passes=4", "views.size=[8, 9]"]) == {"train": {"passes": 4}, "views": {"size": [8, 9]}}
     with pytest.raises(UserError, match="--set train"):
         parse_set(["train"])
-    assert parse_data(["motorcycle"]) == [{"kind": "motorcycle"}]
+    assert describe_sources(["motorcycle"]) == [{"kind": "motorcycle"}]
     assert choose_experiments(None)[0].stem == "original" and len(choose_experiments("tta,original")) == 2
     (tmp_path / "frame").mkdir()
     (tmp_path / "frame" / "depth.png").touch()
     with pytest.raises(UserError, match="index.txt is missing"):
-        parse_data([str(tmp_path)])
+        describe_sources([str(tmp_path)])
     Image.new("RGB", (20, 20)).save(tmp_path / "photo.jpg")
-    assert parse_data([str(tmp_path / "photo.jpg")]) == [{"kind": "images", "path": str(tmp_path / "photo.jpg")}]
+    assert describe_sources([str(tmp_path / "photo.jpg")]) == [{"kind": "images", "path": str(tmp_path / "photo.jpg")}]
 
 
 def test_adapt_writes_what_it_promises_and_goes_on_after_a_bad_file(tmp_path):

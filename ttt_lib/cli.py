@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -61,13 +61,6 @@ def _importing() -> Iterator[None]:
         gc.enable()
 
 
-def parse_data(entries: list[str]) -> list[dict[str, Any]]:
-    """`--data` values as configuration: a built-in name, a JSON file of sets, a MoGe folder, images or one image."""
-    from ttt_lib.data.catalog import describe_sources
-
-    return describe_sources(entries, "--data")
-
-
 def _complete_experiments(incomplete: str) -> list[str]:
     """For the shell: names of experiments, also after a comma."""
     before, comma, last = incomplete.rpartition(",")
@@ -94,6 +87,7 @@ Profile = Annotated[
         autocompletion=_complete_profiles,
     ),
 ]
+Experiment = Annotated[str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)]
 Model = Annotated[str | None, typer.Option(help="See `ttt-depth models`.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")]
 
@@ -106,9 +100,7 @@ def ablation(
             help="MoGe-layout folder, JSON of sets, image or folder of images, or motorcycle | synthetic | shifted; may repeat. Default: the profile's."
         ),
     ] = None,
-    profile: Annotated[
-        str, typer.Option(help="demo, paper, as_released, or a YAML file.", autocompletion=_complete_profiles)
-    ] = "demo",
+    profile: Profile = "demo",
     experiments: Annotated[
         str | None,
         typer.Option(help="Names, separated by commas. Default: all.", autocompletion=_complete_experiments),
@@ -135,6 +127,7 @@ def ablation(
     below: Annotated[float | None, typer.Option(help="--hardest takes only samples whose score is lower.")] = None,
 ) -> None:
     """Run every experiment through the notebooks, then make Table 1, the figures and the report."""
+    from ttt_lib.data.catalog import describe_sources
     from ttt_lib.runs.jobs import run_jobs
     from ttt_lib.runs.protocol import choose_samples, with_controls
     from ttt_lib.runs.results import SELECTION
@@ -142,7 +135,7 @@ def ablation(
     runs, cluster = Path(absolute(runs)), absolute(cluster) if cluster else None
     overrides = parse_set(set_ or [])
     if data:
-        overrides["data"] = parse_data(data)
+        overrides["data"] = describe_sources(data, "--data")
     workers = workers or default_workers()
     files, say = choose_experiments(experiments), partial(print, flush=True)
     do = partial(run_jobs, workers=workers, scheduler=scheduler, cluster_file=cluster, threads=threads, announce=say)
@@ -207,9 +200,7 @@ def summarise(runs: Path) -> None:
 def adapt(
     images: Annotated[list[str], typer.Argument(help="Photographs of any size and kind, or folders of them.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the results.")] = Path("outputs"),
-    experiment: Annotated[
-        str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)
-    ] = "recommended",
+    experiment: Experiment = "recommended",
     profile: Profile = "auto",
     model: Model = None,
     metric_points: Annotated[
@@ -270,9 +261,7 @@ def scene(
         typer.Argument(help="Two or more photographs of one scene, their folder, a clip, or a COLMAP model's folder."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the results.")] = Path("scene"),
-    experiment: Annotated[
-        str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)
-    ] = "scene",
+    experiment: Experiment = "scene",
     profile: Profile = "auto",
     model: Model = None,
     cameras: Annotated[
@@ -335,14 +324,19 @@ def models() -> None:
 @app.command(epilog="Example: ttt-depth doctor --json")
 def doctor(json_: Annotated[bool, typer.Option("--json", help="As a list of JSON objects.")] = False) -> None:
     """Look at this machine: GL, GPU, torch, hub, assets, notebooks; and say what to do. Exit code 1: cannot work."""
-    from ttt_lib.doctor import broken, diagnose, to_json, to_text
+    from ttt_lib.core.files import to_json
+    from ttt_lib.doctor import CHECKS, look
 
-    findings = diagnose((lambda finding: None) if json_ else (lambda finding: print(to_text(finding), flush=True)))
-    wrong = broken(findings)
+    findings = []
+    for check in CHECKS:
+        findings.append(look(check))
+        if not json_:
+            print(findings[-1], flush=True)
+    wrong = [finding.name for finding in findings if finding.broken]
     if json_:
-        print(to_json(findings))
+        print(to_json(findings, indent=1))
     elif wrong:
-        print(f"ttt-depth cannot work here before this is put right: {', '.join(finding.name for finding in wrong)}.")
+        print(f"ttt-depth cannot work here before this is put right: {', '.join(wrong)}.")
     else:
         print("ttt-depth can work here.")
     if wrong:

@@ -24,7 +24,7 @@ from moge.utils import io as moge_io
 from PIL import Image
 
 from ttt_lib.core.errors import DataError, UserError, reason
-from ttt_lib.core.files import first_repeated, read_json, read_text, write_json
+from ttt_lib.core.files import first_repeated, read_json, read_text, write_json, write_text
 from ttt_lib.core.types import INTRINSICS, are_normalised_intrinsics
 
 INDEX = ".index.txt"
@@ -249,9 +249,7 @@ def write_frame(folder: Path, image: np.ndarray, depth: np.ndarray, intrinsics: 
 
 def write_index(folder: Path, names: list[str]) -> None:
     """Write `.index.txt` in one step."""
-    temporary = folder / (INDEX + ".partial")
-    temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    os.replace(temporary, folder / INDEX)
+    write_text(folder / INDEX, "".join(f"{name}\n" for name in names))
 
 
 def read_eval_config(path: Path) -> list[dict[str, Any]]:

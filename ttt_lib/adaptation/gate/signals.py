@@ -106,13 +106,11 @@ def log_error(depth: Tensor, reference: Tensor, known: Tensor) -> Tensor:
     return torch.where(known & torch.isfinite(difference), error, torch.nan).flatten(1).nanmean(1)
 
 
-def consistency(
-    held: HeldBack, depth: Tensor | None = None, seen: Tensor | None = None, clean: Prediction | None = None
-) -> dict[str, float]:
+def consistency(held: HeldBack, depth: Tensor, seen: Tensor, clean: Prediction) -> dict[str, float]:
     """Errors between the predictions on the views and the clean ones, of original (o) and adapted (a) weights.
 
-    depth, seen (B,H,W): the adapted network's on the views, carried back; clean: its prediction on the image. Without
-    them only `oo` is given. `xy` compares x's views with y's clean prediction. `score`: mean of aa, ao and oa.
+    depth, seen (B,H,W): the adapted network's on the views, carried back; clean: its prediction on the image.
+    `xy` compares x's views with y's clean prediction. `score`: mean of aa, ao and oa.
     """
     known = held.original.mask
 
@@ -120,12 +118,10 @@ def consistency(
         value = log_error(depth, clean.depth.expand_as(depth), seen & known)
         return float(value[~value.isnan()].mean()) if bool((~value.isnan()).any()) else math.nan
 
-    values = {"oo": error(held.depth, held.seen, held.original)}
-    if depth is None or seen is None or clean is None:
-        return values
-    values["aa"] = error(depth, seen, clean)
-    values["ao"] = error(depth, seen, held.original)
-    values["oa"] = error(held.depth, held.seen, clean)
+    values = {
+        "oo": error(held.depth, held.seen, held.original), "aa": error(depth, seen, clean),
+        "ao": error(depth, seen, held.original), "oa": error(held.depth, held.seen, clean),
+    }  # fmt: skip
     values["score"] = (values["aa"] + values["ao"] + values["oa"]) / 3
     return values
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import utils3d
 from moge.train import losses as moge_losses
+from pydantic import create_model
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,32 +32,6 @@ class GlobalSettings(LossConfig):
     align_resolution: int = 32
     beta: NonNegative = 0.0
     trunc: Positive = 1.0
-
-
-class LocalSettings(GlobalSettings):
-    """`num_patches`: patches drawn a picture."""
-
-    num_patches: int = 16
-
-
-class Local4(LocalSettings):
-    """Patches of a quarter of the image."""
-
-    align_resolution: int = 16
-
-
-class Local16(LocalSettings):
-    """Patches of a sixteenth."""
-
-    align_resolution: int = 8
-    num_patches: int = 256
-
-
-class Local64(LocalSettings):
-    """Patches of a sixty-fourth."""
-
-    align_resolution: int = 4
-    num_patches: int = 4096
 
 
 def focal_of(intrinsics: Tensor) -> Tensor:
@@ -86,7 +62,7 @@ def global_loss(inputs: LossInputs) -> Tensor:
 
 
 def _local(inputs: LossInputs, level: int, place: int) -> Tensor:
-    """Over patches of the image's size divided by `level`; `place`: which of a row's seeds draws them."""
+    """Affine-invariant over patches of the image's size divided by `level`; `place`: which of a row's seeds draws them."""
     scale, focal, settings = _aligned(inputs)[1], focal_of(inputs.intrinsics), _own(inputs.settings)
     points, each = inputs.output["points"], []
     with torch.random.fork_rng(devices=[points.device] if points.device.type == "cuda" else []):
@@ -101,22 +77,13 @@ def _local(inputs: LossInputs, level: int, place: int) -> Tensor:
     return torch.stack(each) * inputs.share
 
 
-@LOSSES.register("local_4", needs=("points",), reads=(), settings=Local4)
-def local_4(inputs: LossInputs) -> Tensor:
-    """Affine-invariant over patches of a quarter."""
-    return _local(inputs, 4, 0)
-
-
-@LOSSES.register("local_16", needs=("points",), reads=(), settings=Local16)
-def local_16(inputs: LossInputs) -> Tensor:
-    """Affine-invariant over patches of a sixteenth."""
-    return _local(inputs, 16, 1)
-
-
-@LOSSES.register("local_64", needs=("points",), reads=(), settings=Local64)
-def local_64(inputs: LossInputs) -> Tensor:
-    """Affine-invariant over patches of a sixty-fourth."""
-    return _local(inputs, 64, 2)
+# Patches of the image's size divided by 4, 16 and 64: the grid that their alignment sees, and how many a picture has.
+for place, (level, side, count) in enumerate(((4, 16, 16), (16, 8, 256), (64, 4, 4096))):
+    kind = create_model(
+        f"Local{level}", __base__=GlobalSettings, align_resolution=(int, side), num_patches=(int, count)
+    )  # fmt: skip
+    term = partial(_local, level=level, place=place)
+    LOSSES.register(f"local_{level}", needs=("points",), reads=(), settings=kind)(term)
 
 
 @LOSSES.register("normal", needs=("points",), reads=(), settings=LossConfig)
