@@ -71,6 +71,7 @@ def loops_to_compare(model: dict[str, Any], longest_side: int, passes: int) -> d
         "all terms, together": row(train=together),
         "all terms, one view": row(train=one),
         "all terms, one view, checkpointing": row(train=one, model=less),
+        "all terms, one view, bfloat16": row(train=one, model=bfloat16),
         "all terms, together, bfloat16": row(train=together, model=bfloat16),
         "without patches": row(**without),
         "without patches, together, bfloat16": row(**without, train=together, model=bfloat16),
