@@ -23,6 +23,8 @@ from ttt_lib.core.registry import LOSSES
 from ttt_lib.core.schema import LossConfig, NonNegative, Positive
 from ttt_lib.geometry.fast_alignment import cheap_alignment
 
+ROWS_AT_ONCE = 8  # of the local terms, on a GPU; patches of a quarter of 640 x 480 then take some 0.7 GB
+MULTINOMIAL = 2**24  # choices that `torch.multinomial` can have
 GRAZING = 88.0  # degrees between a normal and the line of sight
 
 
@@ -61,20 +63,51 @@ def global_loss(inputs: LossInputs) -> Tensor:
     return _aligned(inputs)[0]
 
 
+class _PerRow:
+    """A number for each row of a batch (B,), where MoGe's local loss is written for a batch of one."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = self.of_patches = values
+
+    def reshape(self, *_: int) -> _PerRow:
+        return self
+
+    def __rtruediv__(self, over: float) -> Tensor:
+        return over / self.values[:, None, None]  # for maps (B,H,W)
+
+    def __getitem__(self, row: Tensor) -> Tensor:
+        self.of_patches = self.values[row]
+        return self.of_patches
+
+    def __gt__(self, bound: float) -> Tensor:
+        return self.of_patches > bound  # beside a comparison of the patches
+
+
+def _rows_at_once(points: Tensor) -> int:
+    """On a CPU one, with draws of its own. A GPU waits for its many small kernels rather than for their arithmetic."""
+    return min(ROWS_AT_ONCE, max(1, MULTINOMIAL // points[0, ..., 0].numel())) if points.device.type == "cuda" else 1
+
+
 def _local(inputs: LossInputs, level: int, place: int) -> Tensor:
-    """Affine-invariant over patches of the image's size divided by `level`; `place`: which of a row's seeds draws them."""
+    """Affine-invariant over patches of the image's size divided by `level`; `place`: which of a row's seeds draws them. Rows
+    that go together share out their patches at random, each with `num_patches` of them on average."""
     scale, focal, settings = _aligned(inputs)[1], focal_of(inputs.intrinsics), _own(inputs.settings)
-    points, each = inputs.output["points"], []
+    points, each, size = inputs.output["points"], [], _rows_at_once(inputs.output["points"])
     with torch.random.fork_rng(devices=[points.device] if points.device.type == "cuda" else []):
-        # One view at a time, as in MoGe's own training: the function cannot take several focal lengths.
-        for i in range(len(points)):
-            torch.manual_seed(inputs.seeds[i][place])
-            row = slice(i, i + 1)
+        for first in range(0, len(points), size):
+            torch.manual_seed(inputs.seeds[first][place])
+            rows = slice(first, first + size)
             with cheap_alignment(int(settings["num_patches"])) if inputs.cheap else nullcontext():
-                each.append(moge_losses.affine_invariant_local_loss(
-                    points[row], inputs.target[row], focal[row], scale[row], level=level, **settings
-                )[0].mean())  # fmt: skip
-    return torch.stack(each) * inputs.share
+                value, _ = moge_losses.affine_invariant_local_loss(
+                    points[rows],
+                    inputs.target[rows],
+                    _PerRow(focal[rows]),
+                    _PerRow(scale[rows]),
+                    level=level,
+                    **settings,
+                )
+            each.append(value.expand(len(points[rows])))  # one number where no patch has enough points
+    return torch.cat(each) * inputs.share
 
 
 # Patches of the image's size divided by 4, 16 and 64: the grid that their alignment sees, and how many a picture has.
