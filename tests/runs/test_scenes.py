@@ -55,7 +55,7 @@ def test_what_stands_alone_is_left_as_it_is_or_adapted_alone(tiny, grouped):
     samples, asked = grouped
     single = SampleSet("set", samples.names, samples.load)
     result = Scenes(tiny, experiment()).adapt(single, single[0])
-    assert result.final is result.original and result.reason == ALONE and not asked
+    assert result.final is result.original and result.reason == f"original kept: {ALONE}" and not asked
     by_itself = experiment(supervision={"photographs": {"alone": "single"}})
     assert Scenes(tiny, by_itself).adapt(single, single[0]) is None
     _, result = Adaptations(by_itself, tiny, None).adapt(single, single[0])

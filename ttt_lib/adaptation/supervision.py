@@ -6,6 +6,7 @@ Several photographs of a scene are another. The loop knows none of them: it sums
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -157,14 +158,28 @@ class Episode:
 def configured(episode: Episode) -> list[Supervision]:
     """The supervisions that the experiment itself asks for, in the order in which they were registered.
 
-    A registered builder takes the episode and gives a `Supervision`, or None where the experiment has none of it.
+    A registered builder takes the episode and gives a `Supervision`, or None where the experiment has none of it. One that
+    is registered with `settings` is asked only where the experiment has its section.
     """
     SUPERVISIONS.load_home()
-    for build in SUPERVISIONS.values():
-        built = build(episode)
+    for name, build in SUPERVISIONS.items():
+        asked = "settings" not in SUPERVISIONS.about[name] or name in episode.config.supervision
+        built = build(episode) if asked else None
         if built is not None:
             episode.supervisions.append(built)
     return episode.supervisions
+
+
+def summed(
+    student: Student, parts: Iterable[tuple[Gradients, dict[str, Tensor]]]
+) -> tuple[Gradients, dict[str, Tensor]]:
+    """The sums of gradients and of terms."""
+    total: Gradients = [None] * len(student.leaves)
+    terms: dict[str, Tensor] = {}
+    for gradients, values in parts:
+        accumulate(total, gradients)
+        add_terms(terms, values)
+    return total, terms
 
 
 def accumulate(total: Gradients, gradients: Gradients, factor: float = 1.0) -> None:
