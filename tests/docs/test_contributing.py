@@ -93,7 +93,9 @@ def test_the_rooms_it_draws_are_those_of_the_package():
 
 
 def test_the_papermill_command_of_the_docs_is_a_complete_experiment(tmp_path):
-    command = re.search(r"^papermill notebooks/.*?[^\\\\]$", (ROOT / "docs/gpu_servers.md").read_text(), re.M | re.S).group()
+    command = re.search(
+        r"^papermill notebooks/.*?[^\\\\]$", (ROOT / "docs/gpu_servers.md").read_text(), re.M | re.S
+    ).group()
     words = shlex.split(command.replace("\\\n", " "))
     file, profile, extra = (words[words.index(option) + 1] for option in ("-f", "-p", "-y"))
     assert profile == "profile" and words[words.index("-p") + 2] == "paper"

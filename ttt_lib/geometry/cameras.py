@@ -8,6 +8,8 @@ batch of maps (B,H,W,3), pass `matrix[:, None, None]`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,12 @@ def uv_map(
     v = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
     u = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
     return torch.stack(torch.meshgrid(u, v, indexing="xy"), -1)
+
+
+def shrunk(size: Sequence[int], longest: int) -> tuple[int, ...]:
+    """The size (H, W) of a picture whose longer side has at most so many pixels; never larger, and no side is 0."""
+    factor = min(1.0, longest / max(size))
+    return tuple(max(1, round(side * factor)) for side in size)
 
 
 def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import photographs_in, read_photo
 from ttt_lib.data.known_distances import read_references
+from ttt_lib.geometry.cameras import shrunk
 from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges
 from ttt_lib.models.base import GeometryModel, weights_checksum
 from ttt_lib.report.figures import plot_before_after
@@ -67,9 +68,7 @@ def write_depth(path: Path, prediction: Prediction) -> None:
 
 def shown_image(image: torch.Tensor) -> torch.Tensor:
     """The image (3,H,W) at a size to be looked at, at most SHOWN pixels long."""
-    shrink = min(1.0, SHOWN / max(image.shape[-2:]))
-    size = [max(1, round(side * shrink)) for side in image.shape[-2:]]
-    return F.interpolate(image[None], size, mode="area")[0]
+    return F.interpolate(image[None], shrunk(image.shape[-2:], SHOWN), mode="area")[0]
 
 
 def find_photos(entries: Sequence[str | Path]) -> list[Path]:
@@ -138,7 +137,7 @@ def adapt_photo(
             result = adapt_photograph(model, config, image, printable(Path(path).name), references, lens)
             _write_result(work, image, result)
             write_json(work / "record.json", {
-                "image": str(path), **_record(work, image, result, model, config),
+                "image": str(path), **_record(work, result, model, config),
                 "metric_points": absolute(metric_points) if metric_points else None,
                 "metric_unit": references.unit if references is not None else None,
                 "camera": lens.source if lens is not None else None,
@@ -184,9 +183,23 @@ def _write_result(work: Path, image: torch.Tensor, result: AdaptResult) -> None:
     plot_before_after(shown_image(image), result).savefig(work / "before_after.png", dpi=110)
 
 
-def _record(
-    work: Path, image: torch.Tensor, result: AdaptResult, model: GeometryModel, config: ExperimentConfig
-) -> dict[str, Any]:
+def about_run(model: GeometryModel, config: ExperimentConfig) -> dict[str, Any]:
+    """What a record says of the model and the settings, and the date."""
+    return {
+        "model": model.name, "weights": weights_checksum(model), "device": str(model.device),
+        "settings": config.as_parameters(), "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }  # fmt: skip
+
+
+def about_result(result: AdaptResult) -> dict[str, Any]:
+    """What a record says of one photograph."""
+    return {
+        "width": result.image.shape[-1], "height": result.image.shape[-2], "decision": result.decision,
+        "reason": result.reason, "seconds": result.seconds, "signals": result.signals,
+    }  # fmt: skip
+
+
+def _record(work: Path, result: AdaptResult, model: GeometryModel, config: ExperimentConfig) -> dict[str, Any]:
     """What there is to know of a result, its files in `work` among it."""
     unit, encoded = "metre" if result.final.kind == "metric" else "arbitrary", None
     if (work / "depth.png").is_file():
@@ -194,10 +207,7 @@ def _record(
             near, far = float(png.info["near"]), float(png.info["far"])
         encoded = {"encoding": DEPTH_ENCODING, "near": near, "far": far, "unit": unit}
     return {
-        "width": image.shape[-1], "height": image.shape[-2], "unit": unit, "depth_png": encoded,
-        "decision": result.decision, "reason": result.reason, "seconds": result.seconds,
+        **about_result(result), **about_run(model, config), "unit": unit, "depth_png": encoded,
         "peak_memory_mb": result.peak_memory_mb, "passes_done": result.passes_done, "views": result.view_stats,
-        "intrinsics": result.final.intrinsics, "device": str(model.device), "model": model.name,
-        "weights": weights_checksum(model), "settings": config.as_parameters(), "history": result.history,
-        "signals": result.signals, "assumptions": result.original.note, "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "intrinsics": result.final.intrinsics, "history": result.history, "assumptions": result.original.note,
     }  # fmt: skip

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.scene import Photograph
-from ttt_lib.geometry.cameras import project, transform_points, unproject
+from ttt_lib.geometry.cameras import project, shrunk, transform_points, unproject
 from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges
 
 LONGEST_SIDE = 480  # pixels of the depth maps that are merged
@@ -41,8 +41,7 @@ class SceneCloud:
 
     def add(self, photograph: Photograph, image: Tensor, prediction: Prediction) -> None:
         """A photograph (3,H,W) with its prediction in the scene's scale."""
-        factor = min(1.0, LONGEST_SIDE / max(image.shape[-2:]))
-        size = tuple(max(1, round(side * factor)) for side in image.shape[-2:])
+        size = shrunk(image.shape[-2:], LONGEST_SIDE)
         depth = torch.where(prediction.mask, prediction.depth, torch.nan).float().cpu()
         depth = F.interpolate(depth[None, None], size, mode="nearest-exact")[0, 0]
         known = torch.isfinite(depth) & (depth > 0)
