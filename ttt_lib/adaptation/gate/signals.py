@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from ttt_lib.adaptation.ensemble import log_difference, predict_member, predict_mirrored, predict_on_views
 from ttt_lib.adaptation.gate.reprojection import reprojection_errors
 from ttt_lib.adaptation.student import Student
-from ttt_lib.core.config import ExperimentConfig, GateConfig
+from ttt_lib.core.config import ExperimentConfig, GateConfig, merge
 from ttt_lib.core.errors import NotSupported
-from ttt_lib.core.schema import ShiftConfig
+from ttt_lib.core.schema import ViewConfig
 from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import fov_from_intrinsics
 from ttt_lib.models.base import GeometryModel
@@ -59,18 +59,11 @@ def held_back_views(
     image (3,H,W); original: the prediction on this very image; members: of `original_members`, if they are there.
     Mirrors, recentred crops and colours of `gate.severity`; cameras stay in place, so that no rendering enters.
     """
-    views = config.views.model_copy(
-        update={
-            "crop": config.views.crop.model_copy(update={"kind": "recentred", "probability": 1.0, "scale": (0.7, 1.0)}),
-            "mirror": 0.5,
-            "cutmix": 0.0,
-            "photometric": config.views.photometric.model_copy(
-                update={"probability": 1.0, "severity": config.gate.severity}
-            ),
-            "novel_view": config.views.novel_view.model_copy(update={"probability": 0.0}),
-            "shift": ShiftConfig(),
-        }
-    )
+    views = ViewConfig(**merge(config.views.model_dump(), {
+        "mirror": 0.5, "cutmix": 0.0, "novel_view": {"probability": 0.0}, "shift": {"names": []},
+        "crop": {"kind": "recentred", "probability": 1.0, "scale": (0.7, 1.0)},
+        "photometric": {"probability": 1.0, "severity": config.gate.severity},
+    }))  # fmt: skip
     view = make_views(image, original.points, original.mask, original.intrinsics, views, config.gate.views, generator)
     depth, seen = _on_views(model, view, original)
     return HeldBack(
