@@ -39,6 +39,11 @@ def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
     return rays * depth[..., None]
 
 
+def unproject_far(depth: Tensor, intrinsics: Tensor) -> Tensor:
+    """`unproject` of a depth that may be infinite: a ray's zero coordinate times infinity is no number."""
+    return torch.where(torch.isinf(depth)[..., None], torch.inf, unproject(depth, intrinsics))
+
+
 def inverse(matrix: Tensor) -> Tensor:
     """As `torch.linalg.inv`, without waiting for a GPU to say whether there is one (not finite where there is none)."""
     return torch.linalg.inv_ex(matrix).inverse

@@ -76,7 +76,7 @@ def check_numbers(value: Any, largest: int, layers: int, where: str, key: str = 
         counts_layers = "layers" in key or key == "depths" or ("_blocks" in key and not key.startswith("dim"))
         limit = layers if counts_layers else largest
         if not abs(value) <= limit:
-            raise BoundsError(f"{where} says {key} {value}, more than {limit}, which its tensors can hold")
+            raise BoundsError(f"{where} says {key} {value}, more than {limit}, which there can be")
 
 
 def check_folder(folder: Path, network: type) -> None:
