@@ -12,15 +12,14 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import typer
 from moge.utils import io as moge_io
 from PIL import Image
 
 from ttt_lib import doctor
-from ttt_lib.cli import app, parse_data
+from ttt_lib.cli import app
 from ttt_lib.core.errors import UserError
-from ttt_lib.data.catalog import open_dataset
+from ttt_lib.data.catalog import describe_sources, open_dataset
 from ttt_lib.data.samples import write_moge_layout
 from ttt_lib.runs.plan import choose_experiments, parse_set
 
@@ -54,7 +53,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(ttt, arguments, words):
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-COMMANDS = ["ablation", "adapt", "scene", "hard-subset", "benchmark", "models", "doctor"]
+COMMANDS = ["ablation", "adapt", "scene", "benchmark", "models", "doctor"]
 
 
 def test_every_help_answers_with_an_example_and_without_torch():
@@ -108,14 +107,14 @@ def test_parsing(tmp_path):
     assert parse_set(["train.passes=4", "views.size=[8, 9]"]) == {"train": {"passes": 4}, "views": {"size": [8, 9]}}
     with pytest.raises(UserError, match="--set train"):
         parse_set(["train"])
-    assert parse_data(["motorcycle"]) == [{"kind": "motorcycle"}]
+    assert describe_sources(["motorcycle"]) == [{"kind": "motorcycle"}]
     assert choose_experiments(None)[0].stem == "original" and len(choose_experiments("tta,original")) == 2
     (tmp_path / "frame").mkdir()
     (tmp_path / "frame" / "depth.png").touch()
     with pytest.raises(UserError, match="index.txt is missing"):
-        parse_data([str(tmp_path)])
+        describe_sources([str(tmp_path)])
     Image.new("RGB", (20, 20)).save(tmp_path / "photo.jpg")
-    assert parse_data([str(tmp_path / "photo.jpg")]) == [{"kind": "images", "path": str(tmp_path / "photo.jpg")}]
+    assert describe_sources([str(tmp_path / "photo.jpg")]) == [{"kind": "images", "path": str(tmp_path / "photo.jpg")}]
 
 
 def test_adapt_writes_what_it_promises_and_goes_on_after_a_bad_file(ttt, tmp_path):
@@ -184,15 +183,6 @@ def test_an_ablation_on_real_frames_end_to_end(ttt, frames, tmp_path):
     assert done.returncode == 0, done.stderr
     other = pd.read_csv(tmp_path / "sharded" / "summary" / "metrics.csv")
     pd.testing.assert_frame_equal(metrics, other)
-
-
-def test_hard_subset(ttt, frames, tmp_path):
-    done = ttt("hard-subset", "--data", frames, "-o", tmp_path / "hard", "--metric", "depth_metric/delta1", "--below", "1.1",
-               "--count", "1")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "hard" / ".index.txt").read_text().split()) == 1 and "broken" in done.stderr
-    (sample,) = open_dataset(kind="moge", path=tmp_path / "hard").readable()
-    assert torch.isfinite(sample.depth).any()
 
 
 def test_verbose_says_what_is_done_and_debug_shows_the_cause(ttt, tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ttt_lib import doctor, machine
-from ttt_lib.doctor import CHECKS, Check, Finding, broken, diagnose, look, to_json, to_text
+from ttt_lib.core.files import to_json
+from ttt_lib.doctor import CHECKS, Check, Finding, look
 from ttt_lib.models import moge
 
 
@@ -56,9 +57,8 @@ def test_a_missing_module_is_essential_and_the_list_goes_on(monkeypatch):
         raise OSError("made up")
 
     monkeypatch.setattr(doctor, "CHECKS", ((Check("first", False, "do", raises), check("Python"))))
-    said = []
-    findings = diagnose(said.append)
-    assert said == findings and [f.state for f in findings] == ["problem", "ok"]
+    findings = [look(each) for each in doctor.CHECKS]
+    assert [f.state for f in findings] == ["problem", "ok"]
     assert "OSError: made up" in findings[0].found and findings[0].advice
 
 
@@ -312,6 +312,6 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk(tmp_path, monkeypatch):
 
 def test_findings_as_text_and_json():
     good, bad = Finding("torch", "ok", "2.13"), Finding("MoGe", "problem", "gone", "install it", True)
-    assert to_text(good).split() == ["ok", "torch", "2.13"] and "-> install it" in to_text(bad)
+    assert str(good).split() == ["ok", "torch", "2.13"] and "-> install it" in str(bad)
     assert json.loads(to_json([good, bad]))[1]["advice"] == "install it"
-    assert broken([good, bad]) == [bad] and broken([Finding("GPU", "problem", "")]) == []
+    assert [each.broken for each in (good, bad, Finding("GPU", "problem", ""))] == [False, True, False]

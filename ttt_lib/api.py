@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from ttt_lib.adaptation.known_camera import adapt_photograph
+from ttt_lib.adaptation.known_camera import adapt_photograph, camera_of
 from ttt_lib.adaptation.photographs import scene as scenes
 from ttt_lib.adaptation.photographs.scene import SceneAdaptation, guess_focal
 from ttt_lib.adaptation.result import AdaptResult
@@ -23,7 +23,6 @@ from ttt_lib.core.files import first_repeated
 from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.data.catalog import describe_sources, open_dataset
 from ttt_lib.data.images import as_image, read_photo
-from ttt_lib.data.known_camera import known_camera
 from ttt_lib.data.known_distances import References
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Scene
@@ -152,10 +151,10 @@ def adapt(
         >>> result.decision, result.passes_done
         ('adapted', 2)
     """
-    file = image if exif and isinstance(image, str | Path) and model.fov_x is None else None
+    file = image if isinstance(image, str | Path) else None
     if isinstance(image, Sample):
         name, image = name or f"{image.dataset}/{image.name}", image.image
-    elif isinstance(image, str | Path):
+    elif file is not None:
         name, image = name or Path(image).name, read_photo(image)
     if not isinstance(experiment, ExperimentConfig):
         chosen = default_profile(model.name) if profile == "auto" else profile
@@ -164,7 +163,7 @@ def adapt(
     at_hand = experiment.model.model_copy(update={"name": model.name, "num_tokens": model.num_tokens})
     config = experiment.model_copy(update={"model": at_hand})
     image = as_image(image, "adapt: the image")
-    camera = known_camera(tuple(image.shape[-2:]), intrinsics, fov, file)
+    camera = camera_of(model, image, file, exif, intrinsics=intrinsics, fov=fov)
     return adapt_photograph(model, config, image, name or "image", references, camera, progress)
 
 

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ttt_lib.core.errors import UserError, printable, reason
-from ttt_lib.core.files import absolute, first_repeated
+from ttt_lib.core.files import absolute
 from ttt_lib.runs.catalog import NOTEBOOKS, experiment_file, experiment_files, notebooks_folder
 from ttt_lib.runs.plan import choose_experiments, make_jobs, parse_set, put
 
@@ -61,13 +61,6 @@ def _importing() -> Iterator[None]:
         gc.enable()
 
 
-def parse_data(entries: list[str]) -> list[dict[str, Any]]:
-    """`--data` values as configuration: a built-in name, a JSON file of sets, a MoGe folder, images or one image."""
-    from ttt_lib.data.catalog import describe_sources
-
-    return describe_sources(entries, "--data")
-
-
 def _complete_experiments(incomplete: str) -> list[str]:
     """For the shell: names of experiments, also after a comma."""
     before, comma, last = incomplete.rpartition(",")
@@ -94,6 +87,7 @@ Profile = Annotated[
         autocompletion=_complete_profiles,
     ),
 ]
+Experiment = Annotated[str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)]
 Model = Annotated[str | None, typer.Option(help="See `ttt-depth models`.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")]
 
@@ -106,9 +100,7 @@ def ablation(
             help="MoGe-layout folder, JSON of sets, image or folder of images, or motorcycle | synthetic | shifted; may repeat. Default: the profile's."
         ),
     ] = None,
-    profile: Annotated[
-        str, typer.Option(help="demo, paper, as_released, or a YAML file.", autocompletion=_complete_profiles)
-    ] = "demo",
+    profile: Profile = "demo",
     experiments: Annotated[
         str | None,
         typer.Option(help="Names, separated by commas. Default: all.", autocompletion=_complete_experiments),
@@ -135,6 +127,7 @@ def ablation(
     below: Annotated[float | None, typer.Option(help="--hardest takes only samples whose score is lower.")] = None,
 ) -> None:
     """Run every experiment through the notebooks, then make Table 1, the figures and the report."""
+    from ttt_lib.data.catalog import describe_sources
     from ttt_lib.runs.jobs import run_jobs
     from ttt_lib.runs.protocol import choose_samples, with_controls
     from ttt_lib.runs.results import SELECTION
@@ -142,7 +135,7 @@ def ablation(
     runs, cluster = Path(absolute(runs)), absolute(cluster) if cluster else None
     overrides = parse_set(set_ or [])
     if data:
-        overrides["data"] = parse_data(data)
+        overrides["data"] = describe_sources(data, "--data")
     workers = workers or default_workers()
     files, say = choose_experiments(experiments), partial(print, flush=True)
     do = partial(run_jobs, workers=workers, scheduler=scheduler, cluster_file=cluster, threads=threads, announce=say)
@@ -206,9 +199,7 @@ def summarise(runs: Path, threads: int) -> None:
 def adapt(
     images: Annotated[list[str], typer.Argument(help="Photographs of any size and kind, or folders of them.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the results.")] = Path("outputs"),
-    experiment: Annotated[
-        str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)
-    ] = "recommended",
+    experiment: Experiment = "recommended",
     profile: Profile = "auto",
     model: Model = None,
     metric_points: Annotated[
@@ -269,9 +260,7 @@ def scene(
         typer.Argument(help="Two or more photographs of one scene, their folder, a clip, or a COLMAP model's folder."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the results.")] = Path("scene"),
-    experiment: Annotated[
-        str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)
-    ] = "scene",
+    experiment: Experiment = "scene",
     profile: Profile = "auto",
     model: Model = None,
     cameras: Annotated[
@@ -306,47 +295,6 @@ def scene(
     )  # fmt: skip
 
 
-@app.command(epilog="Example: ttt-depth hard-subset --data path/to/set -o hard --below 0.5 --count 50")
-def hard_subset(
-    data: Annotated[list[str], typer.Option(help="MoGe-layout folders or a JSON of sets; may repeat.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the subset (links and an index).")],
-    metric: Annotated[str, typer.Option(help="metric/score to choose by.")] = HARD_BY,
-    below: Annotated[float, typer.Option(help="Only samples whose score is lower.")] = 0.5,
-    count: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
-    profile: Annotated[
-        str, typer.Option(help="Profile that names the model; auto: demo for tiny.", autocompletion=_complete_profiles)
-    ] = "auto",
-    model: Annotated[str | None, typer.Option(help="tiny, a MoGe hub name, or a checkpoint file.")] = None,
-) -> None:
-    """Choose the samples on which the original model does worst, as the published study did."""
-    from ttt_lib.runs.experiment import load_with_profile, run_experiment
-    from ttt_lib.runs.hard_subset import select_hard, write_subset_index
-
-    output, entries = Path(absolute(output)), parse_data(data)
-    for entry in entries:
-        if entry["kind"] != "moge":
-            raise UserError(
-                f"--data: a hard subset links to samples on disk in the MoGe layout, and {entry['kind']!r} is no such set."
-            )
-    names = [entry.get("name") or Path(entry["path"]).name for entry in entries]
-    if (twice := first_repeated(names)) is not None:
-        raise UserError(f"--data: two sets are called {twice!r}; give them names in a JSON file of sets.")
-    overrides: dict[str, Any] = {"data": entries, **({"model": {"name": model}} if model else {})}
-    config = load_with_profile(choose_experiments("original")[0], profile, overrides)
-    run = run_experiment(config)
-    for row in run.left_out.itertuples():
-        print(f"left out: {row.dataset}/{row.sample}: {row.reason}", file=sys.stderr)
-    if run.metrics.empty:
-        raise UserError("--data: none of the samples could be read and evaluated.")
-    chosen = select_hard(run.metrics[run.metrics.prediction == "final"], metric, below, count)
-    if chosen.empty:
-        raise UserError(f"--below {below}: no sample scores that low in {metric}.")
-    folders = {entry.get("name") or Path(entry["path"]).resolve().name: Path(entry["path"]) for entry in entries}
-    index = write_subset_index(chosen, folders, output)
-    print(chosen.to_string(index=False))
-    print(f"{len(chosen)} samples: {index}")
-
-
 @app.command(epilog="Example: ttt-depth benchmark -o times")
 def benchmark(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the table and its JSON.")] = Path("times"),
@@ -375,14 +323,19 @@ def models() -> None:
 @app.command(epilog="Example: ttt-depth doctor --json")
 def doctor(json_: Annotated[bool, typer.Option("--json", help="As a list of JSON objects.")] = False) -> None:
     """Look at this machine: GL, GPU, torch, hub, assets, notebooks; and say what to do. Exit code 1: cannot work."""
-    from ttt_lib.doctor import broken, diagnose, to_json, to_text
+    from ttt_lib.core.files import to_json
+    from ttt_lib.doctor import CHECKS, look
 
-    findings = diagnose((lambda finding: None) if json_ else (lambda finding: print(to_text(finding), flush=True)))
-    wrong = broken(findings)
+    findings = []
+    for check in CHECKS:
+        findings.append(look(check))
+        if not json_:
+            print(findings[-1], flush=True)
+    wrong = [finding.name for finding in findings if finding.broken]
     if json_:
-        print(to_json(findings))
+        print(to_json(findings, indent=1))
     elif wrong:
-        print(f"ttt-depth cannot work here before this is put right: {', '.join(finding.name for finding in wrong)}.")
+        print(f"ttt-depth cannot work here before this is put right: {', '.join(wrong)}.")
     else:
         print("ttt-depth can work here.")
     if wrong:

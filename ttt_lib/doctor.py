@@ -20,8 +20,8 @@ from typing import Literal, NamedTuple
 
 from ttt_lib import machine
 from ttt_lib.core.errors import UserError, reason
-from ttt_lib.core.files import to_json as as_json
-from ttt_lib.machine import Missing, Problem, version_of
+from ttt_lib.core.provenance import version_of
+from ttt_lib.machine import Missing, Problem
 from ttt_lib.runs.catalog import experiment_files, notebooks_folder
 
 LEAST_SPACE = 1.0  # GiB; MoGe-2's largest checkpoint alone takes more
@@ -43,6 +43,16 @@ class Finding:
     found: str
     advice: str = ""
     essential: bool = False
+
+    @property
+    def broken(self) -> bool:
+        """A problem without whose solution nothing works."""
+        return self.essential and self.state == "problem"
+
+    def __str__(self) -> str:
+        """State, name, what is there; on a second line what to do."""
+        line = f"{self.state:8} {self.name:14} {self.found}"
+        return f"{line}\n{'':8} {'':14} -> {self.advice}" if self.advice else line
 
 
 class Check(NamedTuple):
@@ -177,28 +187,3 @@ def look(check: Check) -> Finding:
         return Finding(name, "problem", str(error), advice, essential)
     except Exception as error:  # an import that fails, mostly
         return Finding(name, "problem", f"cannot be used ({type(error).__name__}: {reason(error)})", advice, essential)
-
-
-def diagnose(announce: Callable[[Finding], None] = lambda finding: None) -> list[Finding]:
-    """Do all checks in order; announce: called with each finding as it comes."""
-    findings = []
-    for check in CHECKS:
-        findings.append(look(check))
-        announce(findings[-1])
-    return findings
-
-
-def to_text(finding: Finding) -> str:
-    """State, name, what is there; on a second line what to do."""
-    line = f"{finding.state:8} {finding.name:14} {finding.found}"
-    return f"{line}\n{'':8} {'':14} -> {finding.advice}" if finding.advice else line
-
-
-def to_json(findings: list[Finding]) -> str:
-    """A list of objects with the fields of `Finding`."""
-    return as_json(findings, indent=1)
-
-
-def broken(findings: list[Finding]) -> list[Finding]:
-    """The problems without whose solution nothing works."""
-    return [finding for finding in findings if finding.essential and finding.state == "problem"]

@@ -7,7 +7,6 @@ draws through OpenGL runs in another process, because drivers can crash.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
 import platform
 import shutil
@@ -16,6 +15,7 @@ import sys
 import threading
 
 from ttt_lib.core.errors import reason
+from ttt_lib.core.provenance import version_of
 
 GL_TIMEOUT = 120.0  # seconds, with the import of torch on a slow disk
 HUB_PATIENCE = 15.0  # seconds; name servers may be slower to fail than the hub's own time limit
@@ -46,14 +46,6 @@ class Problem(Exception):
 
 class Missing(Problem):
     """What is not there, and the package works without."""
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a distribution, None if it is absent."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def python_here() -> str:

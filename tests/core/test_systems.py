@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from ttt_lib.core.errors import UserError
 from ttt_lib.core.provenance import cores, environment
 from ttt_lib.models.load import load_model
 from ttt_lib.runs import jobs
-from ttt_lib.runs.hard_subset import write_subset_index
 
 ELSEWHERE = """
 import builtins, json, os, sys
@@ -98,13 +96,3 @@ def test_the_gpu_of_apple_is_not_chosen_and_refused_in_a_sentence(monkeypatch):
     for device in ("mps", "mps:0"):
         with pytest.raises(UserError, match=f"model.device: '{device}' has no float64.*use cpu"):
             load_model("tiny", device)
-
-
-def test_a_system_that_makes_no_links_says_so(tmp_path, monkeypatch):
-    def windows(*_, **__):
-        raise OSError(22, "A required privilege is not held by the client")
-
-    monkeypatch.setattr(Path, "symlink_to", windows)
-    chosen = pd.DataFrame({"dataset": ["set"], "sample": ["a"], "value": [0.1]})
-    with pytest.raises(UserError, match="no link can be made there .*privilege.*choose another output folder"):
-        write_subset_index(chosen, {"set": tmp_path / "set"}, tmp_path / "hard")

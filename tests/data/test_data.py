@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from moge.test.dataloader import EvalDataLoaderPipeline
@@ -20,7 +18,6 @@ from ttt_lib.data import moge_layout, motorcycle, samples
 from ttt_lib.data.catalog import open_dataset
 from ttt_lib.data.samples import SampleSet, write_moge_layout
 from ttt_lib.geometry.cameras import project, unproject
-from ttt_lib.runs.hard_subset import select_hard, write_subset_index
 
 
 @pytest.fixture
@@ -249,29 +246,6 @@ def test_both_views_have_metric_truth_that_agrees():
     rays = project(first.points[known], first.intrinsics)
     u, v = torch.meshgrid((torch.arange(96) + 0.5) / 96, (torch.arange(64) + 0.5) / 64, indexing="xy")
     assert torch.allclose(rays, torch.stack([u, v], -1)[known], atol=1e-4)
-
-
-# ----------------------------------------------------------------------------------------------------- hard subset
-
-
-def test_hard_subset(folder, tmp_path_factory):
-    rows = [("set", f"frame{i}", "points_scale_invariant", "delta1", v) for i, v in enumerate((0.4, 0.9, 0.1))]
-    scores = pd.DataFrame(rows, columns=["dataset", "sample", "metric", "score", "value"])
-    chosen = select_hard(scores, "points_scale_invariant/delta1", 0.5, 50)
-    assert list(chosen["sample"]) == ["frame2", "frame0"]
-    assert chosen.equals(select_hard(scores[::-1], "points_scale_invariant/delta1", 0.5, 50))
-    with pytest.raises(UserError, match="points_scale_invariant/delta1"):
-        select_hard(scores, "depth/rmse", 0.5, 50)
-    output = tmp_path_factory.mktemp("hard")
-    index = write_subset_index(chosen, {"set": folder}, output)
-    assert index.read_text().split() == ["set/frame2", "set/frame0"]
-    assert (output / "set" / "frame2").is_symlink()
-    assert write_subset_index(chosen, {"set": folder}, output) == index
-    assert [s.name for s in open_dataset(kind="moge", path=output).readable()] == ["set/frame2", "set/frame0"]
-    shutil.rmtree(output / "set")
-    (output / "set" / "frame0").mkdir(parents=True)
-    with pytest.raises(UserError, match="something else"):
-        write_subset_index(chosen, {"set": folder}, output)
 
 
 def test_paths_of_a_file_of_sets_count_from_the_file_or_else_from_the_working_folder(tmp_path, monkeypatch):

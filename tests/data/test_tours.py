@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ttt_lib.core.errors import ConfigError, DataError, UserError
+from ttt_lib.core.files import write_json
 from ttt_lib.core.schema import DataConfig
 from ttt_lib.data.catalog import open_dataset
-from ttt_lib.data.grouping import read_scenes, write_scenes
+from ttt_lib.data.grouping import SCENES, read_scenes
 from ttt_lib.data.samples import open_moge, write_moge_layout
 from ttt_lib.data.scenes.detail import Detail
 from ttt_lib.data.scenes.failures import FAILURES
@@ -138,7 +139,7 @@ def test_a_tour_goes_through_moges_layout_with_its_scenes(tmp_path):
     write_moge_layout(tours.readable(), tmp_path)
     alone = open_moge(tmp_path)
     assert alone.scenes == {} and alone.scene_of("tour_001/view_0") == ("tour_001/view_0", ["tour_001/view_0"])
-    write_scenes(tmp_path, tours.scenes)
+    write_json(tmp_path / SCENES, tours.scenes)
     grouped = open_moge(tmp_path)
     assert read_scenes(tmp_path) == tours.scenes == grouped.scenes and grouped.data_hash() != alone.data_hash()
     shard = grouped.shard(0, 4)  # the other photographs of its scene are in other shards

@@ -72,7 +72,7 @@ def test_examples_run_as_they_stand(registries, tmp_path, monkeypatch, capsys):
 def test_every_file_that_a_document_names_is_there():
     for document, least in (("CONTRIBUTING.md", 10), ("README.md", 1)):
         text = (ROOT / document).read_text()
-        named = set(re.findall(r"`((?:ttt_lib|tests|notebooks)/[\w/.]+)`", text))
+        named = set(re.findall(r"`((?:ttt_lib|tests|notebooks|docs)/[\w/.]+)`", text))
         assert len(named) >= least, named
         assert not [name for name in named if not (ROOT / name).exists()], document
 
@@ -92,8 +92,10 @@ def test_the_rooms_it_draws_are_those_of_the_package():
             assert set(re.findall(r"\w+", said.group(1))) <= set(named[:number]), room
 
 
-def test_the_papermill_command_of_the_readme_is_a_complete_experiment(tmp_path):
-    command = re.search(r"^papermill notebooks/.*?[^\\\\]$", (ROOT / "README.md").read_text(), re.M | re.S).group()
+def test_the_papermill_command_of_the_docs_is_a_complete_experiment(tmp_path):
+    command = re.search(
+        r"^papermill notebooks/.*?[^\\\\]$", (ROOT / "docs/gpu_servers.md").read_text(), re.M | re.S
+    ).group()
     words = shlex.split(command.replace("\\\n", " "))
     file, profile, extra = (words[words.index(option) + 1] for option in ("-f", "-p", "-y"))
     assert profile == "profile" and words[words.index("-p") + 2] == "paper"

@@ -44,7 +44,6 @@ from ttt_lib.report import photo_files as photos
 from ttt_lib.runs import cluster
 from ttt_lib.runs import jobs as batch
 from ttt_lib.runs import notebook as kernel
-from ttt_lib.runs.hard_subset import write_subset_index
 from ttt_lib.runs.results import read_runs
 
 FUZZ = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
@@ -271,8 +270,6 @@ LINES = {
     "data without end": ["ablation", "--set", "data=[{kind: synthetic, count: 100000000000}]"],
     "sides without end": ["ablation", "--set", "data=[{kind: synthetic, width: 1000000000}]"],
     "shards without end": ["ablation", "--experiments", "original", "--shards", "1000000000", "--set", "data=[{kind: synthetic, count: 2}]"],
-    "hard subset of photographs": ["hard-subset", "--data", ".", "-o", "hard"],
-    "hard subset of two built in": ["hard-subset", "--data", "motorcycle", "--data", "synthetic", "-o", "hard"],
 }  # fmt: skip
 
 
@@ -283,13 +280,11 @@ def test_a_command_line(command, tmp_path, name):
     assert code in (1, 2) and said.startswith("ttt-depth: ") and said.count("\n") == 1, said
     sentence(said.strip())
     assert not (tmp_path / "SENTINEL").exists()
-    if name == "hard subset of two built in":
-        assert "in the MoGe layout, and 'motorcycle' is no such set" in said
 
 
 @pytest.mark.parametrize(
     "line", [["adapt"], ["adapt", "--nothing"], ["nothing"], ["models", "x"], ["ablation", "--workers", "-1"],
-             ["ablation", "--threads", "10000000"], ["ablation", "--limit", "many"], ["hard-subset"]]
+             ["ablation", "--threads", "10000000"], ["ablation", "--limit", "many"]]
 )  # fmt: skip
 def test_a_command_that_does_not_exist(command, line):
     code, said = command(*line)
@@ -307,11 +302,9 @@ SETS = {
 @pytest.mark.parametrize("name", SETS)
 def test_a_file_of_sets(command, tmp_path, name):
     (tmp_path / "sets.json").write_text(SETS[name])
-    for line in (["ablation", "--experiments", "original", "--data", "sets.json"],
-                 ["hard-subset", "--data", "sets.json", "-o", "hard"]):  # fmt: skip
-        code, said = command(*line)
-        assert code == 2 and said.startswith("ttt-depth: ") and said.count("\n") == 1, said
-        assert any(word in said for word in ("sets.json", "data.0", "split", "`a`"))
+    code, said = command("ablation", "--experiments", "original", "--data", "sets.json")
+    assert code == 2 and said.startswith("ttt-depth: ") and said.count("\n") == 1, said
+    assert any(word in said for word in ("sets.json", "data.0", "split", "`a`"))
 
 
 def test_photographs_named_to_escape_and_results_that_are_none(command, tmp_path):
@@ -556,13 +549,11 @@ def test_names_do_not_leave_the_folder_that_is_written(tmp_path):
     for name in ("../x", "/x", ".."):
         sample.name = name
         refused(write_moge_layout, [sample], tmp_path / "written")
-        chosen = pd.DataFrame([{"dataset": name, "sample": "s"}])
-        refused(write_subset_index, chosen, {name: tmp_path / "set"}, tmp_path / "written")
     assert sorted(os.listdir(tmp_path)) == ["set", "written"] and not list((tmp_path / "written").iterdir())
-    link = write_subset_index(
-        pd.DataFrame([{"dataset": "a", "sample": "s"}]), {"a": tmp_path / "set"}, tmp_path / "hard"
-    )
-    assert open_dataset("moge", path=str(link.parent))[0].name == "a/s"  # the links of a hard subset are followed
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a").symlink_to(tmp_path / "set")
+    (tmp_path / "links" / ".index.txt").write_text("a/s")
+    assert open_dataset("moge", path=str(tmp_path / "links"))[0].name == "a/s"  # links are followed
 
 
 POINTS = {

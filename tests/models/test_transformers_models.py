@@ -238,7 +238,7 @@ def _depth_pro_post_process(outputs, size: tuple[int, int], monkeypatch) -> torc
     return torch.stack([d["predicted_depth"] for d in done])
 
 
-def _post_process(processor, outputs, size: tuple[int, int], monkeypatch, flipped=None) -> torch.Tensor:
+def _post_process(processor, outputs, size: tuple[int, int], monkeypatch) -> torch.Tensor:
     """The library's own post-processing for pictures of `size`, (B,H,W)."""
     count = len(outputs.predicted_depth)
     if "field_of_view" in outputs:
@@ -256,7 +256,7 @@ def _post_process(processor, outputs, size: tuple[int, int], monkeypatch, flippe
         resize = lambda x, size, interpolation, antialias: F.interpolate(x[None], size, mode="bicubic")[0]  # noqa: E731
         modes = SimpleNamespace(BICUBIC="bicubic")
         monkeypatch.setattr(module, "tvF", SimpleNamespace(resize=resize, InterpolationMode=modes), raising=False)
-    done = processor.post_process_depth_estimation(outputs, source_sizes=[size] * count, outputs_flipped=flipped)
+    done = processor.post_process_depth_estimation(outputs, source_sizes=[size] * count)
     return torch.stack([d["predicted_depth"] for d in done])
 
 
@@ -288,19 +288,6 @@ def test_prediction_is_that_of_transformers_called_directly(folder, load, family
         found = prediction.disparity if model.kind == "disparity" else prediction.depth
         _close(found[k], expected)
         _close(forward[k], expected)
-
-
-def test_zoedepth_averages_with_the_mirrored_picture(folder, load, monkeypatch):
-    model, network, processor = load("zoe_n"), _direct_network(folder("zoe_n")), _processor(folder("zoe_n"))
-    (picture,) = _pictures(1)
-    inputs = processor(images=Image.fromarray(picture), return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        outputs, flipped = network(inputs), network(inputs.flip(-1))
-    expected = _post_process(processor, outputs, picture.shape[:2], monkeypatch, flipped)[0]
-    plain = model.predict(_batch([picture])[0]).depth
-    model.average_flipped = True
-    _close(model.predict(_batch([picture])[0]).depth, expected)
-    assert (plain - expected).abs().max() > 1e-4 * expected.max()
 
 
 def test_known_distances_are_the_prompt_of_prompt_depth_anything(folder, load):

@@ -23,6 +23,7 @@ from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Scene
 from ttt_lib.geometry.cameras import transform_points
 from ttt_lib.models.base import weights_checksum
+from ttt_lib.report import scene_cloud
 from ttt_lib.report.scene_cloud import SceneCloud
 from ttt_lib.report.scene_files import write_scene
 from ttt_lib.report.scene_widgets import SceneExplorer
@@ -96,6 +97,29 @@ def test_one_cloud_without_what_hides_other_photographs(written, rendered):
     known = rendered[1][0].depth * 0.2
     assert len(points) > 5000 and (local[:, 2] > 0.8 * known[known.isfinite()].min()).float().mean() > 0.995
     assert uv.isfinite().all()
+
+
+def test_cubes_hold_means_however_the_points_come_and_no_more_than_they_may(monkeypatch):
+    points, colours = torch.randn(900, 3, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 2700)
+    colours = colours.view(900, 3)
+    cube = {}
+    for point, colour in zip(points, colours):
+        cube.setdefault(tuple((point / 0.5).floor().tolist()), []).append(torch.cat([point, colour]))
+    expected = torch.stack([torch.stack(cube[key]).mean(0) for key in sorted(cube)])
+    together, parts = scene_cloud._Cubes(0.5), scene_cloud._Cubes(0.5)
+    together.add(points, colours)
+    for part in (slice(0, 1), slice(1, 400), slice(400, 400), slice(400, 900)):
+        parts.add(points[part], colours[part])
+    for cubes in (together, parts):
+        assert torch.allclose(torch.cat(cubes.means(), 1), expected, atol=1e-5)
+    monkeypatch.setattr(scene_cloud, "MOST", 40)
+    few = scene_cloud._Cubes(0.5)
+    for part in (slice(0, 450), slice(450, 900)):
+        few.add(points[part], colours[part])
+    assert 1 < len(few.keys) <= 40 and few.side > 0.5 and int(few.sums[:, 6].sum()) == 900
+    assert torch.allclose(
+        few.sums[:, :3].sum(0), points.sum(0), atol=1e-3
+    )  # larger cubes, the same means of the points
 
 
 def _prediction(sample, depth):

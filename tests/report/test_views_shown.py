@@ -1,6 +1,8 @@
 """What is shown of views: controls do what they say, figures show what they are given, wrong targets cost something."""
 
 import io
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,6 @@ from ttt_lib.report.view_figures import (
     paint_mask,
     plot_costs,
     plot_from_above,
-    plot_overview,
     plot_row,
     plot_views,
 )
@@ -165,7 +166,9 @@ def test_the_overview_is_made_of_the_view_and_the_result(tiny, picture):
     result = adapt_image(tiny, image, "unfreeze_encoder", overrides=nothing, progress=False)
     config = ViewConfig(mirror=1.0, crop={"probability": 0.0})
     view = make_views(image, points, mask, picture.intrinsics[0], config, 3, torch.Generator().manual_seed(0))
-    figure = plot_overview(image, result, view)
+    figure = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "pictures.py"))["plot_overview"](
+        image, result, view
+    )
     pictures = [axis.images[0].get_array() for axis in figure.axes]
     assert len(pictures) == 10
     unknown = (np.asarray(pictures[6]) == np.asarray(UNKNOWN)).all(-1)

@@ -165,7 +165,10 @@ def test_rounds_end_with_the_time_and_what_fails_is_a_row(picture, monkeypatch, 
     monkeypatch.setattr(loops, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(loops.time, "monotonic", lambda: next(clock))
     configs = {name: build_experiment(BASE, overrides={"name": name}) for name in ("plain", "big")}
-    table = compare_loops(configs, picture.image[0], rounds=9, seconds=150).set_index("loop")
+    kept = []
+    table = compare_loops(configs, picture.image[0], rounds=9, seconds=150, keep=lambda t: kept.append(list(t.loop)))
+    assert kept == [["plain"], ["plain", "big"], ["plain", "big"]]  # nothing measured waits for the end
+    table = table.set_index("loop")
     assert ran == ["plain", "big", "plain"] and list(table.rounds) == [2, 0]
     assert table.failed["big"] == "RuntimeError: CUDA out of memory" and math.isnan(table.seconds["big"])
     assert table.faster["plain"] == 1.0 and not table.failed["plain"]

@@ -344,6 +344,16 @@ def test_without_gl_auto_falls_back_and_pyrender_says_what_to_install():
     assert done.returncode == 0 and "named" in done.stdout, done.stderr
 
 
+@pytest.mark.skipif(not GL, reason="there is no GL library")
+def test_no_window_toolkit_is_needed(tmp_path):
+    # What a GPU server without X libraries shows: pyrender's viewer cannot be imported.
+    (tmp_path / "pyglet.py").write_text("raise AttributeError(\"'NoneType' object has no attribute 'XRenderFind'\")")
+    code = "from ttt_lib.views.renderer import NovelViewRenderer; print(NovelViewRenderer('pyrender').reason)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("pyrender"), done.stderr
+
+
 def _in_child(queue, inherited):
     torch.set_num_threads(1)
     inherited.set_scene(*two_walls(2.0))

@@ -22,7 +22,6 @@ from ttt_lib.adaptation.gate.decision import Calibration
 from ttt_lib.adaptation.gate.gate import Gate
 from ttt_lib.adaptation.loop import train_student
 from ttt_lib.adaptation.losses.presets import resolved, said
-from ttt_lib.adaptation.regularizers import equal_effect, random_change
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Episode, Judgement, Supervision, TrainingLog, configured
@@ -142,7 +141,12 @@ class Adapter:
             if train.method == "tta":
                 self._average(result, generator)
             elif train.method == "ttt" and train.passes:
-                judged = self._train(result, name, generator, supervision, start, progress, on_step)
+                try:
+                    judged = self._train(result, name, generator, supervision, start, progress, on_step)
+                except (NumericalError, FloatingPointError) as error:
+                    log.info("%s: %s", name, error)
+                    result.adapted = result.blended = result.weights = None
+                    result.final, result.decision, result.reason = original, "original", f"original kept: {error}"
             elif supervision:
                 judged = self._correct(result, supervision)
             if judged is None:
@@ -179,62 +183,45 @@ class Adapter:
         self, result: AdaptResult, name: str, generator: torch.Generator, supervision: Sequence[Supervision],
         start: list[Tensor] | None, progress: bool, on_step: OnStep | None,
     ) -> Judgement | None:  # fmt: skip
-        """Train, predict and decide; the weights are put back whatever happens."""
-        train = self.config.train
-        with prompt_tokens(self.model, train.prompt_tokens), training(self.model, train.parts) as named:
-            try:
-                student = Student(self.model, named, train.lora_rank)
-                episode = Episode(self.config, student, generator, TrainingLog(result.history, 0, result.view_stats))
-                return self._adapt_weights(episode, result, name, supervision, start, progress, on_step)
-            except (NumericalError, FloatingPointError) as error:
-                log.info("%s: %s", name, error)
-                result.adapted = result.blended = result.weights = None
-                result.final, result.decision, result.reason = result.original, "original", f"original kept: {error}"
-                return None
-
-    def _adapt_weights(
-        self, episode: Episode, result: AdaptResult, name: str, supervision: Sequence[Supervision],
-        start: list[Tensor] | None, progress: bool, on_step: OnStep | None,
-    ) -> Judgement | None:  # fmt: skip
-        """The episode from the first view to the decision; fills `result`."""
-        config, student, model = self.config, episode.student, self.model
+        """Train, predict and decide: fills `result`. The weights are put back whatever happens."""
+        config, model = self.config, self.model
         small = working_image(result.image, config.views.longest_side)
-        sources, held = [*configured(episode), *supervision], None
-        if self.gate is not None:
-            held = self.gate.hold_back(model, small, name, result, decides=not _with_evidence(sources))
-            if held is None:
-                return None
-        if start is not None:
-            student.put(start)
-        for source in sources:
-            source.prepare(model, small, result.original)
-        try:
-            train_student(student, sources, config, episode.generator, episode.log, progress, on_step)
-        finally:
-            result.losses = said(config)
-            result.passes_done, result.micro_batch = episode.log.passes_done, episode.log.micro_batch
-        values = next(filter(None, (source.weights() for source in sources)), None)
-        values = values if values is not None else [value.clone() for value in student.values()]
-        if config.train.random_change:
-            changed = random_change(student.original, values, episode.generator)
-            alike = config.train.random_change == "prediction"
-            values = equal_effect(student, result.image, result.original, values, changed) if alike else changed
-        with student.weights(values):
-            result.adapted = predict_ensemble(
-                model, result.image, config.ensemble.members if config.ensemble.final else []
-            )
+        with prompt_tokens(model, config.train.prompt_tokens), training(model, config.train.parts) as named:
+            student = Student(model, named, config.train.lora_rank)
+            episode = Episode(config, student, generator, TrainingLog(result.history, 0, result.view_stats))
+            sources, held = [*configured(episode), *supervision], None
+            if self.gate is not None:
+                held = self.gate.hold_back(model, small, name, result, decides=not _with_evidence(sources))
+                if held is None:
+                    return None
+            if start is not None:
+                student.put(start)
             for source in sources:
-                source.after_training(model)
-        if not torch.isfinite(result.adapted.depth).any():
-            raise NumericalError("the adapted prediction has no finite depth")
-        result.final, result.decision = result.adapted, "adapted"
-        judged = self._judge(result, sources)
-        if judged is None and self.gate is not None and held is not None:
-            self.gate.decide(student, values, held, result)
-        # What the next image of a sequence starts from: not from weights that were rejected.
-        goes_on = config.train.reset != "per_image" and result.decision != "reject"
-        result.weights = values if goes_on else None
-        return judged
+                source.prepare(model, small, result.original)
+            try:
+                train_student(student, sources, config, episode.generator, episode.log, progress, on_step)
+            finally:
+                result.losses = said(config)
+                result.passes_done, result.micro_batch = episode.log.passes_done, episode.log.micro_batch
+            values = [value.clone() for value in student.values()]
+            for source in sources:
+                values = source.weights(values)
+            with student.weights(values):
+                result.adapted = predict_ensemble(
+                    model, result.image, config.ensemble.members if config.ensemble.final else []
+                )
+                for source in sources:
+                    source.after_training(model)
+            if not torch.isfinite(result.adapted.depth).any():
+                raise NumericalError("the adapted prediction has no finite depth")
+            result.final, result.decision = result.adapted, "adapted"
+            judged = self._judge(result, sources)
+            if judged is None and self.gate is not None and held is not None:
+                self.gate.decide(student, values, held, result)
+            # What the next image of a sequence starts from: not from weights that were rejected.
+            goes_on = config.train.reset != "per_image" and result.decision != "reject"
+            result.weights = values if goes_on else None
+            return judged
 
     def _judge(self, result: AdaptResult, sources: Sequence[Supervision]) -> Judgement | None:
         """What the first source with held-back evidence decides, over predictions as they are and corrected."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ttt_lib.adaptation.residual_field import residual_field
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.known_distances import References
-from ttt_lib.geometry.cameras import unproject
+from ttt_lib.geometry.cameras import unproject_far
 from ttt_lib.geometry.exact_alignment import align_depth_affine
 
 ENOUGH_FOR_SHIFT = 6  # points; fewer fix the scale alone
@@ -147,7 +147,6 @@ def correct(prediction: Prediction, references: References) -> tuple[Prediction,
     if field is not None:
         depth, words = depth * field.exp(), f"{words}, and a smooth field of factors"
     depth = depth.to(values)
-    # A ray's zero coordinate times infinity is no number.
-    points = torch.where(torch.isinf(depth)[..., None], torch.inf, unproject(depth, prediction.intrinsics))
+    points = unproject_far(depth, prediction.intrinsics)
     corrected = replace(prediction, depth=depth, points=points, kind="metric", disparity=None)
     return corrected, f"{words}, from {len(found)} references"

@@ -18,14 +18,9 @@ from ttt_lib.models.base import GeometryModel
 Dump = Callable[[dict[str, Tensor], Tensor], None]
 
 
-def unused_heads(config: ExperimentConfig) -> tuple[str, ...]:
-    """Heads of the network that training does not run: those that no term of the loss reads."""
-    return () if config.released.all_heads else unused_outputs(config.losses)
-
-
 def forward(model: GeometryModel, images: Tensor, intrinsics: Tensor, config: ExperimentConfig) -> dict[str, Tensor]:
     """The network's outputs for images (B,3,h,w), without heads that no term reads."""
-    with model.without(unused_heads(config)):
+    with model.without(() if config.released.all_heads else unused_outputs(config.losses)):
         return model.forward(images, intrinsics)
 
 

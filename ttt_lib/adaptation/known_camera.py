@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -10,10 +12,20 @@ from ttt_lib.adaptation.adapter import Adapter
 from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
-from ttt_lib.core.types import Prediction
-from ttt_lib.data.known_camera import KnownCamera, centre_photograph
+from ttt_lib.data.known_camera import KnownCamera, centre_photograph, known_camera
 from ttt_lib.data.known_distances import References
 from ttt_lib.models.base import GeometryModel
+
+
+def camera_of(
+    model: GeometryModel, image: Tensor, photograph: str | Path | None, exif: bool = True, **given: Any
+) -> KnownCamera | None:
+    """The known camera of a photograph (3,H,W): what is given of it, as `data.known_camera.known_camera` takes it.
+
+    Where neither that nor the model has one, EXIF of its file `photograph` counts, unless `exif` is False.
+    """
+    file = photograph if exif and model.fov_x is None else None
+    return known_camera(tuple(image.shape[-2:]), **given, photograph=file)
 
 
 def adapt_photograph(
@@ -35,14 +47,8 @@ def adapt_photograph(
         return Adapter(model, config).adapt(image, name, supervision, progress=progress)
     with model.knowing(fov_x=seen.fov_x):
         result = Adapter(model, config).adapt(seen.image, name, supervision, progress=progress)
-    placed: dict[int, Prediction | None] = {id(None): None}  # one prediction may have several parts in a result
-
-    def back(prediction: Prediction | None) -> Prediction | None:
-        if id(prediction) not in placed:
-            placed[id(prediction)] = seen.back(prediction)
-        return placed[id(prediction)]
-
-    return replace(
-        result, original=back(result.original), adapted=back(result.adapted), final=back(result.final),
-        blended=back(result.blended), image=image.to(model.device),
-    )  # fmt: skip
+    parts = {key: getattr(result, key) for key in ("original", "adapted", "final", "blended")}
+    different = {id(part): part for part in parts.values() if part is not None}  # one prediction may be several parts
+    placed = {key: seen.back(part) for key, part in different.items()}
+    carried = {key: placed.get(id(part)) for key, part in parts.items()}
+    return replace(result, image=image.to(model.device), **carried)

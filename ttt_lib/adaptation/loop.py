@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ttt_lib.adaptation.regularizers import distance_gradients, restore_some, sharpest_point
 from ttt_lib.adaptation.student import Student
-from ttt_lib.adaptation.supervision import Gradients, Pass, Supervision, TrainingLog, accumulate, add_terms
+from ttt_lib.adaptation.supervision import Gradients, Pass, Supervision, TrainingLog, accumulate, add_terms, summed
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import NumericalError
 from ttt_lib.core.memory import room_for
@@ -77,13 +77,7 @@ class Steps:
 
     def _gradients(self, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
         """Of the sum of the losses of these passes."""
-        gradients: Gradients = [None] * len(self.student.leaves)
-        terms: dict[str, Tensor] = {}
-        for supervision in self.supervisions:
-            more, values = supervision.gradients(self.student, passes)
-            accumulate(gradients, more)
-            add_terms(terms, values)
-        return gradients, terms
+        return summed(self.student, (each.gradients(self.student, passes) for each in self.supervisions))
 
     def _passes(self, count: int, factor: float) -> tuple[Gradients, dict[str, Tensor], list]:
         """Draw `count` passes: `factor` times the sum of their gradients, sums of their terms, and the passes drawn."""

@@ -1,5 +1,4 @@
-"""Training that stays near the original: low-rank updates, L2-SP, stochastic restore, sharpness-aware steps; and what a
-change as large gives that nothing was learned in."""
+"""Training that stays near the original: L2-SP, stochastic restore, sharpness-aware steps."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ttt_lib.adaptation.student import Student
-    from ttt_lib.core.types import Prediction
 
 
 def distance_gradients(student: Student, weight: float) -> list[Tensor]:
@@ -39,50 +37,6 @@ def restore_some(student: Student, probability: float, generator: torch.Generato
         for parameter, original in zip(student.parameters, student.original):
             back = (torch.rand(parameter.shape, generator=generator) < probability).to(parameter.device)
             parameter.copy_(torch.where(back, original, parameter))
-
-
-def random_change(original: list[Tensor], values: list[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """`original`, each tensor moved in a random direction as far as it is from `values`. Draws come from `generator` (CPU).
-
-    Example:
-        >>> (moved,) = random_change([torch.zeros(4)], [torch.full((4,), 0.5)], torch.Generator().manual_seed(0))
-        >>> round(float(moved.norm()), 4)
-        1.0
-    """
-    moved = []
-    for start, end in zip(original, values):
-        direction = torch.randn(start.shape, generator=generator).to(start)
-        factor = (end - start).norm() / direction.norm().clamp_min(1e-12)
-        moved.append(start.clone().add_(direction * factor))  # in the layout of `start`, which kernels round by
-    return moved
-
-
-def equal_effect(
-    student: Student, image: Tensor, original: Prediction, values: list[Tensor], moved: list[Tensor]
-) -> list[Tensor]:
-    """`moved`, so far from the original weights that the prediction changes as much as with `values`, or at the most
-    2^14 times as far.
-
-    The distance is doubled until that is so, then halved in between (far off, a network gives hardly any finite depth, so
-    the whole range cannot be bisected). The change is the mean |log depth - log original depth| around its median, over (H,W).
-    """
-
-    def effect(weights: list[Tensor]) -> float:
-        with student.weights(weights):
-            found = student.model.predict(image)
-        of = (lambda p: p.disparity) if original.depth is None else (lambda p: p.depth)
-        change = of(found).log() - of(original).log()
-        return float((change - change.nanmedian()).abs().nanmean())
-
-    def at(power: float) -> list[Tensor]:
-        return [start.clone().add_(2**power * (end - start)) for start, end in zip(student.original, moved)]
-
-    power, wanted = -4.0, effect(values)
-    while power < 14 and effect(at(power + 1)) < wanted:
-        power += 1
-    for step in (0.5, 0.25, 0.125, 0.0625):
-        power += step if effect(at(power + step)) < wanted else 0.0
-    return at(power)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttt_lib.geometry.cameras import uv_map
+from ttt_lib.geometry.cameras import shrunk, uv_map
 
 ENOUGH = 20  # references
 MOST = 1000  # that the field uses; of more, an even selection
@@ -71,8 +71,7 @@ def residual_field(depth: Tensor, uv: Tensor, found: Tensor, true: Tensor) -> Te
     best = min(scores, key=scores.__getitem__)
     if scores[best] >= WORTHWHILE * float(residual.abs().mean()):
         return None
-    shrink = min(1.0, LONGEST_SIDE / max(size))
-    small = tuple(max(1, round(side * shrink)) for side in size)
+    small = shrunk(size, LONGEST_SIDE)
     nearest = F.interpolate(depth[None, None].float(), small, mode="nearest-exact")[0, 0]
     place = _place(uv_map(*small, device=depth.device).reshape(-1, 2), size)
     logs = torch.where(torch.isfinite(nearest) & (nearest > 0), nearest, 1.0).log().reshape(-1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ttt_lib.core.types import Prediction
+from ttt_lib.models.base import GeometryModel
 
 DECISIONS = {
     "original": "the original prediction is used",
@@ -72,6 +74,14 @@ class AdaptResult:
 
     def __repr__(self) -> str:
         return f"AdaptResult({', '.join(self.facts())}; final: {', '.join(self.final.facts())})"
+
+    @classmethod
+    def kept(cls, model: GeometryModel, image: Tensor, why: str) -> AdaptResult:
+        """The model's own prediction of an image (3,H,W), to which nothing was adapted, and why."""
+        begun, image = time.perf_counter(), image.to(model.device)
+        original = model.predict(image)
+        seconds = time.perf_counter() - begun
+        return cls(original, None, original, "original", f"original kept: {why}", seconds=seconds, image=image)
 
     def add_reason(self, said: str) -> None:
         """Add a sentence to `reason`; an empty one adds nothing."""

@@ -6,6 +6,7 @@ Several photographs of a scene are another. The loop knows none of them: it sums
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -121,9 +122,9 @@ class Supervision:
     def after_step(self, student: Student, last: bool) -> None:
         """Called after each optimizer step; `last`: no other follows."""
 
-    def weights(self) -> list[Tensor] | None:
-        """Weights to predict with instead of the student's, where there are such (a slow teacher's)."""
-        return None
+    def weights(self, values: list[Tensor]) -> list[Tensor]:
+        """Weights to predict with instead of these, the student's as the sources before have it (a slow teacher's)."""
+        return values
 
     def after_training(self, model: GeometryModel) -> None:
         """Called with the trained weights in the network: predict here what else is needed of them."""
@@ -157,14 +158,28 @@ class Episode:
 def configured(episode: Episode) -> list[Supervision]:
     """The supervisions that the experiment itself asks for, in the order in which they were registered.
 
-    A registered builder takes the episode and gives a `Supervision`, or None where the experiment has none of it.
+    A registered builder takes the episode and gives a `Supervision`, or None where the experiment has none of it. One that
+    is registered with `settings` is asked only where the experiment has its section.
     """
     SUPERVISIONS.load_home()
-    for build in SUPERVISIONS.values():
-        built = build(episode)
+    for name, build in SUPERVISIONS.items():
+        asked = "settings" not in SUPERVISIONS.about[name] or name in episode.config.supervision
+        built = build(episode) if asked else None
         if built is not None:
             episode.supervisions.append(built)
     return episode.supervisions
+
+
+def summed(
+    student: Student, parts: Iterable[tuple[Gradients, dict[str, Tensor]]]
+) -> tuple[Gradients, dict[str, Tensor]]:
+    """The sums of gradients and of terms."""
+    total: Gradients = [None] * len(student.leaves)
+    terms: dict[str, Tensor] = {}
+    for gradients, values in parts:
+        accumulate(total, gradients)
+        add_terms(terms, values)
+    return total, terms
 
 
 def accumulate(total: Gradients, gradients: Gradients, factor: float = 1.0) -> None:

@@ -18,7 +18,7 @@ from ttt_lib.adaptation.gate.signals import disagreement_map
 from ttt_lib.adaptation.gradients import forward, loss_of, pass_gradients, view_loss
 from ttt_lib.adaptation.losses.terms import active_terms, needs_features
 from ttt_lib.adaptation.student import Student
-from ttt_lib.adaptation.supervision import Episode, Gradients, Pass, Supervision, accumulate, add_terms
+from ttt_lib.adaptation.supervision import Episode, Gradients, Pass, Supervision, summed
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.registry import SUPERVISIONS
 from ttt_lib.core.types import Prediction
@@ -115,16 +115,11 @@ class TeacherOnViews(Supervision):
 
     def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
         """Of the sum of the losses of these passes, which go through the network together where that is exact."""
-        gradients: Gradients = [None] * len(student.leaves)
-        terms: dict[str, Tensor] = {}
         dump = None
         if self.dumps is not None:
             dump = partial(_dump, Path(self.dumps.name), self.log.passes_done, passes[0].view)
-        for batch in join_batches([each.batch for each in passes]):
-            more, values = pass_gradients(student, batch, self.config, self.log, dump)
-            accumulate(gradients, more)
-            add_terms(terms, values)
-        return gradients, terms
+        batches = join_batches([each.batch for each in passes])
+        return summed(student, (pass_gradients(student, batch, self.config, self.log, dump) for batch in batches))
 
     def after_step(self, student: Student, last: bool) -> None:
         """Move the teacher, and its target unless the training is over."""
@@ -139,9 +134,9 @@ class TeacherOnViews(Supervision):
         if not last:
             self._predict()
 
-    def weights(self) -> list[Tensor] | None:
+    def weights(self, values: list[Tensor]) -> list[Tensor]:
         """The slow ones, with `train.predict_with: teacher`."""
-        return self.values if self.config.train.predict_with == "teacher" else None
+        return self.values if self.config.train.predict_with == "teacher" else values
 
 
 @SUPERVISIONS.register("teacher")

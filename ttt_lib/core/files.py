@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
 import shutil
 from collections.abc import Hashable, Iterable, Iterator
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from pydantic_core import to_jsonable_python
 
 from ttt_lib.core.errors import UserError, reason
 
@@ -112,29 +111,15 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: is not a JSON file that can be read ({reason(error)}).") from error
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold: numbers that are not finite become None, dataclasses dictionaries, one-element arrays numbers."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key if isinstance(key, str) else str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):  # numpy and torch
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON as its standard has it: NaN and infinity, which it lacks, are `null`.
+    """JSON as its standard has it: NaN and infinity, which it lacks, are `null`; arrays and tensors are lists or numbers.
 
     Example:
         >>> to_json({"loss": float("nan"), "steps": (1, 2)})
         '{"loss": null, "steps": [1, 2]}'
     """
-    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+    plain = to_jsonable_python(value, inf_nan_mode="null", fallback=lambda array: array.tolist())
+    return json.dumps(plain, indent=indent, allow_nan=False)
 
 
 @contextmanager

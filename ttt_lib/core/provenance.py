@@ -30,6 +30,14 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, None if it is absent."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def cores() -> int:
     """Cores that this process may use; of systems that do not say, all there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -48,15 +56,9 @@ def environment() -> dict[str, Any]:
     """Versions, machine and device for the manifest."""
     import torch
 
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "absent"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "packages": versions,
+        "packages": {name: version_of(name) or "absent" for name in PACKAGES},
         "python": platform.python_version(),
         "git_revision": git_revision(),
         "device": device,

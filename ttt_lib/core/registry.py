@@ -9,7 +9,6 @@ imports anything.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.provenance import file_hash
 
 GROUP = "ttt_depth"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -106,7 +106,7 @@ def load_installed() -> tuple[str, ...]:
         except Exception as error:  # anything at all may go wrong in other people's modules
             raise UserError(f"plugin {entry.value!r} of {origin} cannot be imported ({reason(error)}).") from error
         source = Path(getattr(sys.modules.get(entry.module), "__file__", None) or "")
-        digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16] if source.is_file() else ""
+        digest = file_hash(source) if source.is_file() else ""
         loaded.append(f"{origin} {entry.value} {digest}")
     return tuple(loaded)
 

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from ttt_lib.core.errors import DataError, UserError
-from ttt_lib.core.files import read_json, write_json
+from ttt_lib.core.files import read_json
 from ttt_lib.data.moge_layout import check_name
 
 SCENES = "scenes.json"
@@ -48,8 +48,3 @@ def _members(path: Path, scene: str, members: object) -> list[str]:
     if not isinstance(members, list) or not members or not all(isinstance(name, str) for name in members):
         raise DataError(f"{path}: scene {scene!r} needs a list of the folders of its samples.", path=path)
     return [check_name(name, f"{path}: scene {scene!r}") for name in members]
-
-
-def write_scenes(folder: str | Path, scenes: dict[str, list[str]]) -> None:
-    """Write `scenes.json` in one step."""
-    write_json(Path(folder) / SCENES, scenes)

@@ -19,7 +19,14 @@ from ttt_lib.core.types import Prediction, are_normalised_intrinsics
 from ttt_lib.data.images import SMALLEST
 from ttt_lib.data.known_distances import References
 from ttt_lib.data.photographs.sources import read_lens
-from ttt_lib.geometry.cameras import fov_from_intrinsics, intrinsics_from_fov, project, recentred_crop, unproject
+from ttt_lib.geometry.cameras import (
+    fov_from_intrinsics,
+    intrinsics_from_fov,
+    project,
+    recentred_crop,
+    unproject,
+    unproject_far,
+)
 from ttt_lib.geometry.warp import depth_edges
 
 OFF_CENTRE = 1.0  # pixels that a principal point may be off: cameras with the half pixel counted otherwise, and less
@@ -149,7 +156,7 @@ class CentredPhotograph:
         own = self.camera.intrinsics.to(prediction.depth)
         note = "; ".join(filter(None, [prediction.note, f"the camera is that of {self.camera.source}"]))
         if self.rotation is None:
-            points = _points(prediction.depth, own)
+            points = unproject_far(prediction.depth, own)
             return replace(prediction, points=points, intrinsics=own, note=note)
         grid, along = (t.to(own) for t in _places(self.size, self.camera.intrinsics, self.rotation, self.intrinsics))
         inside = (grid.abs() <= 1).all(-1)
@@ -171,14 +178,9 @@ class CentredPhotograph:
             disparity = torch.where(inside, sampled(disparity, "bilinear") * along, torch.nan)
         lost = f"{1 - float(inside.float().mean()):.0%} of the photograph, at its border, have no depth"
         return replace(
-            prediction, depth=depth, points=_points(depth, own), intrinsics=own, normal=normal, disparity=disparity,
+            prediction, depth=depth, points=unproject_far(depth, own), intrinsics=own, normal=normal, disparity=disparity,
             mask=inside if mask is None else inside & (sampled(mask, "nearest") > 0.5), note=f"{note}; {lost}",
         )  # fmt: skip
-
-
-def _points(depth: Tensor, intrinsics: Tensor) -> Tensor:
-    """A ray's zero coordinate times infinity is no number."""
-    return torch.where(torch.isinf(depth)[..., None], torch.inf, unproject(depth, intrinsics))
 
 
 def _places(size: tuple[int, int], own: Tensor, rotation: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

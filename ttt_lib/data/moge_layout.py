@@ -24,8 +24,9 @@ from moge.utils import io as moge_io
 from PIL import Image
 
 from ttt_lib.core.errors import DataError, UserError, reason
-from ttt_lib.core.files import first_repeated, read_json, read_text, write_json
+from ttt_lib.core.files import first_repeated, read_json, read_text, write_json, write_text
 from ttt_lib.core.types import INTRINSICS, are_normalised_intrinsics
+from ttt_lib.geometry.cameras import shrunk
 
 INDEX = ".index.txt"
 LONGEST_SIDE = 640  # of samples whose configuration gives no size
@@ -175,10 +176,9 @@ def target_view(
     intrinsics (3,3) centred, all tensors; `segmentation_mask` and `segmentation_labels` where the frame has them. Depth is
     multiplied by `depth_unit` (metres a unit) where that is given.
     """
-    raw_height, raw_width = raw.image.shape[:2]
     if width is None or height is None:
-        factor = min(1.0, LONGEST_SIDE / max(raw_height, raw_width))
-        width, height = width or max(1, round(raw_width * factor)), height or max(1, round(raw_height * factor))
+        usual = shrunk(raw.image.shape[:2], LONGEST_SIDE)
+        width, height = width or usual[1], height or usual[0]
     if width * height > LARGEST:
         raise ValueError(f"a view of {width} x {height} pixels is too large")
     settings = SimpleNamespace(
@@ -249,9 +249,7 @@ def write_frame(folder: Path, image: np.ndarray, depth: np.ndarray, intrinsics: 
 
 def write_index(folder: Path, names: list[str]) -> None:
     """Write `.index.txt` in one step."""
-    temporary = folder / (INDEX + ".partial")
-    temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    os.replace(temporary, folder / INDEX)
+    write_text(folder / INDEX, "".join(f"{name}\n" for name in names))
 
 
 def read_eval_config(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ batch of maps (B,H,W,3), pass `matrix[:, None, None]`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,11 +26,22 @@ def uv_map(
     return torch.stack(torch.meshgrid(u, v, indexing="xy"), -1)
 
 
+def shrunk(size: Sequence[int], longest: int) -> tuple[int, ...]:
+    """The size (H, W) of a picture whose longer side has at most so many pixels; never larger, and no side is 0."""
+    factor = min(1.0, longest / max(size))
+    return tuple(max(1, round(side * factor)) for side in size)
+
+
 def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
     """Depth map to point map: depth (..., H, W) and intrinsics (..., 3, 3) -> (..., H, W, 3), units of the depth."""
     uv = uv_map(*depth.shape[-2:], device=depth.device, dtype=depth.dtype)
     rays = torch.cat([uv, torch.ones_like(uv[..., :1])], -1) @ inverse(intrinsics)[..., None, :, :].mT
     return rays * depth[..., None]
+
+
+def unproject_far(depth: Tensor, intrinsics: Tensor) -> Tensor:
+    """`unproject` of a depth that may be infinite: a ray's zero coordinate times infinity is no number."""
+    return torch.where(torch.isinf(depth)[..., None], torch.inf, unproject(depth, intrinsics))
 
 
 def inverse(matrix: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -183,25 +182,16 @@ def select_parameters(model: GeometryModel, parts: list[str]) -> list[tuple[str,
     return selected
 
 
-@dataclass
-class Snapshot:
-    """Copies of the tensors that training may change, by name."""
-
-    tensors: dict[str, Tensor]
+def snapshot(model: GeometryModel, parameters: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """Copies of the given parameters and of all buffers, by name."""
+    return {name: tensor.detach().clone() for name, tensor in [*parameters, *model.network.named_buffers()]}
 
 
-def snapshot(model: GeometryModel, parameters: list[tuple[str, nn.Parameter]]) -> Snapshot:
-    """Copy the given parameters and all buffers."""
-    tensors = {name: parameter.detach().clone() for name, parameter in parameters}
-    tensors.update({name: buffer.detach().clone() for name, buffer in model.network.named_buffers()})
-    return Snapshot(tensors)
-
-
-def restore(model: GeometryModel, before: Snapshot) -> None:
-    """Put every tensor of the snapshot back bit by bit, drop gradients, and freeze everything."""
+def restore(model: GeometryModel, before: dict[str, Tensor]) -> None:
+    """Put every tensor of a `snapshot` back bit by bit, drop gradients, and freeze everything."""
     current = dict(model.network.named_parameters()) | dict(model.network.named_buffers())
     with torch.no_grad():
-        for name, value in before.tensors.items():
+        for name, value in before.items():
             current[name].copy_(value)
     for parameter in model.network.parameters():
         parameter.grad = None

@@ -60,16 +60,21 @@ def _stored_shapes(files: list[Path]) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _check_numbers(value: Any, largest: int, layers: int, where: str, key: str = "") -> None:
-    """Whole numbers of a configuration against what may be the largest one, or for layers the number of tensors."""
+def check_numbers(value: Any, largest: int, layers: int, where: str, key: str = "") -> None:
+    """Numbers of a configuration against what may be the largest one, or for layers the number of tensors.
+
+    A width is a side of some tensor, and each layer has a tensor: so a network that fits its file is never refused, and
+    another one is before anything of its size is made. Raises `BoundsError`.
+    """
     if isinstance(value, dict):
         for inner, content in value.items():
-            _check_numbers(content, largest, layers, where, str(inner))
-    elif isinstance(value, list):
+            check_numbers(content, largest, layers, where, str(inner))
+    elif isinstance(value, list | tuple):
         for content in value:
-            _check_numbers(content, largest, layers, where, key)
+            check_numbers(content, largest, layers, where, key)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        limit = layers if "layers" in key or key == "depths" else largest
+        counts_layers = "layers" in key or key == "depths" or ("_blocks" in key and not key.startswith("dim"))
+        limit = layers if counts_layers else largest
         if not abs(value) <= limit:
             raise BoundsError(f"{where} says {key} {value}, more than {limit}, which there can be")
 
@@ -87,7 +92,7 @@ def check_folder(folder: Path, network: type) -> None:
     for name, largest in limits.items():
         if (folder / name).is_file():
             content = read_json(folder / name)
-            _check_numbers(content, largest, max(LAYERS, len(shapes)), name)
+            check_numbers(content, largest, max(LAYERS, len(shapes)), name)
     with torch.device("meta"):
         built = network(network.config_class.from_pretrained(folder, local_files_only=True))
     wanted = sum(tensor.numel() for tensor in built.state_dict().values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ttt_lib.core.errors import ModelError
-from ttt_lib.models.bounds import BoundsError, check_archive
+from ttt_lib.models.bounds import BoundsError, check_archive, check_numbers
 from ttt_lib.models.hub import fetch
 
 HUB_NAMES = (
@@ -70,34 +69,14 @@ class _WithoutMemory(TorchFunctionMode):
         return function(*args, **{**(kwargs or {}), **more})
 
 
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a configuration with its key."""
-    if isinstance(value, dict):
-        for inner, content in value.items():
-            yield from _numbers(content, str(inner))
-    elif isinstance(value, list | tuple):
-        for content in value:
-            yield from _numbers(content, key)
-    elif isinstance(value, int | float):
-        yield key, value
-
-
 def _check_sizes(config: dict[str, Any], weights: dict[str, Any]) -> None:
-    """Whether a configuration asks for no more than the file's own tensors show. Raises `ValueError`.
-
-    A width is a side of some tensor, and each layer has a tensor: so a network that fits its file is never refused, and
-    another one is before anything of its size is made.
-    """
+    """Whether a configuration asks for no more than the file's own tensors show. Raises `ValueError`."""
     tensors = [value for value in weights.values() if isinstance(value, torch.Tensor)]
     if any(value.numel() * value.element_size() > value.untyped_storage().nbytes() for value in tensors):
         raise ValueError("a tensor in it is larger than what is stored of it")
     largest = max([SMALL, *(side for value in tensors for side in value.shape)])
-    for key, number in _numbers(
-        {k: v for k, v in config.items() if k not in ("num_tokens_range", "trained_area_range")}
-    ):
-        limit = max(SMALL, len(tensors)) if "_blocks" in key and key[:3] != "dim" or "layers" in key else largest
-        if not -1 <= number <= limit:
-            raise ValueError(f"its configuration says {key} {number}, more than its tensors can hold")
+    sizes = {key: value for key, value in config.items() if key not in ("num_tokens_range", "trained_area_range")}
+    check_numbers(sizes, largest, max(SMALL, len(tensors)), "its configuration")
 
 
 def _plain_names(weights: dict[str, Any]) -> dict[str, Any]:
@@ -136,15 +115,13 @@ def load_network(path: Path, name: str) -> nn.Module:
         if missing := [key for key in shapes if key not in weights]:
             raise ModelError(f"model {name!r}: {path} lacks {len(missing)} of its weights, first {missing[0]!r}.")
         network = Network(**config)
-        missing = network.load_state_dict(weights, strict=False).missing_keys
+        network.load_state_dict(weights, strict=False)
     except ModelError:
         raise
     except Exception as error:  # whatever a network's constructor makes of a wrong configuration
         # PyTorch's report of wrong shapes says what is wrong from its second line on.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise ModelError(f"{wrong} ({lines[min(1, len(lines) - 1)].rstrip('.')}).") from error
-    if missing:
-        raise ModelError(f"model {name!r}: {path} lacks {len(missing)} of its weights, first {missing[0]!r}.")
     if not hasattr(network, "points_head") and not hasattr(network, "head"):
         raise ModelError(f"{wrong} of points: it has no points head.")
     broken = [key for key, value in network.state_dict().items() if not torch.isfinite(value).all()]

@@ -44,15 +44,13 @@ class TransformersModel(GeometryModel):
     Where no camera is known, its field of view is taken as `ASSUMED_FOV` degrees across. notes:
     assumptions that hold for every picture. The parts are the library's: `backbone` (or `dpt`, `glpn`, `depth_pro`) is
     the encoder, `neck`, `decoder` and `fusion_stage` are the neck, and `head`, `relative_head`, `metric_head` and
-    `fov_model` are the heads. average_flipped: `predict` averages the network's maps of the picture and of its mirror
-    image, which ZoeDepth's post-processing offers and its paper's numbers use. canonical_focal: see `rescale_from`.
+    `fov_model` are the heads. canonical_focal: see `rescale_from`.
     """
 
     part_of: ClassVar[dict[str, str]] = {
         **GeometryModel.part_of, "dpt": "encoder", "glpn": "encoder", "depth_pro": "encoder", "depth_pro.neck": "neck",
         "decoder": "neck", "fusion_stage": "neck",
     }  # fmt: skip
-    average_flipped = False
     of_one_camera: ClassVar[bool] = True  # metric depth is right for the focal length of the training pictures only
     canonical_focal: float | None = None
 
@@ -129,11 +127,8 @@ class TransformersModel(GeometryModel):
 
     def _maps(self, images: Tensor, intrinsics: Tensor | None, exact: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Disparity or depth (B,H,W), cameras (B,3,3), and what else the network says."""
-        pixels, whole = self.pixel_values(images), intrinsics is None
         with nullcontext() if exact else self.mixed():
-            output, said = self._run(pixels, whole)
-            if exact and self.average_flipped:
-                output = (output + self._run(pixels.flip(-1), whole)[0].flip(-1)) / 2
+            output, said = self._run(self.pixel_values(images), whole=intrinsics is None)
         output = self._at_size(output.float(), *images.shape[-2:])
         cameras = self._cameras(images, intrinsics, said)
         return output if self.output == "disparity" else self._metres(output, images, cameras), cameras, said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from ttt_lib.adaptation.result import AdaptResult
+
+Panel = tuple[str, np.ndarray, dict[str, Any]]  # title, picture, options of `imshow`
 
 
 def picture(figure: Figure, kind: str, **options: Any) -> bytes:
@@ -55,33 +58,46 @@ def relative_error(depth: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> np
     return np.abs(depth * ratio - truth) / truth
 
 
+def finished(figure: Figure, **layout: Any) -> Figure:
+    """The figure, laid out (`tight_layout`) and closed: a notebook shows it where it is asked to, and only there."""
+    figure.tight_layout(**layout)
+    plt.close(figure)
+    return figure
+
+
+def panels(
+    rows: Sequence[Sequence[Panel]], width: float, height: float, fontsize: int = 9
+) -> tuple[Figure, np.ndarray]:
+    """Pictures of so many inches in rows, each under its title: the figure, and its axes (rows, columns)."""
+    count, columns = max(len(rows), 1), max(map(len, rows), default=1)
+    figure, axes = plt.subplots(count, columns, figsize=(width * columns, height * count), squeeze=False)
+    for line, row in zip(axes, rows):
+        for axis, (title, shown, options) in zip(line, row):
+            axis.imshow(shown, **options)
+            axis.set_title(title, fontsize=fontsize)
+    for axis in axes.flat:
+        axis.axis("off")
+    return figure, axes
+
+
 def plot_before_after(image: Tensor, result: AdaptResult, truth: Tensor | None = None) -> Figure:
     """Image, inverse depth before and after, and their relative change; with truth also the truth and both errors."""
     before, after = result.original, result.final
-    panels = [
+    row = [
         ("image", to_array(image), {}),
         ("before", inverse_depth(before.depth, before.mask), {"cmap": "magma"}),
         (f"after ({result.decision})", inverse_depth(after.depth, after.mask), {"cmap": "magma"}),
         ("after / before", (after.depth / before.depth).cpu().numpy(), {"cmap": "coolwarm", "vmin": 0.8, "vmax": 1.2}),
     ]
+    errors = []
     if truth is not None:
         limits = {"cmap": "viridis", "vmin": 0, "vmax": 0.5}
-        panels += [
+        errors = [
             ("truth", inverse_depth(truth), {"cmap": "magma"}),
             ("error before", relative_error(before.depth, truth), limits),
             ("error after", relative_error(after.depth, truth), limits),
         ]
-    columns = 4
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.4 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (title, picture, options) in zip(axes.flat, panels):
-        axis.imshow(picture, **options)
-        axis.set_title(title, fontsize=9)
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+    return finished(panels([row, errors] if errors else [row], 3.2, 2.4)[0])
 
 
 def plot_history(history: pd.DataFrame) -> Figure:
@@ -91,9 +107,7 @@ def plot_history(history: pd.DataFrame) -> Figure:
         axis.plot(rows["step"], rows["loss"], marker=".", label=sample)
     axis.set(xlabel="optimizer step", ylabel="loss on the views")
     axis.legend(fontsize=7)
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+    return finished(figure)
 
 
 def point_cloud(image: Tensor, points: Tensor, mask: Tensor | None = None, most: int = 8000) -> go.Figure:

@@ -11,7 +11,6 @@ from html import escape
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.types import Prediction, Sample, first_map
@@ -36,10 +35,6 @@ def _tag(picture: np.ndarray, title: str) -> str:
         f'<td style="text-align:center;vertical-align:top"><img {source} width="{image.width}" height="{image.height}" '
         f'alt="{said}"><br><small>{said}</small></td>'
     )
-
-
-def _photo(image: Tensor) -> np.ndarray:
-    return to_array(image)
 
 
 def _colours(values: np.ndarray, colour_map: str) -> np.ndarray:
@@ -67,7 +62,7 @@ def _page(title: str, facts: list[str], cells: list[str]) -> str:
 
 def sample_html(sample: Sample) -> str:
     """Image and true depth."""
-    cells = [_tag(_photo(sample.image), "image")]
+    cells = [_tag(to_array(sample.image), "image")]
     if sample.depth is not None:
         cells.append(_tag(_colours(inverse_depth(sample.depth, sample.mask), "magma"), "true inverse depth"))
     return _page(f"{sample.dataset}/{sample.name}", sample.facts(), cells)
@@ -86,7 +81,7 @@ def prediction_html(prediction: Prediction) -> str:
 
 def result_html(result: AdaptResult) -> str:
     """Image, before, after, and their ratio, or what was not taken; above them decision, reason and time."""
-    cells = [_tag(_photo(result.image), "image")] if getattr(result, "image", None) is not None else []
+    cells = [_tag(to_array(result.image), "image")] if getattr(result, "image", None) is not None else []
     cells += [_tag(_depth(result.original), "before"), _tag(_depth(result.final), f"after ({result.decision})")]
     if result.final is result.original:
         if result.adapted is not None:

@@ -28,6 +28,7 @@ from ttt_lib.report.study_figures import (
 from ttt_lib.report.tables import (
     PUBLISHED_SOURCE,
     SELECTION_LEGEND,
+    chosen_by,
     confound,
     control_is_exact,
     published_table,
@@ -100,11 +101,8 @@ def write_report(
     gains = paired_gains(shown.metrics, metric, score)
     tables = _tables(shown, gains, tolerance, bootstrap_samples)
     tables |= {"metrics": runs.metrics, "samples": runs.samples, "left_out": runs.left_out}
-    selected = selection_table(runs, bootstrap_samples)
-    if selected is not None:
-        every = [selection_table(runs, bootstrap_samples, m, s) for m, s in TABLE1_COLUMNS]
-        tables["beyond_selection"] = pd.concat(every)
-        tables |= {f"table1_{name}": table1(runs.group(name)).reset_index() for name in GROUPS}
+    selected, of_chosen = _selection(runs, bootstrap_samples)
+    tables |= of_chosen
     files = {}
     for name, frame in tables.items():
         files[name] = output / f"{name}.csv"
@@ -142,6 +140,16 @@ def _tables(runs: Runs, gains: pd.DataFrame, tolerance: float, bootstrap_samples
         "paired_by_dataset": summarise(gains, tolerance, bootstrap_samples, ("experiment", "dataset")),
         "gains": gains,
     }
+
+
+def _selection(runs: Runs, bootstrap_samples: int) -> tuple[pd.DataFrame | None, dict[str, pd.DataFrame]]:
+    """What is left of the gains in the score that chose the samples, None where none did, and the tables about it."""
+    if runs.selection is None:
+        return None, {}
+    by = chosen_by(runs)
+    every = {of: selection_table(runs, bootstrap_samples, *of) for of in {by, *TABLE1_COLUMNS}}
+    tables = {f"table1_{name}": table1(runs.group(name)).reset_index() for name in GROUPS}
+    return every[by], {"beyond_selection": pd.concat([every[of] for of in TABLE1_COLUMNS]), **tables}
 
 
 def _figures(

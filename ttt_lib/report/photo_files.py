@@ -16,7 +16,7 @@ from moge.utils import io as moge_io
 from PIL import Image
 from torch.nn import functional as F
 
-from ttt_lib.adaptation.known_camera import adapt_photograph
+from ttt_lib.adaptation.known_camera import adapt_photograph, camera_of
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import TTTError, UserError, printable, reason
@@ -24,8 +24,8 @@ from ttt_lib.core.files import absolute, first_repeated, replacing, write_json
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import photographs_in, read_photo
-from ttt_lib.data.known_camera import known_camera
 from ttt_lib.data.known_distances import read_references
+from ttt_lib.geometry.cameras import shrunk
 from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges
 from ttt_lib.models.base import GeometryModel, weights_checksum
 from ttt_lib.report.figures import plot_before_after
@@ -68,9 +68,7 @@ def write_depth(path: Path, prediction: Prediction) -> None:
 
 def shown_image(image: torch.Tensor) -> torch.Tensor:
     """The image (3,H,W) at a size to be looked at, at most SHOWN pixels long."""
-    shrink = min(1.0, SHOWN / max(image.shape[-2:]))
-    size = [max(1, round(side * shrink)) for side in image.shape[-2:]]
-    return F.interpolate(image[None], size, mode="area")[0]
+    return F.interpolate(image[None], shrunk(image.shape[-2:], SHOWN), mode="area")[0]
 
 
 def find_photos(entries: Sequence[str | Path]) -> list[Path]:
@@ -116,7 +114,7 @@ def adapt_photos(
 
 def adapt_photo(
     path: Path, output: Path, model: GeometryModel, config: ExperimentConfig, metric_points: Path | None = None,
-    metric_unit: float | None = None, name: str | None = None, exif: bool = True, **camera: Any,
+    metric_unit: float | None = None, name: str | None = None, **camera: Any,
 ) -> Path:  # fmt: skip
     """Adapt `model` to one photograph; writes `output/<name>/` in one step and returns it.
 
@@ -124,7 +122,7 @@ def adapt_photo(
     adaptation in depth_original.npy, cloud.ply, before_after.png, record.json (settings, device, times, decision, how
     depth.png is encoded). Depth is in metres for metric models, and for all with `metric_points`, a file of known
     distances of `metric_unit` metres (`data.known_distances.read_references`). name: default the photograph's stem.
-    camera: `intrinsics` or `fov`, as `data.known_camera.known_camera` takes them, and exif: whether EXIF counts; depth is
+    camera: `intrinsics`, `fov` and `exif` of `adaptation.known_camera.camera_of`; depth is
     NaN where a camera away from the middle leaves it unknown. An earlier result of this name is replaced. Raises
     `UserError` when the photograph or the file cannot be read, or the folder cannot be written or holds something else.
     """
@@ -132,14 +130,14 @@ def adapt_photo(
     references = read_references(metric_points, tuple(image.shape[-2:]), metric_unit) if metric_points else None
     if references is not None and references.unit is not None and metric_unit is None:
         log.warning("%s: a unit is taken for 1/256 m, as KITTI has it; --metric-unit says another", metric_points)
-    lens = known_camera(tuple(image.shape[-2:]), photograph=path if exif and model.fov_x is None else None, **camera)
+    lens = camera_of(model, image, path, **camera)
     folder = result_folder(path, output, name)
     try:
         with replacing(folder) as work:
             result = adapt_photograph(model, config, image, printable(Path(path).name), references, lens)
             _write_result(work, image, result)
             write_json(work / "record.json", {
-                "image": str(path), **_record(work, image, result, model, config),
+                "image": str(path), **_record(work, result, model, config),
                 "metric_points": absolute(metric_points) if metric_points else None,
                 "metric_unit": references.unit if references is not None else None,
                 "camera": lens.source if lens is not None else None,
@@ -185,9 +183,23 @@ def _write_result(work: Path, image: torch.Tensor, result: AdaptResult) -> None:
     plot_before_after(shown_image(image), result).savefig(work / "before_after.png", dpi=110)
 
 
-def _record(
-    work: Path, image: torch.Tensor, result: AdaptResult, model: GeometryModel, config: ExperimentConfig
-) -> dict[str, Any]:
+def about_run(model: GeometryModel, config: ExperimentConfig) -> dict[str, Any]:
+    """What a record says of the model and the settings, and the date."""
+    return {
+        "model": model.name, "weights": weights_checksum(model), "device": str(model.device),
+        "settings": config.as_parameters(), "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }  # fmt: skip
+
+
+def about_result(result: AdaptResult) -> dict[str, Any]:
+    """What a record says of one photograph."""
+    return {
+        "width": result.image.shape[-1], "height": result.image.shape[-2], "decision": result.decision,
+        "reason": result.reason, "seconds": result.seconds, "signals": result.signals,
+    }  # fmt: skip
+
+
+def _record(work: Path, result: AdaptResult, model: GeometryModel, config: ExperimentConfig) -> dict[str, Any]:
     """What there is to know of a result, its files in `work` among it."""
     unit, encoded = "metre" if result.final.kind == "metric" else "arbitrary", None
     if (work / "depth.png").is_file():
@@ -195,10 +207,7 @@ def _record(
             near, far = float(png.info["near"]), float(png.info["far"])
         encoded = {"encoding": DEPTH_ENCODING, "near": near, "far": far, "unit": unit}
     return {
-        "width": image.shape[-1], "height": image.shape[-2], "unit": unit, "depth_png": encoded,
-        "decision": result.decision, "reason": result.reason, "seconds": result.seconds,
+        **about_result(result), **about_run(model, config), "unit": unit, "depth_png": encoded,
         "peak_memory_mb": result.peak_memory_mb, "passes_done": result.passes_done, "views": result.view_stats,
-        "intrinsics": result.final.intrinsics, "device": str(model.device), "model": model.name,
-        "weights": weights_checksum(model), "settings": config.as_parameters(), "history": result.history,
-        "signals": result.signals, "assumptions": result.original.note, "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "intrinsics": result.final.intrinsics, "history": result.history, "assumptions": result.original.note,
     }  # fmt: skip

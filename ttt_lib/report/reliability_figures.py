@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ttt_lib.report.figures import inverse_depth
+from ttt_lib.report.figures import finished, inverse_depth, panels
 from ttt_lib.runs.gallery import prediction_name
 
 COLOURS = {"accept": "tab:green", "blend": "tab:orange", "reject": "tab:red"}
@@ -24,9 +24,7 @@ def plot_estimates(table: pd.DataFrame) -> Figure:
     axes.axvline(0, color="0.7", lw=0.8)
     axes.set(xlabel="estimate", ylabel="true gain of the adapted prediction")
     axes.legend()
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+    return finished(figure)
 
 
 def plot_risk_coverage(curves: dict[str, pd.DataFrame]) -> Figure:
@@ -40,9 +38,7 @@ def plot_risk_coverage(curves: dict[str, pd.DataFrame]) -> Figure:
     axes[0].set(xlabel="share adapted", ylabel="mean gain in delta1")
     axes[1].set(xlabel="share adapted", ylabel="share losing more than 0.01")
     axes[0].legend()
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+    return finished(figure)
 
 
 def plot_failures(rows: pd.DataFrame, shards: list[Path]) -> Figure:
@@ -50,23 +46,19 @@ def plot_failures(rows: pd.DataFrame, shards: list[Path]) -> Figure:
 
     shards: folders of results of runs that measured (`gate.mode: measure`), whose final prediction is the adapted one.
     """
-    figure, axes = plt.subplots(max(len(rows), 1), 4, figsize=(11, 2.3 * max(len(rows), 1)), squeeze=False)
-    for line, (_, row) in zip(axes, rows.iterrows()):
+    lines = []
+    for _, row in rows.iterrows():
         name = prediction_name(row.dataset, row["sample"])
         places = [Path(shard) / "predictions" / name for shard in shards]
         with np.load(next(place for place in places if place.exists())) as content:
-            before, after = (content[f"depth_{name}"] for name in ("original", "final"))
-            ratio = np.log(np.maximum(after, 1e-6) / np.maximum(before, 1e-6))
-            ratio -= np.nanmedian(ratio)
-            pictures = (content["image"], inverse_depth(before), inverse_depth(after))
-        for axis, picture, title in zip(line, pictures, ("image", "original", f"adapted (gate: {row.decision})")):
-            axis.imshow(picture, cmap=None if title == "image" else "magma")
-            axis.set_title(title, fontsize=9)
+            image, before, after = (content[key] for key in ("image", "depth_original", "depth_final"))
+        ratio = np.log(np.maximum(after, 1e-6) / np.maximum(before, 1e-6))
+        ratio -= np.nanmedian(ratio)
         limit = max(float(np.nanquantile(np.abs(ratio), 0.99)), 1e-3)
-        line[3].imshow(ratio, cmap="RdBu", vmin=-limit, vmax=limit)
-        line[3].set_title(f"change of log depth, within {limit:.2f}", fontsize=9)
-    for axis in axes.flat:
-        axis.axis("off")
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+        lines.append([
+            ("image", image, {}),
+            ("original", inverse_depth(before), {"cmap": "magma"}),
+            (f"adapted (gate: {row.decision})", inverse_depth(after), {"cmap": "magma"}),
+            (f"change of log depth, within {limit:.2f}", ratio, {"cmap": "RdBu", "vmin": -limit, "vmax": limit}),
+        ])  # fmt: skip
+    return finished(panels(lines, 2.75, 2.3)[0])

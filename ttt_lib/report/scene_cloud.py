@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.scene import Photograph
-from ttt_lib.geometry.cameras import project, transform_points, unproject
+from ttt_lib.geometry.cameras import project, shrunk, transform_points, unproject
 from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges
 
 LONGEST_SIDE = 480  # pixels of the depth maps that are merged
 IN_FRONT = 0.93  # of another photograph's depth: a point nearer than that would hide what it shows
 VOXELS = 500  # along the scene's median depth: points in one of them become one
 MOST = 2_000_000  # points
+CUBES = 2**20  # on each side of the origin, along each axis
 
 
 class _Surface(NamedTuple):
@@ -33,6 +34,38 @@ class _Surface(NamedTuple):
     pose: Tensor
 
 
+class _Cubes:
+    """Means of points and colours over cubes, as they come: what is held depends on the cubes, not on the points."""
+
+    def __init__(self, side: float) -> None:
+        self.side = side
+        self.keys, self.sums = (
+            torch.zeros(0, dtype=torch.long),
+            torch.zeros(0, 7),
+        )  # of points, colours and their number
+
+    def add(self, points: Tensor, colours: Tensor) -> None:
+        """Points (N,3) and colours (N,3); cubes grow until there are at most MOST of them."""
+        self._gather(torch.cat([points, colours, torch.ones(len(points), 1)], 1), points)
+        while len(self.keys) > MOST:
+            self.side *= 1.5
+            sums, points = self.sums, self.means()[0]
+            self.keys, self.sums = self.keys[:0], self.sums[:0]
+            self._gather(sums, points)
+
+    def _gather(self, sums: Tensor, points: Tensor) -> None:
+        cube = (points / self.side).floor().clamp(-CUBES, CUBES - 1).long() + CUBES
+        key = (cube[:, 0] * 2 * CUBES + cube[:, 1]) * 2 * CUBES + cube[:, 2]
+        self.keys, place = torch.cat([self.keys, key]).unique(return_inverse=True)
+        every = torch.cat([self.sums, sums])
+        self.sums = torch.zeros(len(self.keys), 7).index_add_(0, place, every)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Points (M,3) and colours (M,3)."""
+        points, colours, count = self.sums.split([3, 3, 1], 1)
+        return points / count, colours / count
+
+
 @dataclass
 class SceneCloud:
     """Collects photographs one after the other; `merged` makes one cloud of them."""
@@ -41,8 +74,7 @@ class SceneCloud:
 
     def add(self, photograph: Photograph, image: Tensor, prediction: Prediction) -> None:
         """A photograph (3,H,W) with its prediction in the scene's scale."""
-        factor = min(1.0, LONGEST_SIDE / max(image.shape[-2:]))
-        size = tuple(max(1, round(side * factor)) for side in image.shape[-2:])
+        size = shrunk(image.shape[-2:], LONGEST_SIDE)
         depth = torch.where(prediction.mask, prediction.depth, torch.nan).float().cpu()
         depth = F.interpolate(depth[None, None], size, mode="nearest-exact")[0, 0]
         known = torch.isfinite(depth) & (depth > 0)
@@ -53,18 +85,18 @@ class SceneCloud:
 
     def merged(self) -> tuple[np.ndarray, np.ndarray]:
         """Points (N,3) float32 in the frame of the scene's world, and colours (N,3) uint8; N may be 0."""
-        points, colours = [], []
+        depths = torch.cat(
+            [surface.depth[torch.isfinite(surface.depth)] for surface in self.surfaces] or [torch.ones(0)]
+        )
+        cubes = _Cubes(float(depths.median()) / VOXELS)
         for number, surface in enumerate(self.surfaces):
             known = torch.isfinite(surface.depth)
             local = unproject(surface.depth, surface.intrinsics)[known]
             world = transform_points(local, torch.linalg.inv(surface.pose))
             kept = self._not_in_front(world, number)
-            points.append(world[kept])
-            colours.append(surface.colour[known][kept])
-        if not points or not sum(map(len, points)):
-            return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8)
-        depths = torch.cat([s.depth[torch.isfinite(s.depth)] for s in self.surfaces])
-        return _voxels(torch.cat(points), torch.cat(colours), float(depths.median()) / VOXELS)
+            cubes.add(world[kept], surface.colour[known][kept])
+        points, colours = cubes.means()
+        return points.numpy(), (colours.clamp(0, 1) * 255).round().byte().numpy()
 
     def _not_in_front(self, world: Tensor, number: int) -> Tensor:
         """Which points (N,) hide nothing that more than half of the photographs that look there show."""
@@ -90,21 +122,6 @@ def write_points(points: np.ndarray, colours: np.ndarray, *paths: Path) -> None:
     cloud = trimesh.PointCloud(points * np.array([1, -1, -1], np.float32), colours)
     for path in paths:
         path.write_bytes(cloud.export(file_type=path.suffix[1:]))
-
-
-def _voxels(points: Tensor, colours: Tensor, side: float) -> tuple[np.ndarray, np.ndarray]:
-    """Means over cubes of this side; fewer and larger cubes until there are at most MOST points."""
-    while True:
-        cube = (points / side).floor().long()
-        _, place, count = cube.unique(dim=0, return_inverse=True, return_counts=True)
-        if len(count) <= MOST:
-            break
-        side *= 1.5
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.zeros(len(count), 3).index_add_(0, place, values) / count[:, None]
-
-    return mean(points).numpy(), (mean(colours).clamp(0, 1) * 255).round().byte().numpy()
 
 
 def thinned(points: np.ndarray, colours: np.ndarray, most: int, seed: int = 0) -> Sequence[np.ndarray]:

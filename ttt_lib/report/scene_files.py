@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,9 +26,8 @@ from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Photograph
 from ttt_lib.data.photographs.sources import distinct_names
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
-from ttt_lib.models.base import weights_checksum
 from ttt_lib.report.figures import cloud_figure, plot_before_after
-from ttt_lib.report.photo_files import check_free, shown_image, write_depth
+from ttt_lib.report.photo_files import about_result, about_run, check_free, shown_image, write_depth
 from ttt_lib.report.scene_cloud import SceneCloud, thinned, write_points
 from ttt_lib.runs.experiment import open_model
 
@@ -156,11 +154,8 @@ def _write_photograph(work: Path, name: str, result: AdaptResult, in_scene: bool
 
 def _row(photograph: Photograph, name: str, result: AdaptResult) -> dict[str, Any]:
     camera = {"intrinsics": photograph.intrinsics, "pose": photograph.pose}
-    return {
-        "name": photograph.name, "file": name, "width": result.image.shape[-1], "height": result.image.shape[-2],
-        "decision": result.decision, "reason": result.reason, "seconds": result.seconds, "signals": result.signals,
-        **{key: None if value is None else value.tolist() for key, value in camera.items()},
-    }  # fmt: skip
+    poses = {key: None if value is None else value.tolist() for key, value in camera.items()}
+    return {"name": photograph.name, "file": name, **about_result(result), **poses}
 
 
 def _record(adaptation: SceneAdaptation, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -170,9 +165,8 @@ def _record(adaptation: SceneAdaptation, rows: list[dict[str, Any]]) -> dict[str
         "unit": "metre" if model.kind == "metric" else "arbitrary, one for all photographs of the scene",
         "depth_png": "16 bits, logarithmic; `near`, `far` in its own metadata (moge.utils.io.read_depth)",
         "photographs": rows, "seconds": sum((row["seconds"] for row in rows), 0.0), "failed": adaptation.failed,
-        "peak_memory_mb": adaptation.peak_memory_mb, "history": adaptation.log.history, "model": model.name,
-        "weights": weights_checksum(model), "device": str(model.device),
-        "settings": adaptation.config.as_parameters(), "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "peak_memory_mb": adaptation.peak_memory_mb, "history": adaptation.log.history,
+        **about_run(model, adaptation.config),
     }  # fmt: skip
 
 

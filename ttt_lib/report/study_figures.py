@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ttt_lib.evaluation.paired import summarise
 from ttt_lib.geometry.cameras import unproject
-from ttt_lib.report.figures import inverse_depth, point_cloud, relative_error
+from ttt_lib.report.figures import finished, inverse_depth, panels, point_cloud, relative_error
 from ttt_lib.runs.gallery import prediction_name
 from ttt_lib.runs.results import Runs
 
@@ -98,9 +98,7 @@ def loss_curves(history: pd.DataFrame) -> Figure:
     axis.set(xlabel="passes", ylabel="loss / loss of the first step")
     if axis.lines:
         axis.legend(fontsize=6, ncol=2)
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+    return finished(figure)
 
 
 def pareto(gains: pd.DataFrame, samples: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -151,24 +149,20 @@ def prediction_file(runs: Runs, experiment: str, dataset: str, sample: str) -> P
 
 def gallery(runs: Runs, chosen: pd.DataFrame) -> Figure:
     """Image, both depths and both error maps of each chosen row (experiment, dataset, sample, gain)."""
-    titles = ("image", "before", "after", "error before", "error after")
-    figure, axes = plt.subplots(max(len(chosen), 1), 5, figsize=(12, 2.1 * max(len(chosen), 1)), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for line, row in zip(axes, chosen.itertuples()):
+    lines = []
+    for row in chosen.itertuples():
         path = prediction_file(runs, row.experiment, row.dataset, row.sample)
         if path is None:
             continue
         data = dict(np.load(path))
-        pictures = [data["image"], inverse_depth(data["depth_original"]), inverse_depth(data["depth_final"])]
+        depths = {"before": data["depth_original"], "after": data["depth_final"]}
+        line = [(f"{row.sample}: {row.gain:+.3f}", data["image"], {})]
+        line += [(title, inverse_depth(depth), {"cmap": "magma"}) for title, depth in depths.items()]
         if "depth_truth" in data:
-            pictures += [relative_error(data[key], data["depth_truth"]) for key in ("depth_original", "depth_final")]
-        for i, (axis, picture) in enumerate(zip(line, pictures)):
-            axis.imshow(picture, **({} if i == 0 else {"cmap": "magma"} if i < 3 else {"vmin": 0, "vmax": 0.5}))
-            axis.set_title(titles[i] if i else f"{row.sample}: {row.gain:+.3f}", fontsize=8)
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+            errors = {title: relative_error(depth, data["depth_truth"]) for title, depth in depths.items()}
+            line += [(f"error {title}", error, {"vmin": 0, "vmax": 0.5}) for title, error in errors.items()]
+        lines.append(line)
+    return finished(panels(lines, 2.4, 2.1, fontsize=8)[0])
 
 
 def gallery_cloud(runs: Runs, row: Any, which: str = "final") -> go.Figure | None:

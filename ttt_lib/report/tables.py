@@ -71,19 +71,6 @@ def best_cells(table: pd.DataFrame, decimals: int = 2) -> pd.DataFrame:
     return best
 
 
-def cells(table: pd.DataFrame, decimals: int, bold: str) -> pd.DataFrame:
-    """The table as text, the best cells put into `bold` (a format with one place); seconds to three decimals, n to none."""
-    best = best_cells(table, decimals)
-    text = pd.DataFrame("", index=table.index, columns=table.columns, dtype=object)
-    for column in table.columns:
-        digits = _digits(column, decimals)
-        text[column] = [
-            bold.format(printed(value, digits)) if chosen else printed(value, digits)
-            for value, chosen in zip(table[column], best[column])
-        ]
-    return text
-
-
 def _headers(table: pd.DataFrame) -> list[str]:
     short = {"metric": "metric", "scale_invariant": "scale-inv.", "affine_invariant": "affine-inv."}
     names = []
@@ -104,9 +91,12 @@ def styled(table: pd.DataFrame, decimals: int, bold: str, escape: str) -> Styler
 
 def to_markdown(table: pd.DataFrame, decimals: int = 2) -> str:
     """The table with the best cells in bold."""
-    text = cells(table, decimals, "**{}**")
-    lines = ["| experiment | " + " | ".join(_headers(table)) + " |", "|---" * (len(text.columns) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in zip(text.index, text.to_numpy())]
+    best, digits = best_cells(table, decimals).to_numpy(), [_digits(column, decimals) for column in table.columns]
+    lines = [f"| experiment | {' | '.join(_headers(table))} |", "|---" * (len(digits) + 1) + "|"]
+    for name, values, bold in zip(table.index, table.to_numpy(), best):
+        text = [printed(value, n) for value, n in zip(values, digits)]
+        text = [f"**{each}**" if chosen else each for each, chosen in zip(text, bold)]
+        lines.append(f"| {name} | {' | '.join(text)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -174,14 +164,20 @@ SELECTION_LEGEND = (
 )
 
 
+def chosen_by(runs: Runs) -> tuple[str, str]:
+    """Metric and score that chose the samples."""
+    metric, _, score = runs.selection["metric"].iloc[0].partition("/")
+    return metric, score
+
+
 def selection_table(
     runs: Runs, bootstrap_samples: int = 2000, metric: str = "", score: str = ""
 ) -> pd.DataFrame | None:
     """`beyond_selection` of the runs, by default in the score that chose the samples; None where none did."""
     if runs.selection is None:
         return None
-    by, _, of = runs.selection["metric"].iloc[0].partition("/")
-    metric, score = metric or by, score or of
+    if not metric:
+        metric, score = chosen_by(runs)
     gains = selection_gains(runs.metrics, runs.selection, metric, score, bootstrap_samples)
     return beyond_selection(gains).assign(metric=metric, score=score)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -12,27 +11,19 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ttt_lib.adaptation.adapter import Adapter, working_image
+from ttt_lib.adaptation.adapter import working_image
 from ttt_lib.adaptation.batches import loss_batch
 from ttt_lib.adaptation.ensemble import predict_ensemble
 from ttt_lib.adaptation.gradients import view_loss
 from ttt_lib.adaptation.losses.presets import resolved
-from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.teacher import draw_views, make_renderer
 from ttt_lib.core.config import ExperimentConfig
-from ttt_lib.core.schema import ViewConfig
 from ttt_lib.core.seeds import sample_generator
-from ttt_lib.core.types import Prediction, Sample
-from ttt_lib.data.catalog import open_dataset
+from ttt_lib.core.types import Sample
 from ttt_lib.models.base import GeometryModel
-from ttt_lib.models.load import load_model
-from ttt_lib.report.figures import inverse_depth, to_array
+from ttt_lib.report.figures import finished, inverse_depth, panels, to_array
 from ttt_lib.report.study_figures import over
-from ttt_lib.runs.catalog import NOTEBOOKS
-from ttt_lib.runs.experiment import load_with_profile
 from ttt_lib.views.carry import View
-from ttt_lib.views.draw import make_views
-from ttt_lib.views.renderer import NovelViewRenderer
 
 UNKNOWN, SKY = (0.85, 0.1, 0.55), (0.45, 0.7, 0.95)
 
@@ -71,14 +62,8 @@ def plot_row(pictures: dict[str, np.ndarray | Tensor], width: float = 2.6, **opt
         for title, picture in pictures.items()
     }
     height = max(array.shape[0] / array.shape[1] for array in arrays.values()) * width + 0.3
-    figure, axes = plt.subplots(1, len(arrays), figsize=(width * len(arrays), height), squeeze=False)
-    for axis, (title, array) in zip(axes[0], arrays.items()):
-        axis.imshow(array, **(options if array.ndim == 2 else {}))
-        axis.set_title(title, fontsize=8)
-        axis.axis("off")
-    figure.tight_layout(pad=0.3)
-    plt.close(figure)
-    return figure
+    row = [(title, array, options if array.ndim == 2 else {}) for title, array in arrays.items()]
+    return finished(panels([row], width, height, fontsize=8)[0], pad=0.3)
 
 
 def paint_mask(image: Tensor, known: Tensor, negative: Tensor | None = None) -> np.ndarray:
@@ -106,9 +91,7 @@ def plot_views(view: View, titles: list[str] | None = None, width: float = 2.4) 
         axis.set_yticks([])
     for axis, name in zip(axes[:, 0], ("the student sees", "target, 1 / depth", "known")):
         axis.set_ylabel(name, fontsize=8)
-    figure.tight_layout(pad=0.3)
-    plt.close(figure)
-    return figure
+    return finished(figure, pad=0.3)
 
 
 def plot_from_above(clouds: dict[str, Tensor], title: str = "", most: int = 3000) -> Figure:
@@ -124,9 +107,7 @@ def plot_from_above(clouds: dict[str, Tensor], title: str = "", most: int = 3000
     axis.set_aspect("equal", adjustable="datalim")
     axis.title.set_fontsize(9)
     axis.legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+    return finished(figure)
 
 
 def plot_costs(costs: pd.DataFrame, column: str = "loss") -> Figure:
@@ -139,63 +120,4 @@ def plot_costs(costs: pd.DataFrame, column: str = "loss") -> Figure:
     axis.set(xscale="log", xlabel=f"{column} of a perfect student, mean over views ({over(counts)})")
     axis.invert_yaxis()
     axis.tick_params(labelsize=8)
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
-
-
-def plot_overview(image: Tensor, result: AdaptResult, view: View, width: float = 2.1) -> Figure:
-    """The method in one picture: a photograph and its teacher, three views with their targets, the adapted result.
-
-    image (3,H,W); view: at least three views; targets are inverse depth with unknown pixels magenta and sky blue.
-    """
-    height = width * image.shape[1] / image.shape[2]
-    figure, axes = plt.subplots(2, 5, figsize=(5 * width, 2 * height + 0.9))
-    magma = plt.get_cmap("magma")
-
-    def depth_picture(prediction: Prediction) -> np.ndarray:
-        return magma(inverse_depth(prediction.depth, prediction.mask))[..., :3]
-
-    columns = [("photograph", to_array(image), "teacher's prediction", depth_picture(result.original))]
-    for i, title in zip(range(3), ("a view: crop, colours", "mirror, colours", "another camera")):
-        target = magma(inverse_depth(view.points[i, ..., 2], view.mask[i]))[..., :3]
-        target[~view.mask[i].cpu().numpy()] = UNKNOWN
-        if view.negative is not None:
-            target[(view.negative[i] & ~view.mask[i]).cpu().numpy()] = SKY
-        columns.append((title, to_array(view.image[i]), "its target, unknown is magenta", target))
-    change = (result.adapted.depth / result.original.depth).log().cpu().numpy()
-    change = plt.get_cmap("coolwarm")(np.clip(change / 0.2 + 0.5, 0, 1))[..., :3]
-    columns.append(("adapted student", depth_picture(result.adapted), "farther (red), nearer (blue)", change))
-    for (above, below), (title, picture, caption, map_) in zip(axes.T, columns):
-        above.imshow(picture)
-        below.imshow(map_)
-        above.set_title(title, fontsize=8)
-        below.set_xlabel(caption, fontsize=8)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    figure.tight_layout(pad=0.4)
-    plt.close(figure)
-    return figure
-
-
-def save_overview(path: str | Path) -> None:
-    """Make README's picture with the bundled model on the first motorcycle view, as a JPEG at `path`."""
-    model, sample = load_model("tiny"), open_dataset(kind="motorcycle", width=480, height=324)[0]
-    config = load_with_profile(NOTEBOOKS / "experiments" / "unfreeze_encoder.yaml", "demo", None)
-    result = Adapter(model, config).adapt(sample.image, f"{sample.dataset}/{sample.name}")
-    target = result.original
-    colours = {"probability": 1.0, "severity": 3}
-    renderer = NovelViewRenderer("auto", device=sample.image.device)
-    views = []
-    for seed, settings in enumerate((
-        {"mirror": 0.0, "crop": {"scale": (0.6, 0.7)}},
-        {"mirror": 1.0, "crop": {"probability": 0.0}},
-        {"mirror": 0.0, "crop": {"probability": 0.0}, "novel_view": {"probability": 1.0, "severity": 5}},
-    )):  # fmt: skip
-        config = ViewConfig(photometric=colours, **settings)
-        generator = torch.Generator().manual_seed(seed)
-        views.append(
-            make_views(sample.image, target.points, target.mask, target.intrinsics, config, 1, generator, renderer)
-        )
-    plot_overview(sample.image, result, join(views)).savefig(path, dpi=120, pil_kwargs={"quality": 85})
+    return finished(figure)

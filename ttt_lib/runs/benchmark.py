@@ -25,7 +25,8 @@ from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.teacher import draw_views, make_renderer
 from ttt_lib.core.config import ExperimentConfig, build_experiment
 from ttt_lib.core.seeds import sample_generator
-from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot
+from ttt_lib.models.base import GeometryModel, training
+from ttt_lib.runs.plan import put
 
 STAGES = ("augment", "render", "forward", "loss", "backward", "optimizer", "teacher")
 
@@ -63,10 +64,8 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
     """
     device, config = model.device, resolved(config, model)
     image = working_image(image.to(device), config.views.longest_side)
-    named = select_parameters(model, config.train.parts)
-    before = snapshot(model, named)
     times: dict[str, list[float]] = {stage: [] for stage in STAGES}
-    try:
+    with training(model, config.train.parts) as named:
         student = Student(model, named, config.train.lora_rank)
         optimizer = make_optimizer(student.leaves, config.train.optimizer)
         renderer, spare = make_renderer(config, device), make_renderer(config, device)
@@ -102,8 +101,6 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
             marks.append(now(device))
             for stage, seconds in _shares([b - a for a, b in zip(marks, marks[1:])], drawing[0], config).items():
                 times[stage].append(seconds)
-    finally:
-        restore(model, before)
     medians = {stage: statistics.median(values[1:]) for stage, values in times.items()}
     total = sum(medians.values())
     rows = [{"stage": stage, "seconds": seconds, "share": seconds / total} for stage, seconds in medians.items()]
@@ -146,11 +143,7 @@ def growth(model: GeometryModel, image: Tensor, config: ExperimentConfig, key: s
             model.num_tokens = int(value)
         else:
             overrides: dict[str, Any] = {}
-            place = overrides
-            *parents, last = key.split(".")
-            for parent in parents:
-                place = place.setdefault(parent, {})
-            place[last] = value
+            put(overrides, key, value)
             changed = build_experiment(config.as_parameters(), overrides=overrides)
         begun = now(model.device)
         for i in range(count):

@@ -24,7 +24,7 @@ from ttt_lib.core.errors import ConfigError, DataError, NumericalError, TTTError
 from ttt_lib.core.files import absolute, first_repeated
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.seeds import sample_generator
-from ttt_lib.core.types import Sample
+from ttt_lib.core.types import KEYS, Sample
 from ttt_lib.data.catalog import open_dataset
 from ttt_lib.data.known_distances import sample_references
 from ttt_lib.data.samples import SampleSet
@@ -135,22 +135,17 @@ def _scores(experiment: str, sample: Sample, result: AdaptResult) -> pd.DataFram
     """
     if sample.depth is None and sample.points is None:
         return pd.DataFrame()
-    named = {"original": result.original, "final": result.final, "adapted": result.adapted, "blended": result.blended}
-    tables: dict[int, pd.DataFrame] = {}  # by prediction: the final one is another of them
-    parts = []
-    for kind, prediction in named.items():
-        if prediction is None or (kind in ("adapted", "blended") and prediction is result.final):
-            continue
-        if id(prediction) not in tables:
-            tables[id(prediction)] = tidy_rows(scores_of(prediction, sample))
-        rows = tables[id(prediction)].copy()
-        identity = {"experiment": experiment, "dataset": sample.dataset, "sample": sample.name, "prediction": kind}
-        for place, (key, value) in enumerate(identity.items()):
-            rows.insert(place, key, value)
-        parts.append(rows)
-    if not len(parts[0]):
+    named = {"original": result.original, "final": result.final}
+    others = {"adapted": result.adapted, "blended": result.blended}
+    named |= {kind: each for kind, each in others.items() if each is not None and each is not result.final}
+    different = {id(each): each for each in named.values()}  # the final one is mostly another of them
+    scored = {key: tidy_rows(scores_of(each, sample)) for key, each in different.items()}
+    identity = {"experiment": experiment, "dataset": sample.dataset, "sample": sample.name}
+    rows = pd.concat([scored[id(each)].assign(**identity, prediction=kind) for kind, each in named.items()])
+    if rows.empty:
         raise DataError(f"its true depth cannot be scored (at least {MINIMUM_TRUTH} pixels must be known).")
-    return pd.concat(parts, ignore_index=True)
+    keys, values = KEYS["metrics"]
+    return rows[[*keys, *values]].reset_index(drop=True)
 
 
 def _rows(config: ExperimentConfig, sample: Sample, result: AdaptResult) -> dict[str, pd.DataFrame]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.types import Sample
+from ttt_lib.geometry.cameras import shrunk
 
 GALLERY_SIDE = 256  # pixels of the longer side of what is kept
 
@@ -30,10 +31,8 @@ def prediction_name(dataset: str, sample: str) -> str:
 
 
 def _small(map_: torch.Tensor) -> np.ndarray:
-    height, width = map_.shape[-2:]
-    factor = min(1.0, GALLERY_SIDE / max(height, width))
-    size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    return F.interpolate(map_[None, None].float().cpu(), size, mode="nearest")[0, 0].numpy()
+    small = F.interpolate(map_[None, None].float().cpu(), shrunk(map_.shape, GALLERY_SIDE), mode="nearest")
+    return small[0, 0].numpy()
 
 
 def gallery_content(sample: Sample, result: AdaptResult) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from multiprocessing import get_all_start_methods, get_context
@@ -72,6 +72,7 @@ def loops_to_compare(model: dict[str, Any], longest_side: int, passes: int) -> d
         "all terms, together": row(train=together),
         "all terms, one view": row(train=one),
         "all terms, one view, checkpointing": row(train=one, model=less),
+        "all terms, one view, bfloat16": row(train=one, model=bfloat16),
         "all terms, together, bfloat16": row(train=together, model=bfloat16),
         "without patches": row(**without),
         "without patches, together, bfloat16": row(**without, train=together, model=bfloat16),
@@ -110,21 +111,29 @@ def benchmark(output: Path, quick: bool | None = None, passes: int = 8, minutes:
     image = next(iter(open_dataset(kind="motorcycle").readable())).image
     about = {**machine(device), "date": time.strftime("%Y-%m-%d"), "passes": passes}
     about["model"] = "tiny, 192 tokens, views of 256" if quick else "ViT-S stand-in, 1500 tokens, views of 640"
+    output.mkdir(parents=True, exist_ok=True)
+
+    def write(table: pd.DataFrame) -> str:
+        said = _in_words(table, about)
+        write_json(output / "benchmark.json", {**about, "loops": table.to_dict("records")})
+        (output / "benchmark.md").write_text(f"```\n{said}\n```\n", encoding="utf-8")
+        return said
+
     with nullcontext({"name": "tiny", "num_tokens": 192}) if quick else published_model() as model:
         loops = loops_to_compare(model, 256 if quick else 640, passes)
         left = 60 * minutes - (time.monotonic() - begun)
-        table = compare_loops(loops, image, 1, rounds, left)
+        return write(compare_loops(loops, image, 1, rounds, left, write))
+
+
+def _in_words(table: pd.DataFrame, about: dict[str, Any]) -> str:
+    """The table under what was measured, and what it says of a whole published adaptation."""
     first, last = table.iloc[0], table.iloc[-1]
     whole = FULL * first.ms_a_pass / 1000
-    about["whole"] = (
-        f"as released, {FULL} passes: {whole:.0f} s an image; recommended, {last.passes} passes and its gate: "
-    )
-    about["whole"] += f"{last.seconds:.1f} s, {whole / last.seconds:.0f} times faster"
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "benchmark.json", {**about, "loops": table.to_dict("records")})
-    said = [*(f"{key}: {value}" for key, value in about.items()), "", table.round(3).to_string(index=False)]
-    (output / "benchmark.md").write_text("\n".join(["```", *said, "```", ""]), encoding="utf-8")
-    return "\n".join(said)
+    about = {**about, "whole": (
+        f"{first.loop}, {FULL} passes: {whole:.0f} s an image; {last.loop}, {last.passes} passes: "
+        f"{last.seconds:.1f} s, {whole / last.seconds:.0f} times faster"
+    )}  # fmt: skip
+    return "\n".join([*(f"{key}: {value}" for key, value in about.items()), "", table.round(3).to_string(index=False)])
 
 
 def _adapt_once(settings: dict[str, Any], image: Tensor, repeats: int, threads: int) -> dict[str, float]:
@@ -136,7 +145,9 @@ def _adapt_once(settings: dict[str, Any], image: Tensor, repeats: int, threads: 
     model.predict(image.to(model.device))
     idle = memory_mb(model.device)
     reset_peak_memory(model.device)  # loading took more for a while
-    Adapter(model, config).adapt(image)  # all of it: a GPU plans for each new shape of a batch, for seconds
+    passes = config.train.passes if model.device.type == "cuda" else 1  # a GPU plans for each new shape, for seconds
+    warm = config.model_copy(update={"train": config.train.model_copy(update={"passes": passes})})
+    Adapter(model, warm).adapt(image)
     seconds, reload_seconds, peak = [], [], 0.0
     for i in range(repeats):
         begun = now(model.device)
@@ -167,7 +178,7 @@ def _fresh_processes() -> BaseContext:
 
 def compare_loops(
     configs: dict[str, ExperimentConfig], image: Tensor, repeats: int = 3, rounds: int = 1,
-    seconds: float = float("inf"),
+    seconds: float = float("inf"), keep: Callable[[pd.DataFrame], Any] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Seconds and peak memory of adapting to one image (3,H,W) by each configuration, and ratios to the first.
 
@@ -175,7 +186,8 @@ def compare_loops(
     added_mb (peak less what the loaded model had after a plain prediction: what adapting added), rounds, faster (first's
     seconds over these), memory (on a CUDA device peak_mb over the first's; on a CPU, where libraries would hide the
     difference, added_mb over the first's), failed (in words; its numbers are NaN then). Each loop runs `rounds` times in
-    turn, or as often as fits into `seconds`, `repeats` images a time, in a fresh process.
+    turn, or as often as fits into `seconds`, `repeats` images a time, in a fresh process; `keep` is given the table of
+    what has run after each.
     """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in configs}
     failed, begun = dict.fromkeys(configs, ""), time.monotonic()
@@ -192,15 +204,22 @@ def compare_loops(
                 except Exception as error:  # of that process: what does not fit is a row of the table, not its end
                     failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                     log.info("%s: %s", name, failed[name])
-    keys = ("passes", "seconds", "peak_mb", "added_mb")
-    rows = []
+            if keep is not None:
+                keep(_table(found, failed))
+    return _table(found, failed)
+
+
+def _table(found: dict[str, list[dict[str, float]]], failed: dict[str, str]) -> pd.DataFrame:
+    """`compare_loops`' table of the loops that have run."""
+    keys, rows = ("passes", "seconds", "peak_mb", "added_mb"), []
     for name, results in found.items():
-        row = {key: statistics.median([result[key] for result in results] or [float("nan")]) for key in keys}
-        row = {**row, "ms_a_pass": 1000 * row["seconds"] / max(row["passes"], 1), "rounds": len(results)}
-        rows.append({"loop": name, **row, "passes": int(row["passes"]) if results else 0})
+        if results or failed[name]:
+            row = {key: statistics.median([result[key] for result in results] or [float("nan")]) for key in keys}
+            row = {**row, "ms_a_pass": 1000 * row["seconds"] / max(row["passes"], 1), "rounds": len(results)}
+            rows.append({"loop": name, **row, "passes": int(row["passes"]) if results else 0, "failed": failed[name]})
     table = pd.DataFrame(rows)
     table["faster"] = table.seconds[0] / table.seconds
     on_gpu = any(result["cuda"] for results in found.values() for result in results)
     compared = table.peak_mb if on_gpu else table.added_mb
-    table["memory"], table["failed"] = compared / compared[0], list(failed.values())
-    return table
+    table["memory"] = compared / compared[0]
+    return table[["loop", *keys, "ms_a_pass", "rounds", "faster", "memory", "failed"]]

@@ -21,14 +21,13 @@ START_WITHIN = 300  # seconds
 DASK_TRIM = {"MALLOC_TRIM_THRESHOLD_": "65536"}  # what a dask worker has in its environment, for its own sake
 NOTEBOOKS_EACH = 60  # of one kernel: memory that its heap has lost in pieces comes back with the next
 
-# What a notebook leaves in a kernel goes before the next one; modules and their caches stay.
+# What a notebook leaves in a kernel goes when it has ended; modules and their caches stay.
 FORGET = """
-import os, sys
+import sys
 if "ipywidgets" in sys.modules:
     sys.modules["ipywidgets"].Widget.close_all()
 if "matplotlib.pyplot" in sys.modules:
     sys.modules["matplotlib.pyplot"].close("all")
-os.chdir({folder!r})
 get_ipython().reset(new_session=True)
 if "torch" in __import__("sys").modules and __import__("torch").cuda.is_initialized():
     __import__("torch").cuda.empty_cache()
@@ -45,8 +44,8 @@ class Kernel:
     def __init__(self, threads: int | None = None) -> None:
         self.threads, self.manager, self.done = threads, None, 0
 
-    def _forget(self, folder: Path) -> None:
-        """Empty the kernel, and let it work in `folder`."""
+    def _run(self, folder: str | Path, code: str = "") -> None:
+        """Let the kernel work in `folder`, and run the code there."""
         from jupyter_client import BlockingKernelClient
 
         client = BlockingKernelClient(connection_file=self.manager.connection_file)
@@ -54,9 +53,10 @@ class Kernel:
         client.start_channels()
         try:
             client.wait_for_ready(timeout=START_WITHIN)
-            reply = client.execute(FORGET.format(folder=str(folder)), store_history=False, reply=True, timeout=60)
+            code = f"__import__('os').chdir({str(folder)!r})\n{code}"
+            reply = client.execute(code, store_history=False, reply=True, timeout=60)
             if reply["content"]["status"] != "ok":
-                raise RuntimeError(f"the kernel cannot be emptied: {reply['content'].get('evalue')}")
+                raise RuntimeError(f"the kernel cannot be used again: {reply['content'].get('evalue')}")
         finally:
             client.stop_channels()
 
@@ -73,9 +73,9 @@ class Kernel:
                 with ENVIRONMENT, own_kernel(), thread_limits(self.threads):  # papermill starts it
                     execute(notebook, output, parameters, self.manager)
             else:
-                self._forget(output.parent)
+                self._run(output.parent)
                 execute(notebook, output, parameters, self.manager)
-            self._forget(Path(tempfile.gettempdir()))
+            self._run(tempfile.gettempdir(), FORGET)
             self.done += 1
         except BaseException:
             self.close()

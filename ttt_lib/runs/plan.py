@@ -14,7 +14,7 @@ from ttt_lib.runs.catalog import experiment_file, experiment_files, list_experim
 SHOWING = (
     "api", "cli", "doctor", "machine", "core/provenance", "models/pretraining", "evaluation/calibration",
     "evaluation/paired", "evaluation/selection", "evaluation/zero_shot", "report", "runs/benchmark", "runs/cluster",
-    "runs/hard_subset", "runs/jobs", "runs/notebook", "runs/progress", "runs/protocol", "runs/results",
+    "runs/jobs", "runs/notebook", "runs/progress", "runs/protocol", "runs/results",
     "runs/scene_study",
 )  # fmt: skip
 
@@ -88,11 +88,8 @@ def make_jobs(
     from ttt_lib.runs.jobs import Job
 
     folder = notebooks_folder()
-    notebooks = tuple(
-        str(folder / name)
-        for name in (("01_augmentation.ipynb",) if views else ()) + ("02_adaptation.ipynb",)
-        if (folder / name).is_file()
-    )
+    wanted = [folder / "01_augmentation.ipynb"] * views + [folder / "02_adaptation.ipynb"]
+    notebooks = tuple(str(place) for place in wanted if place.is_file())
     package = Path(__file__).parents[1]
     files_of_code = {
         path.relative_to(package).with_suffix("").as_posix(): path for path in sorted(package.rglob("*.py"))

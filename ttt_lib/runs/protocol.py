@@ -12,9 +12,9 @@ import pandas as pd
 
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import RunError, UserError
+from ttt_lib.evaluation.scores import SCORES
 from ttt_lib.evaluation.selection import CONTROLS, GROUPS
 from ttt_lib.runs.catalog import experiment_file
-from ttt_lib.runs.hard_subset import ranked
 from ttt_lib.runs.results import SELECTION, read_runs
 
 SCORED = "scored"  # folder of the runs that the choice is made by
@@ -26,6 +26,25 @@ def with_controls(files: list[Path]) -> list[Path]:
     """The experiments, and those of the controls that are not among them."""
     there = {file.stem for file in files}
     return files + [experiment_file(name) for name in CONTROLS if name not in there]
+
+
+def ranked(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Samples by their score, hardest first: tidy metric rows in, rows (dataset, sample, value) out.
+
+    metric as `points_scale_invariant/delta1`; ties by (dataset, sample), so the order is not that of the input.
+    Raises `UserError` for a metric that is not there, or that is an error, of which the lowest are easy.
+    """
+    name, _, score = metric.partition("/")
+    rows = scores[(scores["metric"] == name) & (scores["score"] == score)]
+    if rows.empty:
+        known = sorted({f"{m}/{s}" for m, s in zip(scores["metric"], scores["score"])})
+        raise UserError(f"--metric {metric!r}: was not measured; there are {', '.join(known)}.")
+    if not SCORES[score].higher_is_better:
+        raise UserError(
+            f"--metric {metric!r}: is lower for better predictions; choose by a score such as {name}/delta1."
+        )
+    rows = rows.dropna(subset=["value"]).sort_values(["value", "dataset", "sample"])
+    return rows[["dataset", "sample", "value"]].reset_index(drop=True)
 
 
 def choose_groups(

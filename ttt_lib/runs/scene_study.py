@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -19,6 +20,11 @@ from ttt_lib.evaluation.scores import Scores, scores_of
 from ttt_lib.models.base import GeometryModel
 
 SCORES = {"depth": "depth_affine_invariant", "points": "points_affine_invariant"}
+REMEMBERED, SMALL = (
+    8,
+    10,
+)  # reconstructions that are kept, of scenes of so many photographs: an ablation has rows of each
+_remembered: dict[str, Scene] = {}
 
 
 def reconstruct_samples(
@@ -26,10 +32,21 @@ def reconstruct_samples(
 ) -> Scene:
     """The scene of samples that are photographs of one, with the model's guess of the focal length.
 
-    They know nothing else of the truth. longest_side: pixels of the pictures that the model sees.
+    They know nothing else of the truth. longest_side: pixels of the pictures that the model sees. The same pictures with
+    the same focal lengths are not reconstructed twice.
     """
     guess = guess_focal(model, longest_side)
-    return reconstruct([Picture(sample.name, sample.image, guess(sample.image)) for sample in samples], seed)
+    pictures = [Picture(sample.name, sample.image, guess(sample.image)) for sample in samples]
+    known = hashlib.sha256(repr([(seed, each.name, each.focal) for each in pictures]).encode())
+    for each in pictures:
+        known.update(each.source.cpu().numpy().tobytes())
+    key = known.hexdigest()
+    scene = _remembered.pop(key) if key in _remembered else reconstruct(pictures, seed)
+    if len(pictures) <= SMALL:
+        _remembered[key] = scene  # as the newest
+        for old in list(_remembered)[:-REMEMBERED]:
+            del _remembered[old]
+    return scene
 
 
 def score_scene(adaptation: SceneAdaptation, samples: Iterable[Sample]) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from ttt_lib.data.samples import SampleSet
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.runs.scene_study import reconstruct_samples
 
-ALONE = "original kept: no other photograph of its scene is in the set"
+ALONE = "no other photograph of its scene is in the set"
 
 
 class Scenes:
@@ -34,20 +34,14 @@ class Scenes:
         """The result of one sample; None where the experiment is for a single photograph and the scene says nothing."""
         scene, names = samples.scene_of(sample.name)
         alone = self.config.supervision["photographs"].alone
-        reason = ALONE
+        why = ALONE
         if len(names) > 1:
             adaptation = self._adapted(samples, scene, names)
             found = next((e for e in adaptation.evidence if e.photograph.name == sample.name), None)
             if found is not None:
                 return adaptation.result(found)
             why = adaptation.scene.refused or dict(adaptation.scene.left_out).get(sample.name, "it was left out")
-            reason = f"original kept: {why}"
-        if alone == "single":
-            return None
-        begun = time.perf_counter()
-        original = self.model.predict(sample.image.to(self.model.device))
-        seconds = time.perf_counter() - begun
-        return AdaptResult(original, None, original, "original", reason, seconds=seconds, image=sample.image)
+        return None if alone == "single" else AdaptResult.kept(self.model, sample.image, why)
 
     def _adapted(self, samples: SampleSet, scene: str, names: list[str]) -> SceneAdaptation:
         """The scene of these samples, adapted to unless it is the last one."""

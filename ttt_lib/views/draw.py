@@ -125,17 +125,12 @@ def _render(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Views from cameras that moved: image without holes, points, mask, and where the sky is seen."""
     rendered = renderer.render(transform, new, size)
-    if not bool(sky.any()):
-        return (
-            fill_unknown(rendered.image, rendered.mask),
-            rendered.points,
-            rendered.mask,
-            torch.zeros_like(rendered.mask),
-        )
-    is_sky, grid = _sky_seen(sky, intrinsics, transform, new, size)
-    is_sky &= ~rendered.mask
-    colours = F.grid_sample(image.expand(len(transform), -1, -1, -1), grid, align_corners=False)
-    seen = torch.where(is_sky[:, None], colours, rendered.image)
+    seen, is_sky = rendered.image, torch.zeros_like(rendered.mask)
+    if bool(sky.any()):
+        is_sky, grid = _sky_seen(sky, intrinsics, transform, new, size)
+        is_sky &= ~rendered.mask
+        colours = F.grid_sample(image.expand(len(transform), -1, -1, -1), grid, align_corners=False)
+        seen = torch.where(is_sky[:, None], colours, seen)
     return fill_unknown(seen, rendered.mask | is_sky), rendered.points, rendered.mask, is_sky
 
 

@@ -7,8 +7,7 @@ torch that needs no GL and stays on the tensors' device.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,16 +21,13 @@ from ttt_lib.views.pyrender_backend import GLScene, gl_renderer, platform
 from ttt_lib.views.torch_backend import rasterise
 
 
-@dataclass
-class RenderedView:
+class RenderedView(NamedTuple):
     """B views: image (B,3,h,w) in [0,1] (0 where nothing is drawn), points (B,h,w,3) in each view's camera, NaN where
-    unknown, mask (B,h,w) True where known, intrinsics (B,3,3), transform (B,4,4) original camera -> view camera."""
+    unknown, mask (B,h,w) True where known."""
 
     image: Tensor
     points: Tensor
     mask: Tensor
-    intrinsics: Tensor
-    transform: Tensor
 
 
 def _place(depth: Tensor, intrinsics: Tensor) -> Tensor:
@@ -121,7 +117,7 @@ class NovelViewRenderer:
         image = torch.where(flipped[..., None], image.flip(-1), image)
         mask = torch.where(flipped, mask.flip(-1), mask)
         points = torch.where(flipped[..., None], mirror_points(points), points)
-        return RenderedView(image, points, mask, intrinsics, transform)
+        return RenderedView(image, points, mask)
 
     def _render_gl(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         if self._scene is None:

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from ttt_lib.adaptation.ensemble import log_difference, predict_member, predict_mirrored, predict_on_views
 from ttt_lib.adaptation.gate.reprojection import reprojection_errors
 from ttt_lib.adaptation.student import Student
-from ttt_lib.core.config import ExperimentConfig, GateConfig
+from ttt_lib.core.config import ExperimentConfig, GateConfig, merge
 from ttt_lib.core.errors import NotSupported
-from ttt_lib.core.schema import ShiftConfig
+from ttt_lib.core.schema import ViewConfig
 from ttt_lib.core.types import Prediction
+from ttt_lib.geometry.cameras import fov_from_intrinsics
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.views.carry import View
 from ttt_lib.views.draw import make_views
@@ -58,18 +59,11 @@ def held_back_views(
     image (3,H,W); original: the prediction on this very image; members: of `original_members`, if they are there.
     Mirrors, recentred crops and colours of `gate.severity`; cameras stay in place, so that no rendering enters.
     """
-    views = config.views.model_copy(
-        update={
-            "crop": config.views.crop.model_copy(update={"kind": "recentred", "probability": 1.0, "scale": (0.7, 1.0)}),
-            "mirror": 0.5,
-            "cutmix": 0.0,
-            "photometric": config.views.photometric.model_copy(
-                update={"probability": 1.0, "severity": config.gate.severity}
-            ),
-            "novel_view": config.views.novel_view.model_copy(update={"probability": 0.0}),
-            "shift": ShiftConfig(),
-        }
-    )
+    views = ViewConfig(**merge(config.views.model_dump(), {
+        "mirror": 0.5, "cutmix": 0.0, "novel_view": {"probability": 0.0}, "shift": {"names": []},
+        "crop": {"kind": "recentred", "probability": 1.0, "scale": (0.7, 1.0)},
+        "photometric": {"probability": 1.0, "severity": config.gate.severity},
+    }))  # fmt: skip
     view = make_views(image, original.points, original.mask, original.intrinsics, views, config.gate.views, generator)
     depth, seen = _on_views(model, view, original)
     return HeldBack(
@@ -105,13 +99,11 @@ def log_error(depth: Tensor, reference: Tensor, known: Tensor) -> Tensor:
     return torch.where(known & torch.isfinite(difference), error, torch.nan).flatten(1).nanmean(1)
 
 
-def consistency(
-    held: HeldBack, depth: Tensor | None = None, seen: Tensor | None = None, clean: Prediction | None = None
-) -> dict[str, float]:
+def consistency(held: HeldBack, depth: Tensor, seen: Tensor, clean: Prediction) -> dict[str, float]:
     """Errors between the predictions on the views and the clean ones, of original (o) and adapted (a) weights.
 
-    depth, seen (B,H,W): the adapted network's on the views, carried back; clean: its prediction on the image. Without
-    them only `oo` is given. `xy` compares x's views with y's clean prediction. `score`: mean of aa, ao and oa.
+    depth, seen (B,H,W): the adapted network's on the views, carried back; clean: its prediction on the image.
+    `xy` compares x's views with y's clean prediction. `score`: mean of aa, ao and oa.
     """
     known = held.original.mask
 
@@ -119,12 +111,10 @@ def consistency(
         value = log_error(depth, clean.depth.expand_as(depth), seen & known)
         return float(value[~value.isnan()].mean()) if bool((~value.isnan()).any()) else math.nan
 
-    values = {"oo": error(held.depth, held.seen, held.original)}
-    if depth is None or seen is None or clean is None:
-        return values
-    values["aa"] = error(depth, seen, clean)
-    values["ao"] = error(depth, seen, held.original)
-    values["oa"] = error(held.depth, held.seen, clean)
+    values = {
+        "oo": error(held.depth, held.seen, held.original), "aa": error(depth, seen, clean),
+        "ao": error(depth, seen, held.original), "oa": error(held.depth, held.seen, clean),
+    }  # fmt: skip
     values["score"] = (values["aa"] + values["ao"] + values["oa"]) / 3
     return values
 
@@ -191,11 +181,6 @@ def edge_agreement(depth: Tensor, image: Tensor, mask: Tensor) -> float:
     if both.shape[1] < 2 or float(both.std(1).min()) < 1e-9:
         return math.nan
     return float(torch.corrcoef(both)[0, 1])
-
-
-def field_of_view(intrinsics: Tensor) -> float:
-    """Horizontal field of view in degrees of normalised intrinsics (3,3)."""
-    return math.degrees(2 * math.atan(0.5 / float(intrinsics[0, 0])))
 
 
 def measure(
@@ -266,7 +251,7 @@ def _drift(student: Student, values: list[Tensor], held: HeldBack, adapted: Pred
 
 def _camera(original: Prediction, adapted: Prediction) -> dict[str, float]:
     """How much the predicted camera and the scale changed, and whether the new camera can be one."""
-    before, after = field_of_view(original.intrinsics), field_of_view(adapted.intrinsics)
+    before, after = (float(fov_from_intrinsics(p.intrinsics.double())[0]) for p in (original, adapted))
     ratio = (adapted.depth / original.depth)[original.mask]
     return {
         "camera_fov_change": abs(after - before),

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import utils3d
 from moge.train import losses as moge_losses
+from pydantic import create_model
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +23,8 @@ from ttt_lib.core.registry import LOSSES
 from ttt_lib.core.schema import LossConfig, NonNegative, Positive
 from ttt_lib.geometry.fast_alignment import cheap_alignment
 
+ROWS_AT_ONCE = 8  # of the local terms, on a GPU; patches of a quarter of 640 x 480 then take some 0.7 GB
+MULTINOMIAL = 2**24  # choices that `torch.multinomial` can have
 GRAZING = 88.0  # degrees between a normal and the line of sight
 
 
@@ -30,32 +34,6 @@ class GlobalSettings(LossConfig):
     align_resolution: int = 32
     beta: NonNegative = 0.0
     trunc: Positive = 1.0
-
-
-class LocalSettings(GlobalSettings):
-    """`num_patches`: patches drawn a picture."""
-
-    num_patches: int = 16
-
-
-class Local4(LocalSettings):
-    """Patches of a quarter of the image."""
-
-    align_resolution: int = 16
-
-
-class Local16(LocalSettings):
-    """Patches of a sixteenth."""
-
-    align_resolution: int = 8
-    num_patches: int = 256
-
-
-class Local64(LocalSettings):
-    """Patches of a sixty-fourth."""
-
-    align_resolution: int = 4
-    num_patches: int = 4096
 
 
 def focal_of(intrinsics: Tensor) -> Tensor:
@@ -85,38 +63,60 @@ def global_loss(inputs: LossInputs) -> Tensor:
     return _aligned(inputs)[0]
 
 
+class _PerRow:
+    """A number for each row of a batch (B,), where MoGe's local loss is written for a batch of one."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = self.of_patches = values
+
+    def reshape(self, *_: int) -> _PerRow:
+        return self
+
+    def __rtruediv__(self, over: float) -> Tensor:
+        return over / self.values[:, None, None]  # for maps (B,H,W)
+
+    def __getitem__(self, row: Tensor) -> Tensor:
+        self.of_patches = self.values[row]
+        return self.of_patches
+
+    def __gt__(self, bound: float) -> Tensor:
+        return self.of_patches > bound  # beside a comparison of the patches
+
+
+def _rows_at_once(points: Tensor) -> int:
+    """On a CPU one, with draws of its own. A GPU waits for its many small kernels rather than for their arithmetic."""
+    return min(ROWS_AT_ONCE, max(1, MULTINOMIAL // points[0, ..., 0].numel())) if points.device.type == "cuda" else 1
+
+
 def _local(inputs: LossInputs, level: int, place: int) -> Tensor:
-    """Over patches of the image's size divided by `level`; `place`: which of a row's seeds draws them."""
+    """Affine-invariant over patches of the image's size divided by `level`; `place`: which of a row's seeds draws them. Rows
+    that go together share out their patches at random, each with `num_patches` of them on average."""
     scale, focal, settings = _aligned(inputs)[1], focal_of(inputs.intrinsics), _own(inputs.settings)
-    points, each = inputs.output["points"], []
+    points, each, size = inputs.output["points"], [], _rows_at_once(inputs.output["points"])
     with torch.random.fork_rng(devices=[points.device] if points.device.type == "cuda" else []):
-        # One view at a time, as in MoGe's own training: the function cannot take several focal lengths.
-        for i in range(len(points)):
-            torch.manual_seed(inputs.seeds[i][place])
-            row = slice(i, i + 1)
+        for first in range(0, len(points), size):
+            torch.manual_seed(inputs.seeds[first][place])
+            rows = slice(first, first + size)
             with cheap_alignment(int(settings["num_patches"])) if inputs.cheap else nullcontext():
-                each.append(moge_losses.affine_invariant_local_loss(
-                    points[row], inputs.target[row], focal[row], scale[row], level=level, **settings
-                )[0].mean())  # fmt: skip
-    return torch.stack(each) * inputs.share
+                value, _ = moge_losses.affine_invariant_local_loss(
+                    points[rows],
+                    inputs.target[rows],
+                    _PerRow(focal[rows]),
+                    _PerRow(scale[rows]),
+                    level=level,
+                    **settings,
+                )
+            each.append(value.expand(len(points[rows])))  # one number where no patch has enough points
+    return torch.cat(each) * inputs.share
 
 
-@LOSSES.register("local_4", needs=("points",), reads=(), settings=Local4)
-def local_4(inputs: LossInputs) -> Tensor:
-    """Affine-invariant over patches of a quarter."""
-    return _local(inputs, 4, 0)
-
-
-@LOSSES.register("local_16", needs=("points",), reads=(), settings=Local16)
-def local_16(inputs: LossInputs) -> Tensor:
-    """Affine-invariant over patches of a sixteenth."""
-    return _local(inputs, 16, 1)
-
-
-@LOSSES.register("local_64", needs=("points",), reads=(), settings=Local64)
-def local_64(inputs: LossInputs) -> Tensor:
-    """Affine-invariant over patches of a sixty-fourth."""
-    return _local(inputs, 64, 2)
+# Patches of the image's size divided by 4, 16 and 64: the grid that their alignment sees, and how many a picture has.
+for place, (level, side, count) in enumerate(((4, 16, 16), (16, 8, 256), (64, 4, 4096))):
+    kind = create_model(
+        f"Local{level}", __base__=GlobalSettings, align_resolution=(int, side), num_patches=(int, count)
+    )  # fmt: skip
+    term = partial(_local, level=level, place=place)
+    LOSSES.register(f"local_{level}", needs=("points",), reads=(), settings=kind)(term)
 
 
 @LOSSES.register("normal", needs=("points",), reads=(), settings=LossConfig)

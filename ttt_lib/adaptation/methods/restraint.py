@@ -61,17 +61,14 @@ class Fisher(Supervision):
 
 
 @SUPERVISIONS.register("fisher", settings=FisherConfig)
-def fisher(episode: Episode) -> Supervision | None:
+def fisher(episode: Episode) -> Supervision:
     """On with its section."""
-    settings = episode.config.supervision.get("fisher")
-    if settings is None:
-        return None
     teacher = next((each for each in episode.supervisions if isinstance(each, TeacherOnViews)), None)
     if teacher is None:
         raise ConfigError(
             "supervision.fisher: there is no loss on views whose gradients it could take; give `losses` one."
         )
-    return Fisher(settings, teacher)
+    return Fisher(episode.config.supervision["fisher"], teacher)
 
 
 class SourceConfig(Section):
@@ -100,10 +97,9 @@ class Source(Supervision):
 
 
 @SUPERVISIONS.register("source", settings=SourceConfig)
-def source(episode: Episode) -> Supervision | None:
+def source(episode: Episode) -> Supervision:
     """On with its section."""
-    settings = episode.config.supervision.get("source")
-    return Source(settings) if settings is not None else None
+    return Source(episode.config.supervision["source"])
 
 
 class LastConfig(Section):
@@ -124,18 +120,17 @@ class Last(Supervision):
         """Keep a copy."""
         self.kept.append([value.clone() for value in student.values()])
 
-    def weights(self) -> list[Tensor] | None:
+    def weights(self, values: list[Tensor]) -> list[Tensor]:
         """Their mean, as the last plus the mean difference to it: exactly the weights where none has moved.
 
         In place, because new tensors could get another memory format, and with it a network's last bits change.
         """
         if not self.kept:
-            return None
+            return values
         return [each[-1].clone().add_(sum(one - each[-1] for one in each) / len(each)) for each in zip(*self.kept)]
 
 
 @SUPERVISIONS.register("last", settings=LastConfig)
-def last(episode: Episode) -> Supervision | None:
+def last(episode: Episode) -> Supervision:
     """On with its section."""
-    settings = episode.config.supervision.get("last")
-    return Last(settings) if settings is not None else None
+    return Last(episode.config.supervision["last"])

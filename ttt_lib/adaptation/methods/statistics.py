@@ -94,8 +94,8 @@ class Actmad(Supervision):
 @SUPERVISIONS.register("actmad", settings=ActmadConfig)
 def actmad(episode: Episode) -> Supervision | None:
     """On with its section."""
-    settings = episode.config.supervision.get("actmad")
-    return Actmad(settings) if settings is not None and settings.weight else None
+    settings = episode.config.supervision["actmad"]
+    return Actmad(settings) if settings.weight else None
 
 
 class NormStatisticsConfig(Section):
@@ -153,13 +153,13 @@ class NormStatistics(Supervision):
 
 
 @SUPERVISIONS.register("norm_statistics", settings=NormStatisticsConfig)
-def norm_statistics(episode: Episode) -> Supervision | None:
+def norm_statistics(episode: Episode) -> Supervision:
     """On with its section."""
-    settings = episode.config.supervision.get("norm_statistics")
-    if settings is not None and episode.config.gate.mode != "off":
+    settings = episode.config.supervision["norm_statistics"]
+    if episode.config.gate.mode != "off":
         raise ConfigError(
             "supervision.norm_statistics: the gate would measure the original with them; set gate.mode to off."
         )
-    if settings is not None and settings.from_views and not any(each.draws for each in episode.supervisions):
+    if settings.from_views and not any(each.draws for each in episode.supervisions):
         raise ConfigError("supervision.norm_statistics.from_views: no loss draws views; give `losses` one.")
-    return NormStatistics(settings) if settings is not None else None
+    return NormStatistics(settings)

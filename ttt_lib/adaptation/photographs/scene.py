@@ -71,12 +71,8 @@ class SceneAdaptation:
             if evidence is not None:
                 yield photograph, self.result(evidence)
                 continue
-            image = photograph.image.to(self.model.device)
-            begun, original = time.perf_counter(), self.model.predict(image)
             reason = self.scene.refused or f"left out: {why.get(photograph.name, '')}"
-            seconds = time.perf_counter() - begun
-            reason = f"original kept: {reason}"
-            yield photograph, AdaptResult(original, None, original, "original", reason, seconds=seconds, image=image)
+            yield photograph, AdaptResult.kept(self.model, photograph.image, reason)
 
     def result(self, evidence: Evidence) -> AdaptResult:
         """Predict one photograph before and after, correct both, and decide. seconds: its share of the training too."""

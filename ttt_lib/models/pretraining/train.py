@@ -42,17 +42,18 @@ class Recipe:
     effects: bool = True  # what cameras do to a picture; False: clean renderings only
     start: str = ""  # a checkpoint of `save_checkpoint` to go on from, as a second stage; "": ImageNet's encoder
     scale: int = 1  # of the sides of the pictures
-    tokens: tuple[int, int] | None = None  # drawn for each step between these; None: one for each 16 x 16 pixels
+    tokens: tuple[int, ...] | None = None  # one of these for each step; None: one for each 16 x 16 pixels
     edges: float = 0.0  # weight of the steps across depth edges, which are few and count little elsewhere
 
 
-# For `seconds`: a schedule is fitted to the time. The second one has not met a GPU yet; larger pictures and edges are for
-# the blur of the first one's depth.
+# For `seconds`: a schedule is fitted to the time. Larger pictures and edges in the second one are for the blur of the first
+# one's depth. On an H100 (2026-11-26) a step of it takes 52 to 86 ms, a chunk 0.7 to 1.4 s, and a size that is new to cuDNN
+# 0.4 to 1 s more: hence few token counts, and pictures that serve six times. It has not been run to its end.
 RECIPES = {
     "cpu_85min": Recipe(),
     "gpu_10min": Recipe(
-        steps=4000, batch_size=32, learning_rate=2e-3, warmup=300, chunk_size=96, window=8, scale=2, tokens=(192, 768),
-        edges=0.5,
+        steps=4000, batch_size=32, learning_rate=2e-3, warmup=300, chunk_size=96, window=24, reuse=6.0, scale=2,
+        tokens=(192, 320, 480), edges=0.5,
     ),
 }  # fmt: skip
 
@@ -154,7 +155,7 @@ def _step(
         group["lr"] = rate * group["factor"]
     tokens = round(image.shape[-2] / 16) * round(image.shape[-1] / 16)
     if recipe.tokens is not None:
-        tokens = int(np.random.default_rng([recipe.seed, 30, step]).integers(recipe.tokens[0], recipe.tokens[1] + 1))
+        tokens = int(np.random.default_rng([recipe.seed, 30, step]).choice(recipe.tokens))
     with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=recipe.autocast):
         output = model(image, tokens)
     loss, terms = geometry_loss(output, depth, rays, recipe.edges)
