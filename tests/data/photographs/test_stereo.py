@@ -9,7 +9,7 @@ import torch
 from true_scene import true_scene
 
 from ttt_lib.data.photographs.scene import Tracks
-from ttt_lib.data.photographs.stereo import certain, measure_depth, neighbours, to_gray
+from ttt_lib.data.photographs.stereo import certain, confirmed, measure_depth, neighbours, to_gray
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,16 @@ def test_what_lies_beside_a_step_or_a_hole_is_not_certain():
     assert not kept[:, 18:22].any() and kept[12:, 23:37].all() and kept[13:29, 1:17].all()
     assert not kept[8:11, 2:8].any() and kept[31, 5] and not kept[30, 5]
     assert not torch.isfinite(certain(torch.full((9, 9), torch.nan))).any()
+
+
+def test_a_region_that_no_track_confirms_is_dropped():
+    depth = torch.full((40, 60), torch.nan)
+    depth[:, :20], depth[:10, 30:40], depth[30:, 50:] = 2.0, 5.0, 3.0
+    uv = torch.tensor([[0.1, 0.5], [0.55, 0.1], [0.2, 0.9], [0.7, 0.6]])  # two in the first region, one in the second
+    tracks = Tracks(uv, torch.tensor([2.1, 2.0, 9.0, 1.0]), torch.arange(4), torch.ones(4))
+    kept = torch.isfinite(confirmed(depth, tracks))
+    assert kept[:, :20].all() and not kept[:, 20:].any()  # one track that it meets is enough; a wrong one is none
+    assert not torch.isfinite(confirmed(depth, Tracks.none())).any()
 
 
 def test_two_photographs_measure_each_other(rendered):
