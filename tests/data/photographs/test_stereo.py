@@ -42,14 +42,15 @@ def test_what_lies_beside_a_step_or_a_hole_is_not_certain():
     assert not torch.isfinite(certain(torch.full((9, 9), torch.nan))).any()
 
 
-def test_a_region_that_no_track_confirms_is_dropped():
+def test_islands_that_no_track_confirms_are_dropped():
     depth = torch.full((40, 60), torch.nan)
-    depth[:, :20], depth[:10, 30:40], depth[30:, 50:] = 2.0, 5.0, 3.0
-    uv = torch.tensor([[0.1, 0.5], [0.55, 0.1], [0.2, 0.9], [0.7, 0.6]])  # two in the first region, one in the second
-    tracks = Tracks(uv, torch.tensor([2.1, 2.0, 9.0, 1.0]), torch.arange(4), torch.ones(4))
+    depth[:, :20], depth[:4, 30:34], depth[30:33, 50:53], depth[20:23, 50:53] = 2.0, 5.0, 3.0, 3.0
+    uv = torch.tensor([[0.53, 0.05], [0.85, 0.78], [0.85, 0.53], [0.7, 0.6]])
+    tracks = Tracks(uv, torch.tensor([2.0, 3.1, 9.0, 1.0]), torch.arange(4), torch.ones(4))
     kept = torch.isfinite(confirmed(depth, tracks))
-    assert kept[:, :20].all() and not kept[:, 20:].any()  # one track that it meets is enough; a wrong one is none
-    assert not torch.isfinite(confirmed(depth, Tracks.none())).any()
+    assert kept[:, :20].all() and kept[30:33, 50:53].all()  # large, or met by a track
+    assert int(kept.sum()) == 40 * 20 + 9  # a track at another depth confirms nothing
+    assert int(torch.isfinite(confirmed(depth, Tracks.none())).sum()) == 40 * 20
 
 
 def test_two_photographs_measure_each_other(rendered):
