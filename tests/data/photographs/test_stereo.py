@@ -9,7 +9,7 @@ import torch
 from true_scene import true_scene
 
 from ttt_lib.data.photographs.scene import Tracks
-from ttt_lib.data.photographs.stereo import certain, measure_depth, neighbours, to_gray
+from ttt_lib.data.photographs.stereo import certain, confirmed, measure_depth, neighbours, to_gray
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,17 @@ def test_what_lies_beside_a_step_or_a_hole_is_not_certain():
     assert not kept[:, 18:22].any() and kept[12:, 23:37].all() and kept[13:29, 1:17].all()
     assert not kept[8:11, 2:8].any() and kept[31, 5] and not kept[30, 5]
     assert not torch.isfinite(certain(torch.full((9, 9), torch.nan))).any()
+
+
+def test_islands_that_no_track_confirms_are_dropped():
+    depth = torch.full((40, 60), torch.nan)
+    depth[:, :20], depth[:4, 30:34], depth[30:33, 50:53], depth[20:23, 50:53] = 2.0, 5.0, 3.0, 3.0
+    uv = torch.tensor([[0.53, 0.05], [0.85, 0.78], [0.85, 0.53], [0.7, 0.6]])
+    tracks = Tracks(uv, torch.tensor([2.0, 3.1, 9.0, 1.0]), torch.arange(4), torch.ones(4))
+    kept = torch.isfinite(confirmed(depth, tracks))
+    assert kept[:, :20].all() and kept[30:33, 50:53].all()  # large, or met by a track
+    assert int(kept.sum()) == 40 * 20 + 9  # a track at another depth confirms nothing
+    assert int(torch.isfinite(confirmed(depth, Tracks.none())).sum()) == 40 * 20
 
 
 def test_two_photographs_measure_each_other(rendered):

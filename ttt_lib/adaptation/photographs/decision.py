@@ -1,7 +1,8 @@
 """Which prediction of a photograph to use, by tracks that neither training nor correction has seen.
 
 The test is a paired bootstrap over the held-back tracks: a prediction takes the place of a simpler one only where the
-lower bound of its improvement is above zero, and of the original only where its error is clearly smaller.
+lower bound of its improvement is above zero, and of the original only where its error is clearly smaller, by more than
+may be lost where the prediction is nearer or farther than all tracks.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_lib.adaptation.photographs.evidence import Evidence, at_tracks, scaled, shifted
+from ttt_lib.adaptation.photographs.evidence import REACH, Evidence, at_tracks, scaled, shifted
 from ttt_lib.adaptation.supervision import Judgement
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.scene import Tracks
@@ -22,6 +23,8 @@ DOUBTS = 1.5  # times what the focal length's doubt may bend the depth: an origi
 CONTRADICTED = 0.5  # of the tracks that stereo and the other photographs confirm: fewer are not of these pictures
 ORDER = 0.1  # rank correlation of predicted depth and tracks: a model that is any good gets near and far right,
 SEEN, CONFIRMED = 0.3, 0.9  # and a bad one is not asked, where stereo sees so much of the picture and of the tracks
+BEYOND = 0.1  # in log depth outside of what the tracks reach: nothing there is checked by them, and a correction
+RISK = 0.15  # may bend it by so much (mean |log ratio|)
 RESAMPLED, LOWER = 500, 0.05  # bootstrap draws, and the quantile of the improvement that must be above zero
 
 
@@ -52,6 +55,19 @@ def _same_order(original: Prediction, evidence: Evidence) -> float:
     found, true = at_tracks(original, evidence.used).double().cpu(), evidence.used.depth.double().cpu()
     ranks = torch.stack([values.argsort().argsort().double() for values in (found, true)])
     return float(torch.corrcoef(ranks)[0, 1]) if len(true) > 1 else float("nan")
+
+
+def beyond(original: Prediction, tracks: Tracks) -> float:
+    """Share of the predicted surface that is nearer or farther than all but a hundredth of the tracks."""
+    depth, found = original.depth, at_tracks(original, tracks)
+    surface = torch.isfinite(depth) & (depth > 0)
+    surface = surface if original.mask is None else surface & original.mask
+    found = found[torch.isfinite(found) & (found > 0)]
+    if not len(found) or not bool(surface.any()):
+        return 0.0
+    low, high = found.log().quantile(found.new_tensor(REACH)).tolist()
+    log_depth = depth[surface].log()
+    return float(((log_depth < low - BEYOND) | (log_depth > high + BEYOND)).float().mean())
 
 
 def lower_bound(improvement: Tensor, weights: Tensor, generator: torch.Generator) -> float:
@@ -101,9 +117,12 @@ def choose(
             "original", signals, "original kept: it is as near to the tracks as their own uncertain focal length allows"
         )
     choice = "original"
+    signals["beyond"] = unseen = beyond(original, evidence.used)
     for name in candidates:
         better = lower_bound(errors[choice] - errors[name], weights, generator) > 0
-        if better and means[name] < WORTHWHILE * means["original"]:
+        gain = means["original"] - means[name]
+        outweighs = (1 - unseen) * gain > RISK * unseen
+        if better and outweighs and means[name] < WORTHWHILE * means["original"]:
             choice = name
     reason = (
         "" if choice != "original" else "original kept: no other prediction is clearly nearer to the held-back tracks"

@@ -18,7 +18,7 @@ from ttt_lib.data.photographs.stereo import measure_depth, to_gray
 from ttt_lib.geometry.cameras import project, transform_points, unproject, uv_map
 from ttt_lib.geometry.exact_alignment import align_depth_affine
 
-FROM_STEREO = 1500  # measured pixels that join the tracks in the correction
+FROM_STEREO = 1500  # places of an even grid over the picture where measured depth joins the tracks in the correction
 WILD = 0.35  # of |log ratio| between what is measured and the corrected prediction around it: a wrong match
 AROUND = 16  # pixels of the coarse map that says what is around
 LANDS = 0.02  # of the picture: a track that lands farther from itself is another's
@@ -143,7 +143,7 @@ def corrected(prediction: Prediction, evidence: Evidence, how: str, generator: t
         evidence: its held-back tracks take no part.
         how: `scale`, `affine` (factor and shift), or `full`: the best correction by left-out tracks with a smooth field
             of factors (`correction.correct`), and the measured depth where there is any.
-        generator: picks the measured pixels that join the tracks.
+        generator: shuffles tracks and measured pixels, whose folds choose the correction.
 
     Returns:
         Depth and points in the scene's unit; points follow the scene's camera. kind stays `metric` for a metric model,
@@ -164,10 +164,11 @@ def _fully(prediction: Prediction, evidence: Evidence, generator: torch.Generato
     uv, known = evidence.used.uv, evidence.used.depth
     measured = evidence.measured
     if measured is not None:
-        place = torch.nonzero(torch.isfinite(measured).flatten())[:, 0]
-        place = place[torch.randperm(len(place), generator=generator)[:FROM_STEREO]]
-        uv = torch.cat([uv, uv_map(*measured.shape).reshape(-1, 2)[place]])
-        known = torch.cat([known, measured.flatten()[place]])
+        step = math.ceil(math.sqrt(measured.numel() / FROM_STEREO))
+        grid = measured[step // 2 :: step, step // 2 :: step]  # a small part that was measured counts as a small part
+        place = torch.isfinite(grid)
+        uv = torch.cat([uv, uv_map(*measured.shape)[step // 2 :: step, step // 2 :: step][place]])
+        known = torch.cat([known, grid[place]])
         order = torch.randperm(len(known), generator=generator)  # folds of the correction take every fifth
         uv, known = uv[order], known[order]
     device = prediction.depth.device

@@ -30,6 +30,7 @@ BESIDE, FILLED = 1.15, 0.75  # largest ratio of depths in a window, and the leas
 NEAR = 0.6  # of the nearest tracks' depth: nothing nearer is looked for
 INLIERS = 0.8  # of the tracks that the measured map has to meet within `MEETS`, or the map is dropped
 MEETS = 0.1
+ISLAND = 0.01  # of the picture: a smaller region of what one neighbour alone measured has to meet a track
 
 
 @dataclass
@@ -179,6 +180,32 @@ def certain(depth: Tensor) -> Tensor:
     return torch.where((far < BESIDE * near) & (share >= FILLED), depth, torch.nan)[0, 0]
 
 
+def confirmed(depth: Tensor, tracks: Tracks) -> Tensor:
+    """Depth (h,w) without its islands that meet no track: wrong matches beside a foreground are such.
+
+    Needs `certain` depth, whose steps are holes, so that a region is one surface.
+    """
+    _, region, about, _ = cv2.connectedComponentsWithStats(
+        torch.isfinite(depth).to(torch.uint8).numpy(), connectivity=4
+    )
+    row, column = _pixels(tracks, depth)
+    keep = about[:, cv2.CC_STAT_AREA] > ISLAND * depth.numel()
+    keep[region[row, column][_meeting(depth, tracks).numpy()]] = True
+    return torch.where(torch.from_numpy(keep[region]), depth, torch.nan)
+
+
+def _pixels(tracks: Tracks, depth: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of the pixel (h,w) in which each track lies, (N,) long."""
+    height, width = depth.shape
+    column, row = (tracks.uv * torch.tensor([width, height])).long().unbind(-1)
+    return row.clamp(0, height - 1), column.clamp(0, width - 1)
+
+
+def _meeting(depth: Tensor, tracks: Tracks) -> Tensor:
+    """Whether the depth (h,w) is within `MEETS` of each track's, (N,); False where it is not known."""
+    return (depth[_pixels(tracks, depth)] / tracks.depth).log().abs() < MEETS
+
+
 def measure_depth(grays: list[GrayPhotograph], index: int) -> tuple[Tensor | None, float]:
     """Depth of one photograph measured against its neighbours, (h,w) float32 in the scene's unit, NaN where unknown.
 
@@ -187,10 +214,10 @@ def measure_depth(grays: list[GrayPhotograph], index: int) -> tuple[Tensor | Non
         index: which of them.
 
     Returns:
-        The median over the neighbours where two of them agree within `AGREE` (where there is one alone: its own), and the
-        share of the photograph's tracks that it meets. Depth is None where no neighbour can measure anything (the share
-        is then NaN), or where it does not meet the tracks: a lens with distortion, something that moves, or tracks of
-        something else.
+        The median over the neighbours where two of them agree within `AGREE` (where there is one alone: its own,
+        `confirmed`), and the share of the photograph's tracks that it meets. Depth is None where no
+        neighbour can measure anything (the share is then NaN), or where it does not meet the tracks: a lens with
+        distortion, something that moves, or tracks of something else.
     """
     own = grays[index]
     maps = [pair_depth(own, grays[number]) for number in neighbours(grays, index)]
@@ -201,11 +228,10 @@ def measure_depth(grays: list[GrayPhotograph], index: int) -> tuple[Tensor | Non
     middle = stack.nanmedian(0).values
     agree = ((stack / middle).log().abs() < AGREE).sum(0)
     depth = certain(torch.where(agree >= min(2, len(maps)), middle, torch.nan))
-    height, width = depth.shape
-    column, row = (own.tracks.uv * torch.tensor([width, height])).long().unbind(-1)
-    found = depth[row.clamp(0, height - 1), column.clamp(0, width - 1)]
-    known = torch.isfinite(found)
+    known = torch.isfinite(depth[_pixels(own.tracks, depth)])
     if known.sum() < SHARED:
         return None, math.nan
-    meets = float(((found / own.tracks.depth).log().abs() < MEETS)[known].float().mean())
+    meets = float(_meeting(depth, own.tracks)[known].float().mean())
+    if len(maps) == 1:  # no second neighbour agrees
+        depth = confirmed(depth, own.tracks)
     return depth if meets >= INLIERS else None, meets

@@ -1,0 +1,72 @@
+"""What held-back tracks cannot tell: depths that lie beyond all of them."""
+
+from __future__ import annotations
+
+import torch
+
+from ttt_lib.adaptation.photographs.decision import RISK, beyond, choose
+from ttt_lib.adaptation.photographs.evidence import Evidence, corrected
+from ttt_lib.core.types import Prediction
+from ttt_lib.data.photographs.scene import Photograph, Tracks
+from ttt_lib.geometry.cameras import unproject
+
+CAMERA = torch.tensor([[1.0, 0, 0.5], [0, 1.0, 0.5], [0, 0, 1]])
+SIZE = 64
+
+
+def ramp(far: float, rows: int) -> Prediction:
+    """Depth 1 at the bottom to 3; in the highest rows `far`."""
+    depth = torch.linspace(3, 1, SIZE)[:, None].repeat(1, SIZE)
+    depth[:rows] = far
+    return Prediction(
+        unproject(depth, CAMERA), depth, torch.ones(SIZE, SIZE, dtype=torch.bool), CAMERA, "scale_invariant"
+    )
+
+
+def tracks_on(depth: torch.Tensor, rows: int, count: int = 400) -> Tracks:
+    """Tracks at pixel centres below `rows`, with the depth that is there."""
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randint(rows, SIZE, (count,), generator=generator)
+    column = torch.randint(0, SIZE, (count,), generator=generator)
+    uv = (torch.stack([column, row], -1) + 0.5) / SIZE
+    return Tracks(uv, depth[row, column], torch.arange(count), torch.ones(count))
+
+
+def test_the_share_beyond_the_tracks():
+    far = ramp(30.0, 16)
+    assert abs(beyond(far, tracks_on(far.depth, 16)) - 0.25) < 0.03  # the hill, and what a hundredth leaves
+    assert beyond(far, tracks_on(far.depth, 0)) < 0.03
+    far.mask[:16] = False  # sky
+    assert beyond(far, tracks_on(far.depth, 16)) < 0.03
+    assert beyond(far, Tracks.none()) == 0
+
+
+def judged(bend: float, far: float):
+    """The decision about a prediction that is off by up to `bend` where there are tracks; `far`: of a quarter without."""
+    true = ramp(far, 16)
+    wave = bend * torch.linspace(0, 12, SIZE).sin()[None]
+    bent = Prediction(true.points, true.depth * wave.exp(), true.mask, CAMERA, "scale_invariant")
+    every = tracks_on(true.depth, 16)
+    evidence = Evidence(Photograph("a", torch.zeros(3, SIZE, SIZE), CAMERA), every[:280], every[280:])
+    return choose(bent, {"corrected": true}, evidence, 0.0, torch.Generator().manual_seed(0))
+
+
+def test_a_small_gain_does_not_outweigh_what_no_track_sees():
+    small = judged(0.05, 30.0)
+    assert small.choice == "original" and small.signals["beyond"] > 0.2 and small.signals["held_back_corrected"] < 0.01
+    assert judged(0.05, 2.4).choice == "corrected"  # the same gain where nothing lies beyond
+    large = judged(0.3, 30.0)
+    assert large.choice == "corrected"
+    gain = large.signals["held_back_original"] - large.signals["held_back_corrected"]
+    assert gain > RISK * large.signals["beyond"]
+
+
+def test_a_small_part_that_was_measured_counts_as_a_small_part():
+    right = ramp(3.0, 0)
+    wrong = right.depth.clone()
+    measured = torch.full((SIZE, SIZE), torch.nan)
+    measured[:12, :12] = 2 * right.depth[:12, :12]  # a corner in which stereo sees something else
+    every = tracks_on(wrong, 0, 120)
+    evidence = Evidence(Photograph("a", torch.zeros(3, SIZE, SIZE), CAMERA), every[:100], every[100:], measured)
+    found = corrected(right, evidence, "full", torch.Generator().manual_seed(0)).depth
+    assert ((found / right.depth).log().abs()[24:, 24:] < 0.05).all()
