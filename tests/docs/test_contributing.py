@@ -17,7 +17,10 @@ from ttt_lib.runs.experiment import experiment_from_parameters
 @pytest.fixture
 def registries():
     """What the examples add is gone afterwards."""
-    held = [(registry, dict(registry)) for registry in (LOSSES, SHIFTS, MODELS, SUPERVISIONS)]
+    registries = (LOSSES, SHIFTS, MODELS, SUPERVISIONS)
+    for registry in registries:
+        registry.load_home()  # once a process: what is put back below has to hold it
+    held = [(registry, dict(registry)) for registry in registries]
     yield
     for registry, before in held:
         registry.clear()
