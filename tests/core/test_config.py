@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import yaml
 from conftest import ROOT
@@ -9,7 +11,7 @@ from conftest import ROOT
 from ttt_lib.adaptation.losses.presets import resolved
 from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment, load_profile, merge
 from ttt_lib.core.errors import UserError
-from ttt_lib.core.registry import MODELS
+from ttt_lib.core.registry import LOSSES, MODELS
 from ttt_lib.models.base import GeometryModel
 
 EXPERIMENTS = sorted((ROOT / "notebooks" / "experiments").glob("*.yaml"))
@@ -169,3 +171,8 @@ def test_paths_of_models_sets_and_calibrations_become_absolute_where_they_enter(
     assert config.model.name == str(tmp_path / "m.pt") and config.gate.calibration == str(tmp_path / "gate.json")
     assert config.data[0].path == str(tmp_path / "home" / "photos")
     assert load_experiment("paths.yaml", "mine.yaml").model.name == str(tmp_path / "home" / "m.pt")
+
+
+def test_settings_of_every_loss_travel_to_another_process():
+    config = build_experiment({"name": "x", "losses": {name: {} for name in LOSSES.all_names()}})
+    assert pickle.loads(pickle.dumps(config)) == config

@@ -20,10 +20,8 @@ from ttt_lib.evaluation.scores import Scores, scores_of
 from ttt_lib.models.base import GeometryModel
 
 SCORES = {"depth": "depth_affine_invariant", "points": "points_affine_invariant"}
-REMEMBERED, SMALL = (
-    8,
-    10,
-)  # reconstructions that are kept, of scenes of so many photographs: an ablation has rows of each
+REMEMBERED = 8  # reconstructions that are kept: an ablation has many rows of each scene
+SMALL = 10  # photographs of a scene, at most, that is kept
 _remembered: dict[str, Scene] = {}
 
 

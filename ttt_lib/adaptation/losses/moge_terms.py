@@ -14,7 +14,6 @@ from functools import partial
 import torch
 import utils3d
 from moge.train import losses as moge_losses
-from pydantic import create_model
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -110,13 +109,30 @@ def _local(inputs: LossInputs, level: int, place: int) -> Tensor:
     return torch.cat(each) * inputs.share
 
 
-# Patches of the image's size divided by 4, 16 and 64: the grid that their alignment sees, and how many a picture has.
-for place, (level, side, count) in enumerate(((4, 16, 16), (16, 8, 256), (64, 4, 4096))):
-    kind = create_model(
-        f"Local{level}", __base__=GlobalSettings, align_resolution=(int, side), num_patches=(int, count)
-    )  # fmt: skip
-    term = partial(_local, level=level, place=place)
-    LOSSES.register(f"local_{level}", needs=("points",), reads=(), settings=kind)(term)
+class Local4(GlobalSettings):
+    """`num_patches`: patches of a quarter of the image drawn a picture; `align_resolution`: of each."""
+
+    align_resolution: int = 16
+    num_patches: int = 16
+
+
+class Local16(Local4):
+    """Of a sixteenth."""
+
+    align_resolution: int = 8
+    num_patches: int = 256
+
+
+class Local64(Local4):
+    """Of a sixty-fourth."""
+
+    align_resolution: int = 4
+    num_patches: int = 4096
+
+
+for _place, (_level, _settings) in enumerate({4: Local4, 16: Local16, 64: Local64}.items()):
+    _term = partial(_local, level=_level, place=_place)
+    LOSSES.register(f"local_{_level}", needs=("points",), reads=(), settings=_settings)(_term)
 
 
 @LOSSES.register("normal", needs=("points",), reads=(), settings=LossConfig)
