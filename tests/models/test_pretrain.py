@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -122,14 +123,25 @@ def test_without_effects_a_batch_is_the_clean_pictures(plain_chunks):
     assert all(any(torch.equal(one, other) for other in known) for one in clean)
 
 
-def test_a_gpu_draws_the_same_pictures():
+class AtOnce:
+    """A pool that draws in this process when asked: the pretended GPU is here alone."""
+
+    def submit(self, function, *arguments):
+        done = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+def test_a_gpu_draws_the_same_pictures(monkeypatch):
     from pretend import GPU, pretended_gpu
 
     small = pretrain_data.draw_chunk(0, 2, 2, 1, torch.device("cpu"))
     with pretended_gpu() as gpu:
-        source = pretrain_data.DrawnHere(0, 2, 1, GPU)
+        source = pretrain_data.ChunkSource(0, 2, 1, str(GPU))
+        monkeypatch.setattr(source, "pool", AtOnce())
         (there,) = source.window(2, 2)
         assert there.image.device == GPU and source.window(2, 3)[0] is there
+        assert set(source.pending) == {4, 5, 6} and set(source.ready) == {2, 3}
         assert torch.equal(there.image.cpu(), small.image) and torch.equal(there.depth.cpu(), small.depth)
         gpu.waits.clear()
         image, depth, rays = pretrain_data.draw_batch([there], 0, 2, 5, GPU, effects=False)

@@ -28,7 +28,7 @@ assert set(SHARES) == set(KINDS)
 class Chunk:
     """Pictures of one size: image uint8 (N,3,H,W), depth float32 (N,H,W) with inf at the sky, intrinsics (N,3,3).
 
-    Arrays from another process, tensors where they were drawn on a GPU.
+    Arrays from another process, tensors where they lie on a GPU.
     """
 
     image: np.ndarray | Tensor
@@ -42,11 +42,11 @@ def _atlas(seed: int, family: int, device: torch.device) -> list[Tensor]:
     return [level.to(device) for level in make_atlas(textures)]
 
 
-def make_chunk(seed: int, number: int, count: int, scale: int = 1) -> Chunk:
-    """Chunk `number` of the training set of `seed`, sides times `scale`; runs in the generating process."""
+def make_chunk(seed: int, number: int, count: int, scale: int = 1, device: str = "cpu") -> Chunk:
+    """Chunk `number` of the training set of `seed`, sides times `scale`, as arrays; runs in the generating process."""
     torch.set_num_threads(1)
-    chunk = draw_chunk(seed, number, count, scale, torch.device("cpu"))
-    return Chunk(chunk.image.numpy(), chunk.depth.numpy(), chunk.intrinsics.numpy())
+    chunk = draw_chunk(seed, number, count, scale, torch.device(device))
+    return Chunk(chunk.image.cpu().numpy(), chunk.depth.cpu().numpy(), chunk.intrinsics.cpu().numpy())
 
 
 def draw_chunk(seed: int, number: int, count: int, scale: int, device: torch.device) -> Chunk:
@@ -81,31 +81,16 @@ def _alike(scenes: list[tuple[str, int, bool]], most: int) -> list[list[int]]:
     return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
 
 
-class DrawnHere:
-    """Hands out chunks as `ChunkSource` does, drawn on a GPU when they are asked for: there it takes less than a step."""
-
-    def __init__(self, seed: int, size: int, scale: int, device: torch.device) -> None:
-        self.what, self.device = (seed, size, scale), device
-        self.ready: dict[int, Chunk] = {}
-
-    def window(self, first: int, last: int) -> list[Chunk]:
-        """Chunks first..last (inclusive); forgets those before."""
-        seed, size, scale = self.what
-        kept = {number: chunk for number, chunk in self.ready.items() if number >= first}
-        missing = [number for number in range(first, last + 1) if number not in kept]
-        self.ready = kept | {number: draw_chunk(seed, number, size, scale, self.device) for number in missing}
-        return [self.ready[number] for number in range(first, last + 1)]
-
-    def close(self) -> None:
-        """Forget the chunks."""
-        self.ready = {}
-
-
 class ChunkSource:
-    """Hands out chunks in order of number, a few made ahead in one other process."""
+    """Hands out chunks in order of number, a few made ahead in other processes.
 
-    def __init__(self, seed: int, size: int, scale: int = 1, ahead: int = 3, workers: int = 1) -> None:
-        self.seed, self.size, self.scale, self.ahead = seed, size, scale, ahead
+    On a GPU those draw there too, beside the steps, and chunks lie on it as tensors.
+    """
+
+    def __init__(
+        self, seed: int, size: int, scale: int = 1, device: str = "cpu", ahead: int = 3, workers: int = 1
+    ) -> None:
+        self.seed, self.size, self.scale, self.device, self.ahead = seed, size, scale, device, ahead
         self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
         self.pending: dict[int, Future] = {}
         self.ready: dict[int, Chunk] = {}
@@ -114,15 +99,21 @@ class ChunkSource:
         """Chunks first..last (inclusive); waits for them, forgets those before, starts those after."""
         for number in range(first, last + 1 + self.ahead):
             if number not in self.pending and number not in self.ready:
-                self.pending[number] = self.pool.submit(make_chunk, self.seed, number, self.size, self.scale)
+                what = (self.seed, number, self.size, self.scale, self.device)
+                self.pending[number] = self.pool.submit(make_chunk, *what)
         for number in range(first, last + 1):
             if number in self.pending:
-                self.ready[number] = self.pending.pop(number).result()
+                self.ready[number] = self._placed(self.pending.pop(number).result())
         self.ready = {number: chunk for number, chunk in self.ready.items() if number >= first}
         return [self.ready[number] for number in range(first, last + 1)]
 
+    def _placed(self, chunk: Chunk) -> Chunk:
+        if self.device == "cpu":
+            return chunk
+        return Chunk(*(torch.as_tensor(part).to(self.device) for part in (chunk.image, chunk.depth, chunk.intrinsics)))
+
     def close(self) -> None:
-        """Stop the process."""
+        """Stop the processes."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ttt_lib.core.files import to_json
 from ttt_lib.models.pretraining.loss import geometry_loss
-from ttt_lib.models.pretraining.pictures import ChunkSource, DrawnHere, draw_batch
+from ttt_lib.models.pretraining.pictures import ChunkSource, draw_batch
 from ttt_lib.models.tiny import TinyMoGe, default_config
 
 
@@ -52,7 +52,7 @@ class Recipe:
 RECIPES = {
     "cpu_85min": Recipe(),
     "gpu_10min": Recipe(
-        steps=4000, batch_size=32, learning_rate=2e-3, warmup=300, chunk_size=96, window=24, reuse=6.0, scale=2,
+        steps=4000, batch_size=32, learning_rate=2e-3, warmup=300, chunk_size=96, window=24, reuse=4.0, scale=2,
         tokens=(192, 320, 480), edges=0.5,
     ),
 }  # fmt: skip
@@ -138,12 +138,6 @@ def _keep(
     save_tensors(path, {"recipe": asdict(recipe), **state, "step": step, "spent": spent})
 
 
-def _source(recipe: Recipe, device: torch.device, workers: int) -> ChunkSource | DrawnHere:
-    """Where pictures come from: drawn on the GPU, or in processes beside this one."""
-    pictures = (recipe.seed, recipe.chunk_size, recipe.scale)
-    return DrawnHere(*pictures, device) if device.type == "cuda" else ChunkSource(*pictures, workers=workers)
-
-
 def _step(
     model: TinyMoGe, optimizer: torch.optim.Optimizer, drawn: tuple[Tensor, Tensor, Tensor], recipe: Recipe, step: int,
     rate: float,
@@ -177,7 +171,7 @@ def _follow(average: dict[str, Tensor], model: TinyMoGe, decay: float) -> None:
 def train(
     recipe: Recipe, folder: Path, device: str = "cpu", threads: int | None = None, seconds: float | None = None,
     stop_at: int | None = None, evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
-    evaluate_every: int = 1000, evaluate_seconds: float | None = None, save_every: int = 250, workers: int = 1,
+    evaluate_every: int = 1000, evaluate_seconds: float | None = None, save_every: int = 250, workers: int | None = None,
 ) -> TinyMoGe:  # fmt: skip
     """Train, or go on from `folder/state.pt` if it is there with the same recipe; returns the averaged model.
 
@@ -185,8 +179,8 @@ def train(
     `seconds`: the rate still falls to its end, by turning time into steps after the first 300 steps; this makes the
     run depend on the clock, so leave it out where the result must be the same twice. `stop_at`: stop early, to be
     resumed. `evaluate` gets the averaged model every so many steps, and with `evaluate_seconds` also so long after it had
-    it last; it moves nothing. On a GPU the pictures are drawn there. Raises `ValueError` if the folder holds a run of
-    another recipe.
+    it last; it moves nothing. `workers`: processes that draw pictures; None: one, and three on a GPU, which draw there.
+    Raises `ValueError` if the folder holds a run of another recipe.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,7 +189,8 @@ def train(
     model, optimizer = _begin(recipe, torch.device(device))
     state_path = folder / "state.pt"
     average, step, spent = _resume(state_path, recipe, model, optimizer)
-    source = _source(recipe, torch.device(device), workers)
+    workers = workers or (1 if device == "cpu" else 3)
+    source = ChunkSource(recipe.seed, recipe.chunk_size, recipe.scale, device, workers=workers)
     steps_a_chunk = max(1, round(recipe.reuse * recipe.chunk_size / recipe.batch_size))
     begun, looked = time.perf_counter() - spent, time.perf_counter()
     total = recipe.steps
