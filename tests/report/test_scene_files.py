@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import ipywidgets
 import numpy as np
 import pytest
 import torch
@@ -165,13 +166,18 @@ def test_weights_are_kept_for_their_model_alone(tiny, rendered, tmp_path, untrai
         save_weights(tmp_path / "none.pt", tiny, {})
 
 
-def test_the_explorer_shows_each_photograph_and_both_clouds(written):
+def test_the_explorer_shows_each_photograph_and_both_clouds(written, monkeypatch):
+    entered = []
+    monkeypatch.setattr(ipywidgets.Output, "__enter__", lambda output: entered.append(output))
     explorer = SceneExplorer(written[0], points=500)
     assert "held-back tracks" in explorer.said.value and len(explorer.results) == 1
+    first = explorer.shown.value
     explorer.photograph.value = explorer.photograph.options[1]
     assert len(explorer.results) == 2
+    assert first[:2] == explorer.shown.value[:2] == b"\xff\xd8" and first != explorer.shown.value
+    assert not entered  # else a notebook that is run headlessly may hang: three of three with many such cells did
     explorer.cloud.value = "after"
-    assert len(explorer.results) == 3
+    assert len(explorer.results) == 3 and set(entered) == {explorer.clouds}
     assert "no." in SceneExplorer(replace(written[0], evidence=[], scene=Scene([], refused="no."))).children[0].value
 
 

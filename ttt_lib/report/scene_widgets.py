@@ -7,7 +7,7 @@ from IPython.display import display
 
 from ttt_lib.adaptation.photographs.scene import SceneAdaptation
 from ttt_lib.adaptation.result import AdaptResult
-from ttt_lib.report.figures import cloud_figure
+from ttt_lib.report.figures import cloud_figure, picture
 from ttt_lib.report.scene_cloud import SceneCloud, thinned
 from ttt_lib.report.scene_figures import plot_scene
 
@@ -27,7 +27,9 @@ class SceneExplorer(ipywidgets.VBox):
         self.results: dict[str, AdaptResult] = {}
         self.photograph = ipywidgets.Dropdown(options=list(self.evidence), description="photograph")
         self.cloud = ipywidgets.ToggleButtons(options=["none", "before", "after"], description="cloud")
-        self.shown, self.said = ipywidgets.Output(), ipywidgets.HTML()
+        self.shown, self.said = ipywidgets.Image(format="jpeg"), ipywidgets.HTML()
+        # An Output that is written to while a cell runs makes nbclient (papermill, nbconvert) send on the socket whose next
+        # message it waits for, and miss that one: notebooks hung. This one is empty until somebody asks for a cloud.
         self.clouds = ipywidgets.Output()
         super().__init__([self.photograph, self.said, self.shown, self.cloud, self.clouds])
         self.photograph.observe(lambda change: self.show(), "value")
@@ -48,9 +50,7 @@ class SceneExplorer(ipywidgets.VBox):
         count = errors.pop("tracks", 0)
         said = ", ".join(f"{key} {value:.3f}" for key, value in errors.items())
         self.said.value = f"<b>{result.decision}</b>; error at {count:.0f} held-back tracks: {said}. {result.reason}"
-        self.shown.clear_output(wait=True)
-        with self.shown:
-            display(plot_scene([self.evidence[name]], [result]))
+        self.shown.value = picture(plot_scene([self.evidence[name]], [result]), "jpeg", dpi=85)
 
     def show_cloud(self) -> None:
         """Draw the cloud of all photographs, as the original or as the final predictions have it."""
