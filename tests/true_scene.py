@@ -37,7 +37,7 @@ def true_scene(
         pose[:3, 3] *= scale
         tracks = Tracks(uv, depth * scale, ids, torch.ones(len(found)))
         photographs.append(Photograph(sample.name, sample.image, sample.intrinsics, tracks, pose))
-    return Scene(photographs, about={"focal_doubt": 0.0}), samples
+    return Scene(photographs), samples
 
 
 def _seen(world: torch.Tensor, sample: Sample, pose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -88,7 +88,7 @@ def test_a_study_says_what_was_gained_and_the_controls_gain_nothing(tiny):
 def test_what_decides_stands_beside_what_was_gained():
     """Three photographs of a scene and one of a refused one; the more the held-back tracks say, the more was gained."""
     rows = [
-        {"held_back_original": 0.2, "held_back_corrected": 0.2 / ratio, "rank": 0.5, "confirmed": 0.9, "focal_doubt": 0.0,
+        {"held_back_original": 0.2, "held_back_corrected": 0.2 / ratio, "rank": 0.5, "confirmed": 0.9, "beyond": 0.0,
          "measured": 0.5, "held_back_tracks": 50, "depth_original": 0.6, "depth_final": 0.6 + gain, "points_original": 0.5,
          "points_final": 0.5 + 3 * gain}
         for ratio, gain in ((1, 0.0), (2, 0.05), (4, 0.1))

@@ -90,7 +90,7 @@ def scene_signals(measured: pd.DataFrame) -> pd.DataFrame:
     `signal_*`, and `gain_adapted`, the gain in delta1 over affine-invariant depth and points.
     `signal_held_back_gain` is log of the original's error at the held-back tracks over the corrected one's.
     """
-    names = ["confirmed", "rank", "focal_doubt", "measured", "held_back_tracks"]
+    names = ["confirmed", "rank", "beyond", "lost_elsewhere_corrected", "measured", "held_back_tracks"]
     told = measured.reindex(columns=measured.columns.union([*names, "held_back_original", "held_back_corrected"]))
     told = told.dropna(subset=["held_back_corrected"])  # of refused scenes nothing was held back
     gains = [told[f"{short}_final"] - told[f"{short}_original"] for short in SCORES]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
-from ttt_lib.adaptation.photographs.decision import RISK, beyond, choose
+from ttt_lib.adaptation.photographs.decision import AFFORDABLE, RISK, beyond, choose, loss_elsewhere
 from ttt_lib.adaptation.photographs.evidence import Evidence, corrected
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.scene import Photograph, Tracks
@@ -48,7 +51,7 @@ def judged(bend: float, far: float):
     bent = Prediction(true.points, true.depth * wave.exp(), true.mask, CAMERA, "scale_invariant")
     every = tracks_on(true.depth, 16)
     evidence = Evidence(Photograph("a", torch.zeros(3, SIZE, SIZE), CAMERA), every[:280], every[280:])
-    return choose(bent, {"corrected": true}, evidence, 0.0, torch.Generator().manual_seed(0))
+    return choose(bent, {"corrected": true}, evidence, torch.Generator().manual_seed(0))
 
 
 def test_a_small_gain_does_not_outweigh_what_no_track_sees():
@@ -59,6 +62,23 @@ def test_a_small_gain_does_not_outweigh_what_no_track_sees():
     assert large.choice == "corrected"
     gain = large.signals["held_back_original"] - large.signals["held_back_corrected"]
     assert gain > RISK * large.signals["beyond"]
+
+
+@pytest.mark.parametrize("largest, choice", [(0.0, "corrected"), (0.04, "corrected"), (0.3, "original")])
+def test_what_hangs_on_the_focal_length_is_not_believed_for_a_small_gain(largest, choice):
+    """A model that sees what is far nearer than the tracks do, which another focal length bends by `largest` there."""
+    true = ramp(3.0, 0)
+    behind = ((true.depth - 1) / 2) ** 4
+    model = Prediction(true.points, true.depth * (-0.2 * behind).exp(), true.mask, CAMERA, "scale_invariant")
+    every = tracks_on(true.depth, 0)
+    bend = largest * ((every.depth - 1) / 2) ** 4
+    every = replace(every, bent=torch.stack([bend, -bend], -1))
+    evidence = Evidence(Photograph("a", torch.zeros(3, SIZE, SIZE), CAMERA), every[:280], every[280:])
+    found = choose(model, {"corrected": true}, evidence, torch.Generator().manual_seed(0))
+    assert found.choice == choice and ("focal length" in found.reason) == (choice == "original")
+    gain = found.signals["held_back_original"] - found.signals["held_back_corrected"]
+    assert (found.signals["lost_elsewhere_corrected"] > AFFORDABLE * gain) == (choice == "original")
+    assert loss_elsewhere(model, true, replace(evidence, held=replace(every[280:], bent=None))) == 0
 
 
 def test_a_small_part_that_was_measured_counts_as_a_small_part():

@@ -43,6 +43,17 @@ def test_two_photographs_need_a_focal_length_where_the_depth_hangs_on_it(views):
     assert not known.refused and max(errors(known, views)) < 0.03
 
 
+def test_tracks_say_how_another_focal_length_would_bend_them(views):
+    guessed, exact = (reconstruct(pictures(views, focal=FOCAL, exact=exact)) for exact in (False, True))
+    doubts = [torch.cat([p.tracks.bent for p in scene.photographs]).abs() for scene in (guessed, exact)]
+    assert doubts[0].shape == (sum(len(p.tracks) for p in guessed.photographs), 2)
+    assert 0 < doubts[1].mean() < doubts[0].mean() < 0.2  # a hundredth of the focal length in EXIF, more in a guess
+    for photograph in guessed.photographs:
+        longer, shorter = (tracks.depth for tracks in photograph.tracks.otherwise())
+        assert (longer / photograph.tracks.depth).log() == pytest.approx(photograph.tracks.bent[:, 0], abs=1e-5)
+        assert len(shorter) == len(photograph.tracks[:9].otherwise()[1]) + len(photograph.tracks) - 9
+
+
 def test_frames_of_a_drive_are_reconstructed():
     views = [render(camera(x=0.3, z=0.4 * k), noise=k) for k in range(4)]
     scene = reconstruct(pictures(views), in_order=True)

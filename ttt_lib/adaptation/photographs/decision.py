@@ -2,10 +2,12 @@
 
 The test is a paired bootstrap over the held-back tracks: a prediction takes the place of a simpler one only where the
 lower bound of its improvement is above zero, and of the original only where its error is clearly smaller, by more than
-may be lost where the prediction is nearer or farther than all tracks.
+may be lost where the prediction is nearer or farther than all tracks, or were the focal length another that is possible.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,12 +21,12 @@ CLIP = 1.0  # of |log ratio|: a track that is missed counts as missed, not by ho
 FEWEST = 12  # held-back tracks, and
 CELLS = 6  # of the picture's 16 cells that hold one, that are enough to decide by
 WORTHWHILE = 0.8  # of the original's error: what takes its place has to be below
-DOUBTS = 1.5  # times what the focal length's doubt may bend the depth: an original nearer than that is kept
 CONTRADICTED = 0.5  # of the tracks that stereo and the other photographs confirm: fewer are not of these pictures
 ORDER = 0.1  # rank correlation of predicted depth and tracks: a model that is any good gets near and far right,
 SEEN, CONFIRMED = 0.3, 0.9  # and a bad one is not asked, where stereo sees so much of the picture and of the tracks
 BEYOND = 0.1  # in log depth outside of what the tracks reach: nothing there is checked by them, and a correction
 RISK = 0.15  # may bend it by so much (mean |log ratio|)
+AFFORDABLE = 0.7  # of what is gained at held-back tracks: so much may be lost there with another focal length
 RESAMPLED, LOWER = 500, 0.05  # bootstrap draws, and the quantile of the improvement that must be above zero
 
 
@@ -70,6 +72,16 @@ def beyond(original: Prediction, tracks: Tracks) -> float:
     return float(((log_depth < low - BEYOND) | (log_depth > high + BEYOND)).float().mean())
 
 
+def loss_elsewhere(original: Prediction, candidate: Prediction, evidence: Evidence) -> float:
+    """How much farther from the held-back tracks than the original a candidate would be, were the focal length another that
+    is possible: the worst mean |log ratio|, at least 0. What far tracks say hangs on it, and they hang together."""
+    weights, losses = cell_weights(evidence.held), [0.0]
+    for used, held in zip(evidence.used.otherwise(), evidence.held.otherwise()):
+        kept = original_errors(original, replace(evidence, used=used, held=held))
+        losses.append(float(((track_errors(scaled(candidate, used), held) - kept) * weights).sum()))
+    return max(losses)
+
+
 def lower_bound(improvement: Tensor, weights: Tensor, generator: torch.Generator) -> float:
     """The LOWER quantile, over resampled tracks, of the weighted mean improvement (N,)."""
     drawn = torch.randint(len(improvement), (RESAMPLED, len(improvement)), generator=generator)
@@ -81,7 +93,6 @@ def choose(
     original: Prediction,
     candidates: dict[str, Prediction],
     evidence: Evidence,
-    doubt: float,
     generator: torch.Generator,
 ) -> Judgement:
     """The prediction of a photograph that its held-back tracks prefer.
@@ -90,15 +101,14 @@ def choose(
         original: as the model gave it, in any scale.
         candidates: others by name, in the scene's unit, the simplest first.
         evidence: of the photograph.
-        doubt: median |log ratio| by which the tracks' own depth may be bent (the focal length is not known exactly).
         generator: of the bootstrap.
 
     Returns:
-        `original` or one of the candidates' names; signals `held_back_NAME` (mean error over the picture's cells) and
-        `held_back_tracks`; a sentence where the original stays.
+        `original` or one of the candidates' names; signals `held_back_NAME` (mean error over the picture's cells),
+        `lost_elsewhere_NAME` (`loss_elsewhere`) and `held_back_tracks`; a sentence where the original stays.
     """
     held = evidence.held
-    signals = {"held_back_tracks": float(len(held)), "focal_doubt": doubt, "confirmed": evidence.meets}
+    signals = {"held_back_tracks": float(len(held)), "confirmed": evidence.meets}
     signals["rank"] = _same_order(original, evidence)
     if len(held) < FEWEST or held.filled_cells() < CELLS:
         return Judgement("original", signals, f"original kept: only {len(held)} tracks are left to decide by")
@@ -112,19 +122,17 @@ def choose(
     errors |= {name: track_errors(prediction, held) for name, prediction in candidates.items()}
     means = {name: float((each * weights).sum()) for name, each in errors.items()}
     signals |= {f"held_back_{name}": value for name, value in means.items()}
-    if means["original"] < DOUBTS * doubt:
-        return Judgement(
-            "original", signals, "original kept: it is as near to the tracks as their own uncertain focal length allows"
-        )
-    choice = "original"
+    choice, reason = "original", "original kept: no other prediction is clearly nearer to the held-back tracks"
     signals["beyond"] = unseen = beyond(original, evidence.used)
     for name in candidates:
         better = lower_bound(errors[choice] - errors[name], weights, generator) > 0
         gain = means["original"] - means[name]
         outweighs = (1 - unseen) * gain > RISK * unseen
-        if better and outweighs and means[name] < WORTHWHILE * means["original"]:
-            choice = name
-    reason = (
-        "" if choice != "original" else "original kept: no other prediction is clearly nearer to the held-back tracks"
-    )
+        signals[f"lost_elsewhere_{name}"] = loss = loss_elsewhere(original, candidates[name], evidence)
+        if not (better and outweighs and means[name] < WORTHWHILE * means["original"]):
+            continue
+        if loss < AFFORDABLE * gain:
+            choice, reason = name, ""
+        elif choice == "original":
+            reason = "original kept: with another focal length that is possible it would be nearer to the tracks"
     return Judgement(choice, signals, reason)

@@ -86,8 +86,7 @@ class SceneAdaptation:
             with holding([named[name] for name in self.weights], list(self.weights.values())):
                 adapted = self._averaged(image, None)
             candidates["adapted_corrected"] = corrected(adapted, evidence, settings.correction, generator)
-        doubt = float(self.scene.about.get("focal_doubt", 0.0))
-        judged = choose(original, candidates, evidence, doubt, generator)
+        judged = choose(original, candidates, evidence, generator)
         if not settings.decide:
             judged = replace(judged, choice=list(candidates)[-1], reason="")
         final = original if judged.choice == "original" else candidates[judged.choice]

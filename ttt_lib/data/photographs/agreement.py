@@ -44,8 +44,9 @@ def reconstruct(job: Job) -> Job:
 
 def _agreed(job: Job) -> None:
     about = job.about
-    focals = _focals(job, about)
-    job.model, others = _reconstructions(job, focals)
+    belief = _belief(job, about)
+    focals = belief.focals
+    job.model, others = _reconstructions(job, belief)
     model, places = job.model, job.model.image.tolist()
     about["focal"] = [round(float(f), 4) for f in signals.focals_of(job, model, focals)]
     _look(model, about)
@@ -72,7 +73,7 @@ def _agreed(job: Job) -> None:
             job.leave_out(index, picked.weak.get(index, "could not be placed among the others"))
 
 
-def _focals(job: Job, about: dict[str, Any]) -> np.ndarray:
+def _belief(job: Job, about: dict[str, Any]) -> focal.Belief:
     """The focal lengths to reconstruct with. Raises `Refusal` where the depth would hang on a guess."""
     belief = focal.believed(job)
     if belief is None:
@@ -80,7 +81,7 @@ def _focals(job: Job, about: dict[str, Any]) -> np.ndarray:
     about["focal"] = [round(float(f), 4) for f in belief.focals]
     about["focal_deviation"], about["focal_doubt"] = float(belief.deviation.max()), belief.doubt
     if belief.model is None:
-        return belief.focals
+        return belief
     unlikely = focal.is_unlikely(belief)
     if belief.doubt > DOUBT or unlikely:
         _look(belief.model, about)  # another cause, if there is one, says more
@@ -95,7 +96,7 @@ def _focals(job: Job, about: dict[str, Any]) -> np.ndarray:
             + (AHEAD if about["forward"] else "take more of them, from more different places")
             + ", or use files that have it in their EXIF."
         )
-    return belief.focals
+    return belief
 
 
 def _look(model: SparseModel, about: dict[str, Any]) -> None:
@@ -133,15 +134,17 @@ def _check(job: Job, model: SparseModel, picked: Selection, about: dict[str, Any
         )
 
 
-def _reconstructions(job: Job, focals: np.ndarray) -> tuple[SparseModel, list[SparseModel]]:
+def _reconstructions(job: Job, belief: focal.Belief) -> tuple[SparseModel, list[SparseModel]]:
     """The reconstruction with these focal lengths, and two more with the same from parts of the matches, with other
     seeds and starts, one of them global. The focal lengths' doubt is known already, and would hide what differs."""
-    widest = job.widest()
+    focals, widest = belief.focals, job.widest()
+    step = math.exp(focal.POSSIBLE * float(belief.deviation.max()))
     # From neighbors, a camera that moves ahead may end as one that moves aside.
-    whole = attempt(job, focals) + (attempt(job, focals, start=widest) if widest else [])
-    if not whole:
+    whole = [attempt(job, focals, start=start, profile=(step, 1 / step)) for start in dict.fromkeys([None, widest])]
+    if not any(whole):
         raise Refusal(NO_MODEL)
-    model = max(whole, key=signals.support)
+    model, *bent = max(filter(None, whole), key=lambda each: signals.support(each[0]))
+    model.bent = signals.bends(model, bent)
     order = sorted(range(len(job.pairs)), key=lambda k: -job.inliers[k])
     by_matches = [job.pairs[k] for k in order if set(job.pairs[k]) <= set(job.kept)]
     starts = [widest, *by_matches] if widest else [None, None]

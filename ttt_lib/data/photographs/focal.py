@@ -24,6 +24,7 @@ GIVEN, UNKNOWN = 0.14, 0.3  # standard deviation of the logarithm: of a model's 
 INDEPENDENT = 150  # measurements; more say less than they seem to, since what is wrong in them is the same for many
 SYSTEMATIC = 0.025  # of the log focal length: what features that sit a little beside their places do to it
 CONTRADICTS = 2.0  # standard deviations between what is given and what is found, from where on the former is forgotten
+POSSIBLE = 2.0  # standard deviations of the log focal length: with those the decision must be the same
 SIMILAR, WORSE = 0.97, 1.1  # of the best support, and times the least mean cost: two photographs tell no more
 
 

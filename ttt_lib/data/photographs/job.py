@@ -74,6 +74,7 @@ class SparseModel:
     the image, feature (M,) number of the picture's feature, point (M,) row of xyz, uv (M,2) in pixels with the first
     pixel's centre at 0.5, depth (M,), error (M,) of reprojection in pixels, NaN where the camera cannot project it.
     explained (I,): of each image the share of its verified matches that its cameras explain; None where none are known.
+    bent (M,2): see `Tracks`; None where the focal length is no question.
     """
 
     image: np.ndarray
@@ -88,6 +89,7 @@ class SparseModel:
     depth: np.ndarray
     error: np.ndarray
     explained: np.ndarray | None = None
+    bent: np.ndarray | None = None
 
 
 @dataclass

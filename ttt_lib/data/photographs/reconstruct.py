@@ -107,6 +107,7 @@ def to_photographs(model: SparseModel, picked: Selection, plain: list[Photograph
         uv, depth, weight, pose = (
             torch.from_numpy(each).float() for each in (places, model.depth[here], weights, model.pose[row])
         )
-        tracks = Tracks(uv, depth, torch.from_numpy(model.point[here]).long(), weight)
+        bent = None if model.bent is None else torch.from_numpy(model.bent[here]).float()
+        tracks = Tracks(uv, depth, torch.from_numpy(model.point[here]).long(), weight, bent)
         result.append(replace(plain[row], intrinsics=normalized_intrinsics(model, row), tracks=tracks, pose=pose))
     return result

@@ -21,20 +21,28 @@ class Tracks:
     uv (N,2) float32 in [0,1], pixel centres at (i + 0.5) / size; depth (N,) float32 along the optical axis, in the
     scene's one unit; track_id (N,) long, the same for a point in all photographs; weight (N,) float32 in [0,1],
     `exp(-e^2)` with the reprojection error e in pixels of the picture that was matched (longest side at most
-    `job.LONGEST_SIDE`).
+    `job.LONGEST_SIDE`); bent (N,2) float32, what would be added to the log of the depth were the focal length as much
+    longer, or shorter, as may be (`focal.POSSIBLE`), up to one factor for all; None where it is known.
     """
 
     uv: Tensor
     depth: Tensor
     track_id: Tensor
     weight: Tensor
+    bent: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.depth)
 
     def __getitem__(self, which: Tensor) -> Tracks:
         """The tracks that a mask (N,) or indices name."""
-        return Tracks(self.uv[which], self.depth[which], self.track_id[which], self.weight[which])
+        parts = (self.uv, self.depth, self.track_id, self.weight, self.bent)
+        return Tracks(*(None if part is None else part[which] for part in parts))
+
+    def otherwise(self) -> list[Tracks]:
+        """The tracks as they would be with the other focal lengths that are possible; none where it is known."""
+        bent = [] if self.bent is None else self.bent.unbind(-1)
+        return [replace(self, depth=self.depth * change.to(self.depth).exp()) for change in bent]
 
     @property
     def cells(self) -> Tensor:

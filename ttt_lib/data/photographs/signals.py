@@ -12,6 +12,7 @@ from ttt_lib.data.photographs.job import CELLS, LONGEST_SIDE, Job, Selection, Sp
 MIN_ANGLE = 1.5  # what becomes a track
 MAX_ERROR = 1.0  # pixels
 MIN_POINTS, MIN_CELLS = 50, 8
+MOST = 1.0  # of |log depth ratio| that another focal length makes: what goes to infinity there
 AHEAD_ANGLE, AHEAD_CELLS = 1.0, 6  # of cameras that move ahead: what lies in front of them has hardly any parallax
 
 
@@ -82,6 +83,20 @@ def disagreement(one: SparseModel, other: SparseModel, least: int) -> tuple[floa
     image = one.image[one.seen_by[first]]
     each = {i: float(np.median(ratio[image == i])) if (image == i).sum() >= 10 else float("inf") for i in both}
     return float(np.median(ratio)), each
+
+
+def bends(model: SparseModel, others: list[SparseModel]) -> np.ndarray:
+    """How much farther, in log depth, each of its observations lies in others from the same features, (M,K).
+
+    The median over all is taken away, since no reconstruction knows its scale; at most MOST, which is also what an
+    observation gets that is behind the camera there.
+    """
+    result = np.full((len(model.depth), len(others)), MOST)
+    for column, other in zip(result.T, others):
+        first, second = common(model, other)
+        ratio = np.log(other.depth[second] / model.depth[first])
+        column[first] = np.clip(ratio - np.median(ratio), -MOST, MOST) if len(ratio) else MOST
+    return result
 
 
 def flatness(model: SparseModel) -> float:
