@@ -31,6 +31,8 @@ from ttt_lib.report.scene_widgets import SceneExplorer
 
 experiment = small_experiment(supervision={"photographs": {}}, train={"method": "none", "passes": 0})
 
+CAMERA = torch.tensor([[1.0, 0, 0.5], [0, 1.0, 0.5], [0, 0, 1]])
+
 
 @pytest.fixture(scope="module")
 def rendered():
@@ -98,6 +100,21 @@ def test_one_cloud_without_what_hides_other_photographs(written, rendered):
     known = rendered[1][0].depth * 0.2
     assert len(points) > 5000 and (local[:, 2] > 0.8 * known[known.isfinite()].min()).float().mean() > 0.995
     assert uv.isfinite().all()
+
+
+def test_only_the_nearest_photographs_are_asked_about_a_point(monkeypatch):
+    """Five cameras in a row, the third shows a piece in front of a wall; its neighbours see the wall, the others nothing."""
+    wall, empty = torch.full((8, 8), 4.0), torch.full((8, 8), torch.nan)
+    cloud = SceneCloud()
+    for k, depth in enumerate((empty, wall, wall.clone(), wall, empty)):
+        pose = torch.eye(4)
+        pose[0, 3] = -0.01 * k
+        cloud.surfaces.append(scene_cloud._Surface(depth, torch.zeros(8, 8, 3), CAMERA, pose))
+    cloud.surfaces[2].depth[3, 3] = 2.0
+    for asked, floats in ((24, False), (2, False), (0, True)):
+        monkeypatch.setattr(scene_cloud, "ASKED", asked)
+        assert [surface.pose[0, 3].item() for surface in cloud._near(2)[:2]] == pytest.approx([-0.01, -0.03][:asked])
+        assert (cloud.merged()[0][:, 2].min() < 3) == floats
 
 
 def test_cubes_hold_means_however_the_points_come_and_no_more_than_they_may(monkeypatch):

@@ -19,6 +19,7 @@ from ttt_lib.geometry.cameras import project, shrunk, transform_points, unprojec
 from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges
 
 LONGEST_SIDE = 480  # pixels of the depth maps that are merged
+ASKED = 24  # photographs from the nearest places are asked about each other's points: all of a small scene
 IN_FRONT = 0.93  # of another photograph's depth: a point nearer than that would hide what it shows
 VOXELS = 500  # along the scene's median depth: points in one of them become one
 MOST = 2_000_000  # points
@@ -99,12 +100,10 @@ class SceneCloud:
         return points.numpy(), (colours.clamp(0, 1) * 255).round().byte().numpy()
 
     def _not_in_front(self, world: Tensor, number: int) -> Tensor:
-        """Which points (N,) hide nothing that more than half of the photographs that look there show."""
+        """Which points (N,) hide nothing that more than half of the photographs nearby that look there show."""
         looks = torch.zeros(len(world))
         hides = torch.zeros(len(world))
-        for other, surface in enumerate(self.surfaces):
-            if other == number:
-                continue
+        for surface in self._near(number):
             seen = transform_points(world, surface.pose)
             uv = project(seen, surface.intrinsics)
             grid = torch.where((seen[:, 2:] > 1e-6) & torch.isfinite(uv), 2 * uv - 1, 9.0)
@@ -113,6 +112,12 @@ class SceneCloud:
             looks += depth > 0
             hides += (depth > 0) & (seen[:, 2] < IN_FRONT * depth)
         return hides <= looks / 2
+
+    def _near(self, number: int) -> list[_Surface]:
+        places = torch.stack([torch.linalg.inv(surface.pose)[:3, 3] for surface in self.surfaces])
+        distance = (places - places[number]).norm(dim=-1)
+        distance[number] = -1.0  # itself comes first
+        return [self.surfaces[k] for k in distance.argsort(stable=True)[1 : ASKED + 1].tolist()]
 
 
 def write_points(points: np.ndarray, colours: np.ndarray, *paths: Path) -> None:
