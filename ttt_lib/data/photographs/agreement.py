@@ -16,7 +16,8 @@ from ttt_lib.data.photographs.matching import extract, match, too_few, verify
 from ttt_lib.data.photographs.signals import AHEAD_ANGLE, MIN_POINTS, select_tracks, summarize
 
 AGREEMENT = 0.05  # median |log depth ratio|: 0.0003 to 0.02 of right reconstructions, 0.1 and more of wrong ones
-DOUBT = 0.04  # the same, of two whose focal lengths are a standard deviation apart
+DOUBT = 0.12  # the same, of two whose focal lengths are a standard deviation apart: each photograph decides with it, and
+IGNORANCE = 0.04  # of it what more photographs would take away
 EXPLAINED = 0.88  # of the matches, median over photographs: 0.93 and more of right ones, 0.87 and less of what moved
 PLACED = 0.8  # the same, of a single photograph
 SEEN_ANGLE = 2.0  # degrees, the median parallax of what is reconstructed; with less, noise bends the scene
@@ -82,15 +83,15 @@ def _belief(job: Job, about: dict[str, Any]) -> focal.Belief:
     about["focal_deviation"], about["focal_doubt"] = float(belief.deviation.max()), belief.doubt
     if belief.model is None:
         return belief
-    unlikely = focal.is_unlikely(belief)
-    if belief.doubt > DOUBT or unlikely:
+    unlikely, unknown = focal.is_unlikely(belief), belief.doubt > DOUBT or belief.ignorance > IGNORANCE
+    if unknown or unlikely:
         _look(belief.model, about)  # another cause, if there is one, says more
     if unlikely:
         raise Refusal(
             f"the photographs fit only a camera that hardly exists (focal length {belief.focals[0]:.2f} of the width): "
             "the scene moved or repeats itself; take more photographs, side by side, of a scene that stands still."
         )
-    if belief.doubt > DOUBT:
+    if unknown:
         raise Refusal(
             "the depth hangs on the focal length, which these photographs do not tell: "
             + (AHEAD if about["forward"] else "take more of them, from more different places")

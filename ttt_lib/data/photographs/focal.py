@@ -39,6 +39,11 @@ class Belief:
     doubt: float = 0.0
     model: SparseModel | None = None
 
+    @property
+    def ignorance(self) -> float:
+        """The part of the doubt that more photographs would take away: without what features do to any of them."""
+        return self.doubt * math.sqrt(max(0.0, 1 - (SYSTEMATIC / max(float(self.deviation.max()), SYSTEMATIC)) ** 2))
+
 
 def expected(given: list[float | None], exact: list[bool]) -> Belief:
     """What is believed of each camera before anything is seen; given: over the width, exact: from EXIF."""
