@@ -123,6 +123,13 @@ def test_a_guess_that_contradicts_the_photographs_is_forgotten_and_exif_is_not()
     assert exact.focals[0] == pytest.approx(2.0, rel=0.05)
 
 
+def test_only_what_more_photographs_would_tell_is_ignorance():
+    """What features do to every focal length is left to each photograph's decision."""
+    at_best, twice = (Belief(np.ones(1), np.array([k * focal.SYSTEMATIC]), 0.1) for k in (1, 2))
+    assert at_best.ignorance == 0 and twice.ignorance == pytest.approx(0.1 * np.sqrt(3) / 2)
+    assert Belief(np.ones(2), np.array([0.01, 0.01]), 0.1).ignorance == 0  # EXIF
+
+
 def test_a_camera_that_hardly_exists_is_known():
     assert focal.is_unlikely(Belief(np.array([2.7]), np.array([0.05])))
     assert not focal.is_unlikely(Belief(np.array([1.9]), np.array([0.05])))
