@@ -16,9 +16,7 @@ from ttt_lib.data.photographs.matching import extract, match, too_few, verify
 from ttt_lib.data.photographs.signals import AHEAD_ANGLE, MIN_POINTS, select_tracks, summarize
 
 AGREEMENT = 0.05  # median |log depth ratio|: 0.0003 to 0.02 of right reconstructions, 0.1 and more of wrong ones
-DOUBT = (
-    0.12  # the same, of two whose focal lengths are a standard deviation apart: each photograph decides with it, and
-)
+DOUBT = 0.12  # the same, of two whose focal lengths are a standard deviation apart: below, each photograph decides
 IGNORANCE = 0.04  # of it what more photographs would take away
 EXPLAINED = 0.88  # of the matches, median over photographs: 0.93 and more of right ones, 0.87 and less of what moved
 PLACED = 0.8  # the same, of a single photograph
