@@ -40,10 +40,8 @@ class _Cubes:
 
     def __init__(self, side: float) -> None:
         self.side = side
-        self.keys, self.sums = (
-            torch.zeros(0, dtype=torch.long),
-            torch.zeros(0, 7),
-        )  # of points, colours and their number
+        self.keys = torch.zeros(0, dtype=torch.long)
+        self.sums = torch.zeros(0, 7)  # of points, colours and their number
 
     def add(self, points: Tensor, colours: Tensor) -> None:
         """Points (N,3) and colours (N,3); cubes grow until there are at most MOST of them."""
@@ -114,7 +112,7 @@ class SceneCloud:
         return hides <= looks / 2
 
     def _near(self, number: int) -> list[_Surface]:
-        places = torch.stack([torch.linalg.inv(surface.pose)[:3, 3] for surface in self.surfaces])
+        places = torch.linalg.inv(torch.stack([surface.pose for surface in self.surfaces]))[:, :3, 3]
         distance = (places - places[number]).norm(dim=-1)
         distance[number] = -1.0  # itself comes first
         return [self.surfaces[k] for k in distance.argsort(stable=True)[1 : ASKED + 1].tolist()]

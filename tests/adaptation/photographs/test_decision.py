@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ttt_lib.adaptation.photographs.decision import AFFORDABLE, RISK, beyond, choose, loss_elsewhere
+from ttt_lib.adaptation.photographs.decision import AFFORDABLE, RISK, beyond, choose, losses_elsewhere
 from ttt_lib.adaptation.photographs.evidence import Evidence, corrected
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.scene import Photograph, Tracks
@@ -78,7 +78,8 @@ def test_what_hangs_on_the_focal_length_is_not_believed_for_a_small_gain(largest
     assert found.choice == choice and ("focal length" in found.reason) == (choice == "original")
     gain = found.signals["held_back_original"] - found.signals["held_back_corrected"]
     assert (found.signals["lost_elsewhere_corrected"] > AFFORDABLE * gain) == (choice == "original")
-    assert loss_elsewhere(model, true, replace(evidence, held=replace(every[280:], bent=None))) == 0
+    known = replace(evidence, held=replace(every[280:], bent=None))
+    assert losses_elsewhere(model, {"corrected": true}, known) == {"corrected": 0}
 
 
 def test_a_small_part_that_was_measured_counts_as_a_small_part():

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ttt_lib.adaptation.photographs.evidence import REACH, Evidence, at_tracks, scaled, shifted
+from ttt_lib.adaptation.photographs.evidence import Evidence, at_tracks, reach, scaled, shifted
 from ttt_lib.adaptation.supervision import Judgement
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.scene import Tracks
@@ -61,25 +61,27 @@ def _same_order(original: Prediction, evidence: Evidence) -> float:
 
 def beyond(original: Prediction, tracks: Tracks) -> float:
     """Share of the predicted surface that is nearer or farther than all but a hundredth of the tracks."""
-    depth, found = original.depth, at_tracks(original, tracks)
+    depth, span = original.depth, reach(at_tracks(original, tracks))
     surface = torch.isfinite(depth) & (depth > 0)
     surface = surface if original.mask is None else surface & original.mask
-    found = found[torch.isfinite(found) & (found > 0)]
-    if not len(found) or not bool(surface.any()):
+    if span is None or not bool(surface.any()):
         return 0.0
-    low, high = found.log().quantile(found.new_tensor(REACH)).tolist()
-    log_depth = depth[surface].log()
+    (low, high), log_depth = span, depth[surface].log()
     return float(((log_depth < low - BEYOND) | (log_depth > high + BEYOND)).float().mean())
 
 
-def loss_elsewhere(original: Prediction, candidate: Prediction, evidence: Evidence) -> float:
-    """How much farther from the held-back tracks than the original a candidate would be, were the focal length another that
-    is possible: the worst mean |log ratio|, at least 0. What far tracks say hangs on it, and they hang together."""
-    weights, losses = cell_weights(evidence.held), [0.0]
+def losses_elsewhere(
+    original: Prediction, candidates: dict[str, Prediction], evidence: Evidence
+) -> dict[str, float]:  # fmt: skip
+    """How much farther from the held-back tracks than the original each candidate would be, were the focal length another
+    that is possible: the worst mean |log ratio|, at least 0. What far tracks say hangs on it, and they hang together."""
+    weights, losses = cell_weights(evidence.held), dict.fromkeys(candidates, 0.0)
     for used, held in zip(evidence.used.otherwise(), evidence.held.otherwise()):
         kept = original_errors(original, replace(evidence, used=used, held=held))
-        losses.append(float(((track_errors(scaled(candidate, used), held) - kept) * weights).sum()))
-    return max(losses)
+        for name, candidate in candidates.items():
+            loss = float(((track_errors(scaled(candidate, used), held) - kept) * weights).sum())
+            losses[name] = max(losses[name], loss)
+    return losses
 
 
 def lower_bound(improvement: Tensor, weights: Tensor, generator: torch.Generator) -> float:
@@ -105,7 +107,7 @@ def choose(
 
     Returns:
         `original` or one of the candidates' names; signals `held_back_NAME` (mean error over the picture's cells),
-        `lost_elsewhere_NAME` (`loss_elsewhere`) and `held_back_tracks`; a sentence where the original stays.
+        `lost_elsewhere_NAME` (`losses_elsewhere`) and `held_back_tracks`; a sentence where the original stays.
     """
     held = evidence.held
     signals = {"held_back_tracks": float(len(held)), "confirmed": evidence.meets}
@@ -124,14 +126,15 @@ def choose(
     signals |= {f"held_back_{name}": value for name, value in means.items()}
     choice, reason = "original", "original kept: no other prediction is clearly nearer to the held-back tracks"
     signals["beyond"] = unseen = beyond(original, evidence.used)
+    lost = losses_elsewhere(original, candidates, evidence)
+    signals |= {f"lost_elsewhere_{name}": value for name, value in lost.items()}
     for name in candidates:
         better = lower_bound(errors[choice] - errors[name], weights, generator) > 0
         gain = means["original"] - means[name]
         outweighs = (1 - unseen) * gain > RISK * unseen
-        signals[f"lost_elsewhere_{name}"] = loss = loss_elsewhere(original, candidates[name], evidence)
         if not (better and outweighs and means[name] < WORTHWHILE * means["original"]):
             continue
-        if loss < AFFORDABLE * gain:
+        if lost[name] < AFFORDABLE * gain:
             choice, reason = name, ""
         elif choice == "original":
             reason = "original kept: with another focal length that is possible it would be nearer to the tracks"

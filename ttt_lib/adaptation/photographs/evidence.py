@@ -184,6 +184,13 @@ def _fully(prediction: Prediction, evidence: Evidence, generator: torch.Generato
     return depth * field.exp()
 
 
+def reach(found: Tensor, least: int = 1) -> tuple[float, float] | None:
+    """Between which log depths the depth `found` at references (N,) lies, but for what REACH leaves out; None where fewer
+    than `least` are depths."""
+    at = found[torch.isfinite(found) & (found > 0)].log()
+    return tuple(at.quantile(at.new_tensor(REACH)).tolist()) if len(at) >= least else None
+
+
 def held_outside(corrected: Tensor, depth: Tensor, found: Tensor) -> Tensor:
     """Corrected depth (H,W) whose factor does not change any more outside of what the references reach.
 
@@ -193,10 +200,10 @@ def held_outside(corrected: Tensor, depth: Tensor, found: Tensor) -> Tensor:
         corrected, depth: after and before, (H,W).
         found: the depth before at the references, (N,).
     """
-    factor, at = (corrected / depth).log(), found[torch.isfinite(found) & (found > 0)].log()
-    if len(at) < 20:
+    span = reach(found, 20)
+    if span is None:
         return corrected
-    low, high = at.quantile(at.new_tensor(REACH)).tolist()
+    (low, high), factor = span, (corrected / depth).log()
     x = depth.clamp_min(1e-6).log()
     for outside, edge in ((x > high, (x > high - EDGE) & (x <= high)), (x < low, (x < low + EDGE) & (x >= low))):
         there = factor[edge & torch.isfinite(factor)]

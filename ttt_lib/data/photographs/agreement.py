@@ -46,10 +46,9 @@ def reconstruct(job: Job) -> Job:
 def _agreed(job: Job) -> None:
     about = job.about
     belief = _belief(job, about)
-    focals = belief.focals
     job.model, others = _reconstructions(job, belief)
     model, places = job.model, job.model.image.tolist()
-    about["focal"] = [round(float(f), 4) for f in signals.focals_of(job, model, focals)]
+    about["focal"] = [round(float(f), 4) for f in signals.focals_of(job, model, belief.focals)]
     _look(model, about)
     picked = job.picked = select_tracks(model, about["forward"])
     for image, share in zip(places, model.explained):
@@ -75,7 +74,7 @@ def _agreed(job: Job) -> None:
 
 
 def _belief(job: Job, about: dict[str, Any]) -> focal.Belief:
-    """The focal lengths to reconstruct with. Raises `Refusal` where the depth would hang on a guess."""
+    """What is believed of the focal lengths. Raises `Refusal` where the depth would hang on a guess."""
     belief = focal.believed(job)
     if belief is None:
         raise Refusal(NO_MODEL)

@@ -42,7 +42,7 @@ class Tracks:
     def otherwise(self) -> list[Tracks]:
         """The tracks as they would be with the other focal lengths that are possible; none where it is known."""
         bent = [] if self.bent is None else self.bent.unbind(-1)
-        return [replace(self, depth=self.depth * change.to(self.depth).exp()) for change in bent]
+        return [replace(self, depth=self.depth * change.exp()) for change in bent]
 
     @property
     def cells(self) -> Tensor:

@@ -63,6 +63,16 @@ def common(one: SparseModel, other: SparseModel) -> tuple[np.ndarray, np.ndarray
     return first[positive], second[positive]
 
 
+def log_ratio(one: SparseModel, other: SparseModel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of the common observations in both, and the log of their depth in one over that in the other.
+
+    The median over all is taken away, since no reconstruction knows its scale.
+    """
+    first, second = common(one, other)
+    ratio = np.log(one.depth[first] / other.depth[second])
+    return first, second, ratio - np.median(ratio) if len(ratio) else ratio
+
+
 def robust_cost(error: np.ndarray) -> np.ndarray:
     """What each reprojection error in pixels costs: its square, from half a pixel on its length."""
     return np.sqrt(1 + 4 * error**2) - 1
@@ -71,31 +81,26 @@ def robust_cost(error: np.ndarray) -> np.ndarray:
 def disagreement(one: SparseModel, other: SparseModel, least: int) -> tuple[float, dict[int, float]]:
     """How differently two reconstructions from the same features see the depth of their common points.
 
-    Returns the median |log ratio| after the median over all is taken away, and the same of each photograph that both
-    have. Infinite where fewer than `least` observations are common.
+    Returns the median |`log_ratio`|, and the same of each photograph that both have. Infinite where fewer than `least`
+    observations are common.
     """
-    first, second = common(one, other)
+    first, _, ratio = log_ratio(one, other)
+    ratio = np.abs(ratio)
     both = [int(i) for i in one.image if i in other.image]
     if len(first) < least:
         return float("inf"), dict.fromkeys(both, float("inf"))
-    ratio = np.log(one.depth[first] / other.depth[second])
-    ratio = np.abs(ratio - np.median(ratio))
     image = one.image[one.seen_by[first]]
     each = {i: float(np.median(ratio[image == i])) if (image == i).sum() >= 10 else float("inf") for i in both}
     return float(np.median(ratio)), each
 
 
 def bends(model: SparseModel, others: list[SparseModel]) -> np.ndarray:
-    """How much farther, in log depth, each of its observations lies in others from the same features, (M,K).
-
-    The median over all is taken away, since no reconstruction knows its scale; at most MOST, which is also what an
-    observation gets that is behind the camera there.
-    """
+    """How much farther each of its observations lies in others from the same features, (M,K): `log_ratio`, at most MOST,
+    which is also what an observation gets that is behind the camera there."""
     result = np.full((len(model.depth), len(others)), MOST)
     for column, other in zip(result.T, others):
-        first, second = common(model, other)
-        ratio = np.log(other.depth[second] / model.depth[first])
-        column[first] = np.clip(ratio - np.median(ratio), -MOST, MOST) if len(ratio) else MOST
+        _, here, ratio = log_ratio(other, model)
+        column[here] = np.clip(ratio, -MOST, MOST)
     return result
 
 
