@@ -14,6 +14,7 @@ import torch
 from pretend import GPU, moved, pretended_gpu
 
 from ttt_lib.models.base import GeometryModel
+from ttt_lib.models.edge_padding import keep_layout
 from ttt_lib.models.moge import MoGe
 
 
@@ -29,8 +30,10 @@ class Place:
         return {"cpu": torch.device("cpu"), "pretended": GPU}.get(self.name, torch.device("cuda:0"))
 
     def copy_of(self, model: GeometryModel) -> GeometryModel:
-        """A MoGe model, there."""
+        """A MoGe model, there, as `load_model` makes it."""
         network = copy.deepcopy(model.network)
+        if self.name != "cpu":
+            keep_layout(network)
         network = moved(network) if self.name == "pretended" else network.to(self.device)
         return MoGe(network, model.name, model.kind, model.num_tokens)
 

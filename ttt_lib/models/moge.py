@@ -18,6 +18,7 @@ from ttt_lib.core.errors import ModelError
 from ttt_lib.core.registry import MODELS
 from ttt_lib.core.types import Kind, Prediction
 from ttt_lib.models.base import GeometryModel
+from ttt_lib.models.edge_padding import keep_layout
 from ttt_lib.models.moge_checkpoint import HUB_NAMES, download_checkpoint, load_network, refuse_moge_3
 
 # The bundled model was trained with neither; what is measured of it, and its gate, is with the study's.
@@ -131,6 +132,8 @@ class MoGe(GeometryModel):
 
 def _build(path: Path, name: str, device: torch.device, num_tokens: int | None, autocast: str) -> MoGe:
     network = load_network(path, name).to(device).requires_grad_(False)
+    if device.type == "cuda":
+        keep_layout(network)
     kind: Kind = "metric" if hasattr(network, "scale_head") else "scale_invariant"
     return MoGe(network, name, kind, num_tokens, autocast)
 
