@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from ttt_lib.data.photographs.focal import Belief, combine, expected
 from ttt_lib.data.photographs.job import Picture
 from ttt_lib.data.photographs.matching import MIN_MATCHES, TWINS, _leave_out_strangers, _twins
 from ttt_lib.data.photographs.reconstruct import reconstruct
+from ttt_lib.data.photographs.signals import AHEAD_ANGLE, least_parallax
 from ttt_lib.data.scenes.failures import FAILURES
 
 
@@ -73,6 +76,32 @@ def test_a_pattern_that_repeats_is_refused():
     wall = tile.repeat_interleave(3, 2).repeat(1, 4, 6)
     views = [Picture(str(k), wall[:, 10 * k : 10 * k + 216, 17 * k : 17 * k + 320]) for k in range(3)]
     assert "again and again" in reconstruct(views).refused
+
+
+def test_photographs_from_nearly_one_place_are_refused_for_that():
+    """Far points with few pixels between their rays count, or so few are left that these look as if they had moved."""
+    refused = reconstruct(pictures([render(camera(x=0.1 * k), noise=k) for k in range(2)], focal=FOCAL))
+    assert "nearly the same place" in refused.refused and refused.about["explained"] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("focal_length", "width", "degrees"),
+    [(100, 320, 2.0), (8 / np.radians(1.5), 320, 1.5), (3 * 8 / np.radians(1.5), 3600, 1.5), (5000, 1200, 1.0), (np.nan, 320, 2.0)],
+)  # fmt: skip
+def test_parallax_counts_in_pixels_of_what_is_matched(focal_length, width, degrees):
+    model = SimpleNamespace(intrinsics=np.full((2, 4), focal_length), size=np.full((2, 2), width))
+    assert least_parallax(model, ahead=False) == pytest.approx((degrees, 0.75 * degrees))
+    assert least_parallax(model, ahead=True) == (AHEAD_ANGLE, AHEAD_ANGLE)
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(990, 1.26), (800, 0.7)])
+def test_a_focal_length_that_fits_fewer_points_does_not_fit_better(monkeypatch, count, chosen):
+    """Its cost is of those that are left: with the easy ones alone any focal length looks good."""
+    monkeypatch.setattr(focal.signals, "disagreement", lambda *_: (0.01, {}))
+    model = lambda count, error: SimpleNamespace(image=np.arange(2), error=np.full(count, error))  # noqa: E731
+    models = {0: model(1000, 0.30), 1: model(count, 0.25)}
+    belief = focal.compared(models, [np.array([0.7]), np.array([1.26])], np.array([focal.GIVEN]))
+    assert belief.focals[0] == chosen
 
 
 def test_what_moves_is_refused():

@@ -13,14 +13,13 @@ from ttt_lib.data.photographs import focal, signals
 from ttt_lib.data.photographs.job import MIN_MATCHES, Job, Lens, Refusal, Selection, SparseModel
 from ttt_lib.data.photographs.mapping import attempt, place
 from ttt_lib.data.photographs.matching import extract, match, too_few, verify
-from ttt_lib.data.photographs.signals import AHEAD_ANGLE, MIN_POINTS, select_tracks, summarize
+from ttt_lib.data.photographs.signals import MIN_POINTS, select_tracks, summarize
 
 AGREEMENT = 0.05  # median |log depth ratio|: 0.0003 to 0.02 of right reconstructions, 0.1 and more of wrong ones
 DOUBT = 0.12  # the same, of two whose focal lengths are a standard deviation apart: below, each photograph decides
 IGNORANCE = 0.04  # of it what more photographs would take away
 EXPLAINED = 0.88  # of the matches, median over photographs: 0.93 and more of right ones, 0.87 and less of what moved
 PLACED = 0.8  # the same, of a single photograph
-SEEN_ANGLE = 2.0  # degrees, the median parallax of what is reconstructed; with less, noise bends the scene
 FLAT = 0.92  # of the points, on one plane
 SHARE = 0.7  # of the matches that the second and third reconstruction see
 AHEAD = "take more frames, further apart, or move sideways (the camera moved straight ahead)"
@@ -110,11 +109,11 @@ def _look(model: SparseModel, about: dict[str, Any]) -> None:
             f"cameras explain only {about['explained']:.0%} of the matches: things moved between the photographs, or "
             "parts of the scene look alike; take them of a scene that stands still and does not repeat itself."
         )
-    least = AHEAD_ANGLE if ahead else SEEN_ANGLE
+    least, _ = signals.least_parallax(model, ahead)
     if seen < least:
         raise Refusal(
             f"the photographs are taken from nearly the same place (median parallax {seen:.1f} degrees, at least "
-            f"{least:.0f} are needed): {AHEAD if ahead else 'take them from places further apart'}."
+            f"{least:.1f} are needed): {AHEAD if ahead else 'take them from places further apart'}."
         )
 
 

@@ -25,7 +25,10 @@ INDEPENDENT = 150  # measurements; more say less than they seem to, since what i
 SYSTEMATIC = 0.025  # of the log focal length: what features that sit a little beside their places do to it
 CONTRADICTS = 2.0  # standard deviations between what is given and what is found, from where on the former is forgotten
 POSSIBLE = 2.0  # standard deviations of the log focal length: with those the decision must be the same
-SIMILAR, WORSE = 0.97, 1.1  # of the best support, and times the least mean cost: two photographs tell no more
+SIMILAR, WORSE = (
+    0.97,
+    1.1,
+)  # of the observations that fit best, and times the least mean cost: two photographs tell no more
 
 
 @dataclass
@@ -88,9 +91,9 @@ def compared(models: dict[int, SparseModel], tried: list[np.ndarray], deviation:
 
     models: by their place in `tried`, focal lengths (C,) of which the first are the expected ones.
     """
-    best = max(map(signals.support, models.values()))
+    best = max(map(signals.fitted, models.values()))
     cost = {
-        k: float(signals.robust_cost(m.error).mean()) for k, m in models.items() if signals.support(m) >= SIMILAR * best
+        k: float(signals.robust_cost(m.error).mean()) for k, m in models.items() if signals.fitted(m) >= SIMILAR * best
     }
     good = [k for k in cost if cost[k] <= WORSE * min(cost.values())]
     unusual = np.abs(np.log(tried[0] / USUAL_FOCAL)) > math.log(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from ttt_lib.data.photographs.matching import database_of, image_name, tolerance
 
 log = logging.getLogger(__name__)
 
-MAPPED_ANGLE = 1.0  # degrees between two rays to a point: what a reconstruction takes
+MAPPED, MAPPED_ANGLE = 4.0, 1.0  # pixels between two rays to a point, but no more degrees: what a reconstruction takes
 PLACED_ANGLE = 0.1  # the same of known cameras: far points count too when they and the matches are compared
 EPIPOLAR_ERROR = 0.002  # of the longer side, and at least a pixel
 LOSS_SCALE = 0.5  # pixels: from here on a residual counts by its length, not by its square
@@ -41,13 +42,15 @@ def attempt(
         profile: factors of the focal lengths, for each of which the result is fitted again with these held; they follow.
     """
     seed, method, models = job.seed + number, _global if at_once else _incremental, {}
+    pixels = focals * [lens.width for lens in job.lenses]
+    angle = min(MAPPED_ANGLE, math.degrees(MAPPED / float(np.median(pixels))))
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         path = Path(shutil.copyfile(database_of(job), f"{folder}/run.db"))
-        _prepare(path, focals * [lens.width for lens in job.lenses], share, seed)
+        _prepare(path, pixels, share, seed)
         pycolmap.set_random_seed(seed)
         try:
             for first in dict.fromkeys([start, None]):
-                models = models or method(path, job, seed, fixed, first)
+                models = models or method(path, job, seed, fixed, angle, first)
         except Exception as error:  # whatever a library of C++ may raise
             log.warning("a reconstruction failed: %s", error)
     best = max(models.values(), key=lambda model: (model.num_reg_images(), model.num_points3D()), default=None)
@@ -79,7 +82,7 @@ def _prepare(path: Path, focals: np.ndarray, share: float, seed: int) -> None:
 
 
 def _incremental(
-    path: Path, job: Job, seed: int, fixed: bool, start: Sequence[int] | None
+    path: Path, job: Job, seed: int, fixed: bool, angle: float, start: Sequence[int] | None
 ) -> dict[int, pycolmap.Reconstruction]:
     """Reconstructions of the photographs that take part, one after the other."""
     options = pycolmap.IncrementalPipelineOptions(
@@ -96,8 +99,8 @@ def _incremental(
     mapper.abs_pose_refine_focal_length = mapper.abs_pose_refine_extra_params = False
     mapper.init_max_forward_motion = 1.0
     mapper.init_min_num_inliers, mapper.abs_pose_min_num_inliers = 30, 20
-    mapper.init_min_tri_angle = mapper.filter_min_tri_angle = points.min_angle = MAPPED_ANGLE
-    mapper.ba_local_min_tri_angle = MAPPED_ANGLE
+    mapper.init_min_tri_angle = mapper.filter_min_tri_angle = points.min_angle = angle
+    mapper.ba_local_min_tri_angle = angle
     mapper.init_max_error = mapper.filter_max_reproj_error = error
     mapper.abs_pose_max_error = 3 * error
     points.merge_max_reproj_error = points.complete_max_reproj_error = error
@@ -106,7 +109,7 @@ def _incremental(
 
 
 def _global(
-    path: Path, job: Job, seed: int, fixed: bool, start: Sequence[int] | None
+    path: Path, job: Job, seed: int, fixed: bool, angle: float, start: Sequence[int] | None
 ) -> dict[int, pycolmap.Reconstruction]:
     """Reconstructions of the photographs that take part, all at once."""
     options = pycolmap.GlobalPipelineOptions(random_seed=seed, num_threads=1, min_model_size=2)
@@ -120,7 +123,7 @@ def _global(
     adjustment.ceres.use_gpu = mapper.global_positioning.use_gpu = False
     adjustment.min_track_length = mapper.global_positioning.min_num_view_per_track = 2
     mapper.track_min_num_views_per_track = 2
-    mapper.min_tri_angle_deg = mapper.retriangulation.min_angle = MAPPED_ANGLE
+    mapper.min_tri_angle_deg = mapper.retriangulation.min_angle = angle
     mapper.retriangulation.ignore_two_view_tracks = False
     return pycolmap.global_mapping(path, path.parent, path.parent, options)
 

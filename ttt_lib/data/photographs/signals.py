@@ -9,7 +9,11 @@ import numpy as np
 
 from ttt_lib.data.photographs.job import CELLS, LONGEST_SIDE, Job, Selection, SparseModel
 
-MIN_ANGLE = 1.5  # what becomes a track
+PARALLAX = (
+    8.0  # pixels of a picture of LONGEST_SIDE: the median of what is reconstructed; with less, noise bends the scene
+)
+LEAST_ANGLE, MOST_ANGLE = 1.0, 2.0  # degrees: never less, and no more is asked, however few pixels that is
+TRACK_SHARE = 0.75  # of that angle: what becomes a track
 MAX_ERROR = 1.0  # pixels
 MIN_POINTS, MIN_CELLS = 50, 8
 MOST = 1.0  # of |log depth ratio| that another focal length makes: what goes to infinity there
@@ -50,6 +54,26 @@ def parallax(model: SparseModel) -> np.ndarray:
     first[model.point[::-1]] = rays[::-1]
     _, row = _farthest(rays, first, model.point, count)
     return _farthest(rays, rays[row], model.point, count)[0]
+
+
+def least_parallax(model: SparseModel, ahead: bool) -> tuple[float, float]:
+    """Degrees that the median of a reconstruction must have, and that a track must have.
+
+    Pixels tell how far noise moves a point along its ray: a long lens or a large picture needs a smaller angle for as many.
+    """
+    if ahead:
+        return AHEAD_ANGLE, AHEAD_ANGLE
+    focals = model.intrinsics[:, 0] * _shrunk(model.size)
+    focals = focals[np.isfinite(focals)]  # a fisheye has none
+    angle = (
+        float(np.clip(np.degrees(PARALLAX / np.median(focals)), LEAST_ANGLE, MOST_ANGLE)) if len(focals) else MOST_ANGLE
+    )
+    return angle, TRACK_SHARE * angle
+
+
+def _shrunk(size: np.ndarray) -> np.ndarray:
+    """By what factor pictures of these sizes (N,2) were made smaller before they were matched, (N,)."""
+    return np.minimum(1.0, LONGEST_SIDE / np.maximum(size.max(-1, initial=1), 1))
 
 
 def common(one: SparseModel, other: SparseModel) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +153,12 @@ def moves_ahead(model: SparseModel) -> bool:
 
 def support(model: SparseModel) -> float:
     """How much a reconstruction explains: photographs first, then points, each by how well it fits."""
-    return len(model.image) * 1e7 + float(np.exp(-(np.minimum(model.error, 5) ** 2)).sum())
+    return len(model.image) * 1e7 + fitted(model)
+
+
+def fitted(model: SparseModel) -> float:
+    """How many of its observations fit, each by how well it does."""
+    return float(np.exp(-(np.minimum(model.error, 5) ** 2)).sum())
 
 
 def focals_of(job: Job, model: SparseModel, otherwise: np.ndarray) -> np.ndarray:
@@ -151,11 +180,11 @@ def select_tracks(model: SparseModel, ahead: bool = False) -> Selection:
     checks where along the ray they lie. ahead: whether the cameras move along their axis.
     """
     size = model.size[model.seen_by].astype(float)
-    error = model.error * np.minimum(1.0, LONGEST_SIDE / np.maximum(size.max(-1, initial=1), 1))
+    error = model.error * _shrunk(size)
     uv = model.uv / size
     angle = parallax(model)
     inside = ((uv >= 0) & (uv <= 1)).all(-1) & np.isfinite(model.depth) & (model.depth > 0)
-    good = inside & (error < MAX_ERROR) & (angle[model.point] >= (AHEAD_ANGLE if ahead else MIN_ANGLE))
+    good = inside & (error < MAX_ERROR) & (angle[model.point] >= least_parallax(model, ahead)[1])
     views = np.bincount(model.point[good], minlength=len(model.xyz))
     which = good & (views[model.point] >= 2)
     least = AHEAD_CELLS if ahead else MIN_CELLS
