@@ -61,6 +61,16 @@ def test_cores_where_the_system_does_not_say_which(monkeypatch):
     assert cores() == 1
 
 
+@pytest.mark.parametrize(("cuda", "override", "tf32"), [(False, None, False), (True, None, True), (True, "0", False)])
+def test_a_manifest_says_with_which_numbers_a_gpu_computed(monkeypatch, cuda, override, tf32):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    if override:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    assert environment()["tf32"] is tf32
+
+
 @pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("linux", 1024)])
 def test_memory_without_proc_is_the_peak_since_the_start(monkeypatch, platform, unit):
     monkeypatch.setattr(memory, "PROCESS", Path("/nowhere"))

@@ -56,12 +56,15 @@ def environment() -> dict[str, Any]:
     """Versions, machine and device for the manifest."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    short = cuda and torch.backends.cudnn.allow_tf32 and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
     return {
         "packages": {name: version_of(name) or "absent" for name in PACKAGES},
         "python": platform.python_version(),
         "git_revision": git_revision(),
         "device": device,
+        "tf32": short,  # convolutions with 10 bits after the point, as torch sets it: training goes elsewhere (gpu_servers.md)
         "cores": cores(),
         "host": socket.gethostname(),
     }
