@@ -25,10 +25,8 @@ INDEPENDENT = 150  # measurements; more say less than they seem to, since what i
 SYSTEMATIC = 0.025  # of the log focal length: what features that sit a little beside their places do to it
 CONTRADICTS = 2.0  # standard deviations between what is given and what is found, from where on the former is forgotten
 POSSIBLE = 2.0  # standard deviations of the log focal length: with those the decision must be the same
-SIMILAR, WORSE = (
-    0.97,
-    1.1,
-)  # of the observations that fit best, and times the least mean cost: two photographs tell no more
+SIMILAR = 0.97  # of the observations that fit best
+WORSE = 1.1  # times the least mean cost: two photographs tell no more
 
 
 @dataclass

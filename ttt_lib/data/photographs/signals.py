@@ -3,15 +3,14 @@ of its observations become tracks."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from ttt_lib.data.photographs.job import CELLS, LONGEST_SIDE, Job, Selection, SparseModel
 
-PARALLAX = (
-    8.0  # pixels of a picture of LONGEST_SIDE: the median of what is reconstructed; with less, noise bends the scene
-)
+PARALLAX = 8.0  # pixels of what is matched: the median of a reconstruction; with less, noise bends the scene
 LEAST_ANGLE, MOST_ANGLE = 1.0, 2.0  # degrees: never less, and no more is asked, however few pixels that is
 TRACK_SHARE = 0.75  # of that angle: what becomes a track
 MAX_ERROR = 1.0  # pixels
@@ -65,9 +64,8 @@ def least_parallax(model: SparseModel, ahead: bool) -> tuple[float, float]:
         return AHEAD_ANGLE, AHEAD_ANGLE
     focals = model.intrinsics[:, 0] * _shrunk(model.size)
     focals = focals[np.isfinite(focals)]  # a fisheye has none
-    angle = (
-        float(np.clip(np.degrees(PARALLAX / np.median(focals)), LEAST_ANGLE, MOST_ANGLE)) if len(focals) else MOST_ANGLE
-    )
+    angle = math.degrees(PARALLAX / np.median(focals)) if len(focals) else MOST_ANGLE
+    angle = min(max(angle, LEAST_ANGLE), MOST_ANGLE)
     return angle, TRACK_SHARE * angle
 
 
