@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from ttt_lib.core.errors import UserError
-from ttt_lib.evaluation.selection import SEEN_AGAIN, beyond_selection, selection_gains
+from ttt_lib.evaluation.selection import SEEN_AGAIN, beyond_selection, selection_gains, worse_elsewhere
 from ttt_lib.runs.protocol import choose_groups
 
 METRIC = {"metric": "depth_metric", "score": "delta1"}
@@ -53,6 +53,17 @@ def test_a_real_gain_is_shown_and_has_its_size():
     assert row["gain"].to_dict() == {"hard": True, "random": True, "easy": False}
     assert (row["again_low"] > 0).all() and np.allclose(row["again_mean"], 0.1, atol=0.035)
     assert not table.loc[SEEN_AGAIN, "gain"].any() and not table.loc["control_random_weights", "gain"].any()
+
+
+@pytest.mark.parametrize(("cost", "worse"), [(0.0, {}), (0.1, {("hard", "row"), ("random", "row"), ("easy", "row")})])
+def test_a_gain_that_costs_another_score_is_named(cost, worse):
+    """By chance an interval without a cost lies below zero once in forty; here none does."""
+    metrics, chosen = study(effect=0.1)
+    other = metrics.assign(metric="depth_affine_invariant")
+    other.loc[other["experiment"] == "row", "value"] -= 0.1 + cost
+    found = worse_elsewhere(pd.concat([metrics, other]), chosen, **METRIC, samples=400)
+    assert set(found) == set(worse) and all("depth_affine_invariant/delta1 -0." in words for words in found.values())
+    assert worse_elsewhere(other, chosen, metric="depth_affine_invariant", score="delta1", samples=50) == {}  # its own
 
 
 def test_without_a_second_look_or_a_second_sample_there_is_no_gain():

@@ -16,6 +16,7 @@ from ttt_lib.evaluation.scores import SCORES
 
 GROUPS = ("hard", "random", "easy")
 CONTROLS = ("original", "control_lr0", "control_random_weights", "control_random_prediction", "tta")
+ELSEWHERE = ("depth_affine_invariant", "points_affine_invariant")  # whose delta1 a gain must not cost
 LOOKS = {"first": "", "again": AGAIN}  # what they put behind the names of the sets
 SEEN_AGAIN = "original, seen again"
 
@@ -26,8 +27,9 @@ def is_control(experiment: str) -> bool:
 
 
 def selection_gains(
-    metrics: pd.DataFrame, chosen: pd.DataFrame, metric: str, score: str, samples: int = 2000
-) -> pd.DataFrame:
+    metrics: pd.DataFrame, chosen: pd.DataFrame, metric: str, score: str, samples: int = 2000,
+    controls: tuple[str, ...] | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """Every row against every control, on both looks at each group of samples.
 
     Args:
@@ -35,6 +37,7 @@ def selection_gains(
         chosen: rows (group, dataset, sample), as `selection.csv` has them.
         metric, score: of the gain.
         samples: of the bootstrap.
+        controls: only these; None: all that there are.
 
     Returns:
         Rows (group, experiment, look, control) with the count, mean and 95 % interval (`low`, `high`) of the paired gain,
@@ -64,7 +67,7 @@ def selection_gains(
         pairs = [
             (name, look, control, values[control], values[name])
             for look, values in looks.items() for name in experiments for control in experiments
-            if is_control(control) and control != name
+            if (is_control(control) if controls is None else control in controls) and control != name
         ]  # fmt: skip
         if "original" in experiments:
             pairs.append((SEEN_AGAIN, "first", "original", looks["first"]["original"], looks["again"]["original"]))
@@ -75,6 +78,38 @@ def selection_gains(
                 low, high = bootstrap_interval(gain, samples)
                 found.append({**about, "count": len(gain), "mean": gain.mean(), "low": low, "high": high})
     return pd.DataFrame(found, columns=["group", "experiment", "look", "control", "count", "mean", "low", "high"])
+
+
+def worse_elsewhere(
+    metrics: pd.DataFrame, chosen: pd.DataFrame, metric: str, score: str, samples: int = 2000
+) -> dict[tuple[str, str], str]:
+    """Rows that lose against `original` in another score than the one that chose: (group, experiment) -> which, and how much.
+
+    What is hard in one score stays so when it is seen again; a prediction that is worse in all else may be less wrong
+    there. Only what is certain counts: an interval below zero in delta1 of `ELSEWHERE` on either look, but not on the first
+    one of easy samples, where `original` had luck.
+
+    Example:
+        >>> rows = [
+        ...     (experiment, dataset, sample, "final", "depth_affine_invariant", "delta1", value)
+        ...     for experiment, values in {"original": (0.8, 0.9), "mine": (0.7, 0.8)}.items()
+        ...     for dataset in ("s", "s.again") for sample, value in zip("ab", values)
+        ... ]
+        >>> columns = ["experiment", "dataset", "sample", "prediction", "metric", "score", "value"]
+        >>> chosen = pd.DataFrame({"group": "hard", "dataset": "s", "sample": ["a", "b"]})
+        >>> worse_elsewhere(pd.DataFrame(rows, columns=columns), chosen, "depth_metric", "delta1", samples=10)
+        {('hard', 'mine'): 'depth_affine_invariant/delta1 -0.100'}
+    """
+    found: dict[tuple[str, str], tuple[float, str]] = {}
+    for other in ELSEWHERE:
+        if (other, "delta1") == (metric, score):
+            continue
+        gains = selection_gains(metrics, chosen, other, "delta1", samples, controls=("original",))
+        lucky = (gains["group"] == "easy") & (gains["look"] == "first") | (gains["experiment"] == SEEN_AGAIN)
+        for row in gains[(gains["high"] < 0) & ~lucky].itertuples():
+            key = row.group, row.experiment
+            found[key] = min(found.get(key, (0.0, "")), (row.mean, f"{other}/delta1 {row.mean:+.3f}"))
+    return {key: words for key, (_, words) in found.items()}
 
 
 def beyond_selection(gains: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from ttt_lib.evaluation.scores import SCORES, TABLE1_COLUMNS
-from ttt_lib.evaluation.selection import SEEN_AGAIN, beyond_selection, selection_gains
+from ttt_lib.evaluation.selection import SEEN_AGAIN, beyond_selection, selection_gains, worse_elsewhere
 from ttt_lib.runs.results import Runs
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "published_table1.csv"
@@ -160,7 +160,7 @@ SELECTION_LEGEND = (
     "As chosen: gain over original on the very samples and pictures that original's score chose, which the choice is part "
     f"of; the row '{SEEN_AGAIN}' is what the choice alone gives. Over controls: over the one that leaves least of it. Second "
     "look: the same on the same scenes seen again, which nothing was chosen by. A gain is what lies above every control on "
-    "both looks (95 % intervals, paired bootstrap over the samples)."
+    "both looks, and costs nothing certain in affine-invariant delta1 (95 % intervals, paired bootstrap over the samples)."
 )
 
 
@@ -173,13 +173,20 @@ def chosen_by(runs: Runs) -> tuple[str, str]:
 def selection_table(
     runs: Runs, bootstrap_samples: int = 2000, metric: str = "", score: str = ""
 ) -> pd.DataFrame | None:
-    """`beyond_selection` of the runs, by default in the score that chose the samples; None where none did."""
+    """`beyond_selection` of the runs, by default in the score that chose the samples; None where none did.
+
+    `worse_in`: the other score that a row loses in (`worse_elsewhere`), which is then no gain.
+    """
     if runs.selection is None:
         return None
     if not metric:
         metric, score = chosen_by(runs)
     gains = selection_gains(runs.metrics, runs.selection, metric, score, bootstrap_samples)
-    return beyond_selection(gains).assign(metric=metric, score=score)
+    table = beyond_selection(gains).assign(metric=metric, score=score)
+    worse = worse_elsewhere(runs.metrics, runs.selection, metric, score, bootstrap_samples)
+    table["worse_in"] = [worse.get(key, "") for key in zip(table["group"], table["experiment"])]
+    table["gain"] &= table["worse_in"] == ""
+    return table
 
 
 def selection_cells(table: pd.DataFrame, decimals: int = 4) -> pd.DataFrame:
@@ -197,4 +204,5 @@ def selection_cells(table: pd.DataFrame, decimals: int = 4) -> pd.DataFrame:
     titles = {"first": "as chosen", "over": "over controls", "again": "second look, over controls"}
     for prefix, title in titles.items():
         shown[title] = [cell(row, prefix) for _, row in table.iterrows()]
-    return shown.assign(gain=np.where(table["gain"], "yes", "not shown")).set_index(["group", "experiment"])
+    verdict = np.where(table["worse_in"] != "", "not shown; " + table["worse_in"], "not shown")
+    return shown.assign(gain=np.where(table["gain"], "yes", verdict)).set_index(["group", "experiment"])
