@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rendered_walls import FOCAL, depth_error, walk
+from rendered_walls import FOCAL, camera, depth_error, render, walk
 
 from ttt_lib.core.errors import DataError
+from ttt_lib.data.photographs.job import AMPLE
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Scene
 from ttt_lib.data.photographs.transforms import FLIP, lens_of, read_transforms, size_of
@@ -84,6 +85,16 @@ def test_known_cameras_give_depth_in_their_own_scale(house, views):
         column, row = (tracks.uv * torch.tensor([WIDTH, HEIGHT])).long().unbind(-1)
         assert (tracks.depth / view.depth[row, column]).nanmedian() == pytest.approx(1, abs=0.005)  # no free factor
         assert depth_error(tracks, view.depth) < 0.01 and tracks.filled_cells() >= 12
+
+
+def test_known_cameras_side_by_side_are_near_enough(tmp_path):
+    """Half a degree, which are three pixels: with known cameras nothing else is uncertain."""
+    pair = [render(camera(x=0.06 * k), noise=k) for k in range(2)]
+    write_photos(tmp_path / "images", pair)
+    (tmp_path / "transforms.json").write_text(json.dumps({**CAMERA, "frames": frames(pair, (0, 1))}))
+    scene = load_scene(tmp_path)
+    assert not scene.refused and scene.about["parallax"] < AMPLE.track * AMPLE.least
+    assert all(depth_error(p.tracks, view.depth) < 0.03 for p, view in zip(scene.photographs, pair, strict=True))
 
 
 def test_cameras_of_other_photographs_are_refused(house, views, tmp_path):
@@ -266,10 +277,10 @@ def test_transforms_that_are_none(tmp_path, content, words):
 
 def test_lenses_of_a_transforms_file_that_cannot_be(house, views, tmp_path):
     path = tmp_path / "transforms.json"
-    for camera, words in (({}, "no focal length"), ({"fl_x": 1e8}, "cannot be"), ({"fl_x": 300, "cx": -1e6}, "centre"),
+    for given, words in (({}, "no focal length"), ({"fl_x": 1e8}, "cannot be"), ({"fl_x": 300, "cx": -1e6}, "centre"),
                           ({"fl_x": 0.9, "cx": 80, "cy": 60}, "cannot be"), ({"fl_x": 300, "cx": 0.5, "cy": 0.5}, "not in pixels"),
                           ({"fl_x": 0.9, "cx": 0.5, "cy": 0.5}, "cannot be")):  # fmt: skip
-        path.write_text(json.dumps({**camera, "frames": frames(views)}))
+        path.write_text(json.dumps({**given, "frames": frames(views)}))
         with pytest.raises(DataError, match=words):
             load_scene(house[0] / "images", cameras=path)
     with pytest.raises(DataError, match="neither"):

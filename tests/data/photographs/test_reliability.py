@@ -9,9 +9,9 @@ import pytest
 import torch
 from rendered_walls import FOCAL, camera, depth_error, poster, render, walk
 
-from ttt_lib.data.photographs import focal
+from ttt_lib.data.photographs import agreement, focal
 from ttt_lib.data.photographs.focal import Belief, combine, expected
-from ttt_lib.data.photographs.job import Picture
+from ttt_lib.data.photographs.job import AMPLE, SCANT, Picture
 from ttt_lib.data.photographs.matching import MIN_MATCHES, TWINS, _leave_out_strangers, _twins
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.signals import AHEAD_ANGLE, least_parallax
@@ -80,8 +80,32 @@ def test_a_pattern_that_repeats_is_refused():
 
 def test_photographs_from_nearly_one_place_are_refused_for_that():
     """Far points with few pixels between their rays count, or so few are left that these look as if they had moved."""
-    refused = reconstruct(pictures([render(camera(x=0.1 * k), noise=k) for k in range(2)], focal=FOCAL))
+    refused = reconstruct(pictures([render(camera(x=0.05 * k), noise=k) for k in range(2)], focal=FOCAL))
     assert "nearly the same place" in refused.refused and refused.about["explained"] > 0.95
+
+
+def test_little_parallax_is_enough_where_it_is_pixels_enough():
+    """A second reconstruction takes what the first one leaves out: a degree is much for what is far away."""
+    views = [render(camera(x=0.1 * k), noise=k) for k in range(2)]
+    scene = reconstruct(pictures(views, focal=FOCAL))
+    assert scene.about["seen_parallax"] < AMPLE.least  # 4.4 pixels
+    assert not scene.refused and len(scene.photographs) == 2 and max(errors(scene, views)) < 0.05
+
+
+def test_a_fragment_of_a_global_reconstruction_contradicts_nothing(monkeypatch):
+    """With few photographs it may place a handful of points; then another start of the other kind is asked."""
+    job = SimpleNamespace(kept=[0, 1], pairs=[(0, 1)], inliers=[99], widest=lambda: None)
+    asked = []
+
+    def attempt(_, focals, number=0, at_once=False, **options):
+        asked.append((number, at_once))
+        count = 100 if not number else 20 if at_once else 70
+        return [SimpleNamespace(image=np.arange(2), error=np.zeros(count), name=(number, at_once))]
+
+    monkeypatch.setattr(agreement, "attempt", attempt)
+    monkeypatch.setattr(agreement.signals, "bends", lambda model, others: None)
+    _, others = agreement._reconstructions(job, Belief(np.array([0.9]), np.array([0.1])))
+    assert [model.name for model in others] == [(1, False), (2, False)] and (2, True) in asked
 
 
 @pytest.mark.parametrize(
@@ -91,7 +115,9 @@ def test_photographs_from_nearly_one_place_are_refused_for_that():
 def test_parallax_counts_in_pixels_of_what_is_matched(focal_length, width, degrees):
     model = SimpleNamespace(intrinsics=np.full((2, 4), focal_length), size=np.full((2, 2), width))
     assert least_parallax(model, ahead=False) == pytest.approx((degrees, 0.75 * degrees))
-    assert least_parallax(model, ahead=True) == (AHEAD_ANGLE, AHEAD_ANGLE)
+    assert least_parallax(model, ahead=True) == (AHEAD_ANGLE, 0.75 * AHEAD_ANGLE)
+    pixels = focal_length * min(1, 1200 / width) * np.radians(least_parallax(model, False, SCANT)[0])
+    assert np.isnan(pixels) or pixels == pytest.approx(3)
 
 
 @pytest.mark.parametrize(("count", "chosen"), [(990, 1.26), (800, 0.7)])

@@ -10,7 +10,7 @@ import numpy as np
 import pycolmap
 
 from ttt_lib.data.photographs import focal, signals
-from ttt_lib.data.photographs.job import MIN_MATCHES, Job, Lens, Refusal, Selection, SparseModel
+from ttt_lib.data.photographs.job import MIN_MATCHES, SCANT, Job, Lens, Refusal, Selection, SparseModel
 from ttt_lib.data.photographs.mapping import attempt, place
 from ttt_lib.data.photographs.matching import extract, match, too_few, verify
 from ttt_lib.data.photographs.signals import MIN_POINTS, select_tracks, summarize
@@ -22,6 +22,7 @@ EXPLAINED = 0.88  # of the matches, median over photographs: 0.93 and more of ri
 PLACED = 0.8  # the same, of a single photograph
 FLAT = 0.92  # of the points, on one plane
 SHARE = 0.7  # of the matches that the second and third reconstruction see
+WHOLE = 0.8  # of what that lets expect: a global reconstruction with fewer points is a fragment
 AHEAD = "take more frames, further apart, or move sideways (the camera moved straight ahead)"
 NO_MODEL = (
     "no cameras could be found that explain the matches: take more photographs, closer together but not from one "
@@ -36,7 +37,15 @@ def reconstruct(job: Job) -> Job:
     """The job with a reconstruction that two others confirm and its tracks, or with why there is none."""
     try:
         match(job)
-        _agreed(job)
+        matched = dict(job.about)
+        try:
+            _agreed(job)
+        except Refusal:
+            if len(job.kept) > focal.MANY:  # so many that some of them stand apart, and it takes minutes
+                raise
+            # What has little parallax was left out; where most of a scene is far away, that was the better half of it.
+            job.needed, job.about = SCANT, matched
+            _agreed(job)
     except Refusal as refusal:
         job.refused = str(refusal)
     return job
@@ -48,8 +57,8 @@ def _agreed(job: Job) -> None:
     job.model, others = _reconstructions(job, belief)
     model, places = job.model, job.model.image.tolist()
     about["focal"] = [round(float(f), 4) for f in signals.focals_of(job, model, belief.focals)]
-    _look(model, about)
-    picked = job.picked = select_tracks(model, about["forward"])
+    _look(job, model)
+    picked = job.picked = select_tracks(model, about["forward"], job.needed)
     for image, share in zip(places, model.explained):
         if share < PLACED:
             picked.weak[image] = f"its place explains only {share:.0%} of its matches"
@@ -83,7 +92,7 @@ def _belief(job: Job, about: dict[str, Any]) -> focal.Belief:
         return belief
     unlikely, unknown = focal.is_unlikely(belief), belief.doubt > DOUBT or belief.ignorance > IGNORANCE
     if unknown or unlikely:
-        _look(belief.model, about)  # another cause, if there is one, says more
+        _look(job, belief.model)  # another cause, if there is one, says more
     if unlikely:
         raise Refusal(
             f"the photographs fit only a camera that hardly exists (focal length {belief.focals[0]:.2f} of the width): "
@@ -98,9 +107,10 @@ def _belief(job: Job, about: dict[str, Any]) -> focal.Belief:
     return belief
 
 
-def _look(model: SparseModel, about: dict[str, Any]) -> None:
+def _look(job: Job, model: SparseModel) -> None:
     """How the cameras moved and how well that explains the matches. Raises `Refusal` where it does not, or where they
     hardly moved."""
+    about = job.about
     about["forward"] = ahead = signals.moves_ahead(model)
     about["explained"] = float(np.median(model.explained))
     about["seen_parallax"] = seen = float(np.median(signals.parallax(model))) if len(model.xyz) else 0.0
@@ -109,7 +119,7 @@ def _look(model: SparseModel, about: dict[str, Any]) -> None:
             f"cameras explain only {about['explained']:.0%} of the matches: things moved between the photographs, or "
             "parts of the scene look alike; take them of a scene that stands still and does not repeat itself."
         )
-    least, _ = signals.least_parallax(model, ahead)
+    least, _ = signals.least_parallax(model, ahead, job.needed)
     if seen < least:
         raise Refusal(
             f"the photographs are taken from nearly the same place (median parallax {seen:.1f} degrees, at least "
@@ -149,9 +159,11 @@ def _reconstructions(job: Job, belief: focal.Belief) -> tuple[SparseModel, list[
     starts = [widest, *by_matches] if widest else [None, None]
     others = attempt(job, focals, number=1, share=SHARE, start=starts[0])
     everywhere = attempt(job, focals, number=2, share=SHARE, at_once=True)
-    if not everywhere or len(everywhere[0].image) < len(model.image):  # it needs more than there may be
-        everywhere = attempt(job, focals, number=2, share=SHARE, start=starts[1])
-    return model, [each for each in others + everywhere if len(each.image) >= len(model.image)]
+    least = WHOLE * SHARE * signals.fitted(model)
+    enough = [m for m in everywhere if len(m.image) >= len(model.image) and signals.fitted(m) >= least]
+    if not enough:  # the global one needs more than there may be; a fragment contradicts nothing
+        enough = attempt(job, focals, number=2, share=SHARE, start=starts[1])
+    return model, [each for each in others + enough if len(each.image) >= len(model.image)]
 
 
 def triangulate(job: Job, lenses: list[Lens], poses: np.ndarray) -> Job:

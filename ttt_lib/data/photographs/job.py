@@ -30,7 +30,24 @@ log = logging.getLogger(__name__)
 CELLS = 4  # a picture has CELLS x CELLS cells, in which its tracks are counted
 LONGEST_SIDE = 1200  # pixels of the pictures that are matched
 MIN_MATCHES = 40  # verified matches with some other photograph
-USUAL_FOCAL = 0.85  # of the width, where nothing is known: a phone, a small camera
+USUAL_FOCAL, UNKNOWN = 0.85, 0.3  # of the width, where nothing is known: a phone, a small camera; deviation of its log
+
+
+class Needed(NamedTuple):
+    """The parallax that photographs must have, in pixels of what is matched between two rays to a point.
+
+    mapped: of a point that takes part in a reconstruction; median: of all its points; track: of what becomes a track, as a
+    share of that; least: degrees that the median must have, however many pixels they are.
+    """
+
+    mapped: float
+    median: float
+    track: float
+    least: float
+
+
+AMPLE = Needed(mapped=4.0, median=8.0, track=0.75, least=1.0)  # with less, noise bends the scene a little
+SCANT = Needed(mapped=0.5, median=3.0, track=0.5, least=0.0)  # the second chance: a street, a small stereo rig
 
 
 class Refusal(Exception):
@@ -110,7 +127,7 @@ class Job:
     pictures: without their sources; of the gray ones sizes (width, height) and digests. kept: those that take part;
     left_out: place -> why of the others; camera_of: of each the number of its lens; of pairs of photographs inliers
     (verified matches), moved (pixels that three quarters of them stay below), flat (the share of them that one homography
-    explains). In the end about (see `Scene`), model and picked, or refused.
+    explains). needed: the parallax. In the end about (see `Scene`), model and picked, or refused.
     """
 
     folder: Path
@@ -127,6 +144,7 @@ class Job:
     inliers: np.ndarray | None = None
     moved: np.ndarray | None = None
     flat: np.ndarray | None = None
+    needed: Needed = AMPLE
     about: dict[str, Any] = field(default_factory=dict)
     model: SparseModel | None = None
     picked: Selection | None = None

@@ -18,7 +18,7 @@ from ttt_lib.core.errors import DataError, UserError, printable
 from ttt_lib.data.images import is_photo, read_photo
 from ttt_lib.data.photographs.colmap import read_model
 from ttt_lib.data.photographs.colmap_files import Listing, Model, find_model
-from ttt_lib.data.photographs.job import Lens, Picture, Selection, SparseModel
+from ttt_lib.data.photographs.job import SCANT, Lens, Picture, Selection, SparseModel
 from ttt_lib.data.photographs.reconstruct import do_apart, to_photographs
 from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.signals import centres, moves_ahead, select_tracks, summarize
@@ -210,7 +210,7 @@ def _triangulated(posed: list[Posed], seed: int, scene: Scene) -> Scene:
     rest = [Photograph(each.name, partial(read_photo, each.file)) for each in posed]
     if job.refused:
         return replace(scene, photographs=rest + scene.rest, refused=job.refused, rest=[])
-    picked = select_tracks(job.model, moves_ahead(job.model))
+    picked = _select(job.model)
     picked.weak.update(job.left_out)
     turns = {image: posed[image].turns for image in job.model.image.tolist() if image not in picked.weak}
     return _put_together(job.model, picked, dict(enumerate(rest)), turns, scene)
@@ -221,7 +221,7 @@ def _with_points(
 ) -> Scene:
     """A scene of a model that has points. files: id -> photograph, of the images that were found; of those that can be
     used at most `count` are taken."""
-    picked = select_tracks(model, moves_ahead(model))
+    picked = _select(model)
     if listing.own:  # each observation is a track already
         picked = replace(picked, which=np.isfinite(model.depth) & (model.depth > 0), weak={})
     picked.weak.update(listing.unusable)
@@ -235,6 +235,13 @@ def _with_points(
         except UserError as error:
             scene.left_out.append((photographs.pop(image).name, str(error)))
     return _put_together(model, picked, photographs, turns, scene)
+
+
+def _select(model: SparseModel) -> Selection:
+    """Its tracks; with little parallax too where fewer than two photographs have enough others."""
+    ahead = moves_ahead(model)
+    picked = select_tracks(model, ahead)
+    return picked if len(model.image) - len(picked.weak) >= 2 else select_tracks(model, ahead, SCANT)
 
 
 def _put_together(

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ttt_lib.data.photographs.job import CELLS, LONGEST_SIDE, Job, Selection, SparseModel
+from ttt_lib.data.photographs.job import AMPLE, CELLS, LONGEST_SIDE, Job, Needed, Selection, SparseModel
 
-PARALLAX = 8.0  # pixels of what is matched: the median of a reconstruction; with less, noise bends the scene
-LEAST_ANGLE, MOST_ANGLE = 1.0, 2.0  # degrees: never less, and no more is asked, however few pixels that is
-TRACK_SHARE = 0.75  # of that angle: what becomes a track
+MOST_ANGLE = 2.0  # degrees of the median parallax: no more is asked, however few pixels that is
 MAX_ERROR = 1.0  # pixels
 MIN_POINTS, MIN_CELLS = 50, 8
 MOST = 1.0  # of |log depth ratio| that another focal length makes: what goes to infinity there
@@ -55,18 +53,16 @@ def parallax(model: SparseModel) -> np.ndarray:
     return _farthest(rays, rays[row], model.point, count)[0]
 
 
-def least_parallax(model: SparseModel, ahead: bool) -> tuple[float, float]:
+def least_parallax(model: SparseModel, ahead: bool, needed: Needed = AMPLE) -> tuple[float, float]:
     """Degrees that the median of a reconstruction must have, and that a track must have.
 
     Pixels tell how far noise moves a point along its ray: a long lens or a large picture needs a smaller angle for as many.
     """
-    if ahead:
-        return AHEAD_ANGLE, AHEAD_ANGLE
     focals = model.intrinsics[:, 0] * _shrunk(model.size)
     focals = focals[np.isfinite(focals)]  # a fisheye has none
-    angle = math.degrees(PARALLAX / np.median(focals)) if len(focals) else MOST_ANGLE
-    angle = min(max(angle, LEAST_ANGLE), MOST_ANGLE)
-    return angle, TRACK_SHARE * angle
+    angle = math.degrees(needed.median / np.median(focals)) if len(focals) else MOST_ANGLE
+    angle = min(max(angle, needed.least), AHEAD_ANGLE if ahead else MOST_ANGLE)
+    return angle, needed.track * angle
 
 
 def _shrunk(size: np.ndarray) -> np.ndarray:
@@ -171,7 +167,7 @@ def _cells(uv: np.ndarray) -> int:
     return len(np.unique(row * CELLS + column))
 
 
-def select_tracks(model: SparseModel, ahead: bool = False) -> Selection:
+def select_tracks(model: SparseModel, ahead: bool = False, needed: Needed = AMPLE) -> Selection:
     """Observations that fit, in front of the camera, inside the picture, of points with parallax.
 
     Where a photograph has enough points that three photographs see, those that only two see are left out: nothing
@@ -182,7 +178,7 @@ def select_tracks(model: SparseModel, ahead: bool = False) -> Selection:
     uv = model.uv / size
     angle = parallax(model)
     inside = ((uv >= 0) & (uv <= 1)).all(-1) & np.isfinite(model.depth) & (model.depth > 0)
-    good = inside & (error < MAX_ERROR) & (angle[model.point] >= least_parallax(model, ahead)[1])
+    good = inside & (error < MAX_ERROR) & (angle[model.point] >= least_parallax(model, ahead, needed)[1])
     views = np.bincount(model.point[good], minlength=len(model.xyz))
     which = good & (views[model.point] >= 2)
     least = AHEAD_CELLS if ahead else MIN_CELLS

@@ -19,11 +19,11 @@ from ttt_lib.data.photographs.scene import Photograph, Tracks
 
 LONGEST_SIDE = 640  # pixels of the pictures that are compared
 NEIGHBOURS = 4  # photographs that one is compared with
-NARROW, WIDE = 1.5, 25.0  # degrees between two rays to a track: less measures nothing, more looks too different
+WIDE = 25.0  # degrees between two rays to a track: more looks too different
 SHARED = 20  # tracks in common
 AHEAD = 0.7  # cosine between the step and the axes: from there on rectified pictures are stretched too far
 BLOCK = 5  # pixels of SGM's windows, and of its penalties
-LEAST = 4.0  # pixels of disparity: half a pixel is then an eighth of the depth
+LEAST = 4.0  # pixels of disparity, of each pixel and of the median track: half a pixel is then an eighth of the depth
 MOST = 256  # disparities that are searched
 AGREE = 0.04  # relative depth by which two neighbours may differ, where there are two
 BESIDE, FILLED = 1.15, 0.75  # largest ratio of depths in a window, and the least share of it that is known
@@ -72,7 +72,7 @@ def neighbours(grays: list[GrayPhotograph], index: int) -> list[int]:
             continue
         depth = float(own.tracks.depth[torch.from_numpy(mine)].median())
         angle = math.degrees(math.atan2(step, depth))
-        if NARROW <= angle <= WIDE:
+        if own.matrix[0, 0] * step >= LEAST * depth and angle <= WIDE:
             score[number] = len(common) * min(1.0, angle / 6)  # at some 6 degrees a pixel is a per cent or two
     return sorted(score, key=lambda number: (-score[number], number))[:NEIGHBOURS]
 
