@@ -36,13 +36,15 @@ class GeometryModel(ABC):
     rule); autocast: `none`, or `bfloat16` for mixed precision of the network in `forward`; part_of: which part the
     network's modules are, by the first name or the first two, those that it does not name being heads; losses: the set
     of terms that is its own (`adaptation/losses/presets.py`); fov_x: the horizontal field of view in degrees where it is
-    known; known_references: known distances of the picture at hand (both: `knowing`).
+    known; known_references: known distances of the picture at hand (both: `knowing`); focal_deviation: of the logarithm
+    of the focal length that it predicts for photographs, where that is known to be poor.
     """
 
     output: Literal["points", "depth", "disparity"] = "points"
     losses: str = "study"
     part_of: ClassVar[dict[str, str]] = {"encoder": "encoder", "backbone": "encoder", "neck": "neck"}
     fov_x: float | None = None
+    focal_deviation: float = 0.0
     known_references: References | None = None
 
     def __init__(

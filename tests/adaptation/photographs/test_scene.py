@@ -21,12 +21,14 @@ from ttt_lib.adaptation.photographs.evidence import (
     shifted,
     spread,
 )  # fmt: skip
-from ttt_lib.adaptation.photographs.scene import adapt_scene
+from ttt_lib.adaptation.photographs.scene import adapt_scene, guess_focal
 from ttt_lib.adaptation.photographs.training import Lesson, TracksConfig, carried, depth_at_tracks, track_loss
 from ttt_lib.core.types import Prediction
+from ttt_lib.data.photographs.job import UNKNOWN, USUAL_FOCAL
 from ttt_lib.data.photographs.scene import Scene, Tracks
 from ttt_lib.geometry.cameras import unproject
 from ttt_lib.models.base import weights_checksum
+from ttt_lib.models.load import load_model
 
 experiment = small_experiment(
     supervision={"photographs": {"stereo": False}}, train={"passes": 4, "accumulation": 2, "batch_size": 1}
@@ -283,6 +285,18 @@ def test_a_model_that_takes_far_for_near_is_overruled_where_stereo_sees_the_trac
     wrong, right = truth_as_prediction(sample, 1 / sample.depth), truth_as_prediction(sample, sample.depth * 0.2)
     judged = choose(wrong, {"corrected": right}, evidence, random())
     assert judged.choice == choice and judged.signals["rank"] < -0.9
+
+
+def test_a_focal_length_that_a_model_knows_poorly_is_drawn_to_the_usual_one(tiny, monkeypatch):
+    image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0))
+    found = float(tiny.predict(image).intrinsics[0, 0])
+    guesses = {}
+    for deviation in (0.0, UNKNOWN, 100.0):
+        monkeypatch.setattr(tiny, "focal_deviation", deviation)
+        guesses[deviation] = guess_focal(tiny)(image)
+    halfway = (found * USUAL_FOCAL) ** 0.5
+    assert list(guesses.values()) == pytest.approx([found, halfway, USUAL_FOCAL], rel=1e-3)
+    assert load_model("tiny", device="cpu").focal_deviation > UNKNOWN  # of photographs, unlike what it was trained on
 
 
 def test_a_scene_in_another_scale_is_the_same_scene(rendered):

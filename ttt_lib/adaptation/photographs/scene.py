@@ -25,6 +25,7 @@ from ttt_lib.core.errors import NumericalError
 from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import Prediction
+from ttt_lib.data.photographs.job import UNKNOWN, USUAL_FOCAL
 from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.models.base import GeometryModel, holding, training
 
@@ -148,13 +149,15 @@ def adapt_scene(
 def guess_focal(model: GeometryModel, longest_side: int | None = None) -> Callable[[Tensor], float | None]:
     """What a model believes of a picture's camera: a function from an image (3,H,W) to the focal length over the width.
 
-    None where the model has no idea of it (`Prediction.note` says that a field of view was assumed).
+    None where the model has no idea of it (`Prediction.note` says that a field of view was assumed). What a model knows
+    poorly (`focal_deviation`) is drawn towards the usual camera, each with the weight that its deviation gives it.
     """
+    trust = UNKNOWN**2 / (UNKNOWN**2 + model.focal_deviation**2)
 
     def guess(image: Tensor) -> float | None:
         prediction = model.predict(working_image(image.to(model.device), longest_side))
         assumed = prediction.intrinsics is None or prediction.note and model.fov_x is None
-        return None if assumed else float(prediction.intrinsics[0, 0])
+        return None if assumed else float(prediction.intrinsics[0, 0]) ** trust * USUAL_FOCAL ** (1 - trust)
 
     return guess
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ttt_lib.data.photographs import signals
-from ttt_lib.data.photographs.job import USUAL_FOCAL, Job, SparseModel
+from ttt_lib.data.photographs.job import UNKNOWN, USUAL_FOCAL, Job, SparseModel
 from ttt_lib.data.photographs.mapping import attempt
 
 FOCALS = (0.5, 0.63, 0.8, 1.0, 1.26, 1.6)  # of the width: compared where two photographs must do
 STARTS = (0.6, 1.2)  # of the width: where refinement begins too, beside what is believed
 MANY = 12  # photographs, from which on one start must do
 STEP = 1.15
-GIVEN, UNKNOWN = 0.14, 0.3  # standard deviation of the logarithm: of a model's guess; of all cameras about USUAL_FOCAL
+GIVEN = 0.14  # standard deviation of the logarithm of a model's guess
 INDEPENDENT = 150  # measurements; more say less than they seem to, since what is wrong in them is the same for many
 SYSTEMATIC = 0.025  # of the log focal length: what features that sit a little beside their places do to it
 CONTRADICTS = 2.0  # standard deviations between what is given and what is found, from where on the former is forgotten
