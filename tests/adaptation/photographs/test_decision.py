@@ -91,3 +91,13 @@ def test_a_small_part_that_was_measured_counts_as_a_small_part():
     evidence = Evidence(Photograph("a", torch.zeros(3, SIZE, SIZE), CAMERA), every[:100], every[100:], measured)
     found = corrected(right, evidence, "full", torch.Generator().manual_seed(0)).depth
     assert ((found / right.depth).log().abs()[24:, 24:] < 0.05).all()
+
+
+def test_what_was_measured_behind_all_tracks_says_nothing_of_the_rest_there():
+    right = ramp(30.0, 16)
+    measured = torch.full((SIZE, SIZE), torch.nan)
+    measured[:14, :14] = 21.0  # of 30: too far to be measured well
+    every = tracks_on(right.depth, 16, 200)
+    evidence = Evidence(Photograph("a", torch.zeros(3, SIZE, SIZE), CAMERA), every[:180], every[180:], measured)
+    found = corrected(right, evidence, "full", torch.Generator().manual_seed(0)).depth
+    assert ((found / right.depth).log().abs()[:14, 40:] < 0.1).all() and found[4, 4] < 25

@@ -22,8 +22,8 @@ FROM_STEREO = 1500  # places of an even grid over the picture where measured dep
 WILD = 0.35  # of |log ratio| between what is measured and the corrected prediction around it: a wrong match
 AROUND = 16  # pixels of the coarse map that says what is around
 LANDS = 0.02  # of the picture: a track that lands farther from itself is another's
-REACH = (0.01, 0.99)  # quantiles of the predicted depth at the references: as far as a correction is believed, and
-EDGE = 0.05  # in log depth before that, where the factor is read that holds outside
+REACH = (0.01, 0.99)  # quantiles of the predicted depth at the tracks: as far as a correction is believed, and
+EDGE = 0.3  # in log depth before that, where the factor is read that holds outside
 WEAK = 0.5  # weight of the coarser level, and of no residual, where residuals are spread: few pixels speak for few
 
 
@@ -175,7 +175,7 @@ def _fully(prediction: Prediction, evidence: Evidence, generator: torch.Generato
     references = References(uv.to(device), known.to(device))
     depth = correct(prediction, references)[0].depth
     if prediction.disparity is None:
-        depth = held_outside(depth, prediction.depth, at_references(prediction.depth[None], references)[0])
+        depth = held_outside(depth, prediction.depth, at_tracks(prediction, evidence.used))
     if measured is None:
         return depth
     small = F.interpolate(depth[None, None], measured.shape, mode="nearest")[0, 0]
@@ -192,13 +192,14 @@ def reach(found: Tensor, least: int = 1) -> tuple[float, float] | None:
 
 
 def held_outside(corrected: Tensor, depth: Tensor, found: Tensor) -> Tensor:
-    """Corrected depth (H,W) whose factor does not change any more outside of what the references reach.
+    """Corrected depth (H,W) whose factor does not change any more outside of what the tracks reach.
 
-    A curve that fits them all can be anything beyond them: twenty times too far, for a hill behind the last track.
+    A curve that fits them all can be anything beyond them: twenty times too far, for a hill behind the last track. What is
+    measured between photographs reaches further, to where half a pixel of noise is an eighth of the depth and more.
 
     Args:
         corrected, depth: after and before, (H,W).
-        found: the depth before at the references, (N,).
+        found: the depth before at the tracks, (N,).
     """
     span = reach(found, 20)
     if span is None:
