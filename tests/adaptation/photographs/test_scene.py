@@ -296,6 +296,8 @@ def test_a_focal_length_that_a_model_knows_poorly_is_drawn_to_the_usual_one(tiny
         guesses[deviation] = guess_focal(tiny)(image)
     halfway = (found * USUAL_FOCAL) ** 0.5
     assert list(guesses.values()) == pytest.approx([found, halfway, USUAL_FOCAL], rel=1e-3)
+    with tiny.knowing(fov_x=90.0):
+        assert guess_focal(tiny)(image) == pytest.approx(0.5)
     assert load_model("tiny", device="cpu").focal_deviation > UNKNOWN  # of photographs, unlike what it was trained on
 
 

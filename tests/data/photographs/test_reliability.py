@@ -11,7 +11,7 @@ from rendered_walls import FOCAL, camera, depth_error, poster, render, walk
 
 from ttt_lib.data.photographs import agreement, focal
 from ttt_lib.data.photographs.focal import Belief, combine, expected
-from ttt_lib.data.photographs.job import AMPLE, SCANT, Picture
+from ttt_lib.data.photographs.job import AMPLE, SCANT, Picture, Refusal
 from ttt_lib.data.photographs.matching import MIN_MATCHES, TWINS, _leave_out_strangers, _twins
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.signals import AHEAD_ANGLE, least_parallax
@@ -90,22 +90,43 @@ def test_little_parallax_is_enough_where_it_is_pixels_enough():
     scene = reconstruct(pictures(views, focal=FOCAL))
     assert scene.about["seen_parallax"] < AMPLE.least  # 4.4 pixels
     assert not scene.refused and len(scene.photographs) == 2 and max(errors(scene, views)) < 0.05
+    assert scene.about["second_try"]
 
 
-def test_a_fragment_of_a_global_reconstruction_contradicts_nothing(monkeypatch):
-    """With few photographs it may place a handful of points; then another start of the other kind is asked."""
+@pytest.mark.parametrize(("sure", "count", "tries"), [(False, 2, 2), (True, 2, 1), (False, focal.MANY + 1, 1)])
+def test_a_second_try_is_for_what_more_points_may_mend(monkeypatch, sure, count, tries):
+    needed = []
+
+    def refuse(job):
+        needed.append(job.needed)
+        job.about["flat"] = 0.5
+        raise Refusal(f"because, {len(needed)}", sure)
+
+    monkeypatch.setattr(agreement, "match", lambda job: None)
+    monkeypatch.setattr(agreement, "_agreed", refuse)
+    job = SimpleNamespace(kept=list(range(count)), needed=AMPLE, about={"focal": [1.0]}, refused="")
+    agreement.reconstruct(job)
+    assert needed == [AMPLE, SCANT][:tries] and job.refused == f"because, {tries}"
+    assert ("second_try" in job.about) == (tries == 2) and ("focal" in job.about) == (tries == 1)
+
+
+@pytest.mark.parametrize(("found", "error", "kept"), [(20, 0.0, False), (65, 0.9, True)])
+def test_a_fragment_of_a_global_reconstruction_contradicts_nothing(monkeypatch, found, error, kept):
+    """With few photographs it may place a handful of points; then another start of the other kind is asked. A whole one
+    that fits badly is heard."""
     job = SimpleNamespace(kept=[0, 1], pairs=[(0, 1)], inliers=[99], widest=lambda: None)
     asked = []
 
     def attempt(_, focals, number=0, at_once=False, **options):
         asked.append((number, at_once))
-        count = 100 if not number else 20 if at_once else 70
-        return [SimpleNamespace(image=np.arange(2), error=np.zeros(count), name=(number, at_once))]
+        count = 100 if not number else found if at_once else 70
+        errors = np.full(count, error if at_once else 0.0)
+        return [SimpleNamespace(image=np.arange(2), error=errors, name=(number, at_once))]
 
     monkeypatch.setattr(agreement, "attempt", attempt)
     monkeypatch.setattr(agreement.signals, "bends", lambda model, others: None)
     _, others = agreement._reconstructions(job, Belief(np.array([0.9]), np.array([0.1])))
-    assert [model.name for model in others] == [(1, False), (2, False)] and (2, True) in asked
+    assert [model.name for model in others] == [(1, False), (2, kept)] and (2, True) in asked
 
 
 @pytest.mark.parametrize(
@@ -115,9 +136,9 @@ def test_a_fragment_of_a_global_reconstruction_contradicts_nothing(monkeypatch):
 def test_parallax_counts_in_pixels_of_what_is_matched(focal_length, width, degrees):
     model = SimpleNamespace(intrinsics=np.full((2, 4), focal_length), size=np.full((2, 2), width))
     assert least_parallax(model, ahead=False) == pytest.approx((degrees, 0.75 * degrees))
-    assert least_parallax(model, ahead=True) == (AHEAD_ANGLE, 0.75 * AHEAD_ANGLE)
-    pixels = focal_length * min(1, 1200 / width) * np.radians(least_parallax(model, False, SCANT)[0])
-    assert np.isnan(pixels) or pixels == pytest.approx(3)
+    assert least_parallax(model, ahead=True) == (AHEAD_ANGLE, AHEAD_ANGLE)
+    scant = 0.75 if np.isnan(focal_length) else np.degrees(3 / (focal_length * min(1, 1200 / width)))
+    assert least_parallax(model, False, SCANT) == pytest.approx((scant, 0.5 * scant))
 
 
 @pytest.mark.parametrize(("count", "chosen"), [(990, 1.26), (800, 0.7)])

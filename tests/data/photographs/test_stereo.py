@@ -9,7 +9,7 @@ import torch
 from true_scene import true_scene
 
 from ttt_lib.data.photographs.scene import Tracks
-from ttt_lib.data.photographs.stereo import certain, confirmed, measure_depth, neighbours, to_gray
+from ttt_lib.data.photographs.stereo import LEAST, certain, confirmed, measure_depth, neighbours, to_gray
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,17 @@ def test_two_photographs_measure_each_other(rendered):
     assert neighbours(grays, 0) == [1] and neighbours(grays, 1) == [0]
     error, share = errors(measure_depth(grays, 0)[0], samples[0])
     assert share > 0.4 and error.median() < 0.03
+
+
+def test_a_narrow_neighbour_is_asked_only_where_there_is_no_other(rendered):
+    """It measures nothing far away, and what only one of two neighbours measures is dropped."""
+    scene, _ = rendered
+    own, wide = (to_gray(photograph) for photograph in scene.photographs[:2])
+    depth = float(own.tracks.depth.median())
+    narrow = replace(wide, centre=own.centre + [0.02 * depth, 0, 0])  # 1.1 degrees: five pixels
+    assert own.matrix[0, 0] * 0.02 > LEAST
+    assert neighbours([own, wide, narrow], 0) == [1] and neighbours([own, narrow], 0) == [1]
+    assert neighbours([own, replace(narrow, centre=own.centre + [0.01 * depth, 0, 0])], 0) == []
 
 
 def test_nothing_is_measured_where_nothing_can_be(rendered):

@@ -185,7 +185,7 @@ def _fully(prediction: Prediction, evidence: Evidence, generator: torch.Generato
 
 
 def reach(found: Tensor, least: int = 1) -> tuple[float, float] | None:
-    """Between which log depths the depth `found` at references (N,) lies, but for what REACH leaves out; None where fewer
+    """Between which log depths the depth `found` at tracks (N,) lies, but for what REACH leaves out; None where fewer
     than `least` are depths."""
     at = found[torch.isfinite(found) & (found > 0)].log()
     return tuple(at.quantile(at.new_tensor(REACH)).tolist()) if len(at) >= least else None

@@ -152,12 +152,14 @@ def guess_focal(model: GeometryModel, longest_side: int | None = None) -> Callab
     None where the model has no idea of it (`Prediction.note` says that a field of view was assumed). What a model knows
     poorly (`focal_deviation`) is drawn towards the usual camera, each with the weight that its deviation gives it.
     """
-    trust = UNKNOWN**2 / (UNKNOWN**2 + model.focal_deviation**2)
 
     def guess(image: Tensor) -> float | None:
         prediction = model.predict(working_image(image.to(model.device), longest_side))
         assumed = prediction.intrinsics is None or prediction.note and model.fov_x is None
-        return None if assumed else float(prediction.intrinsics[0, 0]) ** trust * USUAL_FOCAL ** (1 - trust)
+        if assumed:
+            return None
+        trust = UNKNOWN**2 / (UNKNOWN**2 + model.focal_deviation**2) if model.fov_x is None else 1.0
+        return float(prediction.intrinsics[0, 0]) ** trust * USUAL_FOCAL ** (1 - trust)
 
     return guess
 

@@ -37,14 +37,13 @@ def reconstruct(job: Job) -> Job:
     """The job with a reconstruction that two others confirm and its tracks, or with why there is none."""
     try:
         match(job)
-        matched = dict(job.about)
         try:
             _agreed(job)
-        except Refusal:
-            if len(job.kept) > focal.MANY:  # so many that some of them stand apart, and it takes minutes
+        except Refusal as refusal:
+            if refusal.sure or len(job.kept) > focal.MANY:  # so many that some stand apart, and it takes minutes
                 raise
             # What has little parallax was left out; where most of a scene is far away, that was the better half of it.
-            job.needed, job.about = SCANT, matched
+            job.needed, job.about = SCANT, {"second_try": True}
             _agreed(job)
     except Refusal as refusal:
         job.refused = str(refusal)
@@ -117,13 +116,14 @@ def _look(job: Job, model: SparseModel) -> None:
     if about["explained"] < EXPLAINED:
         raise Refusal(
             f"cameras explain only {about['explained']:.0%} of the matches: things moved between the photographs, or "
-            "parts of the scene look alike; take them of a scene that stands still and does not repeat itself."
+            "parts of the scene look alike; take them of a scene that stands still and does not repeat itself.",
+            sure=True,
         )
     least, _ = signals.least_parallax(model, ahead, job.needed)
     if seen < least:
         raise Refusal(
-            f"the photographs are taken from nearly the same place (median parallax {seen:.1f} degrees, at least "
-            f"{least:.1f} are needed): {AHEAD if ahead else 'take them from places further apart'}."
+            f"the photographs are taken from nearly the same place (median parallax {seen:.2g} degrees, at least "
+            f"{least:.2g} are needed): {AHEAD if ahead else 'take them from places further apart'}."
         )
 
 
@@ -133,7 +133,8 @@ def _check(job: Job, model: SparseModel, picked: Selection, about: dict[str, Any
     if about["flat"] > FLAT:
         raise Refusal(
             "everything that was matched lies in one plane (a wall, a poster): depth cannot be told from that alone; "
-            "take in things at several distances."
+            "take in things at several distances.",
+            sure=True,
         )
     if sum(image not in picked.weak for image in map(int, model.image)) < 2:
         image, why = next(iter(picked.weak.items()))
@@ -145,7 +146,8 @@ def _check(job: Job, model: SparseModel, picked: Selection, about: dict[str, Any
 
 def _reconstructions(job: Job, belief: focal.Belief) -> tuple[SparseModel, list[SparseModel]]:
     """The reconstruction with these focal lengths, and two more with the same from parts of the matches, with other
-    seeds and starts, one of them global. The focal lengths' doubt is known already, and would hide what differs."""
+    seeds and starts, one of them global if that finds the points. The focal lengths' doubt is known already, and would
+    hide what differs."""
     focals, widest = belief.focals, job.widest()
     step = math.exp(focal.POSSIBLE * float(belief.deviation.max()))
     # From neighbors, a camera that moves ahead may end as one that moves aside.
@@ -159,8 +161,8 @@ def _reconstructions(job: Job, belief: focal.Belief) -> tuple[SparseModel, list[
     starts = [widest, *by_matches] if widest else [None, None]
     others = attempt(job, focals, number=1, share=SHARE, start=starts[0])
     everywhere = attempt(job, focals, number=2, share=SHARE, at_once=True)
-    least = WHOLE * SHARE * signals.fitted(model)
-    enough = [m for m in everywhere if len(m.image) >= len(model.image) and signals.fitted(m) >= least]
+    least = WHOLE * SHARE * len(model.error)
+    enough = [m for m in everywhere if len(m.image) >= len(model.image) and len(m.error) >= least]
     if not enough:  # the global one needs more than there may be; a fragment contradicts nothing
         enough = attempt(job, focals, number=2, share=SHARE, start=starts[1])
     return model, [each for each in others + enough if len(each.image) >= len(model.image)]

@@ -51,7 +51,12 @@ SCANT = Needed(mapped=0.5, median=3.0, track=0.5, least=0.0)  # the second chanc
 
 
 class Refusal(Exception):
-    """Ends a reconstruction inside this sub-package; its text becomes `Scene.refused`."""
+    """Ends a reconstruction inside this sub-package; its text becomes `Scene.refused`. sure: of a cause that points with
+    less parallax would not take away."""
+
+    def __init__(self, text: str, sure: bool = False) -> None:
+        super().__init__(text)
+        self.sure = sure
 
 
 @dataclass

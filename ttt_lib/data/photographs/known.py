@@ -210,7 +210,7 @@ def _triangulated(posed: list[Posed], seed: int, scene: Scene) -> Scene:
     rest = [Photograph(each.name, partial(read_photo, each.file)) for each in posed]
     if job.refused:
         return replace(scene, photographs=rest + scene.rest, refused=job.refused, rest=[])
-    picked = _select(job.model)
+    picked = _select(job.model, job.left_out)
     picked.weak.update(job.left_out)
     turns = {image: posed[image].turns for image in job.model.image.tolist() if image not in picked.weak}
     return _put_together(job.model, picked, dict(enumerate(rest)), turns, scene)
@@ -221,7 +221,7 @@ def _with_points(
 ) -> Scene:
     """A scene of a model that has points. files: id -> photograph, of the images that were found; of those that can be
     used at most `count` are taken."""
-    picked = _select(model)
+    picked = _select(model, listing.unusable)
     if listing.own:  # each observation is a track already
         picked = replace(picked, which=np.isfinite(model.depth) & (model.depth > 0), weak={})
     picked.weak.update(listing.unusable)
@@ -237,11 +237,12 @@ def _with_points(
     return _put_together(model, picked, photographs, turns, scene)
 
 
-def _select(model: SparseModel) -> Selection:
-    """Its tracks; with little parallax too where fewer than two photographs have enough others."""
+def _select(model: SparseModel, unusable: dict[int, str]) -> Selection:
+    """Its tracks; with little parallax too where fewer than two usable photographs have enough others."""
     ahead = moves_ahead(model)
     picked = select_tracks(model, ahead)
-    return picked if len(model.image) - len(picked.weak) >= 2 else select_tracks(model, ahead, SCANT)
+    strong = set(model.image.tolist()) - picked.weak.keys() - unusable.keys()
+    return picked if len(strong) >= 2 else select_tracks(model, ahead, SCANT)
 
 
 def _put_together(

@@ -19,7 +19,7 @@ from ttt_lib.data.photographs.matching import database_of, image_name, tolerance
 
 log = logging.getLogger(__name__)
 
-MOST_ANGLE = 1.0  # degrees between two rays to a point: no more is asked, however few pixels that is
+MAPPED_ANGLE = 1.0  # degrees between two rays to a point: no more is asked, however few pixels that is
 PLACED_ANGLE = 0.1  # the same of known cameras: far points count too when they and the matches are compared
 EPIPOLAR_ERROR = 0.002  # of the longer side, and at least a pixel
 LOSS_SCALE = 0.5  # pixels: from here on a residual counts by its length, not by its square
@@ -43,7 +43,7 @@ def attempt(
     """
     seed, method, models = job.seed + number, _global if at_once else _incremental, {}
     pixels = focals * [lens.width for lens in job.lenses]
-    angle = min(MOST_ANGLE, math.degrees(job.needed.mapped / float(np.median(pixels))))
+    angle = min(MAPPED_ANGLE, math.degrees(job.needed.mapped / float(np.median(pixels))))
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         path = Path(shutil.copyfile(database_of(job), f"{folder}/run.db"))
         _prepare(path, pixels, share, seed)

@@ -95,6 +95,7 @@ class Scene:
 
         agreement   largest median |log depth ratio| between reconstructions, up to scale
         focal       focal length over width, of each camera
+        second_try  where points with little parallax had to help
         points      tracks in all photographs together
         parallax    median over tracks of the largest angle between two rays to it, degrees
         cells       the fewest cells with tracks of a photograph

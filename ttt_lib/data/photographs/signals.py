@@ -60,9 +60,9 @@ def least_parallax(model: SparseModel, ahead: bool, needed: Needed = AMPLE) -> t
     """
     focals = model.intrinsics[:, 0] * _shrunk(model.size)
     focals = focals[np.isfinite(focals)]  # a fisheye has none
-    angle = math.degrees(needed.median / np.median(focals)) if len(focals) else MOST_ANGLE
-    angle = min(max(angle, needed.least), AHEAD_ANGLE if ahead else MOST_ANGLE)
-    return angle, needed.track * angle
+    pixel = math.degrees(1 / np.median(focals)) if len(focals) else MOST_ANGLE / AMPLE.median
+    angle = min(max(needed.median * pixel, needed.least), AHEAD_ANGLE if ahead else MOST_ANGLE)
+    return angle, angle if ahead else needed.track * angle
 
 
 def _shrunk(size: np.ndarray) -> np.ndarray:

@@ -19,7 +19,8 @@ from ttt_lib.data.photographs.scene import Photograph, Tracks
 
 LONGEST_SIDE = 640  # pixels of the pictures that are compared
 NEIGHBOURS = 4  # photographs that one is compared with
-WIDE = 25.0  # degrees between two rays to a track: more looks too different
+NARROW, WIDE = 1.5, 25.0  # degrees between two rays to a track: with less the far half is not measured, more looks too
+# different
 SHARED = 20  # tracks in common
 AHEAD = 0.7  # cosine between the step and the axes: from there on rectified pictures are stretched too far
 BLOCK = 5  # pixels of SGM's windows, and of its penalties
@@ -62,9 +63,12 @@ def to_gray(photograph: Photograph) -> GrayPhotograph:
 
 
 def neighbours(grays: list[GrayPhotograph], index: int) -> list[int]:
-    """Which photographs measure the depth of one: those with many common tracks, seen at a useful angle."""
+    """Which photographs measure the depth of one: those with many common tracks, seen at a useful angle.
+
+    A narrow angle is useful where there is no other: where it measures nothing, it would not agree with what others do.
+    """
     own = grays[index]
-    score = {}
+    score, narrow = {}, set()
     for number, other in enumerate(grays):
         common, mine, theirs = np.intersect1d(own.tracks.track_id, other.tracks.track_id, return_indices=True)
         step = np.linalg.norm(other.centre - own.centre)
@@ -72,9 +76,13 @@ def neighbours(grays: list[GrayPhotograph], index: int) -> list[int]:
             continue
         depth = float(own.tracks.depth[torch.from_numpy(mine)].median())
         angle = math.degrees(math.atan2(step, depth))
-        if own.matrix[0, 0] * step >= LEAST * depth and angle <= WIDE:
-            score[number] = len(common) * min(1.0, angle / 6)  # at some 6 degrees a pixel is a per cent or two
-    return sorted(score, key=lambda number: (-score[number], number))[:NEIGHBOURS]
+        if angle > WIDE or max(angle / NARROW, own.matrix[0, 0] * step / (LEAST * depth)) < 1:
+            continue
+        score[number] = len(common) * min(1.0, angle / 6)  # at some 6 degrees a pixel is a per cent or two
+        if angle < NARROW:
+            narrow.add(number)
+    useful = score.keys() - narrow or narrow
+    return sorted(useful, key=lambda number: (-score[number], number))[:NEIGHBOURS]
 
 
 def _rectified(gray: GrayPhotograph, turn: np.ndarray, focal: float, top: float, height: int) -> tuple:
