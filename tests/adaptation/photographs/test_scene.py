@@ -103,6 +103,8 @@ def test_a_correction_is_not_believed_beyond_its_tracks():
     held = held_outside(wild, depth, torch.linspace(1, 10, 200))
     assert torch.allclose(held, 2 * depth, rtol=0.02)
     assert torch.equal(held_outside(wild, depth, torch.linspace(1, 10, 5)), wild)  # too few to say where they end
+    last = depth * torch.where(depth < 9.6, 2.0, 4.0)  # a curve that swings at its very end: more than that is read
+    assert torch.allclose(held_outside(last, depth, torch.linspace(1, 10, 200))[depth > 10], 2 * depth[depth > 10])
 
 
 def test_residuals_fade_far_from_what_is_known():
