@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from ttt_lib.core.errors import UserError
-from ttt_lib.evaluation.selection import SEEN_AGAIN, beyond_selection, selection_gains, worse_elsewhere
+from ttt_lib.evaluation.selection import SEEN_AGAIN, beyond_selection, certain_losses, selection_gains, worse_elsewhere
 from ttt_lib.runs.protocol import choose_groups
 
 METRIC = {"metric": "depth_metric", "score": "delta1"}
@@ -61,9 +61,10 @@ def test_a_gain_that_costs_another_score_is_named(cost, worse):
     metrics, chosen = study(effect=0.1)
     other = metrics.assign(metric="depth_affine_invariant")
     other.loc[other["experiment"] == "row", "value"] -= 0.1 + cost
-    found = worse_elsewhere(pd.concat([metrics, other]), chosen, **METRIC, samples=400)
+    found = worse_elsewhere(certain_losses(pd.concat([metrics, other]), chosen, samples=400), **METRIC)
     assert set(found) == set(worse) and all("depth_affine_invariant/delta1 -0." in words for words in found.values())
-    assert worse_elsewhere(other, chosen, metric="depth_affine_invariant", score="delta1", samples=50) == {}  # its own
+    own = certain_losses(other, chosen, samples=50)
+    assert worse_elsewhere(own, metric="depth_affine_invariant", score="delta1") == {}
 
 
 def test_without_a_second_look_or_a_second_sample_there_is_no_gain():

@@ -80,14 +80,13 @@ def selection_gains(
     return pd.DataFrame(found, columns=["group", "experiment", "look", "control", "count", "mean", "low", "high"])
 
 
-def worse_elsewhere(
-    metrics: pd.DataFrame, chosen: pd.DataFrame, metric: str, score: str, samples: int = 2000
-) -> dict[tuple[str, str], str]:
-    """Rows that lose against `original` in another score than the one that chose: (group, experiment) -> which, and how much.
+def certain_losses(
+    metrics: pd.DataFrame, chosen: pd.DataFrame, samples: int = 2000
+) -> dict[str, dict[tuple[str, str], float]]:
+    """Rows that lose against `original` in delta1 of each of `ELSEWHERE`: metric -> (group, experiment) -> mean gain.
 
-    What is hard in one score stays so when it is seen again; a prediction that is worse in all else may be less wrong
-    there. Only what is certain counts: an interval below zero in delta1 of `ELSEWHERE` on either look, but not on the first
-    one of easy samples, where `original` had luck.
+    Only what is certain counts: an interval below zero on either look, but not on the first one of easy samples, where
+    `original` had luck. Of both looks the larger loss.
 
     Example:
         >>> rows = [
@@ -97,18 +96,31 @@ def worse_elsewhere(
         ... ]
         >>> columns = ["experiment", "dataset", "sample", "prediction", "metric", "score", "value"]
         >>> chosen = pd.DataFrame({"group": "hard", "dataset": "s", "sample": ["a", "b"]})
-        >>> worse_elsewhere(pd.DataFrame(rows, columns=columns), chosen, "depth_metric", "delta1", samples=10)
+        >>> losses = certain_losses(pd.DataFrame(rows, columns=columns), chosen, samples=10)
+        >>> worse_elsewhere(losses, "depth_metric", "delta1")
         {('hard', 'mine'): 'depth_affine_invariant/delta1 -0.100'}
     """
-    found: dict[tuple[str, str], tuple[float, str]] = {}
+    found = {}
     for other in ELSEWHERE:
-        if (other, "delta1") == (metric, score):
-            continue
         gains = selection_gains(metrics, chosen, other, "delta1", samples, controls=("original",))
         lucky = (gains["group"] == "easy") & (gains["look"] == "first") | (gains["experiment"] == SEEN_AGAIN)
-        for row in gains[(gains["high"] < 0) & ~lucky].itertuples():
-            key = row.group, row.experiment
-            found[key] = min(found.get(key, (0.0, "")), (row.mean, f"{other}/delta1 {row.mean:+.3f}"))
+        lost = gains[(gains["high"] < 0) & ~lucky]
+        found[other] = lost.groupby(["group", "experiment"], sort=False)["mean"].min().to_dict()
+    return found
+
+
+def worse_elsewhere(
+    losses: dict[str, dict[tuple[str, str], float]], metric: str, score: str
+) -> dict[tuple[str, str], str]:
+    """Rows of `certain_losses` in another score than this one: (group, experiment) -> the worst, and how much.
+
+    What is hard in one score stays so when it is seen again; a prediction that is worse in all else may be less wrong
+    there.
+    """
+    found: dict[tuple[str, str], tuple[float, str]] = {}
+    for other, lost in losses.items():
+        for key, mean in lost.items() if (other, "delta1") != (metric, score) else ():
+            found[key] = min(found.get(key, (0.0, "")), (mean, f"{other}/delta1 {mean:+.3f}"))
     return {key: words for key, (_, words) in found.items()}
 
 

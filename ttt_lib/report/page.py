@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ttt_lib.evaluation.paired import paired_gains, summarise
 from ttt_lib.evaluation.scores import TABLE1_COLUMNS
-from ttt_lib.evaluation.selection import GROUPS
+from ttt_lib.evaluation.selection import GROUPS, certain_losses
 from ttt_lib.report.figures import encoded, picture
 from ttt_lib.report.study_figures import (
     best_row,
@@ -147,7 +147,8 @@ def _selection(runs: Runs, bootstrap_samples: int) -> tuple[pd.DataFrame | None,
     if runs.selection is None:
         return None, {}
     by = chosen_by(runs)
-    every = {of: selection_table(runs, bootstrap_samples, *of) for of in {by, *TABLE1_COLUMNS}}
+    losses = certain_losses(runs.metrics, runs.selection, bootstrap_samples)
+    every = {of: selection_table(runs, bootstrap_samples, *of, losses=losses) for of in {by, *TABLE1_COLUMNS}}
     tables = {f"table1_{name}": table1(runs.group(name)).reset_index() for name in GROUPS}
     return every[by], {"beyond_selection": pd.concat([every[of] for of in TABLE1_COLUMNS]), **tables}
 

@@ -13,7 +13,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from ttt_lib.evaluation.scores import SCORES, TABLE1_COLUMNS
-from ttt_lib.evaluation.selection import SEEN_AGAIN, beyond_selection, selection_gains, worse_elsewhere
+from ttt_lib.evaluation.selection import SEEN_AGAIN, beyond_selection, certain_losses, selection_gains, worse_elsewhere
 from ttt_lib.runs.results import Runs
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "published_table1.csv"
@@ -171,11 +171,13 @@ def chosen_by(runs: Runs) -> tuple[str, str]:
 
 
 def selection_table(
-    runs: Runs, bootstrap_samples: int = 2000, metric: str = "", score: str = ""
-) -> pd.DataFrame | None:
+    runs: Runs, bootstrap_samples: int = 2000, metric: str = "", score: str = "",
+    losses: dict[str, dict[tuple[str, str], float]] | None = None,
+) -> pd.DataFrame | None:  # fmt: skip
     """`beyond_selection` of the runs, by default in the score that chose the samples; None where none did.
 
-    `worse_in`: the other score that a row loses in (`worse_elsewhere`), which is then no gain.
+    losses: their `certain_losses`, where tables of several scores are made; None: computed here. `worse_in`: the other
+    score that a row loses in (`worse_elsewhere`), which is then no gain.
     """
     if runs.selection is None:
         return None
@@ -183,7 +185,9 @@ def selection_table(
         metric, score = chosen_by(runs)
     gains = selection_gains(runs.metrics, runs.selection, metric, score, bootstrap_samples)
     table = beyond_selection(gains).assign(metric=metric, score=score)
-    worse = worse_elsewhere(runs.metrics, runs.selection, metric, score, bootstrap_samples)
+    if losses is None:
+        losses = certain_losses(runs.metrics, runs.selection, bootstrap_samples)
+    worse = worse_elsewhere(losses, metric, score)
     table["worse_in"] = [worse.get(key, "") for key in zip(table["group"], table["experiment"])]
     table["gain"] &= table["worse_in"] == ""
     return table

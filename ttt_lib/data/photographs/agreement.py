@@ -4,13 +4,12 @@ the matches. Runs in a process of its own."""
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pycolmap
 
 from ttt_lib.data.photographs import focal, signals
-from ttt_lib.data.photographs.job import MIN_MATCHES, SCANT, Job, Lens, Refusal, Selection, SparseModel
+from ttt_lib.data.photographs.job import MIN_MATCHES, SCANT, Job, Lens, Refusal, SparseModel
 from ttt_lib.data.photographs.mapping import attempt, place
 from ttt_lib.data.photographs.matching import extract, match, too_few, verify
 from ttt_lib.data.photographs.signals import MIN_POINTS, select_tracks, summarize
@@ -52,7 +51,7 @@ def reconstruct(job: Job) -> Job:
 
 def _agreed(job: Job) -> None:
     about = job.about
-    belief = _belief(job, about)
+    belief = _belief(job)
     job.model, others = _reconstructions(job, belief)
     model, places = job.model, job.model.image.tolist()
     about["focal"] = [round(float(f), 4) for f in signals.focals_of(job, model, belief.focals)]
@@ -62,7 +61,7 @@ def _agreed(job: Job) -> None:
         if share < PLACED:
             picked.weak[image] = f"its place explains only {share:.0%} of its matches"
     about.update(summarize(model, picked))
-    _check(job, model, picked, about)
+    _check(job)
     results = [signals.disagreement(model, other, MIN_POINTS) for other in others]
     about["agreement"] = max((value for value, _ in results), default=float("inf"))
     if len(results) < 2 or about["agreement"] > AGREEMENT:
@@ -73,16 +72,16 @@ def _agreed(job: Job) -> None:
     for image in places:
         if image not in picked.weak and max(values.get(image, math.inf) for _, values in results) > AGREEMENT:
             picked.weak[image] = "its place among the others is not certain"
-    _check(job, model, picked, about)
+    _check(job)
     about.update(summarize(model, picked))
     for index in job.kept[:]:
         if index in picked.weak or index not in places:
             job.leave_out(index, picked.weak.get(index, "could not be placed among the others"))
 
 
-def _belief(job: Job, about: dict[str, Any]) -> focal.Belief:
+def _belief(job: Job) -> focal.Belief:
     """What is believed of the focal lengths. Raises `Refusal` where the depth would hang on a guess."""
-    belief = focal.believed(job)
+    about, belief = job.about, focal.believed(job)
     if belief is None:
         raise Refusal(NO_MODEL)
     about["focal"] = [round(float(f), 4) for f in belief.focals]
@@ -127,8 +126,9 @@ def _look(job: Job, model: SparseModel) -> None:
         )
 
 
-def _check(job: Job, model: SparseModel, picked: Selection, about: dict[str, Any]) -> None:
+def _check(job: Job) -> None:
     """Raises `Refusal` where the tracks tell nothing."""
+    about, model, picked = job.about, job.model, job.picked
     about["flat"] = signals.flatness(model)
     if about["flat"] > FLAT:
         raise Refusal(

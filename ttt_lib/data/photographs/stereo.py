@@ -68,7 +68,7 @@ def neighbours(grays: list[GrayPhotograph], index: int) -> list[int]:
     A narrow angle is useful where there is no other: where it measures nothing, it would not agree with what others do.
     """
     own = grays[index]
-    score, narrow = {}, set()
+    wide, narrow = {}, {}
     for number, other in enumerate(grays):
         common, mine, theirs = np.intersect1d(own.tracks.track_id, other.tracks.track_id, return_indices=True)
         step = np.linalg.norm(other.centre - own.centre)
@@ -76,13 +76,13 @@ def neighbours(grays: list[GrayPhotograph], index: int) -> list[int]:
             continue
         depth = float(own.tracks.depth[torch.from_numpy(mine)].median())
         angle = math.degrees(math.atan2(step, depth))
-        if angle > WIDE or max(angle / NARROW, own.matrix[0, 0] * step / (LEAST * depth)) < 1:
-            continue
-        score[number] = len(common) * min(1.0, angle / 6)  # at some 6 degrees a pixel is a per cent or two
-        if angle < NARROW:
-            narrow.add(number)
-    useful = score.keys() - narrow or narrow
-    return sorted(useful, key=lambda number: (-score[number], number))[:NEIGHBOURS]
+        score = len(common) * min(1.0, angle / 6)  # at some 6 degrees a pixel is a per cent or two
+        if NARROW <= angle <= WIDE:
+            wide[number] = score
+        elif angle < NARROW and own.matrix[0, 0] * step >= LEAST * depth:
+            narrow[number] = score
+    useful = wide or narrow
+    return sorted(useful, key=lambda number: (-useful[number], number))[:NEIGHBOURS]
 
 
 def _rectified(gray: GrayPhotograph, turn: np.ndarray, focal: float, top: float, height: int) -> tuple:
