@@ -6,8 +6,8 @@ Several photographs of a scene are another. The loop knows none of them: it sums
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -42,11 +42,13 @@ class TrainingLog:
 class Pass:
     """One forward and backward: the views that were drawn for it, and what of them reaches the loss.
 
-    Both are None where no supervision looks at views: then a pass is only counted.
+    Both are None where no supervision looks at views: then a pass is only counted. number: of which photograph, where there
+    are several.
     """
 
     view: View | None = None
     batch: LossBatch | None = None
+    number: int = 0
 
 
 @dataclass
@@ -64,8 +66,9 @@ class Judgement:
 class Supervision:
     """One source of information about an image. Derive from it and override what applies; the defaults do nothing.
 
-    weight: of its terms in the loss. draws: whether it gives the views that all look at (the first that does, does).
-    joins_passes: whether several passes may be given at once.
+    weight: of its terms in the loss. draws: whether it gives the views that all look at (the first that does, does); it has
+    the `generator` that they come from. joins_passes: whether several passes may be given at once. several: whether it can
+    take part in training on several photographs; then it is prepared for each, in the order of `Pass.number`.
 
     Example:
         >>> class FarAway(Supervision):
@@ -82,23 +85,32 @@ class Supervision:
     weight: float = 1.0
     draws: bool = False
     joins_passes: bool = True
+    several: bool = False
 
     def around(self, model: GeometryModel) -> AbstractContextManager[None]:
         """Inside, which is the whole adaptation to an image, the model predicts with what this source knows."""
         return nullcontext()
 
-    def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
+    def prepare(self, model: GeometryModel, image: Tensor, original: Prediction | None) -> None:
         """Called once an image before training; the network holds the weights that training starts from.
 
         Args:
             model: the network; its weights may be read, not changed.
             image: (3,H,W) in [0,1], of the size that training works at.
-            original: the model's prediction on the full image.
+            original: the model's prediction on the full image; of several photographs what each learns, None where that is
+                its tracks alone.
         """
 
     def draw(self) -> Pass:
         """Views of one pass, of a supervision that `draws`."""
         return Pass()
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """What is drawn inside is drawn again afterwards, of a supervision that `draws`."""
+        state = self.generator.get_state()
+        yield
+        self.generator.set_state(state)
 
     def terms(self, student: Student, passes: list[Pass]) -> dict[str, Tensor]:
         """Terms of the loss, scalars with gradients to `student.leaves`, summed over the passes.
@@ -145,7 +157,8 @@ class Supervision:
 class Episode:
     """The training of one image, as far as the supervisions of an experiment are built from it.
 
-    generator: the sample's one source of random numbers. supervisions: those that were built before.
+    generator: the sample's one source of random numbers. supervisions: those that were built before, or given: one that
+    draws takes the teacher's place.
     """
 
     config: ExperimentConfig
@@ -153,6 +166,11 @@ class Episode:
     generator: torch.Generator
     log: TrainingLog
     supervisions: list[Supervision] = field(default_factory=list)
+
+    @property
+    def drawing(self) -> Supervision | None:
+        """The one that gives the views, if there is any yet."""
+        return next((each for each in self.supervisions if each.draws), None)
 
 
 def configured(episode: Episode) -> list[Supervision]:

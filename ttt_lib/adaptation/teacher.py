@@ -141,9 +141,9 @@ class TeacherOnViews(Supervision):
 
 @SUPERVISIONS.register("teacher")
 def teacher(episode: Episode) -> Supervision | None:
-    """On wherever a term of the loss has a weight."""
+    """On wherever a term of the loss has a weight, unless another draws the views."""
     views = bool(active_terms(episode.config.losses)) or episode.config.train.bidirectional > 0
-    return TeacherOnViews(episode) if views else None
+    return TeacherOnViews(episode) if views and episode.drawing is None else None
 
 
 class Reverse(Supervision):
@@ -157,7 +157,7 @@ class Reverse(Supervision):
         terms = {name: term for name, term in config.losses.items() if not needs_features({name: term})}
         self.config, self.weight = config.model_copy(update={"losses": terms}), config.train.bidirectional
         self.generator = episode.generator
-        self.teacher = next(each for each in episode.supervisions if isinstance(each, TeacherOnViews))
+        self.teacher = episode.drawing
 
     def terms(self, student: Student, passes: list[Pass]) -> dict[str, Tensor]:
         """`reverse`: the losses of the clean prediction against those on the views."""

@@ -23,6 +23,7 @@ from ttt_lib.adaptation.photographs.evidence import (
 )  # fmt: skip
 from ttt_lib.adaptation.photographs.scene import adapt_scene, guess_focal
 from ttt_lib.adaptation.photographs.training import Lesson, TracksConfig, carried, depth_at_tracks, track_loss
+from ttt_lib.core.errors import UserError
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.job import UNKNOWN, USUAL_FOCAL
 from ttt_lib.data.photographs.scene import Scene, Tracks
@@ -232,6 +233,59 @@ def test_tracks_alone_train_too(tiny, rendered, losses):
     adaptation = adapt_scene(tiny, rendered[0], config)
     assert {"tracks", "loss"} <= adaptation.log.history[0].keys() and len(adaptation.log.history) == 2
     assert adaptation.log.history[-1]["tracks"] < adaptation.log.history[0]["tracks"] * 1.2
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"supervision": {"source": {"keep": 0.5}}},
+        {"supervision": {"fisher": {"weight": 1e3, "passes": 3}}},
+        {"supervision": {"last": {"steps": 2}}},
+        {"train": {"random_change": "weights"}},
+    ],
+    ids=lambda method: next(iter(next(iter(method.values())))),
+)
+def test_methods_that_hold_or_change_the_weights_join(tiny, rendered, method):
+    """They see the same views in the same turns, so only what they do to the weights differs."""
+    trained = {"passes": 4, "accumulation": 2, "optimizer": {"learning_rate": 1e-3}}
+    plain = adapt_scene(tiny, rendered[0], experiment(train=trained))
+    config = experiment(
+        train=trained | method.get("train", {}),
+        supervision={"photographs": {"stereo": False}, **method.get("supervision", {})},
+    )
+    joined = adapt_scene(tiny, rendered[0], config)
+    assert [entry["known"] for entry in joined.log.history] == [entry["known"] for entry in plain.log.history]
+    original = dict(tiny.network.named_parameters())
+
+    def moved(adaptation):
+        return torch.stack([(value - original[name]).norm() for name, value in adaptation.weights.items()]).norm()
+
+    if "train" in method:  # as far, elsewhere
+        assert moved(joined) == pytest.approx(float(moved(plain)), rel=1e-3)
+        assert any(not torch.equal(value, plain.weights[name]) for name, value in joined.weights.items())
+    else:
+        assert 0 < moved(joined) < 0.95 * moved(plain)
+
+
+def test_statistics_of_features_are_asked_of_the_photograph_whose_turn_it_is(tiny, rendered):
+    asked = {"photographs": {"stereo": False}, "actmad": {"weight": 0.01}}
+    train = {"passes": 3, "accumulation": 1, "optimizer": {"learning_rate": 0.0}}
+    adaptation = adapt_scene(tiny, rendered[0], experiment(train=train, supervision=asked))
+    values = [entry["actmad"] for entry in adaptation.log.history]
+    assert len(values) == 3 and len({round(value, 6) for value in values}) == 3  # three photographs, no weight moved
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"supervision": {"photographs": {}, "norm_statistics": {}}}, "supervision.norm_statistics"),
+        ({"train": {"bidirectional": 1.0}}, "train.bidirectional"),
+        ({"train": {"prompt_tokens": 2}}, "train.prompt_tokens"),
+    ],
+)
+def test_what_is_made_for_one_image_is_refused_by_name(tiny, rendered, options, named):
+    with pytest.raises(UserError, match=f"{named}: made for one image"):
+        adapt_scene(tiny, rendered[0], experiment(**options))
 
 
 def test_a_refused_scene_and_what_was_left_out_keep_the_original(tiny, rendered):

@@ -31,13 +31,14 @@ class RandomChange(Supervision):
     """Instead of the trained change of the weights a random one, of its norm or of its effect on the prediction."""
 
     name = "random_change"
+    several = True
 
     def __init__(self, episode: Episode) -> None:
         self.student, self.generator = episode.student, episode.generator
         self.alike = episode.config.train.random_change == "prediction"
 
     def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
-        """The effect is that on the image that training works at."""
+        """The effect is that on the image that training works at, of several photographs the last."""
         self.image = image
 
     def weights(self, values: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from ttt_lib.adaptation.regularizers import distance_gradients
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Episode, Gradients, Pass, Supervision, accumulate
-from ttt_lib.adaptation.teacher import TeacherOnViews
 from ttt_lib.core.errors import ConfigError
 from ttt_lib.core.registry import SUPERVISIONS
 from ttt_lib.core.schema import Count, NonNegative, Probability, Section
@@ -36,18 +35,18 @@ class Fisher(Supervision):
     """
 
     name = "fisher"
+    several = True
 
-    def __init__(self, settings: FisherConfig, teacher: TeacherOnViews) -> None:
-        self.settings, self.teacher, self.importance = settings, teacher, None
+    def __init__(self, settings: FisherConfig, drawing: Supervision) -> None:
+        self.settings, self.drawing, self.importance = settings, drawing, None
 
     def _measure(self, student: Student) -> Gradients:
         """F of each leaf, None where the loss does not reach. The passes are those that training draws next, and again."""
         squares: Gradients = [None] * len(student.leaves)
-        state = self.teacher.generator.get_state()
-        for _ in range(self.settings.passes):
-            found, _ = self.teacher.gradients(student, [self.teacher.draw()])
-            accumulate(squares, [None if each is None else each.square() for each in found])
-        self.teacher.generator.set_state(state)
+        with self.drawing.rehearsal():
+            for _ in range(self.settings.passes):
+                found, _ = self.drawing.gradients(student, [self.drawing.draw()])
+                accumulate(squares, [None if each is None else each.square() for each in found])
         reached = [each for each in squares if each is not None]
         mean = sum(float(each.sum()) for each in reached) / max(1, sum(each.numel() for each in reached))
         return [None if each is None else each / max(mean, 1e-30) for each in squares]
@@ -63,12 +62,11 @@ class Fisher(Supervision):
 @SUPERVISIONS.register("fisher", settings=FisherConfig)
 def fisher(episode: Episode) -> Supervision:
     """On with its section."""
-    teacher = next((each for each in episode.supervisions if isinstance(each, TeacherOnViews)), None)
-    if teacher is None:
+    if episode.drawing is None:
         raise ConfigError(
             "supervision.fisher: there is no loss on views whose gradients it could take; give `losses` one."
         )
-    return Fisher(episode.config.supervision["fisher"], teacher)
+    return Fisher(episode.config.supervision["fisher"], episode.drawing)
 
 
 class SourceConfig(Section):
@@ -81,6 +79,7 @@ class Source(Supervision):
     """After each step theta <- keep theta + (1 - keep) theta_0 (weight ensembling, ROID, Marsden et al. 2024)."""
 
     name = "source"
+    several = True
 
     def __init__(self, settings: SourceConfig) -> None:
         self.keep = settings.keep
@@ -112,6 +111,7 @@ class Last(Supervision):
     """Predict with the mean of the weights after the last steps (Izmailov et al. 2018; of one run, as uniform soups are)."""
 
     name = "last"
+    several = True
 
     def __init__(self, settings: LastConfig) -> None:
         self.kept: deque[list[Tensor]] = deque(maxlen=settings.steps)

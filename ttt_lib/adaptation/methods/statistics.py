@@ -66,18 +66,21 @@ class Actmad(Supervision):
     """
 
     name = "actmad"
+    several = True
 
     def __init__(self, settings: ActmadConfig) -> None:
         self.weight = settings.weight
+        self.images: list[Tensor] = []
 
     def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
         """What comes out of a norm in training: its bias as mean, its squared weight as variance."""
-        self.image, self.norms = image, batch_norms(model)
+        self.images.append(image)
+        self.norms = batch_norms(model)
         fields = ("running_mean", "running_var", "weight", "bias")
         self.before = [[getattr(norm, each).detach().clone() for each in fields] for norm in self.norms]
 
     def terms(self, student: Student, passes: list[Pass]) -> dict[str, Tensor]:
-        """`actmad`, of the clean image, the same in each of the passes."""
+        """`actmad`, of the clean image, the same in each of its passes."""
         off: list[Tensor] = []
 
         def look(number: int, norm: Norm, mean: Tensor, variance: Tensor) -> None:
@@ -86,9 +89,14 @@ class Actmad(Supervision):
             off.append((norm.weight * (mean - usual) * spread.rsqrt() + norm.bias - bias).abs().mean())
             off.append((norm.weight**2 * variance / spread - weight**2 * usual_variance / spread).abs().mean())
 
-        with watched(self.norms, look):
-            student.model.forward(self.image[None])
-        return {"actmad": torch.stack(off).sum() / len(self.norms) * len(passes)}
+        total = 0.0
+        for number in sorted({each.number for each in passes}):
+            off.clear()
+            with watched(self.norms, look):
+                student.model.forward(self.images[number][None])
+            count = sum(each.number == number for each in passes)
+            total = total + torch.stack(off).sum() / len(self.norms) * count
+        return {"actmad": total}
 
 
 @SUPERVISIONS.register("actmad", settings=ActmadConfig)

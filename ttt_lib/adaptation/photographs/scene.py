@@ -19,9 +19,9 @@ from ttt_lib.adaptation.photographs.evidence import Evidence, at_tracks, correct
 from ttt_lib.adaptation.photographs.training import Lesson, PhotographsConfig, PhotographTraining, carried
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
-from ttt_lib.adaptation.supervision import TrainingLog
+from ttt_lib.adaptation.supervision import Episode, Supervision, TrainingLog, configured
 from ttt_lib.core.config import ExperimentConfig
-from ttt_lib.core.errors import NumericalError
+from ttt_lib.core.errors import ConfigError, NumericalError
 from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import Prediction
@@ -203,9 +203,29 @@ def _train(
     with training(model, config.train.parts) as named:
         try:
             student = Student(model, named, config.train.lora_rank)
-            source = PhotographTraining(lessons, config, generator, adaptation.log)
-            train_student(student, [source], config, generator, adaptation.log, progress, on_step)
-            adaptation.weights = {key: value.clone() for key, value in zip(student.names, student.values())}
+            drawing = PhotographTraining(lessons, config, generator, adaptation.log)
+            sources = _sources(Episode(config, student, generator, adaptation.log, [drawing]))
+            for source in sources:
+                for lesson in lessons:
+                    source.prepare(model, lesson.image, lesson.target)
+            train_student(student, sources, config, generator, adaptation.log, progress, on_step)
+            values = [value.clone() for value in student.values()]
+            for source in sources:
+                values = source.weights(values)
+            adaptation.weights = dict(zip(student.names, values))
         except (NumericalError, FloatingPointError) as error:
             log.info("%s: %s", adaptation.name, error)
             adaptation.failed = f"not trained: {error}"
+
+
+def _sources(episode: Episode) -> list[Supervision]:
+    """The photographs and what else the experiment names; `ConfigError` where that is made for one image alone."""
+    sources, asked = configured(episode), episode.config.supervision
+    alone = [f"supervision.{each.name}" for each in sources if not each.several and each.name in asked]
+    alone += [f"train.{key}" for key in ("bidirectional", "prompt_tokens") if getattr(episode.config.train, key)]
+    if alone:
+        raise ConfigError(
+            f"{', '.join(alone)}: made for one image, not for training on several photographs; leave it out, or set"
+            " supervision.photographs.train to false."
+        )
+    return sources

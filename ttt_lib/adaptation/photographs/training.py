@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -47,8 +48,8 @@ class PhotographsConfig(Section):
     `target`: what the student learns on views: the corrected prediction, that of the other photographs carried into
     each (`views`), the original, or nothing but what `losses.tracks` says.
     `held_back`: share of the tracks that only decide. `decide`: whether they do; else the last candidate is taken.
-    `train`: whether the student learns from them, by the experiment's `train` and `losses`; else these are for a single
-    photograph only.
+    `train`: whether the student learns from them, by the experiment's `train`, `losses` and the other sections of
+    `supervision`; else these are for a single photograph only. What they learn stays; the section `teacher` has no part.
     `alone`: what becomes of a sample without other photographs of its scene, or whose scene is refused: `original`, or
     `single`: what the experiment does with one photograph.
     """
@@ -131,13 +132,6 @@ def track_loss(output: dict[str, Tensor], evidence: Evidence, settings: TracksCo
 
 
 @dataclass
-class ScenePass(Pass):
-    """A pass over views of one photograph; number: which."""
-
-    number: int = 0
-
-
-@dataclass
 class Lesson:
     """One photograph as training sees it: image (3,h,w), evidence, and the target of its size (None: tracks only)."""
 
@@ -154,6 +148,7 @@ class PhotographTraining(Supervision):
 
     name = "photographs"
     draws = True
+    several = True
 
     def __init__(
         self, lessons: Sequence[Lesson], config: ExperimentConfig, generator: torch.Generator, log: TrainingLog
@@ -165,7 +160,7 @@ class PhotographTraining(Supervision):
         self.dense = bool(active_terms(config.losses)) and all(lesson.target is not None for lesson in lessons)
         self.renderer = make_renderer(config, lessons[0].image.device)
 
-    def draw(self) -> ScenePass:
+    def draw(self) -> Pass:
         """Views of the photograph whose turn it is."""
         if not self.queue:
             self.queue = torch.randperm(len(self.lessons), generator=self.generator).tolist()
@@ -175,7 +170,15 @@ class PhotographTraining(Supervision):
         view = draw_views(lesson.image, target, self.config, self.generator, self.renderer)
         for key, value in view.stats.items():
             self.log.view_stats[key] = self.log.view_stats.get(key, 0) + value
-        return ScenePass(view, loss_batch(view, self.config, self.generator), number)
+        return Pass(view, loss_batch(view, self.config, self.generator), number)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Also the photographs' turns."""
+        queue = list(self.queue)
+        with super().rehearsal():
+            yield
+        self.queue = queue
 
     def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
         """Of the losses on views, and of the term `tracks`, summed over the passes."""
