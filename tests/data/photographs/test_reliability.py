@@ -87,7 +87,7 @@ def test_photographs_from_nearly_one_place_are_refused_for_that():
 def test_little_parallax_is_enough_where_it_is_pixels_enough():
     """A second reconstruction takes what the first one leaves out: a degree is much for what is far away."""
     views = [render(camera(x=0.1 * k), noise=k) for k in range(2)]
-    scene = reconstruct(pictures(views, focal=FOCAL))
+    scene = reconstruct(pictures(views, focal=FOCAL, exact=True))
     assert scene.about["seen_parallax"] < AMPLE.least  # 4.4 pixels
     assert not scene.refused and len(scene.photographs) == 2 and max(errors(scene, views)) < 0.05
     assert scene.about["second_try"]
@@ -202,9 +202,10 @@ def test_a_guess_that_contradicts_the_photographs_is_forgotten_and_exif_is_not()
 
 def test_only_what_more_photographs_would_tell_is_ignorance():
     """What features do to every focal length is left to each photograph's decision."""
-    at_best, twice = (Belief(np.ones(1), np.array([k * focal.SYSTEMATIC]), 0.1) for k in (1, 2))
-    assert at_best.ignorance == 0 and twice.ignorance == pytest.approx(0.1 * np.sqrt(3) / 2)
-    assert Belief(np.ones(2), np.array([0.01, 0.01]), 0.1).ignorance == 0  # EXIF
+    at_best, twice = (Belief(np.ones(1), np.array([k * focal.SYSTEMATIC]), bend=0.5) for k in (1, 2))
+    assert at_best.ignorance == 0 and twice.doubt == pytest.approx(focal.SYSTEMATIC)
+    assert twice.ignorance == pytest.approx(focal.SYSTEMATIC * np.sqrt(3) / 2)
+    assert Belief(np.ones(2), np.array([0.01, 0.01]), bend=0.5).ignorance == 0  # EXIF
 
 
 def test_a_camera_that_hardly_exists_is_known():

@@ -85,7 +85,7 @@ def _belief(job: Job) -> focal.Belief:
     if belief is None:
         raise Refusal(NO_MODEL)
     about["focal"] = [round(float(f), 4) for f in belief.focals]
-    about["focal_deviation"], about["focal_doubt"] = float(belief.deviation.max()), belief.doubt
+    about["focal_deviation"], about["focal_doubt"] = belief.largest, belief.doubt
     if belief.model is None:
         return belief
     unlikely, unknown = focal.is_unlikely(belief), belief.doubt > DOUBT or belief.ignorance > IGNORANCE
@@ -115,7 +115,8 @@ def _look(job: Job, model: SparseModel) -> None:
     if about["explained"] < EXPLAINED:
         raise Refusal(
             f"cameras explain only {about['explained']:.0%} of the matches: things moved between the photographs, or "
-            "parts of the scene look alike; take them of a scene that stands still and does not repeat itself.",
+            "parts of the scene look alike, or the lens bends straight lines; take them of a scene that stands still and "
+            "does not repeat itself, not with the widest lens.",
             sure=True,
         )
     least, _ = signals.least_parallax(model, ahead, job.needed)
@@ -149,7 +150,7 @@ def _reconstructions(job: Job, belief: focal.Belief) -> tuple[SparseModel, list[
     seeds and starts, one of them global if that finds the points. The focal lengths' doubt is known already, and would
     hide what differs."""
     focals, widest = belief.focals, job.widest()
-    step = math.exp(focal.POSSIBLE * float(belief.deviation.max()))
+    step = math.exp(focal.POSSIBLE * belief.largest)
     # From neighbors, a camera that moves ahead may end as one that moves aside.
     whole = [attempt(job, focals, start=start, profile=(step, 1 / step)) for start in dict.fromkeys([None, widest])]
     if not any(whole):

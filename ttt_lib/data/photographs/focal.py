@@ -32,18 +32,28 @@ WORSE = 1.1  # times the least mean cost: two photographs tell no more
 @dataclass
 class Belief:
     """Of each camera the focal length over the width that is believed, and the standard deviation of its logarithm;
-    doubt: the error of depth, a median |log ratio|, that goes with the largest of these; model: where this was seen,
-    None where nothing had to be."""
+    bend: the change of log depth, a median, per log focal length; model: where this was seen, None where nothing had to
+    be."""
 
     focals: np.ndarray
     deviation: np.ndarray
-    doubt: float = 0.0
+    bend: float = 0.0
     model: SparseModel | None = None
+
+    @property
+    def largest(self) -> float:
+        """The standard deviation of the camera of which least is known."""
+        return float(self.deviation.max())
+
+    @property
+    def doubt(self) -> float:
+        """The error of depth, a median |log ratio|, that goes with it."""
+        return self.largest * self.bend
 
     @property
     def ignorance(self) -> float:
         """The part of the doubt that more photographs would take away: without what features do to any of them."""
-        return self.doubt * math.sqrt(max(0.0, 1 - (SYSTEMATIC / max(float(self.deviation.max()), SYSTEMATIC)) ** 2))
+        return self.doubt * math.sqrt(max(0.0, 1 - (SYSTEMATIC / max(self.largest, SYSTEMATIC)) ** 2))
 
 
 def expected(given: list[float | None], exact: list[bool]) -> Belief:
@@ -79,8 +89,7 @@ def believed(job: Job) -> Belief | None:
         STEP
     ):  # what an error costs there may be something else
         if there := attempt(job, result.focals, profile=profile, start=job.widest()):
-            result.doubt = float(result.deviation.max() * knowledge(there[0], there[1:])[1])
-            result.model = there[0]
+            result.model, result.bend = there[0], knowledge(there[0], there[1:])[1]
     return result
 
 
@@ -101,7 +110,7 @@ def compared(models: dict[int, SparseModel], tried: list[np.ndarray], deviation:
     distance = {k: float(np.abs(np.log(tried[k] / tried[chosen])).max()) for k in models}
     near = sorted((k for k in models if distance[k] > 0.1), key=lambda k: distance[k])[:2]
     bend = max((signals.disagreement(models[chosen], models[k], 1)[0] / distance[k] for k in near), default=math.inf)
-    return Belief(tried[chosen], deviation, float(deviation.max() * bend), models[chosen])
+    return Belief(tried[chosen], deviation, bend, models[chosen])
 
 
 def knowledge(model: SparseModel, others: list[SparseModel]) -> tuple[float, float, float]:
@@ -135,8 +144,7 @@ def combine(found: np.ndarray, before: Belief, exact: np.ndarray, spread: float,
     deviation = np.where(far & ~exact, UNKNOWN, before.deviation)
     weight = deviation**2 / (deviation**2 + spread**2)
     focals = np.exp(weight * np.log(found) + (1 - weight) * np.log(centre))
-    left = deviation * np.sqrt(1 - weight)
-    return Belief(focals, left, float(left.max() * bend))
+    return Belief(focals, deviation * np.sqrt(1 - weight), bend)
 
 
 def is_unlikely(belief: Belief) -> bool:
