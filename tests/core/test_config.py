@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 
 from ttt_lib.adaptation.losses.presets import resolved
-from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment, load_profile, merge
+from ttt_lib.core.config import ExperimentConfig, ProfileConfig, build_experiment, load_experiment, load_profile, merge
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.registry import LOSSES, MODELS
 from ttt_lib.models.base import GeometryModel
@@ -54,6 +54,31 @@ def test_settings_follow_the_paper():
     assert all(row.train.batch_size == 2 and row.views.photometric.severity == 3 for row in rows.values())
     trained = [row for name, row in rows.items() if row.train.method == "ttt" and name != "recommended"]
     assert len(trained) > 10 and all(row.train.accumulation == 32 for row in trained)
+
+
+def test_the_release_trains_the_encoder_alone_and_has_rates_of_its_own():
+    profile = load_profile(ROOT / "notebooks" / "profiles" / "as_released.yaml")
+    assert set(profile.rows) == set(PUBLISHED) - {"original"} | {"unfreeze_encoder_render"}
+    rows = {path.stem: load_experiment(path, profile) for path in EXPERIMENTS if path.stem in profile.rows}
+    plain = {path.stem: load_experiment(path) for path in EXPERIMENTS if path.stem in profile.rows}
+    parts = {name: row.train.parts for name, row in rows.items()}
+    assert parts.pop("freeze_encoder") == ["neck", "heads"] and all(each == ["encoder"] for each in parts.values())
+    assert rows["freeze_encoder"].views.photometric.severity == 2
+    for name, row in rows.items():
+        decay = 0.01 if name == "freeze_encoder" else 1e-3 if "SGD" in name else 1e-4
+        assert row.train.optimizer.weight_decay == decay and row.train.passes == plain[name].train.passes
+    rate = {name: row.train.optimizer.learning_rate for name, row in rows.items()}
+    assert rate["unfreeze_encoder_lower_lr"] == rate["unfreeze_encoderSGD_lower_lr"] == 1e-4
+    assert rate["unfreeze_encoderSGD_higher_lr"] == 5e-4 and rate["unfreeze_encoder_higher_lr"] == 1e-3
+    assert rows["unfreeze_encoder_longer"].train.accumulation == 64
+
+
+def test_a_row_of_a_profile_is_validated_and_wins_over_its_set():
+    profile = ProfileConfig(name="p", set={"train": {"passes": 2}}, rows={"mine": {"train": {"passes": 3}}})
+    assert build_experiment({"name": "mine"}, profile).train.passes == 3
+    assert build_experiment({"name": "other"}, profile).train.passes == 2
+    with pytest.raises(UserError, match="train.pases"):
+        build_experiment({"name": "mine"}, ProfileConfig(name="p", rows={"mine": {"train": {"pases": 3}}}))
 
 
 def test_a_profile_keeps_the_relations_between_rows():

@@ -132,12 +132,13 @@ class ScaleConfig(Section):
 
 
 class ProfileConfig(Section):
-    """What a profile file holds: `scale` and `set`."""
+    """What a profile file holds: `scale`, `set`, and `rows`: what is set for the experiment of that name alone."""
 
     name: str
     description: str = ""
     scale: ScaleConfig = ScaleConfig()
     set: dict[str, Any] = {}
+    rows: dict[str, dict[str, Any]] = {}
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +238,7 @@ def build_experiment(
     """
     config = _validate(ExperimentConfig, content, source)
     if profile is not None:
-        values = merge(_given(config), profile.set)
+        values = merge(merge(_given(config), profile.set), profile.rows.get(config.name, {}))
         config = _validate(ExperimentConfig, values, f"{source} with profile {profile.name}")
         train = config.train
         scale = profile.scale if train.profiled else ScaleConfig()
