@@ -66,9 +66,10 @@ class Judgement:
 class Supervision:
     """One source of information about an image. Derive from it and override what applies; the defaults do nothing.
 
-    weight: of its terms in the loss. draws: whether it gives the views that all look at (the first that does, does); it has
-    the `generator` that they come from. joins_passes: whether several passes may be given at once. several: whether it can
-    take part in training on several photographs; then it is prepared for each, in the order of `Pass.number`.
+    name: what it is registered as. weight: of its terms in the loss. draws: whether it gives the views that all look at
+    (the first that does, does); it has the `generator` that they come from. joins_passes: whether several passes may be
+    given at once. several: whether it can take part in training on several photographs; then it is prepared for each, in
+    the order of `Pass.number`.
 
     Example:
         >>> class FarAway(Supervision):
@@ -184,6 +185,7 @@ def configured(episode: Episode) -> list[Supervision]:
         asked = "settings" not in SUPERVISIONS.about[name] or name in episode.config.supervision
         built = build(episode) if asked else None
         if built is not None:
+            built.name = name
             episode.supervisions.append(built)
     return episode.supervisions
 

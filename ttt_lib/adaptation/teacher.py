@@ -63,7 +63,6 @@ class TeacherOnViews(Supervision):
     the views for all supervisions. values: its weights.
     """
 
-    name = "teacher"
     draws = True
 
     def __init__(self, episode: Episode) -> None:
@@ -149,7 +148,6 @@ def teacher(episode: Episode) -> Supervision | None:
 class Reverse(Supervision):
     """The clean prediction learns from the views' ones, carried back (Robust-Depth's second direction)."""
 
-    name = "reverse"
     joins_passes = False  # each pass looks back from its own views
 
     def __init__(self, episode: Episode) -> None:

@@ -23,7 +23,9 @@ from ttt_lib.adaptation.photographs.evidence import (
 )  # fmt: skip
 from ttt_lib.adaptation.photographs.scene import adapt_scene, guess_focal
 from ttt_lib.adaptation.photographs.training import Lesson, TracksConfig, carried, depth_at_tracks, track_loss
+from ttt_lib.adaptation.supervision import Supervision
 from ttt_lib.core.errors import UserError
+from ttt_lib.core.registry import SUPERVISIONS
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.job import UNKNOWN, USUAL_FOCAL
 from ttt_lib.data.photographs.scene import Scene, Tracks
@@ -281,9 +283,15 @@ def test_statistics_of_features_are_asked_of_the_photograph_whose_turn_it_is(tin
         ({"supervision": {"photographs": {}, "norm_statistics": {}}}, "supervision.norm_statistics"),
         ({"train": {"bidirectional": 1.0}}, "train.bidirectional"),
         ({"train": {"prompt_tokens": 2}}, "train.prompt_tokens"),
+        ({}, "supervision.mine"),
     ],
 )
-def test_what_is_made_for_one_image_is_refused_by_name(tiny, rendered, options, named):
+def test_what_is_made_for_one_image_is_refused_by_name(tiny, rendered, monkeypatch, options, named):
+    if not options:  # one of the user's, always on, which says nothing of several photographs
+        SUPERVISIONS.load_home()
+        items = [*SUPERVISIONS.items(), ("mine", lambda episode: Supervision())]
+        monkeypatch.setattr(SUPERVISIONS, "items", lambda: items)
+        monkeypatch.setitem(SUPERVISIONS.about, "mine", {})
     with pytest.raises(UserError, match=f"{named}: made for one image"):
         adapt_scene(tiny, rendered[0], experiment(**options))
 

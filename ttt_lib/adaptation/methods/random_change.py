@@ -30,7 +30,6 @@ def random_change(original: list[Tensor], values: list[Tensor], generator: torch
 class RandomChange(Supervision):
     """Instead of the trained change of the weights a random one, of its norm or of its effect on the prediction."""
 
-    name = "random_change"
     several = True
 
     def __init__(self, episode: Episode) -> None:

@@ -34,7 +34,6 @@ class Fisher(Supervision):
     F is the mean squared gradient of the experiment's own loss over passes at the original weights, before the first step.
     """
 
-    name = "fisher"
     several = True
 
     def __init__(self, settings: FisherConfig, drawing: Supervision) -> None:
@@ -78,7 +77,6 @@ class SourceConfig(Section):
 class Source(Supervision):
     """After each step theta <- keep theta + (1 - keep) theta_0 (weight ensembling, ROID, Marsden et al. 2024)."""
 
-    name = "source"
     several = True
 
     def __init__(self, settings: SourceConfig) -> None:
@@ -110,7 +108,6 @@ class LastConfig(Section):
 class Last(Supervision):
     """Predict with the mean of the weights after the last steps (Izmailov et al. 2018; of one run, as uniform soups are)."""
 
-    name = "last"
     several = True
 
     def __init__(self, settings: LastConfig) -> None:

@@ -65,7 +65,6 @@ class Actmad(Supervision):
     every place, need its images.
     """
 
-    name = "actmad"
     several = True
 
     def __init__(self, settings: ActmadConfig) -> None:
@@ -126,7 +125,6 @@ class NormStatistics(Supervision):
     While DUA's own code normalises by the batch that it learns from, here each norm sees what the moved ones before it give.
     """
 
-    name = "norm_statistics"
     joins_passes = False  # one update after the other
 
     def __init__(self, settings: NormStatisticsConfig) -> None:

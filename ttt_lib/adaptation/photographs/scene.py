@@ -220,9 +220,9 @@ def _train(
 
 def _sources(episode: Episode) -> list[Supervision]:
     """The photographs and what else the experiment names; `ConfigError` where that is made for one image alone."""
-    sources, asked = configured(episode), episode.config.supervision
-    alone = [f"supervision.{each.name}" for each in sources if not each.several and each.name in asked]
-    alone += [f"train.{key}" for key in ("bidirectional", "prompt_tokens") if getattr(episode.config.train, key)]
+    sources, settings = configured(episode), {"reverse": "train.bidirectional"}
+    alone = [settings.get(each.name, f"supervision.{each.name}") for each in sources if not each.several]
+    alone += ["train.prompt_tokens"] if episode.config.train.prompt_tokens else []
     if alone:
         raise ConfigError(
             f"{', '.join(alone)}: made for one image, not for training on several photographs; leave it out, or set"
