@@ -199,13 +199,10 @@ class Adapter:
             for source in sources:
                 source.prepare(model, small, result.original)
             try:
-                train_student(student, sources, config, episode.generator, episode.log, progress, on_step)
+                values = train_student(student, sources, config, episode.generator, episode.log, progress, on_step)
             finally:
                 result.losses = said(config)
                 result.passes_done, result.micro_batch = episode.log.passes_done, episode.log.micro_batch
-            values = [value.clone() for value in student.values()]
-            for source in sources:
-                values = source.weights(values)
             with student.weights(values):
                 result.adapted = predict_ensemble(
                     model, result.image, config.ensemble.members if config.ensemble.final else []

@@ -152,7 +152,7 @@ class Steps:
 def train_student(
     student: Student, supervisions: Sequence[Supervision], config: ExperimentConfig, generator: torch.Generator,
     training: TrainingLog, progress: bool = False, on_step: Callable[[dict[str, float]], None] | None = None,
-) -> None:  # fmt: skip
+) -> list[Tensor]:  # fmt: skip
     """Train the student in place; fills `training`.
 
     Args:
@@ -163,6 +163,9 @@ def train_student(
         training: the log to fill.
         progress: show a bar.
         on_step: called after each step with its entry of the history; what it raises ends the training.
+
+    Returns:
+        The weights to predict with: copies of the student's, as the supervisions would have them.
 
     Raises:
         NumericalError: before a step that is not finite.
@@ -179,3 +182,7 @@ def train_student(
                 on_step(entry)
             for supervision in supervisions:
                 supervision.after_step(student, training.passes_done >= passes)
+    values = [value.clone() for value in student.values()]
+    for supervision in supervisions:
+        values = supervision.weights(values)
+    return values

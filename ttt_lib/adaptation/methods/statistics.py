@@ -6,6 +6,7 @@ so they are for the bundled model; a ViT has none.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -89,11 +90,10 @@ class Actmad(Supervision):
             off.append((norm.weight**2 * variance / spread - weight**2 * usual_variance / spread).abs().mean())
 
         total = 0.0
-        for number in sorted({each.number for each in passes}):
+        for number, count in sorted(Counter(each.number for each in passes).items()):
             off.clear()
             with watched(self.norms, look):
                 student.model.forward(self.images[number][None])
-            count = sum(each.number == number for each in passes)
             total = total + torch.stack(off).sum() / len(self.norms) * count
         return {"actmad": total}
 
@@ -166,6 +166,6 @@ def norm_statistics(episode: Episode) -> Supervision:
         raise ConfigError(
             "supervision.norm_statistics: the gate would measure the original with them; set gate.mode to off."
         )
-    if settings.from_views and not any(each.draws for each in episode.supervisions):
+    if settings.from_views and episode.drawing is None:
         raise ConfigError("supervision.norm_statistics.from_views: no loss draws views; give `losses` one.")
     return NormStatistics(settings)

@@ -208,10 +208,7 @@ def _train(
             for source in sources:
                 for lesson in lessons:
                     source.prepare(model, lesson.image, lesson.target)
-            train_student(student, sources, config, generator, adaptation.log, progress, on_step)
-            values = [value.clone() for value in student.values()]
-            for source in sources:
-                values = source.weights(values)
+            values = train_student(student, sources, config, generator, adaptation.log, progress, on_step)
             adaptation.weights = dict(zip(student.names, values))
         except (NumericalError, FloatingPointError) as error:
             log.info("%s: %s", adaptation.name, error)
