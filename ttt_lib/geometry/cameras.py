@@ -61,15 +61,18 @@ def project(points: Tensor, intrinsics: Tensor) -> Tensor:
     return homogeneous[..., :2] / homogeneous[..., 2:]
 
 
+def camera_matrix(focal: Tensor, centre: Tensor | float) -> Tensor:
+    """Intrinsics (..., 3, 3) without skew: focal lengths (..., 2) and principal point (..., 2), one number for both of it."""
+    matrix = torch.diag_embed(F.pad(focal, (0, 1), value=1.0))
+    matrix[..., :2, 2] = centre
+    return matrix
+
+
 def intrinsics_from_fov(fov_x: float | Tensor, aspect_ratio: float) -> Tensor:
     """Intrinsics (..., 3, 3) of a centred camera with square pixels; fov_x in degrees, aspect_ratio width / height."""
     fov_x = torch.as_tensor(fov_x, dtype=torch.float32)
     focal = 0.5 / torch.tan(torch.deg2rad(fov_x) / 2)
-    intrinsics = torch.zeros(*fov_x.shape, 3, 3, device=fov_x.device)
-    intrinsics[..., 0, 0], intrinsics[..., 1, 1] = focal, focal * aspect_ratio
-    intrinsics[..., 0, 2] = intrinsics[..., 1, 2] = 0.5
-    intrinsics[..., 2, 2] = 1.0
-    return intrinsics
+    return camera_matrix(torch.stack([focal, focal * aspect_ratio], -1), 0.5)
 
 
 def fov_from_intrinsics(intrinsics: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +124,6 @@ def recentred_crop(intrinsics: Tensor, centre: Tensor, scale: Tensor) -> tuple[T
     crop would leave the image. Returns the rotation (..., 3, 3), original camera -> crop camera, and the crop's
     intrinsics (..., 3, 3), principal point (0.5, 0.5), aspect ratio as the original's.
     """
-    intrinsics, _ = torch.broadcast_tensors(intrinsics, torch.empty(*scale.shape, 3, 3, device=scale.device))
     back = inverse(intrinsics)
     one = torch.ones_like(centre[..., :1])
     ray = (back @ torch.cat([centre, one], -1)[..., None])[..., 0]
@@ -142,13 +144,7 @@ def recentred_crop(intrinsics: Tensor, centre: Tensor, scale: Tensor) -> tuple[T
     half = scale[..., None] * 0.5 / torch.stack([intrinsics[..., 0, 0], intrinsics[..., 1, 1]], -1)
     reach = (inner.abs() * half[..., None, :]).sum(-1)  # how far the rectangle extends towards each side
     shrink = (distance / reach.clamp_min(1e-12)).amin(-1).clamp(1e-3, 1.0)
-    half = half * shrink[..., None]
-
-    cropped = torch.zeros_like(intrinsics)
-    cropped[..., 0, 0], cropped[..., 1, 1] = 0.5 / half[..., 0], 0.5 / half[..., 1]
-    cropped[..., 0, 2] = cropped[..., 1, 2] = 0.5
-    cropped[..., 2, 2] = 1.0
-    return rotation, cropped
+    return rotation, camera_matrix(0.5 / (half * shrink[..., None]), 0.5)
 
 
 def plain_crop(intrinsics: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
@@ -157,14 +153,9 @@ def plain_crop(intrinsics: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
     centre (..., 2) and scale (...) in units of the image; the window is moved inside the image where it overlaps the
     border.
     """
-    intrinsics, _ = torch.broadcast_tensors(intrinsics, torch.empty(*scale.shape, 3, 3, device=scale.device))
-    side = scale[..., None]
+    side = scale[..., None].expand_as(centre)
     start = torch.minimum(torch.maximum(centre - side / 2, torch.zeros_like(centre)), 1 - side)
-    window = torch.zeros_like(intrinsics)
-    window[..., 0, 0] = window[..., 1, 1] = 1 / scale
-    window[..., 0, 2], window[..., 1, 2] = -start[..., 0] / scale, -start[..., 1] / scale
-    window[..., 2, 2] = 1.0
-    return window @ intrinsics
+    return camera_matrix(1 / side, -start / side) @ intrinsics
 
 
 def look_at_transform(offset: Tensor, target: Tensor, roll: Tensor | float = 0.0) -> Tensor:
