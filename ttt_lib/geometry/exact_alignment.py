@@ -30,10 +30,8 @@ def _objective(scale: Tensor, source: Tensor, target: Tensor, weight: Tensor) ->
     """
     residual = scale[:, None, None] * source.T - target.T  # (K, C, N)
     residual, order = residual.sort(dim=-1)
-    w = weight[order]
-    wr, wx = w * residual, w * source.T[None].expand(len(scale), -1, -1).gather(-1, order)
-    x = source.T[None].expand_as(residual).gather(-1, order)
-    below, r_below, x_below = w.cumsum(-1), wr.cumsum(-1), wx.cumsum(-1)
+    w, x = weight[order], source.T[None].expand_as(residual).gather(-1, order)
+    below, r_below, x_below = w.cumsum(-1), (w * residual).cumsum(-1), (w * x).cumsum(-1)
     above, r_above, x_above = (c[..., -1:] - c for c in (below, r_below, x_below))
     value = residual * (below - above) - r_below + r_above
     slope = x * (below - above) - x_below + x_above
@@ -58,17 +56,16 @@ def _surviving_anchors(source: Tensor, target: Tensor, weight: Tensor) -> Tensor
     """Indices of the anchors whose best objective may be the smallest of all."""
     x, y, w = source.double(), target.double(), weight.double()
     usable = torch.nonzero(w > 0)[:, 0]
-    spread_x = (x - x.median(0).values).abs().mean().clamp_min(1e-30)
-    centre = ((y - y.median(0).values).abs().mean() / spread_x).clamp_min(1e-30)
+    off_x, off_y = ((points - points.median(0).values).abs() for points in (x, y))
+    centre = (off_y.mean() / off_x.mean().clamp_min(1e-30)).clamp_min(1e-30)
     steps = torch.linspace(-6, 6, 25, dtype=torch.float64, device=x.device)
     ends = torch.tensor([-1e4, -1e2, -1.0, 0.0, 1e4], dtype=torch.float64, device=x.device)
-    grid = torch.cat([centre * 2.0**steps, centre * ends]).sort().values
-    scale, value, slope = grid, *_objective(grid, x, y, w)
-    rounding = 1e-9 * float((w[:, None] * (y - y.median(0).values).abs()).sum())  # matters where the optimum is zero
+    scale = torch.cat([centre * 2.0**steps, centre * ends]).sort().values
+    value, slope = _objective(scale, x, y, w)
+    rounding = 1e-9 * float((w[:, None] * off_y).sum())  # matters where the optimum is zero
     best = torch.inf
     for _ in range(6):
-        smallest, place = value[:, usable].min(0)
-        best = min(best, float(smallest.min()))
+        best = min(best, float(value[:, usable].min()))
         bound = _lower_bounds(scale, value[:, usable], slope[:, usable])
         usable = usable[bound <= best + SLACK * abs(best) + rounding]
         if len(usable) <= ENOUGH:
@@ -82,44 +79,35 @@ def _surviving_anchors(source: Tensor, target: Tensor, weight: Tensor) -> Tensor
     return usable
 
 
-def _align_anchored(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale () and shift (C,) minimising `sum_j w_j |s x_j + t - y_j|_1` over the anchored candidates."""
+def align_points_scale_xyz_shift_exact(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As `moge.utils.alignment.align_points_scale_xyz_shift` without truncation, for one set of points.
+
+    source and target (N,C), weight (N,) >= 0 -> scale () and shift (C,) that minimise `sum_j w_j |s x_j + t - y_j|_1`. C is
+    3, or 1 for `align_depth_affine`.
+    """
     anchors = _surviving_anchors(source, target, weight)
-    points = source.shape[1]
+    axes = source.shape[1]
     losses, indices = [], []
     for chunk in anchors.split(64):
         x = source[None] - source[chunk, None]
         y = target[None] - target[chunk, None]
-        w = weight[None, :, None].expand(len(chunk), -1, points)
+        w = weight[None, :, None].expand(len(chunk), -1, axes)
         _, loss, index = align(x.flatten(1), y.flatten(1), w.flatten(1))
         losses.append(loss)
         indices.append(index)
     loss, index = torch.cat(losses), torch.cat(indices)
     best = torch.nonzero(loss == loss.min())[-1, 0]  # the last of equals, as moge's scatter_min takes it
     anchor, second = anchors[best], index[best]
-    first = anchor * points + second % points
-    x1, y1, x2, y2 = (
-        source.flatten()[first],
-        target.flatten()[first],
-        source.flatten()[second],
-        target.flatten()[second],
-    )
-    fallback = 1.0 if points > 1 else 1e-7  # of the two functions that this must agree with
-    scale = (y2 - y1) / torch.where(x2 != x1, x2 - x1, fallback)
+    first = anchor * axes + second % axes
+    run, rise = (values.flatten()[second] - values.flatten()[first] for values in (source, target))
+    fallback = 1.0 if axes > 1 else 1e-7  # of the two functions that this must agree with
+    scale = rise / torch.where(run != 0, run, fallback)
     return scale, target[anchor] - scale * source[anchor]
-
-
-def align_points_scale_xyz_shift_exact(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As `moge.utils.alignment.align_points_scale_xyz_shift` without truncation, for one set of points.
-
-    source and target (N,3), weight (N,) >= 0 -> scale () and shift (3,).
-    """
-    return _align_anchored(source, target, weight)
 
 
 def align_depth_affine(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """As `moge.utils.alignment.align_depth_affine` without truncation, for one set: (N,) x 3 -> scale (), shift ()."""
-    scale, shift = _align_anchored(source[:, None], target[:, None], weight)
+    scale, shift = align_points_scale_xyz_shift_exact(source[:, None], target[:, None], weight)
     return scale, shift[0]
 
 
