@@ -12,6 +12,7 @@ from torch import Tensor
 from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import mirror_intrinsics, mirror_points, unproject
 from ttt_lib.geometry.exact_alignment import align_affine_lstsq
+from ttt_lib.geometry.warp import in_front
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.views.carry import View, carry_back
 
@@ -94,7 +95,7 @@ def predict_on_views(model: GeometryModel, view: View, target: Prediction) -> tu
     them in front of the camera, (B,H,W) bool."""
     predicted = model.predict(view.image, view.intrinsics)
     points, seen = carry_back(view, predicted.points, target.points, target.intrinsics)
-    return points, seen & (points[..., 2] > 0) & torch.isfinite(points).all(-1)
+    return points, seen & in_front(points)
 
 
 def predict_member(model: GeometryModel, image: Tensor, member: str) -> Prediction:

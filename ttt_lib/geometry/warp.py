@@ -1,4 +1,4 @@
-"""Carrying an image and its points into a camera that turned in place."""
+"""Carrying an image and its points into a camera that turned in place, and what that has in common with the way back."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ import torch.nn.functional as F
 import utils3d
 from torch import Tensor
 
-from ttt_lib.geometry.cameras import (
-    project,
-    transform_points,
-    unproject,
-)
+from ttt_lib.geometry.cameras import project, transform_points, unproject
 
 EDGE_RTOL = 0.04  # relative depth step across a pixel's neighbourhood that counts as an edge, as MoGe's `infer` script
+OUTSIDE = 9.0  # a sampling position (the image is -1 to 1) for directions that the image does not hold
 
 
 def depth_edges(depth: Tensor, mask: Tensor | None = None, rtol: float = EDGE_RTOL) -> Tensor:
@@ -38,6 +35,52 @@ def broken_steps(inverse_depth: Tensor, known: Tensor, rtol: float = EDGE_RTOL) 
     return large & ~plane | ~pair
 
 
+def in_front(points: Tensor) -> Tensor:
+    """Which points (..., 3) are known, that is finite, and in front of the camera: (...) bool."""
+    return torch.isfinite(points).all(-1) & (points[..., 2] > 0)
+
+
+def sampling_grid(points: Tensor, intrinsics: Tensor) -> Tensor:
+    """Where a camera sees points (..., 3), as `F.grid_sample` wants it, (..., 2): -1 to 1 across the image, `OUTSIDE` behind."""
+    return torch.where(points[..., 2:] > 1e-6, 2 * project(points, intrinsics) - 1, OUTSIDE)
+
+
+def places_seen(transform: Tensor, intrinsics: Tensor, new_intrinsics: Tensor, size: tuple[int, int]) -> Tensor:
+    """Where in the image of the original camera the pixels of cameras at the same place look: a `sampling_grid` (B,h,w,2).
+
+    transform (B,4,4), original -> new camera; intrinsics and new_intrinsics (B,3,3); size (h, w).
+    """
+    rays = unproject(torch.ones(*size, device=transform.device, dtype=transform.dtype), new_intrinsics)
+    back = rays @ transform[:, None, :3, :3]  # rows times R: the inverse rotation
+    return sampling_grid(back, intrinsics[:, None, None])
+
+
+def within_centres(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Places of a `sampling_grid` not beyond the outermost pixel centres of an image (H, W): there is no extrapolation."""
+    height, width = size
+    return (grid[..., 0].abs() <= 1 - 1 / width + 1e-5) & (grid[..., 1].abs() <= 1 - 1 / height + 1e-5)
+
+
+def first_tap(grid: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Row and column of the pixel above and left of each place of a `sampling_grid`, in an image (H, W)."""
+    height, width = size
+    column = ((grid[..., 0] + 1) * width / 2 - 0.5).clamp(0, width - 1)
+    row = ((grid[..., 1] + 1) * height / 2 - 0.5).clamp(0, height - 1)
+    return row.long(), column.long()
+
+
+def sample_points(points: Tensor, known: Tensor, grid: Tensor) -> Tensor:
+    """Points (B,H,W,3) between the pixels, at the places of `grid` (B,h,w,2), each with four pixels of `known` (B,H,W).
+
+    Points over depth, and one over depth, are linear in the pixel on planes: interpolation is exact there. (B,h,w,3).
+    """
+    z = torch.where(known, points[..., 2], 1.0)
+    packed = torch.cat([torch.where(known[..., None], points, 0.0) / z[..., None], 1 / z[..., None]], -1)
+    sampled = F.grid_sample(packed.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=False)
+    sampled = sampled.permute(0, 2, 3, 1)
+    return sampled[..., :3] / sampled[..., 3:].clamp_min(1e-12)
+
+
 def warp_view(
     image: Tensor,
     points: Tensor,
@@ -46,7 +89,6 @@ def warp_view(
     transform: Tensor,
     new_intrinsics: Tensor,
     size: tuple[int, int],
-    edge_rtol: float = EDGE_RTOL,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See an image and its point map from a camera at the same place: crop, mirror, rotation, or any product of them.
 
@@ -54,35 +96,17 @@ def warp_view(
     (B,3,3); transform (B,4,4), original -> new camera, without translation (a reflection is fine); size (h, w).
 
     Returns image (B,3,h,w), points (B,h,w,3) in the new camera, mask (B,h,w). The map between the images is a
-    homography. Points are interpolated as p/z and 1/z, which are linear in the pixel wherever the surface is a plane,
-    so planes are carried exactly. A pixel is unknown where it looks outside the original image, where one of its four
-    taps is unknown, or where these straddle a depth edge (`broken_steps` with `edge_rtol`).
+    homography; planes are carried exactly. A pixel is unknown where it looks outside the original image, where one of its
+    four taps is unknown, or where these straddle a depth edge (`broken_steps`).
     """
-    height, width = image.shape[-2:]
-    rays = unproject(torch.ones(*size, device=image.device, dtype=points.dtype), new_intrinsics)
-    back = rays @ transform[:, None, :3, :3]  # rows times R: the inverse rotation
-    uv = project(back, intrinsics[:, None, None])
-    in_front = back[..., 2] > 1e-6
-    grid = torch.where(in_front[..., None], 2 * uv - 1, 9.0)
-
+    grid = places_seen(transform, intrinsics, new_intrinsics, size)
     # How many source pixels a view pixel spans, for a prefilter against aliasing: one for the whole view.
-    span = intrinsics[:, 0, 0] * width / (new_intrinsics[:, 0, 0] * size[1])
-    warped = F.grid_sample(_smoothed(image, span), grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-    known = mask & torch.isfinite(points).all(-1) & (points[..., 2] > 0)
-    z = torch.where(known, points[..., 2], torch.ones_like(points[..., 2]))
-    packed = torch.cat([torch.where(known[..., None], points, 0.0) / z[..., None], 1 / z[..., None]], -1)
-    sampled = F.grid_sample(
-        packed.permute(0, 3, 1, 2), grid, mode="bilinear", padding_mode="border", align_corners=False
-    )
-    sampled = sampled.permute(0, 2, 3, 1)
-    found = sampled[..., :3] / sampled[..., 3:].clamp_min(1e-12)
-
-    # Half a pixel inside the frame: beyond the outermost centres there would be extrapolation.
-    inside_x = grid[..., 0].abs() <= 1 - 1 / width + 1e-5
-    inside_y = grid[..., 1].abs() <= 1 - 1 / height + 1e-5
-    result_mask = in_front & inside_x & inside_y & _taps_agree(grid, 1 / z, known, edge_rtol)
-    return warped, transform_points(found, transform[:, None, None]), result_mask
+    span = intrinsics[:, 0, 0] * image.shape[-1] / (new_intrinsics[:, 0, 0] * size[1])
+    warped = F.grid_sample(_smoothed(image, span), grid, padding_mode="border", align_corners=False)
+    known = mask & in_front(points)
+    found = sample_points(points, known, grid)
+    seen = within_centres(grid, image.shape[-2:]) & _taps_agree(grid, 1 / points[..., 2], known)
+    return warped, transform_points(found, transform[:, None, None]), seen
 
 
 def _smoothed(image: Tensor, span: Tensor) -> Tensor:
@@ -95,19 +119,17 @@ def _smoothed(image: Tensor, span: Tensor) -> Tensor:
     return smooth
 
 
-def _taps_agree(grid: Tensor, inverse: Tensor, known: Tensor, edge_rtol: float) -> Tensor:
+def _taps_agree(grid: Tensor, inverse_depth: Tensor, known: Tensor) -> Tensor:
     """Whether the four taps of each place of `grid` (B,h,w,2) are known and on one surface, (B,h,w).
 
-    inverse (B,H,W): inverse depth; known (B,H,W). The outermost half pixel has its taps on the border.
+    inverse_depth, known (B,H,W). The outermost half pixel has its taps on the border.
     """
     height, width = known.shape[-2:]
-    column = ((grid[..., 0] + 1) * width / 2 - 0.5).clamp(0, width - 1)
-    row = ((grid[..., 1] + 1) * height / 2 - 0.5).clamp(0, height - 1)
-    x0, y0 = column.floor().long(), row.floor().long()
-    x1, y1 = (x0 + 1).clamp_max(width - 1), (y0 + 1).clamp_max(height - 1)
+    y0, x0 = first_tap(grid, (height, width))
+    y1, x1 = (y0 + 1).clamp_max(height - 1), (x0 + 1).clamp_max(width - 1)
     batch = torch.arange(len(known), device=known.device)[:, None, None]
     # A step to the next column or row, False beyond the last one, where a tap meets itself.
-    across = F.pad(broken_steps(inverse, known, edge_rtol), (0, 1))
-    down = F.pad(broken_steps(inverse.mT, known.mT, edge_rtol), (0, 1)).mT
+    across = F.pad(broken_steps(inverse_depth, known), (0, 1))
+    down = F.pad(broken_steps(inverse_depth.mT, known.mT), (0, 1)).mT
     one_surface = ~(across[batch, y0, x0] | across[batch, y1, x0] | down[batch, y0, x0] | down[batch, y0, x1])
     return one_surface & known[batch, y0, x0] & known[batch, y0, x1] & known[batch, y1, x0] & known[batch, y1, x1]

@@ -8,19 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_lib.geometry.cameras import (
-    inverse,
-    project,
-    transform_points,
-    unproject,
-    uv_map,
-)
-from ttt_lib.geometry.warp import EDGE_RTOL
+from ttt_lib.geometry.cameras import inverse, transform_points, unproject, uv_map
+from ttt_lib.geometry.warp import EDGE_RTOL, first_tap, in_front, sample_points, sampling_grid, within_centres
 
 OCCLUSION_TOLERANCE = 0.05  # relative depth by which a carried-back pixel may lie behind what the view shows
-
-
-OUTSIDE = 9.0  # a sampling position (the image is -1 to 1) for directions that the image does not hold
 
 
 def carry_back(view: View, predicted: Tensor, points: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,35 +22,28 @@ def carry_back(view: View, predicted: Tensor, points: Tensor, intrinsics: Tensor
     camera. Returns points (B,H,W,3) in the original camera and mask (B,H,W): True where the pixel lies inside the
     view, is not hidden there, and is not at a depth edge of the prediction, where interpolation would make up a point.
     """
-    batch, height, width = predicted.shape[:3]
-    known = torch.isfinite(points).all(-1) & (points[..., 2] > 0)
+    size = predicted.shape[1:3]
+    known = in_front(points)
     rays = unproject(torch.ones_like(points[..., 2]), intrinsics)
     placed = transform_points(torch.where(known[..., None], points, rays), view.transform[:, None, None])
-    grid = torch.where(placed[..., 2:] > 1e-6, 2 * project(placed, view.intrinsics[:, None, None]) - 1, OUTSIDE)
-    # Beyond the outermost pixel centres there would be extrapolation.
-    inside = (grid.abs() <= 1 - 1 / torch.tensor([width, height]).to(grid) + 1e-5).all(-1)
-
-    # Points over depth, and one over depth, are linear in the pixel on planes: interpolation is exact there.
-    usable = torch.isfinite(predicted).all(-1) & (predicted[..., 2] > 0)
-    z = torch.where(usable, predicted[..., 2], 1.0)
-    packed = torch.cat([torch.where(usable[..., None], predicted, 0.0) / z[..., None], 1 / z[..., None]], -1)
-    sampled = F.grid_sample(packed.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=False)
-    found = (sampled[:, :3] / sampled[:, 3:]).permute(0, 2, 3, 1)
+    grid = sampling_grid(placed, view.intrinsics[:, None, None])
+    usable = in_front(predicted)
+    found = sample_points(predicted, usable, grid)
 
     # Nearest and farthest of the four pixels around each position; an unknown one spoils both.
+    z = predicted[..., 2]
     nearest = -F.max_pool2d(F.pad(-torch.where(usable, z, 0.0), (0, 1, 0, 1), mode="replicate"), 2, 1)
     farthest = F.max_pool2d(F.pad(torch.where(usable, z, torch.inf), (0, 1, 0, 1), mode="replicate"), 2, 1)
-    column = ((grid[..., 0] + 1) * width / 2 - 0.5).clamp(0, width - 1).long()
-    row = ((grid[..., 1] + 1) * height / 2 - 0.5).clamp(0, height - 1).long()
-    place = (row * width + column).flatten(1)
-    smooth = (farthest <= nearest * (1 + EDGE_RTOL)).flatten(1).gather(1, place).reshape(batch, *points.shape[:2])
+    row, column = first_tap(grid, size)
+    place = (row * size[1] + column).flatten(1)
+    smooth = (farthest <= nearest * (1 + EDGE_RTOL)).flatten(1).gather(1, place).reshape(grid.shape[:3])
 
     target = view.points[:, None, :, :, 2].nan_to_num(0.0)
     surface = F.grid_sample(target, grid, mode="nearest", align_corners=False)[:, 0]
     shown = known & (placed[..., 2] <= surface * (1 + OCCLUSION_TOLERANCE))
     moved = view.transform[:, :3, 3].abs().amax(-1)[:, None, None] > 0
     back = transform_points(found, inverse(view.transform)[:, None, None])
-    return back, inside & smooth & (~moved | shown)
+    return back, within_centres(grid, size) & smooth & (~moved | shown)
 
 
 def cutmix(view: View, other: View, generator: torch.Generator, probability: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -24,12 +24,10 @@ from ttt_lib.geometry.cameras import (
     look_at_transform,
     mirror_intrinsics,
     plain_crop,
-    project,
     recentred_crop,
-    unproject,
 )
-from ttt_lib.geometry.warp import warp_view
-from ttt_lib.views.carry import OUTSIDE, View
+from ttt_lib.geometry.warp import in_front, places_seen, warp_view
+from ttt_lib.views.carry import View
 from ttt_lib.views.color import DRAWS as COLOUR_DRAWS
 from ttt_lib.views.color import recolour
 from ttt_lib.views.renderer import NovelViewRenderer
@@ -107,17 +105,13 @@ def fill_unknown(image: Tensor, mask: Tensor) -> Tensor:
     return filled.clamp(0, 1)
 
 
-def _sky_seen(sky: Tensor, intrinsics: Tensor, transform: Tensor, new: Tensor, size: tuple[int, int]) -> tuple:
-    """Which view pixels look into the sky, (B,h,w) bool, and where they do in the original image, (B,h,w,2).
+def _sky_seen(sky: Tensor, grid: Tensor) -> Tensor:
+    """Which places of a `sampling_grid` (B,h,w,2) are of the sky (H,W) bool: (B,h,w).
 
-    sky (H,W) bool. It is infinitely far, so only the rotation counts, also for cameras that move. The positions are
-    those of `F.grid_sample`.
+    It is infinitely far, so only a camera's rotation counts, also where it moves: the grid is that of `places_seen`.
     """
-    rays = unproject(torch.ones(*size, device=sky.device), new)
-    back = rays @ transform[:, None, :3, :3]  # rows times R: the inverse rotation
-    grid = torch.where(back[..., 2:] > 1e-6, 2 * project(back, intrinsics) - 1, OUTSIDE)
-    source = sky.float().expand(len(transform), 1, -1, -1)
-    return F.grid_sample(source, grid, mode="nearest", align_corners=False)[:, 0] > 0.5, grid
+    source = sky.float().expand(len(grid), 1, -1, -1)
+    return F.grid_sample(source, grid, mode="nearest", align_corners=False)[:, 0] > 0.5
 
 
 def _render(
@@ -127,8 +121,8 @@ def _render(
     rendered = renderer.render(transform, new, size)
     seen, is_sky = rendered.image, torch.zeros_like(rendered.mask)
     if bool(sky.any()):
-        is_sky, grid = _sky_seen(sky, intrinsics, transform, new, size)
-        is_sky &= ~rendered.mask
+        grid = places_seen(transform, intrinsics.expand(len(transform), 3, 3), new, size)
+        is_sky = _sky_seen(sky, grid) & ~rendered.mask
         colours = F.grid_sample(image.expand(len(transform), -1, -1, -1), grid, align_corners=False)
         seen = torch.where(is_sky[:, None], colours, seen)
     return fill_unknown(seen, rendered.mask | is_sky), rendered.points, rendered.mask, is_sky
@@ -207,11 +201,12 @@ def _warp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Views from the camera's own place: image, points, mask, and where the sky is seen."""
     n = len(fixed)
+    lenses = intrinsics.expand(n, 3, 3)
     maps = image.expand(n, -1, -1, -1), points.expand(n, -1, -1, -1), surface.expand(n, -1, -1)
-    warped = warp_view(*maps, intrinsics.expand(n, 3, 3), fixed, lens, size)
+    warped = warp_view(*maps, lenses, fixed, lens, size)
     if not mask.is_cuda and bool(mask.all()):  # a GPU draws no sky faster than it can be asked
         return *warped, torch.zeros_like(warped[2])
-    return *warped, _sky_seen(~mask, intrinsics, fixed, lens, size)[0] & ~warped[2]
+    return *warped, _sky_seen(~mask, places_seen(fixed, lenses, lens, size)) & ~warped[2]
 
 
 def _put(maps: tuple[Tensor, ...], rows: Tensor, values: tuple[Tensor, ...]) -> None:
@@ -238,7 +233,7 @@ def make_views(
     device, novel, colour = image.device, config.novel_view, config.photometric
     (height, width), size = image.shape[-2:], tuple(config.size or image.shape[-2:])
     mask = torch.ones(height, width, dtype=torch.bool, device=device) if mask is None else mask
-    surface = mask & torch.isfinite(points).all(-1) & (points[..., 2] > 0)
+    surface = mask & in_front(points)
 
     plan = _plan(intrinsics, config, count, generator, (size[1] * height) / (size[0] * width))
     fixed, lens, moved = plan.transform, plan.lens, plan.moved

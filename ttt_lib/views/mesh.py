@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ttt_lib.geometry.cameras import unproject
-from ttt_lib.geometry.warp import EDGE_RTOL, broken_steps
+from ttt_lib.geometry.warp import EDGE_RTOL, broken_steps, in_front
 
 
 @dataclass
@@ -47,7 +47,7 @@ def build_mesh(
 
     With intrinsics, unknown pixels stand far away on their rays, so that curtains hang against the sky too.
     """
-    known = mask & torch.isfinite(points).all(-1) & (points[..., 2] > 0)
+    known = mask & in_front(points)
     depth = points[..., 2][known]
     nearest, farthest = (float(depth.min()), float(depth.max())) if depth.numel() else (1.0, 1.0)
     z = torch.where(known, points[..., 2], BEYOND * farthest)
