@@ -46,7 +46,8 @@ def loss_inputs(output, target, intrinsics, terms, generator=None, **options) ->
     config = build_experiment({"name": "x", "losses": terms})
     seeds = draw_seeds(len(target), generator or torch.Generator().manual_seed(1)).tolist()
     share = options.pop("share", torch.ones(len(target)))
-    known, negative = torch.isfinite(target).all(-1), options.pop("negative", None)
+    known = torch.isfinite(target).all(-1)
+    negative = options.pop("negative", torch.zeros_like(known))
     return LossInputs(
         output, target, known, negative, intrinsics, terms=config.losses, seeds=seeds, share=share, **options
     )

@@ -26,7 +26,7 @@ class LossBatch:
 
     of and seeds are on the CPU, whatever device the rest is on: what is done with them needs no word from a GPU.
 
-    images (B,3,h,w); points (R,h,w,3), intrinsics (R,3,3), negative (R,h,w) bool or None: of the rows. share (R,): of the
+    images (B,3,h,w); points (R,h,w,3), intrinsics (R,3,3), negative (R,h,w) bool: of the rows. share (R,): of the
     picture's compared pixels that are this row's; 1 where a picture is one row. seeds (R,3): of `draw_seeds`. compared:
     pictures of a pass that reach the loss, which is their mean.
     """
@@ -35,7 +35,7 @@ class LossBatch:
     of: Tensor
     points: Tensor
     intrinsics: Tensor
-    negative: Tensor | None
+    negative: Tensor
     share: Tensor
     seeds: Tensor
     compared: int
@@ -77,9 +77,9 @@ def loss_batch(view: View, config: ExperimentConfig, generator: torch.Generator)
 
 def plain_batch(images: Tensor, points: Tensor, intrinsics: Tensor, generator: torch.Generator) -> LossBatch:
     """Targets (R,H,W,3) of one and the same picture (1,3,H,W), each a row; cameras (3,3) of the picture."""
-    rows = len(points)
+    rows, nothing = len(points), torch.zeros(points.shape[:-1], dtype=torch.bool, device=points.device)
     of, share = torch.zeros(rows, dtype=torch.long), torch.ones(rows, device=points.device)
-    return LossBatch(images, of, points, intrinsics.expand(rows, 3, 3), None, share, draw_seeds(rows, generator), 1)
+    return LossBatch(images, of, points, intrinsics.expand(rows, 3, 3), nothing, share, draw_seeds(rows, generator), 1)
 
 
 def join_batches(batches: list[LossBatch]) -> list[LossBatch]:
@@ -95,12 +95,7 @@ def join_batches(batches: list[LossBatch]) -> list[LossBatch]:
             continue
         size = len(group[0].images)  # of a pass: the same in all of one experiment
         of = torch.cat([batch.of + i * size for i, batch in enumerate(group)])
-        negative = None if group[0].negative is None else torch.cat([batch.negative for batch in group])
-
-        def all_(key: str, group: list[LossBatch] = group) -> Tensor:
-            return torch.cat([getattr(batch, key) for batch in group])
-
-        joined.append(LossBatch(
-            all_("images"), of, all_("points"), all_("intrinsics"), negative, all_("share"), all_("seeds"), compared
-        ))  # fmt: skip
+        names = ("images", "points", "intrinsics", "negative", "share", "seeds")
+        tensors = {name: torch.cat([getattr(batch, name) for batch in group]) for name in names}
+        joined.append(LossBatch(of=of, compared=compared, **tensors))
     return joined

@@ -47,7 +47,7 @@ def loss_of(
         output={key: value[place] for key, value in output.items() if isinstance(value, Tensor)},
         target=target,
         known=torch.isfinite(target).all(-1),
-        negative=None if batch.negative is None else batch.negative[chosen],
+        negative=batch.negative[chosen],
         intrinsics=batch.intrinsics[chosen],
         terms=config.losses,
         seeds=seeds.tolist(),

@@ -155,10 +155,7 @@ def metric_scale_loss(inputs: LossInputs) -> Tensor:
 
 def _surface_and_sky(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """Where the target knows a surface, and where it knows that there is none, (B,H,W) bool each."""
-    if inputs.mask_on_both_sides:
-        return inputs.known, inputs.known
-    nothing = torch.zeros_like(inputs.known) if inputs.negative is None else inputs.negative & ~inputs.known
-    return inputs.known, nothing
+    return inputs.known, inputs.known if inputs.mask_on_both_sides else inputs.negative & ~inputs.known
 
 
 @LOSSES.register("mask", where=("mask",), reads=("mask",), settings=LossConfig)

@@ -34,7 +34,7 @@ class LossInputs:
     output: what the student's `forward` gives for each row: `points` (B,H,W,3) up to scale and z-shift, `depth` (B,H,W)
     in metres or `disparity` (B,H,W) up to scale and shift, and where the network has them `mask` (B,H,W), `metric_scale`
     (B,). target (B,H,W,3): the teacher's points in the views' cameras, NaN where unknown; known (B,H,W) bool; negative
-    (B,H,W) bool or None: sky; intrinsics (B,3,3) of the views. settings: the term's own. terms: the settings of all.
+    (B,H,W) bool: sky; intrinsics (B,3,3) of the views. settings: the term's own. terms: the settings of all.
     seeds: of `draw_seeds`, (B,3) whole numbers. share (B,): part of its picture that each row is. features: the student's
     and the frozen encoder's, (B,N,C) each, where a term needs them. cheap: alignment of `fast_alignment.py`, else MoGe's.
     mask_on_both_sides: as the public release. shared: what one term computes and another uses.
@@ -43,7 +43,7 @@ class LossInputs:
     output: dict[str, Tensor]
     target: Tensor
     known: Tensor
-    negative: Tensor | None
+    negative: Tensor
     intrinsics: Tensor
     settings: Any = LossConfig()
     terms: dict[str, LossConfig] = field(default_factory=dict)
@@ -95,8 +95,7 @@ def compute_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         NotSupported: for a term that needs points, depth or features that the model does not predict.
     """
     inputs = replace(inputs, target=torch.where(inputs.known[..., None], inputs.target, torch.nan))
-    there = {key for key, value in inputs.output.items() if value is not None}
-    there |= {"features"} if inputs.features is not None else set()
+    there = {*inputs.output, *(["features"] if inputs.features is not None else [])}
     anything = next(inputs.output[name] for name in ("points", "depth", "disparity") if name in inputs.output)
     if not there & {"points", "depth"}:
         inputs = replace(inputs, terms=_of_disparity(inputs.terms))
