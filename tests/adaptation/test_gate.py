@@ -18,6 +18,7 @@ from ttt_lib.adaptation.gate.signals import (  # fmt: skip
     ensemble_distances,
     held_back_views,
     log_error,
+    original_members,
     vote,
 )
 from ttt_lib.core.errors import UserError
@@ -31,7 +32,8 @@ config = small_experiment(
 
 @pytest.fixture
 def held(tiny, image):
-    return held_back_views(tiny, image, tiny.predict(image), config(), sample_generator(0, "held"))
+    members = original_members(tiny, image, config().gate)
+    return held_back_views(tiny, image, tiny.predict(image), config(), sample_generator(0, "held"), members)
 
 
 def always(value: float) -> Calibration:
@@ -208,7 +210,7 @@ def test_a_wrong_calibration_file_is_one_sentence(tmp_path):
 def test_the_gate_fails_closed(tiny, image, monkeypatch):
     from ttt_lib.adaptation.gate import signals
 
-    real, calls = signals._on_views, []
+    real, calls = signals.predict_on_views, []
 
     def broken(*arguments):
         calls.append(1)
@@ -216,7 +218,7 @@ def test_the_gate_fails_closed(tiny, image, monkeypatch):
             raise FloatingPointError("not finite")
         return real(*arguments)
 
-    monkeypatch.setattr(signals, "_on_views", broken)
+    monkeypatch.setattr(signals, "predict_on_views", broken)
     result = adapt(tiny, image, config())
     assert len(calls) == 2 and result.decision == "original" and "not finite" in result.reason
     assert torch.equal(result.final.depth, result.original.depth)

@@ -144,7 +144,7 @@ def test_shifts_fit_views_that_are_narrow_and_stay_out_of_held_back_ones(tiny, p
         assert shifted.shape == strip.shape and shifted.isfinite().all()
     config = build_experiment({"name": "x", "views": {"shift": {"names": ["night"], "probability": 1.0}}})
     image = picture.image[0]
-    held = held_back_views(tiny, image, tiny.predict(image), config, torch.Generator().manual_seed(0))
+    held = held_back_views(tiny, image, tiny.predict(image), config, torch.Generator().manual_seed(0), members=[])
     assert not any("night" in kind for kind in held.view.kind)
 
 

@@ -43,11 +43,11 @@ def working_image(image: Tensor, longest_side: int | None) -> Tensor:
 
     The shorter side keeps `SMALLEST` of them, because a view is a part of it: crops of a single row teach nothing.
     """
-    height, width = image.shape[-2:]
-    if longest_side is None or max(height, width) <= longest_side:
+    if longest_side is None:
         return image
-    factor = min(1.0, max(longest_side / max(height, width), SMALLEST / min(height, width)))
-    if factor == 1:
+    height, width = image.shape[-2:]
+    factor = max(longest_side / max(height, width), SMALLEST / min(height, width))
+    if factor >= 1:
         return image
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     return F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0].clamp(0, 1)

@@ -29,11 +29,11 @@ def _tokens(model: GeometryModel, factor: float) -> Iterator[None]:
         model.num_tokens = own
 
 
-def predict_mirrored(model: GeometryModel, image: Tensor, intrinsics: Tensor | None = None) -> Prediction:
-    """The prediction on the mirrored image (3,H,W), mirrored back: columns flipped, x negated. `intrinsics` (3,3)."""
+def predict_mirrored(model: GeometryModel, image: Tensor) -> Prediction:
+    """The prediction on the mirrored image (3,H,W), mirrored back: columns flipped, x negated."""
     known = model.known_references
     with model.knowing(references=None if known is None else known.mirrored()):
-        found = model.predict(image.flip(-1), None if intrinsics is None else mirror_intrinsics(intrinsics))
+        found = model.predict(image.flip(-1))
     return replace(
         found,
         points=mirror_points(found.points),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ttt_lib.adaptation.correction import at_references, correct
 from ttt_lib.adaptation.student import Student
-from ttt_lib.adaptation.supervision import Gradients, Pass, Supervision
+from ttt_lib.adaptation.supervision import Pass, Supervision
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.known_distances import References
@@ -83,12 +83,10 @@ class KnownDistances(Supervision):
             if self.doubt:
                 log.warning("%s; it was taken for %.4g m", self.doubt, self.references.unit)
 
-    def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
-        """None where the term has no weight."""
-        return super().gradients(student, passes) if self.weight else ([None] * len(student.leaves), {})
-
     def terms(self, student: Student, passes: list[Pass]) -> dict[str, Tensor]:
-        """`metric_reference`: mean |log d - log d*|, the same in each of the passes."""
+        """`metric_reference`: mean |log d - log d*|, the same in each of the passes; none where it has no weight."""
+        if not self.weight:
+            return {}
         return {"metric_reference": reference_loss(student.model, self.image, self.references) * len(passes)}
 
     def correct(self, prediction: Prediction) -> tuple[Prediction, str]:

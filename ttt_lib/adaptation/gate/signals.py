@@ -52,11 +52,11 @@ class HeldBack:
 
 def held_back_views(
     model: GeometryModel, image: Tensor, original: Prediction, config: ExperimentConfig, generator: torch.Generator,
-    members: list[Tensor] | None = None,
+    members: list[Tensor],
 ) -> HeldBack:  # fmt: skip
     """Draw the views from `generator` and predict on them with the model's present (original) weights.
 
-    image (3,H,W); original: the prediction on this very image; members: of `original_members`, if they are there.
+    image (3,H,W); original: the prediction on this very image; members: of `original_members`.
     Mirrors, recentred crops and colours of `gate.severity`; cameras stay in place, so that no rendering enters.
     """
     views = ViewConfig(**merge(config.views.model_dump(), {
@@ -65,15 +65,8 @@ def held_back_views(
         "photometric": {"probability": 1.0, "severity": config.gate.severity},
     }))  # fmt: skip
     view = make_views(image, original.points, original.mask, original.intrinsics, views, config.gate.views, generator)
-    depth, seen = _on_views(model, view, original)
-    return HeldBack(
-        image, view, original, depth, seen, original_members(model, image, config.gate) if members is None else members
-    )
-
-
-def _on_views(model: GeometryModel, view: View, original: Prediction) -> tuple[Tensor, Tensor]:
     points, seen = predict_on_views(model, view, original)
-    return points[..., 2], seen
+    return HeldBack(image, view, original, points[..., 2], seen, members)
 
 
 def original_members(model: GeometryModel, image: Tensor, config: GateConfig) -> list[Tensor]:
@@ -197,7 +190,8 @@ def measure(
     experts = [original.depth, adapted.depth]
     if "consistency" in config.signals:
         with student.weights(values):
-            found = consistency(held, *_on_views(model, held.view, original), adapted)
+            points, seen = predict_on_views(model, held.view, original)
+        found = consistency(held, points[..., 2], seen, adapted)
         signals |= {f"consistency_{key}": value for key, value in found.items()}
         signals["consistency_self_gain"] = _log_ratio(found["oo"], found["aa"])
         signals["consistency_cross_gain"] = _log_ratio(found["oo"], (found["ao"] + found["oa"]) / 2)
