@@ -6,8 +6,6 @@ of delta1 of affine-invariant depth and points) and `loss_adapted`, `loss_blende
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -52,9 +50,10 @@ def gain_table(metrics: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     return joined
 
 
-def _design(table: pd.DataFrame, names: list[str], mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
-    z = (table[[f"signal_{name}" for name in names]].to_numpy(float) - mean) / deviation
-    return np.clip(np.nan_to_num(z), -3, 3)
+def _signals(table: pd.DataFrame) -> pd.DataFrame:
+    """The signals of a table under their own names, as numbers."""
+    names = {column: column.removeprefix("signal_") for column in table.columns if column.startswith("signal_")}
+    return table[list(names)].rename(columns=names).astype(float)
 
 
 def _ridge(z: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
@@ -65,26 +64,20 @@ def _ridge(z: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, f
     return weights, float(bias - centre @ weights)
 
 
-def calibrate(
-    table: pd.DataFrame, allowed: float = 0.02, signals: Iterable[str] | None = None, seed: int = 0
-) -> Calibration:
+def calibrate(table: pd.DataFrame, allowed: float = 0.02) -> Calibration:
     """Which samples first, and thresholds on that order: the safe choice with the largest mean gain.
 
     Two orders compete: the gain as a ridge regression on the signals estimates it (its strength the one with the smallest
     10-fold error, its estimates out of fold), and the calmest first, where the original model's own predictions lie close
     together (`CALM`). Of all pairs of thresholds those that are safe (`is_safe`) take part; rejecting everything always
-    qualifies. signals: names without `signal_` (default: all that vary).
+    qualifies. Every signal that varies takes part, but those that decide for themselves or are an estimate already.
     """
-    names = [name.removeprefix("signal_") for name in table.columns if name.startswith("signal_")]
-    names = [n for n in names if n not in ("estimate", "camera_implausible")] if signals is None else list(signals)
-    names = [n for n in names if table[f"signal_{n}"].notna().any()]
-    values = table[[f"signal_{name}" for name in names]].to_numpy(float)
-    deviation = np.nanstd(values, axis=0)
-    names = [name for name, d in zip(names, deviation) if np.isfinite(d) and d > 1e-9]
-    values = table[[f"signal_{name}" for name in names]].to_numpy(float)
+    signals = _signals(table).drop(columns=["estimate", "camera_implausible"], errors="ignore")
+    names = [name for name in signals if signals[name].std(ddof=0) > 1e-9]
+    values = signals[names].to_numpy()
     mean, deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
-    z, y = _design(table, names, mean, deviation), table.gain_adapted.to_numpy(float)
-    folds = np.random.default_rng(seed).permutation(len(y)) % min(FOLDS, len(y))
+    z, y = np.clip(np.nan_to_num((values - mean) / deviation), -3, 3), table.gain_adapted.to_numpy(float)
+    folds = np.random.default_rng(0).permutation(len(y)) % min(FOLDS, len(y))
 
     def out_of_fold(strength: float) -> np.ndarray:
         estimate = np.empty_like(y)
@@ -136,11 +129,11 @@ def _thresholds(table: pd.DataFrame, estimate: np.ndarray, allowed: float) -> tu
 
 def apply_thresholds(table: pd.DataFrame, estimate: np.ndarray, accept: float, blend: float) -> pd.DataFrame:
     """Gain and loss of each sample (columns gain, loss) after decisions by these estimates and thresholds."""
-    return _by_decision(table, estimate >= accept, (estimate >= blend) & (estimate < accept))
+    return _by_decision(table, estimate >= accept, estimate >= blend)
 
 
 def _by_decision(table: pd.DataFrame, accepted: np.ndarray, mixed: np.ndarray) -> pd.DataFrame:
-    """Columns gain, loss: of the adapted prediction where accepted, of the blended where mixed, else 0."""
+    """Columns gain, loss: of the adapted prediction where accepted, else of the blended where mixed, else 0."""
     return pd.DataFrame({
         kind: np.where(accepted, table[f"{kind}_adapted"], np.where(mixed, table[f"{kind}_blended"], 0.0))
         for kind in ("gain", "loss")
@@ -152,8 +145,7 @@ def decide(table: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
 
     Sets decision, signal_estimate, gain_final and loss_final.
     """
-    names = {column: column.removeprefix("signal_") for column in table.columns if column.startswith("signal_")}
-    signals = table[list(names)].rename(columns=names).to_dict("records")
+    signals = _signals(table).to_dict("records")
     decision = np.array([calibration.decide(row) for row in signals])
     chosen = _by_decision(table, decision == "accept", decision == "blend")
     return table.assign(
@@ -173,26 +165,26 @@ def outcome(decided: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def compare_policies(table: pd.DataFrame, seed: int = 0, draws: int = 2000) -> pd.DataFrame:
+def compare_policies(table: pd.DataFrame) -> pd.DataFrame:
     """Never, always, blend always, the gate as it decided (`final`), and the oracle that knows the truth.
 
     Rows: policy, samples, gain with its 95 % bootstrap interval (low, high), worse, worst, and `kept`, the share of the
     oracle's mean gain.
     """
-    zero = pd.DataFrame({"gain": np.zeros(len(table)), "loss": np.zeros(len(table))})
-    choices = {"never": zero}
-    for policy, prediction in (("always", "adapted"), ("blend always", "blended"), ("gate", "final")):
-        choices[policy] = pd.DataFrame({"gain": table[f"gain_{prediction}"], "loss": table[f"loss_{prediction}"]})
-    better = table.gain_adapted > 0
-    choices["oracle"] = pd.DataFrame(
-        {"gain": np.where(better, table.gain_adapted, 0.0), "loss": np.where(better, table.loss_adapted, 0.0)}
-    )
-    rng = np.random.default_rng(seed)
+    none, every = np.zeros(len(table), bool), np.ones(len(table), bool)
+    decided = table[["gain_final", "loss_final"]].set_axis(["gain", "loss"], axis=1)
+    choices = {
+        "never": _by_decision(table, none, none),
+        "always": _by_decision(table, every, none),
+        "blend always": _by_decision(table, none, every),
+        "gate": decided,
+        "oracle": _by_decision(table, table.gain_adapted > 0, none),
+    }
+    rng = np.random.default_rng(0)
     rows = []
-    for policy, decided in choices.items():
-        values = decided.gain.to_numpy()
-        low, high = bootstrap_interval(values, draws, seed=rng)
-        rows.append({"policy": policy, "samples": len(values), **outcome(decided), "low": low, "high": high})
+    for policy, chosen in choices.items():
+        low, high = bootstrap_interval(chosen.gain.to_numpy(), seed=rng)
+        rows.append({"policy": policy, "samples": len(chosen), **outcome(chosen), "low": low, "high": high})
     result = pd.DataFrame(rows)
     best = float(result.gain[result.policy == "oracle"].iloc[0])
     result["kept"] = result.gain / best if best > 0 else np.nan
@@ -219,15 +211,13 @@ def signal_quality(table: pd.DataFrame) -> pd.DataFrame:
     signal that is smaller where adapting helps has a negative correlation and an area below one half.
     """
     rows = []
-    for name in [n for n in table.columns if n.startswith("signal_")]:
-        usable = table[[name, "gain_adapted"]].dropna()
-        score, gain = usable[name].to_numpy(float), usable.gain_adapted.to_numpy(float)
-        if len(usable) > 2 and score.std() > 0:
-            rows.append({
-                "signal": name.removeprefix("signal_"), "samples": len(usable),
-                "spearman": stats.spearmanr(score, gain).statistic if np.ptp(gain) > 0 else np.nan,
-                "auc": area_under_roc(score, gain > 0),
-            })  # fmt: skip
+    for name, signal in _signals(table).items():
+        usable = signal.notna() & table.gain_adapted.notna()
+        score, gain = signal[usable].to_numpy(), table.gain_adapted[usable].to_numpy(float)
+        if len(score) > 2 and score.std() > 0:
+            spearman = stats.spearmanr(score, gain).statistic if np.ptp(gain) > 0 else np.nan
+            auc = area_under_roc(score, gain > 0)
+            rows.append({"signal": name, "samples": len(score), "spearman": spearman, "auc": auc})
     result = pd.DataFrame(rows, columns=["signal", "samples", "spearman", "auc"])
     return result.reindex(result.spearman.abs().sort_values(ascending=False).index).reset_index(drop=True)
 

@@ -8,26 +8,28 @@ from scipy import stats
 
 from ttt_lib.evaluation.scores import SCORES
 
+LEVEL = 0.95  # of every interval
+
 
 def bootstrap_interval(
-    values: np.ndarray, samples: int = 2000, level: float = 0.95, seed: int | np.random.Generator = 0
+    values: np.ndarray, samples: int = 2000, seed: int | np.random.Generator = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values` (N,); NaN for fewer than two values."""
+    """95 % percentile bootstrap interval of the mean of `values` (N,); NaN for fewer than two values."""
     if len(values) < 2:
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     means = values[rng.integers(0, len(values), (samples, len(values)))].mean(1)
-    return tuple(float(v) for v in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+    return tuple(float(v) for v in np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
 
 
-def paired_summary(gain: np.ndarray, tolerance: float = 1e-3, samples: int = 2000, seed: int = 0) -> dict[str, float]:
+def paired_summary(gain: np.ndarray, tolerance: float = 1e-3, samples: int = 2000) -> dict[str, float]:
     """Summary of per-sample gains (N,), positive where the sample improved.
 
     count, mean with its bootstrap interval, improved / unchanged / worse at `tolerance`, best gain and worst loss,
     p-values of the two-sided sign test (zeros dropped) and Wilcoxon signed-rank test; NaN where a test has no data.
     """
     gain = np.asarray(gain, dtype=float)
-    low, high = bootstrap_interval(gain, samples, seed=seed)
+    low, high = bootstrap_interval(gain, samples)
     up, down = int((gain > 0).sum()), int((gain < 0).sum())
     return {
         "count": len(gain),
@@ -44,15 +46,15 @@ def paired_summary(gain: np.ndarray, tolerance: float = 1e-3, samples: int = 200
     }
 
 
-def paired_gains(metrics: pd.DataFrame, metric: str, score: str, baseline: str = "original") -> pd.DataFrame:
-    """Per-sample gain of every experiment over `baseline`, both by their final predictions.
+def paired_gains(metrics: pd.DataFrame, metric: str, score: str) -> pd.DataFrame:
+    """Per-sample gain of every experiment over `original`, both by their final predictions.
 
     metrics: tidy rows (experiment, dataset, sample, prediction, metric, score, value). Returns experiment, dataset,
     sample, before, after, gain (positive is better), experiments in the order in which `metrics` has them. Samples that
     one of the two lacks are left out.
     """
     rows = metrics[(metrics.metric == metric) & (metrics.score == score) & (metrics.prediction == "final")]
-    before = rows.loc[rows.experiment == baseline, ["dataset", "sample", "value"]].rename(columns={"value": "before"})
+    before = rows.loc[rows.experiment == "original", ["dataset", "sample", "value"]].rename(columns={"value": "before"})
     joined = rows.rename(columns={"value": "after"}).merge(before, on=["dataset", "sample"])
     joined["gain"] = SCORES[score].gain(joined["before"], joined["after"])
     columns = ["experiment", "dataset", "sample", "before", "after", "gain"]
