@@ -132,7 +132,7 @@ class LiteEncoder(nn.Module):
 
 class TinyMoGe(MoGeModel):
     """`moge.model.v2.MoGeModel` with `LiteEncoder`. The configuration has the keys of a MoGe-2 checkpoint, and
-    `architecture: tiny`."""
+    `architecture: tiny`, by which whoever loads it knows that it is one."""
 
     def __init__(
         self,
@@ -146,8 +146,6 @@ class TinyMoGe(MoGeModel):
         architecture: str = "tiny",
     ) -> None:
         nn.Module.__init__(self)  # MoGeModel's own constructor would build a DINOv2 encoder
-        if architecture != "tiny":
-            raise ValueError(f"architecture must be 'tiny', got {architecture!r}")
         self.remap_output, self.num_tokens_range = remap_output, list(num_tokens_range)
         self.encoder = LiteEncoder(**encoder)
         self.neck = ConvStack(**neck)

@@ -16,10 +16,12 @@ from torch import Tensor
 from ttt_lib.data.scenes.generate import KINDS, make_scenes, place_cameras
 from ttt_lib.data.scenes.raycast import draw, make_atlas
 from ttt_lib.data.scenes.textures import make_textures
+from ttt_lib.geometry.cameras import uv_map
 
 SIZES = ((192, 256), (192, 256), (256, 192), (160, 320), (128, 384), (224, 224))  # height, width; about 192 tokens
 SHARES = {"room": 0.4, "street": 0.25, "ground": 0.2, "table": 0.15}
 ATLAS_EVERY = 8  # chunks that share one set of textures
+AHEAD = 3  # chunks made before they are asked for
 TOGETHER = 32  # scenes drawn at once on a GPU; the largest tensor is then half a gigabyte at `scale` 2
 assert set(SHARES) == set(KINDS)
 
@@ -82,22 +84,20 @@ def _alike(scenes: list[tuple[str, int, bool]], most: int) -> list[list[int]]:
 
 
 class ChunkSource:
-    """Hands out chunks in order of number, a few made ahead in other processes.
+    """Hands out chunks in order of number, a few made ahead in another process.
 
-    On a GPU those draw there too, beside the steps, and chunks lie on it as tensors.
+    On a GPU three processes draw there too, beside the steps, and chunks lie on it as tensors.
     """
 
-    def __init__(
-        self, seed: int, size: int, scale: int = 1, device: str = "cpu", ahead: int = 3, workers: int = 1
-    ) -> None:
-        self.seed, self.size, self.scale, self.device, self.ahead = seed, size, scale, device, ahead
-        self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    def __init__(self, seed: int, size: int, scale: int = 1, device: str = "cpu") -> None:
+        self.seed, self.size, self.scale, self.device = seed, size, scale, device
+        self.pool = ProcessPoolExecutor(1 if device == "cpu" else 3, mp_context=get_context("spawn"))
         self.pending: dict[int, Future] = {}
         self.ready: dict[int, Chunk] = {}
 
     def window(self, first: int, last: int) -> list[Chunk]:
         """Chunks first..last (inclusive); waits for them, forgets those before, starts those after."""
-        for number in range(first, last + 1 + self.ahead):
+        for number in range(first, last + 1 + AHEAD):
             if number not in self.pending and number not in self.ready:
                 what = (self.seed, number, self.size, self.scale, self.device)
                 self.pending[number] = self.pool.submit(make_chunk, *what)
@@ -164,10 +164,8 @@ def draw_batch(
         torch.as_tensor(part[chosen]).to(device) for part in (chunk.image, chunk.depth, chunk.intrinsics)
     )
     image = image.float() / 255
-    height, width = image.shape[-2:]
-    u = ((torch.arange(width, device=device) + 0.5) / width - 0.5)[None, None] / intrinsics[:, 0, 0, None, None]
-    v = ((torch.arange(height, device=device) + 0.5) / height - 0.5)[None, :, None] / intrinsics[:, 1, 1, None, None]
-    rays = torch.stack([u.expand_as(depth), v.expand_as(depth)], -1)
+    focal = intrinsics.diagonal(dim1=1, dim2=2)[:, None, None, :2]
+    rays = (uv_map(*image.shape[-2:], device=device) - 0.5) / focal
     if rng.random() < 0.5:  # centred cameras: a mirrored picture has mirrored depth and the very same rays
         image, depth = image.flip(-1), depth.flip(-1)
     noise = int(rng.integers(2**62))  # drawn on the device: on a CPU grain would take longer than a GPU's whole step

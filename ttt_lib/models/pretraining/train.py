@@ -171,16 +171,15 @@ def _follow(average: dict[str, Tensor], model: TinyMoGe, decay: float) -> None:
 def train(
     recipe: Recipe, folder: Path, device: str = "cpu", threads: int | None = None, seconds: float | None = None,
     stop_at: int | None = None, evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
-    evaluate_every: int = 1000, evaluate_seconds: float | None = None, save_every: int = 250, workers: int | None = None,
+    evaluate_seconds: float | None = None, save_every: int = 250,
 ) -> TinyMoGe:  # fmt: skip
     """Train, or go on from `folder/state.pt` if it is there with the same recipe; returns the averaged model.
 
     Writes `folder/log.jsonl` (a line every 25 steps, a line an evaluation) and `folder/state.pt` (atomic).
     `seconds`: the rate still falls to its end, by turning time into steps after the first 300 steps; this makes the
     run depend on the clock, so leave it out where the result must be the same twice. `stop_at`: stop early, to be
-    resumed. `evaluate` gets the averaged model every so many steps, and with `evaluate_seconds` also so long after it had
-    it last; it moves nothing. `workers`: processes that draw pictures; None: one, and three on a GPU, which draw there.
-    Raises `ValueError` if the folder holds a run of another recipe.
+    resumed. `evaluate` gets the averaged model at the end, and with `evaluate_seconds` so long after it had it last; it moves
+    nothing. Raises `ValueError` if the folder holds a run of another recipe.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,15 +188,13 @@ def train(
     model, optimizer = _begin(recipe, torch.device(device))
     state_path = folder / "state.pt"
     average, step, spent = _resume(state_path, recipe, model, optimizer)
-    workers = workers or (1 if device == "cpu" else 3)
-    source = ChunkSource(recipe.seed, recipe.chunk_size, recipe.scale, device, workers=workers)
+    source = ChunkSource(recipe.seed, recipe.chunk_size, recipe.scale, device)
     steps_a_chunk = max(1, round(recipe.reuse * recipe.chunk_size / recipe.batch_size))
     begun, looked = time.perf_counter() - spent, time.perf_counter()
     total = recipe.steps
     running: dict[str, Tensor] = {}
     try:
         with open(folder / "log.jsonl", "a", encoding="utf-8", buffering=1) as log:  # line by line
-            write = lambda line: log.write(to_json(line) + "\n")  # noqa: E731
             while step < min(total, stop_at or total):
                 newest = step // steps_a_chunk
                 chunks = source.window(max(0, newest - recipe.window + 1), newest)
@@ -211,15 +208,15 @@ def train(
                 if step % 25 == 0:
                     spent = time.perf_counter() - begun
                     means = {name: round(float(value), 5) for name, value in running.items()}
-                    write({"step": step, "seconds": round(spent, 1), **means})
+                    print(to_json({"step": step, "seconds": round(spent, 1), **means}), file=log)
                     running = {}
                     if seconds is not None and step >= 300:
                         total = max(step + 1, int(step * seconds / spent))
                 if step % save_every == 0 or step == total:
                     _keep(state_path, recipe, model, optimizer, average, step, time.perf_counter() - begun)
                 due = evaluate_seconds is not None and time.perf_counter() - looked >= evaluate_seconds
-                if evaluate is not None and (due or step % evaluate_every == 0 or step == total):
-                    write({"step": step, **evaluate(averaged(model, average), step)})
+                if evaluate is not None and (due or step == total):
+                    print(to_json({"step": step, **evaluate(averaged(model, average), step)}), file=log)
                     looked = time.perf_counter()
     finally:
         source.close()
