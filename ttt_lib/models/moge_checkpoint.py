@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moge.model import import_model_class_by_version
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ttt_lib.core.errors import ModelError
+from ttt_lib.core.errors import ModelError, reason
 from ttt_lib.models.bounds import BoundsError, check_archive, check_numbers
 from ttt_lib.models.hub import fetch
 
@@ -21,6 +22,8 @@ HUB_NAMES = (
     "Ruicheng/moge-2-vitb-normal",
     "Ruicheng/moge-2-vits-normal",
 )
+SMALL = 64  # numbers of a configuration up to here are never too large
+FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 
 
 def refuse_moge_3(name: str) -> None:
@@ -57,10 +60,6 @@ def _read_checkpoint(path: Path, name: str) -> dict[str, Any]:
     return checkpoint
 
 
-SMALL = 64  # numbers of a configuration up to here are never too large
-FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
-
-
 class _WithoutMemory(TorchFunctionMode):
     """Inside, new tensors have a shape and no memory. (`torch.device("meta")` goes too far: DINOv2 reads a number.)"""
 
@@ -87,6 +86,44 @@ def _plain_names(weights: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def _network_class(config: dict[str, Any]) -> type[nn.Module]:
+    """MoGe-1, MoGe-2 or the small one, as a configuration says."""
+    if config.get("architecture") == "tiny":
+        from ttt_lib.models.tiny import TinyMoGe
+
+        return TinyMoGe
+    return import_model_class_by_version("v2" if "neck" in config else "v1")
+
+
+def _build(config: dict[str, Any], weights: dict[str, Any]) -> nn.Module:
+    """The network of a configuration with the weights of its file. Raises `ValueError` where one does not fit the other."""
+    network_class = _network_class(config)
+    _check_sizes(config, weights)
+    with _WithoutMemory():
+        shapes = {key: value.shape for key, value in network_class(**config).state_dict().items()}
+    if missing := [key for key in shapes if key not in weights]:
+        raise ValueError(f"it lacks {len(missing)} of its weights, first {missing[0]!r}")
+    for key, shape in shapes.items():
+        if weights[key].shape != shape:
+            raise ValueError(f"{key} has the shape {tuple(weights[key].shape)}, not {tuple(shape)}")
+    network = network_class(**config)
+    network.load_state_dict(weights, strict=False)
+    return network
+
+
+def _check_network(network: nn.Module) -> None:
+    """Whether a network can be used as MoGe's are. Raises `ValueError`."""
+    if not hasattr(network, "points_head") and not hasattr(network, "head"):
+        raise ValueError("it has no points head")
+    broken = [key for key, value in network.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"it holds numbers that are not finite, first in {broken[0]!r}")
+    tokens = network.num_tokens_range
+    pair = isinstance(tokens, list | tuple) and len(tokens) == 2 and all(isinstance(n, int | float) for n in tokens)
+    if not pair or not 0 < tokens[0] <= tokens[1] <= 1e5:
+        raise ValueError("its `num_tokens_range` is not two numbers of tokens, the lower one first")
+
+
 def load_network(path: Path, name: str) -> nn.Module:
     """The network of a checkpoint, float32 on the CPU: MoGe-1, MoGe-2 or the small one, as its configuration says.
 
@@ -94,43 +131,11 @@ def load_network(path: Path, name: str) -> nn.Module:
     """
     checkpoint = _read_checkpoint(path, name)
     config, weights = checkpoint["model_config"], checkpoint["model"]
-    wrong = f"model {name!r}: {path} is not a MoGe checkpoint"
-    if not isinstance(config, dict) or not isinstance(weights, dict):
-        raise ModelError(f"{wrong}: its `model_config` and `model` are not dictionaries.")
     try:
-        if config.get("architecture") == "tiny":
-            from ttt_lib.models.tiny import TinyMoGe as Network
-        elif "neck" in config:
-            from moge.model.v2 import MoGeModel as Network
-        else:
-            from moge.model.v1 import MoGeModel as Network
-        weights = _plain_names(weights)
-        _check_sizes(config, weights)
-        with _WithoutMemory():
-            shapes = {key: value.shape for key, value in Network(**config).state_dict().items()}
-        wrong_shapes = [key for key, shape in shapes.items() if key in weights and weights[key].shape != shape]
-        if wrong_shapes:
-            key = wrong_shapes[0]
-            raise ValueError(f"{key} has the shape {tuple(weights[key].shape)}, not {tuple(shapes[key])}")
-        if missing := [key for key in shapes if key not in weights]:
-            raise ModelError(f"model {name!r}: {path} lacks {len(missing)} of its weights, first {missing[0]!r}.")
-        network = Network(**config)
-        network.load_state_dict(weights, strict=False)
-    except ModelError:
-        raise
+        if not isinstance(config, dict) or not isinstance(weights, dict):
+            raise ValueError("its `model_config` and `model` are not dictionaries")
+        network = _build(config, _plain_names(weights))
+        _check_network(network)
     except Exception as error:  # whatever a network's constructor makes of a wrong configuration
-        # PyTorch's report of wrong shapes says what is wrong from its second line on.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ModelError(f"{wrong} ({lines[min(1, len(lines) - 1)].rstrip('.')}).") from error
-    if not hasattr(network, "points_head") and not hasattr(network, "head"):
-        raise ModelError(f"{wrong} of points: it has no points head.")
-    broken = [key for key, value in network.state_dict().items() if not torch.isfinite(value).all()]
-    if broken:
-        raise ModelError(f"model {name!r}: {path} holds numbers that are not finite, first in {broken[0]!r}.")
-    try:
-        low, high = map(float, getattr(network, "num_tokens_range", (1, 1)))
-    except (TypeError, ValueError):
-        low, high = 0.0, 0.0
-    if not 0 < low <= high <= 1e5:
-        raise ModelError(f"{wrong}: its `num_tokens_range` is not two numbers of tokens, the lower one first.")
+        raise ModelError(f"model {name!r}: {path} is not a MoGe checkpoint ({reason(error)}).") from error
     return network
