@@ -7,9 +7,7 @@ take one 8-bit picture at a time, through NumPy and Pillow.
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,24 +20,19 @@ from ttt_lib.core.errors import ModelError, reason
 from ttt_lib.core.files import read_json
 
 MODES = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers, which the files use
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-DPT_TYPE, ZOE_TYPE = {"image_processor_type": "DPTImageProcessor"}, {"image_processor_type": "ZoeDepthImageProcessor"}
+ON_DINOV2 = {"keep_aspect_ratio": True, "ensure_multiple_of": 14,
+             "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # fmt: skip
 # The library's processor of Depth Pro needs torchvision, so its few values are read here; these are its own defaults.
 DEPTH_PRO = {"size": {"height": 1536, "width": 1536}, "do_resize": True, "resample": 2, "do_rescale": True,
              "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
 # What the published files of each family say beside the processor's own defaults, for a folder without such a file.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "depth_anything": DPT_TYPE
-    | {"size": {"height": 518, "width": 518}, "keep_aspect_ratio": True, "ensure_multiple_of": 14}
-    | IMAGENET,
-    "dpt": DPT_TYPE,
-    "zoedepth": ZOE_TYPE | {"ensure_multiple_of": 32},
-    "depth_pro": {},
-    "prompt_depth_anything": {"image_processor_type": "PromptDepthAnythingImageProcessor"}
-    | {"size": {"height": 756, "width": 756}, "keep_aspect_ratio": True, "ensure_multiple_of": 14}
-    | IMAGENET,
-    "glpn": {"image_processor_type": "GLPNImageProcessor"},
-}
+    "depth_anything": {"type": "DPTImageProcessor", "size": {"height": 518, "width": 518}, **ON_DINOV2},
+    "dpt": {"type": "DPTImageProcessor"},
+    "zoedepth": {"type": "ZoeDepthImageProcessor", "ensure_multiple_of": 32},
+    "prompt_depth_anything": {"type": "PromptDepthAnythingImageProcessor", "size": {"height": 756, "width": 756}, **ON_DINOV2},
+    "glpn": {"type": "GLPNImageProcessor"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,23 +85,28 @@ class Rules:
         return rows, columns
 
 
-def read_processor(folder: Path, family: str, name: str) -> Any:
-    """transformers' image processor of a folder; that of the published files where it has no such file."""
-    from transformers import AutoImageProcessor
-
+def read_rules(folder: Path, family: str, network: nn.Module, name: str) -> Rules:
+    """Rules from the `preprocessor_config.json` of a folder for a network of this family, or where it has no such file from
+    the published ones. Raises `ModelError`."""
     try:
-        path = folder / "preprocessor_config.json"
-        if family == "depth_pro":
-            return SimpleNamespace(**DEPTH_PRO | (read_json(path) if path.is_file() else {}))
-        if path.is_file():
-            return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        with tempfile.TemporaryDirectory() as made:
-            Path(made, "preprocessor_config.json").write_text(json.dumps(PUBLISHED[family]), encoding="utf-8")
-            return AutoImageProcessor.from_pretrained(made, local_files_only=True)
-    except Exception as error:  # it raises what the damage of the file leads to
+        return _rules(_processor(folder, family), family, network)
+    except Exception as error:  # transformers raises what the damage of the file leads to
         raise ModelError(
             f"model {name!r}: preprocessor_config.json is not one of {family} ({reason(error)})."
         ) from error
+
+
+def _processor(folder: Path, family: str) -> Any:
+    """transformers' image processor of a folder; that of the published files where it has no such file."""
+    import transformers
+
+    path = folder / "preprocessor_config.json"
+    if family == "depth_pro":
+        return SimpleNamespace(**DEPTH_PRO | (read_json(path) if path.is_file() else {}))
+    if path.is_file():
+        return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    settings = dict(PUBLISHED[family])
+    return getattr(transformers, settings.pop("type"))(**settings)
 
 
 def _patch(network: nn.Module, family: str) -> int:
@@ -122,30 +120,23 @@ def _patch(network: nn.Module, family: str) -> int:
     return int(patch if isinstance(patch, int) else patch[0])
 
 
-def read_rules(processor: Any, family: str, network: nn.Module, name: str) -> Rules:
-    """Rules from transformers' image processor for a network of this family."""
+def _rules(processor: Any, family: str, network: nn.Module) -> Rules:
+    """Rules from transformers' image processor. Raises what a wrong one leads to."""
     # DPT's first version and its hybrid, whose tokens the library puts on a square grid; Depth Pro, which stretches.
     square = family == "depth_pro" or family == "dpt" and getattr(network, "backbone", None) is None
     fixed = family == "depth_pro" or square and bool(network.config.is_hybrid)
     sized, zoe = family != "glpn", family == "zoedepth"
-    try:
-        size = (int(processor.size["height"]), int(processor.size["width"])) if sized else None
-        means = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
-        mean, std = (tuple(float(v) for v in values) for values in means)
-        multiple = float(getattr(processor, "ensure_multiple_of" if sized else "size_divisor", None) or 1)
-        padded = bool(getattr(processor, "do_pad", False))
-        if min(size or (1,)) < 1 or not multiple > 0 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError("a size, multiple, mean or std that cannot be")
-        if square and size[0] != size[1]:
-            raise ValueError("the network takes square pictures only")
-        if int(processor.resample) not in MODES:
-            raise ValueError(f"resample {int(processor.resample)}; known are 2 (bilinear) and 3 (bicubic)")
-        scale = float(processor.rescale_factor) if processor.do_rescale else 1.0
-        divisor = int(processor.size_divisor or 0) if padded and not zoe else 0
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"model {name!r}: preprocessor_config.json is not one of {family} ({reason(error)})."
-        ) from error
+    size = (int(processor.size["height"]), int(processor.size["width"])) if sized else None
+    means = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+    mean, std = (tuple(float(v) for v in values) for values in means)
+    multiple = float(getattr(processor, "ensure_multiple_of" if sized else "size_divisor", None) or 1)
+    padded = bool(getattr(processor, "do_pad", False))
+    if min(size or (1,)) < 1 or not multiple > 0 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError("a size, multiple, mean or std that cannot be")
+    if square and size[0] != size[1]:
+        raise ValueError("the network takes square pictures only")
+    if int(processor.resample) not in MODES:
+        raise ValueError(f"resample {int(processor.resample)}; known are 2 (bilinear) and 3 (bicubic)")
     if fixed and family == "dpt":
         side = network.config.image_size
         size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
@@ -155,11 +146,11 @@ def read_rules(processor: Any, family: str, network: nn.Module, name: str) -> Ru
         mode=MODES[int(processor.resample)],
         keep_aspect_ratio=bool(getattr(processor, "keep_aspect_ratio", False)) and not square,
         multiple=1.0 if fixed else multiple,
-        scale=scale,
+        scale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
         mean=mean,
         std=std,
         border=zoe and padded,
-        divisor=divisor,
+        divisor=int(processor.size_divisor or 0) if padded and not zoe else 0,
         patch=_patch(network, family),
         square=square,
         fixed=fixed,

@@ -21,7 +21,7 @@ from ttt_lib.core.files import read_json
 from ttt_lib.core.registry import MODELS
 from ttt_lib.models.bounds import check_folder
 from ttt_lib.models.hub import NotHeld, fetch
-from ttt_lib.models.preprocessing import read_processor, read_rules
+from ttt_lib.models.preprocessing import read_rules
 from ttt_lib.models.transformers_models import TransformersModel
 from ttt_lib.models.transformers_special import DepthProModel, PromptedModel, ZoeDepthModel
 
@@ -154,7 +154,7 @@ def load_transformers_model(
     if not (folder / "preprocessor_config.json").is_file():
         notes = (f"preprocessor_config.json is missing, so pictures are prepared as the published {family} models do",)
     with _quietly():
-        rules = read_rules(read_processor(folder, family, name), family, network, name)
+        rules = read_rules(folder, family, network, name)
     if rules.fixed and num_tokens is not None:
         raise ModelError(f"model {name!r}: {family} takes pictures of one size; leave model.num_tokens out.")
     backbone = getattr(getattr(network.config, "backbone_config", None), "model_type", None)
