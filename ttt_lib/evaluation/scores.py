@@ -133,17 +133,17 @@ def scores_of(prediction: Prediction, sample: Sample) -> Scores:
         return {}
     named, truth = to_moge(prediction, tuple(sample.mask.shape)), to_truth(sample)
     whole, valid = truth["depth_mask"], _valid(named)
-    zoedepth = _zoedepth_scores(prediction, named, truth["depth"], whole, valid, sample.is_metric)
+    zoedepth = _zoedepth_scores(named, truth["depth"], whole, valid, sample.is_metric)
     wrong = whole & ~valid
     if not bool(wrong.any()):
-        return {**_aligned_scores(prediction, named, truth), **zoedepth}
+        return {**_aligned_scores(named, truth), **zoedepth}
     enough = int((whole & valid).sum()) >= MINIMUM_TRUTH
     share = float(wrong.sum() / whole.sum()) if enough else 1.0
     for key in named.keys() - {"intrinsics"}:  # the truth stands in, so that the alignments have numbers
         stand_in = truth["points"] if "points" in key else 1 / truth["depth"] if "disparity" in key else truth["depth"]
         named[key] = torch.where(valid[..., None] if "points" in key else valid, named[key], stand_in)
     truth["depth_mask"] = whole & valid if enough else whole
-    aligned = _aligned_scores(prediction, named, truth)
+    aligned = _aligned_scores(named, truth)
     scores = {metric: _with_wrong(group, share) for metric, group in aligned.items()}
     return {**scores, **zoedepth, "prediction": {"invalid": float(wrong.sum() / whole.sum())}}
 
@@ -172,31 +172,32 @@ def _with_wrong(group: dict[str, float], share: float) -> dict[str, float]:
     return {score: of_all(score, value) for score, value in group.items()}
 
 
-def _aligned_scores(prediction: Prediction, named: dict[str, Tensor], truth: dict) -> Scores:
+def _depth(named: dict[str, Tensor]) -> Tensor | None:
+    """The predicted depth, whatever its kind; None of a disparity."""
+    return next((map_ for key, map_ in named.items() if key.startswith("depth_")), None)
+
+
+def _aligned_scores(named: dict[str, Tensor], truth: dict) -> Scores:
     """MoGe's scores, and those in disparity, over the pixels of the truth's mask."""
     with torch.no_grad(), fast_alignment():
         scores, _ = compute_metrics(named, truth)
-    mask = truth["depth_mask"]
-    disparity = named.get("disparity_affine_invariant")
-    if disparity is None and prediction.depth is not None:
-        disparity = 1 / next(v for k, v in named.items() if k.startswith("depth_")).clamp_min(1e-6)
-    if disparity is not None:
-        scores["disparity_aligned"] = disparity_aligned_metrics(disparity[mask], truth["depth"][mask])
-    return scores
+    mask, depth = truth["depth_mask"], _depth(named)
+    disparity = named["disparity_affine_invariant"] if depth is None else 1 / depth.clamp_min(1e-6)
+    return {**scores, "disparity_aligned": disparity_aligned_metrics(disparity[mask], truth["depth"][mask])}
 
 
 def _zoedepth_scores(
-    prediction: Prediction, named: dict[str, Tensor], truth: Tensor, mask: Tensor, valid: Tensor, metric: bool
+    named: dict[str, Tensor], truth: Tensor, mask: Tensor, valid: Tensor, metric_truth: bool
 ) -> Scores:
     """ZoeDepth's columns over all known pixels; one without a valid depth counts as its smallest."""
-    depth = next((value for key, value in named.items() if key.startswith("depth_")), None)
+    depth = _depth(named)
     if depth is None:
         return {}
     known, there = truth[mask], valid[mask]
     predicted = torch.where(there, depth[mask], 0.0)
     middle = predicted[there].median() if bool(there.any()) else known.median()
     scores = {"zoedepth": zoedepth_metrics(predicted * (known.median() / middle), known)}
-    if prediction.kind == "metric" and metric:
+    if "depth_metric" in named and metric_truth:
         scores["zoedepth_metric"] = zoedepth_metrics(predicted, known)
     return scores
 
