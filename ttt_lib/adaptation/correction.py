@@ -13,14 +13,13 @@ from moge.utils.alignment import align_depth_scale
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttt_lib.adaptation.residual_field import residual_field
+from ttt_lib.adaptation.residual_field import folds, residual_field
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.known_distances import References
 from ttt_lib.geometry.cameras import unproject_far
 from ttt_lib.geometry.exact_alignment import align_depth_affine
 
 ENOUGH_FOR_SHIFT = 6  # points; fewer fix the scale alone
-FOLDS = 5
 MOST = 5000  # references that the fit uses; of more, an even selection
 BEYOND = 10.0  # times the farthest reference: as far as a corrected disparity may put a surface
 CLIP = 1.0  # of |log ratio|: a wild reference counts as wrong, not as how wrong, when corrections are compared
@@ -92,20 +91,22 @@ def _correct_depth(depth: Tensor, surface: Tensor, found: Tensor, true: Tensor) 
     """The corrected depth (H,W) by the best of the four corrections, and in words which."""
     kinds = ["scale"] + (["affine", "inverse", "power"] if len(found) >= ENOUGH_FOR_SHIFT else [])
     visible = depth[surface & torch.isfinite(depth)]
-    errors: dict[str, float] = {}
-    for kind in kinds:
-        fitted = _fit(kind, found, true)
-        if kind != "scale" and (fitted[0] <= 0 or bool(torch.isinf(_apply(kind, fitted, visible)).any())):
-            continue
+    fits = {kind: _fit(kind, found, true) for kind in kinds}
+
+    def possible(kind: str) -> bool:
+        return fits[kind][0] > 0 and not bool(torch.isinf(_apply(kind, fits[kind], visible)).any())
+
+    def error(kind: str) -> float:
         left_out = []
-        if len(kinds) > 1:
-            for fold in range(FOLDS):
-                test = torch.arange(len(found), device=found.device) % FOLDS == fold
-                again = _apply(kind, _fit(kind, found[~test], true[~test]), found[test])
-                left_out.append((again / true[test]).log().abs().clamp_max(CLIP))
-        errors[kind] = float(torch.cat(left_out).mean()) if left_out else 0.0
-    best = next(kind for kind in errors if errors[kind] <= 1.02 * min(errors.values()))
-    fitted = _fit(best, found, true)
+        for test, rest in folds(found):
+            again = _apply(kind, _fit(kind, found[rest], true[rest]), found[test])
+            left_out.append((again / true[test]).log().abs().clamp_max(CLIP))
+        return float(torch.cat(left_out).mean())
+
+    kinds = [kind for kind in kinds if kind == "scale" or possible(kind)]
+    errors = {kind: error(kind) for kind in kinds} if len(kinds) > 1 else dict.fromkeys(kinds, 0.0)
+    best = next(kind for kind in kinds if errors[kind] <= 1.02 * min(errors.values()))
+    fitted = fits[best]
     words = {
         "scale": f"depth times {fitted[0]:.4g}",
         "affine": f"depth times {fitted[0]:.4g} plus {fitted[1]:.4g} m",

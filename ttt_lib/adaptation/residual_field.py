@@ -7,6 +7,8 @@ in depth, so that a reference on a table says nothing of the wall behind it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,6 +43,13 @@ def _average(
     return (weight * residual).sum(1) / (weight.sum(1) + PRIOR)
 
 
+def folds(values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """`FOLDS` times which of the values (N,) are left out, every so many-th one, and the rest: (N,) bool each."""
+    fold = torch.arange(len(values), device=values.device) % FOLDS
+    for number in range(FOLDS):
+        yield fold == number, fold != number
+
+
 def residual_field(depth: Tensor, uv: Tensor, found: Tensor, true: Tensor) -> Tensor | None:
     """Log of the factor by which to multiply `depth` (H,W), or None where a field does not pay.
 
@@ -57,12 +66,10 @@ def residual_field(depth: Tensor, uv: Tensor, found: Tensor, true: Tensor) -> Te
     residual = true.log() - found.log()
     low, high = torch.quantile(residual, torch.tensor(USUAL).to(residual)).tolist()
     residual = residual.clamp(low - MARGIN * (high - low), high + MARGIN * (high - low))
-    fold = torch.arange(len(at), device=at.device) % FOLDS
 
     def left_out(reach: float, depth_reach: float) -> float:
         errors = []
-        for number in range(FOLDS):
-            test, rest = fold == number, fold != number
+        for test, rest in folds(residual):
             guess = _average(at[test], at_depth[test], at[rest], at_depth[rest], residual[rest], reach, depth_reach)
             errors.append((residual[test] - guess).abs())
         return float(torch.cat(errors).mean())
