@@ -311,6 +311,12 @@ def test_built_in_and_added_families_enter_by_the_same_decorator(monkeypatch):
             load_model(name, "cpu")
 
 
+@pytest.mark.parametrize("count", [0, -5])
+def test_less_than_one_token_is_refused(count):
+    with pytest.raises(UserError, match=rf"model\.num_tokens: {count} is less than one token"):
+        load_model("tiny", "cpu", num_tokens=count)
+
+
 def test_unknown_names_and_an_unreachable_hub(tmp_path):
     with pytest.raises(UserError, match="neither 'tiny'"):
         load_model("huge", "cpu")

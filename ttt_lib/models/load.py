@@ -66,6 +66,8 @@ def load_model(
     """
     if autocast not in ("none", "bfloat16"):
         raise UserError(f"model.autocast: {autocast!r} is not known; use none or bfloat16.")
+    if num_tokens is not None and num_tokens < 1:
+        raise ModelError(f"model.num_tokens: {num_tokens} is less than one token.")
     if fov_x is not None and not 0 < fov_x < 180:
         raise ModelError(f"model.fov_x: {fov_x:g} is not a field of view in degrees; it lies between 0 and 180.")
     if canonical_focal is not None and not 0 < canonical_focal < math.inf:

@@ -139,8 +139,6 @@ def load_transformers_model(
         import transformers  # noqa: F401
     except ImportError as error:
         raise ModelError(f"model {name!r}: transformers is not installed; run `pip install -e '.[hf]'`.") from error
-    if num_tokens is not None and num_tokens < 1:
-        raise ModelError(f"model.num_tokens: {num_tokens} is less than one token.")
     folder = Path(os.path.expanduser(name))
     if not (folder / "config.json").is_file():
         folder = _fetch(name)
