@@ -68,12 +68,9 @@ class MoGe(GeometryModel):
             # MoGe asks for a float32 autocast, which a CPU does not have and does not need.
             warnings.filterwarnings("ignore", message="In CPU autocast")
             try:
+                fov_x = self._known_fov(intrinsics)
                 output = self.network.infer(
-                    images,
-                    num_tokens=self.num_tokens,
-                    apply_mask=False,
-                    use_fp16=False,
-                    fov_x=self._known_fov(intrinsics),
+                    images, num_tokens=self.num_tokens, apply_mask=False, use_fp16=False, fov_x=fov_x
                 )
             except ValueError as error:  # of scipy, which fits the camera
                 if "not finite" not in str(error):
@@ -163,10 +160,7 @@ def load_moge(name: str, device: torch.device, num_tokens: int | None, autocast:
 @MODELS.register("tiny", matches=lambda name: name == "tiny", listed=("tiny",))
 def load_tiny(name: str, device: torch.device, num_tokens: int | None, autocast: str, fov_x: float | None) -> MoGe:
     """The bundled small model, which needs no network."""
-    path = ASSETS / "tiny.pt"
-    if not path.exists():
-        raise ModelError(f"model 'tiny': {path} is missing; install the package again.")
-    model = _build(path, name, device, num_tokens or TINY_TOKENS, autocast)
+    model = _build(ASSETS / "tiny.pt", name, device, num_tokens or TINY_TOKENS, autocast)
     model.focal_deviation = 0.44  # of the logarithm, of 28 stereo pairs: `assets/tiny.md`; 0.17 of tours
     if device.type == "cpu":  # a third less time for its convolutions there; ViTs gain nothing
         model.network.to(memory_format=torch.channels_last)
