@@ -14,6 +14,27 @@ from ttt_lib.geometry.warp import EDGE_RTOL, first_tap, in_front, sample_points,
 OCCLUSION_TOLERANCE = 0.05  # relative depth by which a carried-back pixel may lie behind what the view shows
 
 
+@dataclass
+class View:
+    """B views and what they should give.
+
+    image (B,3,h,w) in [0,1]; points (B,h,w,3) the target in each view's camera, NaN where unknown; mask (B,h,w) True
+    where the target is known; negative (B,h,w) True where the target says that nothing is there (sky); intrinsics
+    (B,3,3); transform (B,4,4) original camera -> view camera; kind: e.g. "novel+crop+mirror+photometric", or "whole";
+    stats: counts of views `drawn`, `novel`, `redrawn` (drawn again because too little was known) and `identity` (their
+    camera stayed in place after all tries).
+    """
+
+    image: Tensor
+    points: Tensor
+    mask: Tensor
+    negative: Tensor | None
+    intrinsics: Tensor
+    transform: Tensor
+    kind: list[str]
+    stats: dict[str, int] = field(default_factory=dict)
+
+
 def carry_back(view: View, predicted: Tensor, points: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
     """Bring predictions on the views back to the original camera.
 
@@ -67,24 +88,3 @@ def cutmix(view: View, other: View, generator: torch.Generator, probability: flo
 
     region = between(u, left, wide) & between(v, top, tall) & (draws[:, 4] < probability)[:, None, None]
     return torch.where(region[:, None], other.image, view.image), region
-
-
-@dataclass
-class View:
-    """B views and what they should give.
-
-    image (B,3,h,w) in [0,1]; points (B,h,w,3) the target in each view's camera, NaN where unknown; mask (B,h,w) True
-    where the target is known; negative (B,h,w) True where the target says that nothing is there (sky); intrinsics
-    (B,3,3); transform (B,4,4) original camera -> view camera; kind: e.g. "novel+crop+mirror+photometric", or "whole";
-    stats: counts of views `drawn`, `novel`, `redrawn` (drawn again because too little was known) and `identity` (their
-    camera stayed in place after all tries).
-    """
-
-    image: Tensor
-    points: Tensor
-    mask: Tensor
-    negative: Tensor | None
-    intrinsics: Tensor
-    transform: Tensor
-    kind: list[str]
-    stats: dict[str, int] = field(default_factory=dict)

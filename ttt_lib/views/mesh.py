@@ -10,6 +10,9 @@ from torch import Tensor
 from ttt_lib.geometry.cameras import unproject
 from ttt_lib.geometry.warp import EDGE_RTOL, broken_steps, in_front
 
+NEAR = 0.02  # what is nearer is cut off, by both backends; relative to the scene's nearest point
+BEYOND = 50.0  # where unknown pixels (sky) stand for curtains, relative to the scene's farthest point
+
 
 @dataclass
 class Mesh:
@@ -82,9 +85,3 @@ def build_mesh(
     used = known_corners.all(-1) if intrinsics is None else known_corners.any(-1)
     corners = faces[used].T.contiguous()  # one corner after the other: the rasteriser reads them that way
     return Mesh(vertices, colours, corners.T, solid[used], nearest, farthest)
-
-
-NEAR = 0.02  # what is nearer is cut off, by both backends; relative to the scene's nearest point
-
-
-BEYOND = 50.0  # where unknown pixels (sky) stand for curtains, relative to the scene's farthest point
