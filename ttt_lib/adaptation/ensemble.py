@@ -21,6 +21,7 @@ RESOLUTIONS = {"finer": 4 / 3, "coarser": 3 / 4}  # of the tokens
 
 @contextmanager
 def _tokens(model: GeometryModel, factor: float) -> Iterator[None]:
+    """Inside, a model that counts tokens has `factor` times as many."""
     own = model.num_tokens
     model.num_tokens = round(own * factor) if own else own
     try:
@@ -99,7 +100,7 @@ def predict_on_views(model: GeometryModel, view: View, target: Prediction) -> tu
 
 
 def predict_member(model: GeometryModel, image: Tensor, member: str) -> Prediction:
-    """One of the predictions that `config.EnsembleConfig` names, on `image` (3,H,W), as a prediction of that image."""
+    """One of the predictions that `core.schema.EnsembleConfig` names, on `image` (3,H,W), as a prediction of that image."""
     if member == "autocontrast":
         return model.predict(_stretched(image))
     predict = predict_mirrored if member.endswith("mirror") else type(model).predict
@@ -108,7 +109,7 @@ def predict_member(model: GeometryModel, image: Tensor, member: str) -> Predicti
 
 
 def predict_ensemble(model: GeometryModel, image: Tensor, members: Sequence[str]) -> Prediction:
-    """The mean of the plain prediction on `image` (3,H,W) and those that `members` names (`config.EnsembleConfig`)."""
+    """The mean of the plain prediction on `image` (3,H,W) and those that `members` names (`core.schema.EnsembleConfig`)."""
     first = model.predict(image)
     found = [predict_member(model, image, member) for member in members]
     return mean_prediction(first, found) if found else first

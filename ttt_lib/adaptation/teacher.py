@@ -80,6 +80,7 @@ class TeacherOnViews(Supervision):
         self._predict()
 
     def _predict(self) -> None:
+        """The teacher's target, and how far each pixel of it is trusted."""
         members = self.config.ensemble.members if self.config.ensemble.target else []
         with self.student.weights(self.values):
             others = [predict_member(self.student.model, self.image, member) for member in members]
@@ -101,6 +102,7 @@ class TeacherOnViews(Supervision):
         return min(zip(choices, losses), key=lambda each: (-each[0].batch.compared, each[1]))[0]
 
     def _draw(self) -> Pass:
+        """Views of the present target."""
         target = self.target
         if self.trust is not None:
             # Each pass keeps what is above a level of its own, so that on average a pixel counts by its weight.

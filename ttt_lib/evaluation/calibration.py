@@ -116,6 +116,7 @@ def is_safe(found: dict[str, float], count: int, allowed: float) -> bool:
 
 
 def _thresholds(table: pd.DataFrame, estimate: np.ndarray, allowed: float) -> tuple[float, float]:
+    """Accept and blend with the largest mean gain of those that are safe; what nothing reaches, where none is."""
     above = float(estimate.max()) + 1.0
     levels = np.unique(np.quantile(estimate, np.linspace(0, 1, 41)))
     best, chosen = 0.0, (above, above)

@@ -1,7 +1,7 @@
 """Scores of a prediction against a sample's truth: MoGe's evaluation, ZoeDepth's set, Depth Anything's alignment.
 
 The twelve columns of the published Table 1 and what else `moge.test.metrics.compute_metrics` gives come from that very
-function, with its two slow alignments replaced by ones that find the same optimum (`alignment.py`).
+function, with its two slow alignments replaced by ones that find the same optimum (`geometry/exact_alignment.py`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Score:
         return after - before if self.higher_is_better else before - after
 
 
-# Every score of `evaluate`, whatever its metric.
+# Every score of `scores_of`, whatever its metric.
 SCORES = {
     **{f"delta{k}": Score(True) for k in (1, 2, 3)},
     **{f"radius{k}_f1": Score(True) for k in (1, 2, 3)},
@@ -80,6 +80,7 @@ def to_moge(prediction: Prediction, size: tuple[int, int]) -> dict[str, Tensor]:
     """
 
     def fit(map_: Tensor, channels_last: bool) -> Tensor:
+        """A map (H,W) or (H,W,3) at `size`, on the CPU."""
         map_ = map_.detach().float().cpu()
         if map_.shape[:2] == size:
             return map_.clone()

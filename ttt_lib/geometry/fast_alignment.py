@@ -5,7 +5,7 @@ nearly the same scale, though, and at one scale the objective of all anchors is 
 So a few anchors are solved, all anchors are compared at the best scale found, the best of those are solved, and that
 once more. An anchor is solved with one sort: from the best of a few quantiles the scale goes down, step by step, to a
 local optimum of the truncated objective. What comes out is an optimum of one anchor in MoGe's set; how rarely it is
-not the very best one is measured in `tests/test_training_alignment.py`.
+not the very best one is measured in `tests/geometry/test_training_alignment.py`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def _solve(
     return scale[..., 0], loss, order.gather(2, place)[..., 0]
 
 
-def _compare(source: Tensor, target: Tensor, weight: Tensor, scale: Tensor, shifts: Tensor, trunc: float | None):
+def _compare(
+    source: Tensor, target: Tensor, weight: Tensor, scale: Tensor, shifts: Tensor, trunc: float | None
+) -> Tensor:
     """Objective of every anchor at one scale a problem: (P,N,3), (P,N,3), (P,N), (P,) -> (P,N)."""
     residual = scale[:, None, None] * source - target
     total = torch.zeros_like(weight)
@@ -98,7 +100,9 @@ def _spread(weight: Tensor, count: int) -> Tensor:
     return torch.searchsorted(order, ranks.floor().long().clamp_max(order[:, -1:])).clamp_max(weight.shape[1] - 1)
 
 
-def _best_pair(source: Tensor, target: Tensor, weight: Tensor, shifts: Tensor, trunc: float | None):
+def _best_pair(
+    source: Tensor, target: Tensor, weight: Tensor, shifts: Tensor, trunc: float | None
+) -> tuple[Tensor, Tensor]:
     """Anchor (P,) and second point, an index into N * 3, (P,), of the best alignment found."""
     points = source.shape[1]
 
@@ -122,7 +126,10 @@ def _best_pair(source: Tensor, target: Tensor, weight: Tensor, shifts: Tensor, t
     return held[0], held[3]
 
 
-def _align(source: Tensor, target: Tensor, weight: Tensor, trunc: float | None, shifts: Tensor):
+def _align(
+    source: Tensor, target: Tensor, weight: Tensor, trunc: float | None, shifts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scale (...) and shift (...,3) of points (...,N,3); shifts (3,): 1 along the axes that may shift, else 0."""
     batch_shape, points = source.shape[:-2], source.shape[-2]
     source, target = source.reshape(-1, points, 3), target.reshape(-1, points, 3)
     weight = weight.reshape(-1, points)

@@ -40,6 +40,7 @@ def download_checkpoint(name: str) -> Path:
 
 
 def _read_checkpoint(path: Path, name: str) -> dict[str, Any]:
+    """What a file holds: `model_config` and `model` at least. Raises `ModelError`."""
     advice = (
         "a model is the `model.pt` of a MoGe repository, a file written by this package, or the folder of a "
         "transformers model"

@@ -49,6 +49,7 @@ class ZoeDepthModel(TransformersModel):
         return seen * width / (width + 2 * beside)
 
     def _run(self, pixels: Tensor, whole: bool = True) -> tuple[Tensor, dict[str, Any]]:
+        """Depth, and the name of the head that gave it to each picture, where there are several."""
         output = self.network(pixels)
         depth, logits = output.predicted_depth, output.domain_logits
         if logits is None:
@@ -80,6 +81,7 @@ class DepthProModel(TransformersModel):
         return F.interpolate(output[:, None], (height, width), mode=self.rules.mode)[:, 0]
 
     def _run(self, pixels: Tensor, whole: bool = True) -> tuple[Tensor, dict[str, Any]]:
+        """Canonical inverse depth, and the field of view of each picture, where the network has a head for it."""
         output = self.network(pixels)
         fov_x = output.field_of_view
         return output.predicted_depth, {} if fov_x is None else {"fov_x": fov_x.float().clamp(*FOV)}

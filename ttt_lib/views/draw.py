@@ -54,6 +54,7 @@ def sample_cameras(median_depth: Tensor | float, severity: int, count: int, gene
 
 
 def _cameras(median_depth: Tensor | float, severity: int, draws: Tensor) -> Tensor:
+    """`sample_cameras` with the random numbers given: draws (B, `CAMERA_DRAWS`)."""
     *reach, roll = CAMERA_SEVERITIES[severity]
     signed = 2 * draws - 1
     depth = torch.as_tensor(median_depth, dtype=torch.float32).cpu()
@@ -115,7 +116,13 @@ def _sky_seen(sky: Tensor, grid: Tensor) -> Tensor:
 
 
 def _render(
-    renderer: NovelViewRenderer, image: Tensor, sky: Tensor, intrinsics: Tensor, transform: Tensor, new: Tensor, size
+    renderer: NovelViewRenderer,
+    image: Tensor,
+    sky: Tensor,
+    intrinsics: Tensor,
+    transform: Tensor,
+    new: Tensor,
+    size: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Views from cameras that moved: image without holes, points, mask, and where the sky is seen."""
     rendered = renderer.render(transform, new, size)
@@ -197,7 +204,14 @@ def _plan(intrinsics: Tensor, config: ViewConfig, count: int, generator: torch.G
 
 
 def _warp(
-    image: Tensor, points: Tensor, mask: Tensor, surface: Tensor, intrinsics: Tensor, fixed: Tensor, lens: Tensor, size
+    image: Tensor,
+    points: Tensor,
+    mask: Tensor,
+    surface: Tensor,
+    intrinsics: Tensor,
+    fixed: Tensor,
+    lens: Tensor,
+    size: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Views from the camera's own place: image, points, mask, and where the sky is seen."""
     n = len(fixed)

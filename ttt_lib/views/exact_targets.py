@@ -59,7 +59,7 @@ class ExactScene:
 
 @lru_cache(maxsize=16)
 def exact_scene(kind: str, seed: int, size: tuple[int, int] = (120, 160)) -> ExactScene:
-    """A scene of `synthetic.KINDS` from a seed, drawn at `size` (H, W)."""
+    """A scene of `data.scenes.generate.KINDS` from a seed, drawn at `size` (H, W)."""
     scenes, places = make_scenes([kind], seed, _atlas())
     world, intrinsics = place_cameras([kind], places, seed, size[1] / size[0])
     return ExactScene(scenes, world, draw(scenes, world, intrinsics, size))

@@ -1,4 +1,9 @@
-"""The surface of a point map as triangles, cut at depth edges."""
+"""The surface of a point map as triangles, cut at depth edges.
+
+There is a vertex at each pixel centre, and half a pixel further at the image border. A triangle across a depth edge is not a
+surface: it spans the space that the camera could not see into. Such triangles are kept as *curtains*, drawn like the others
+but unknown, so that no view looks through a gap at something that may well be hidden. The same holds for back faces.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +21,10 @@ BEYOND = 50.0  # where unknown pixels (sky) stand for curtains, relative to the 
 
 @dataclass
 class Mesh:
-    """Vertices (V,3) and colours (V,3) in [0,1]; faces (F,3) long; solid (F,) bool, False for curtains.
+    """Vertices (V,3) and colours (V,3) in [0,1]; faces (F,3) long; solid (F,) bool, False for curtains; the scene's nearest and
+    farthest depth.
 
-    Faces turn clockwise as the original camera sees them (y down), so that `orientation` below is positive in front.
+    Faces turn clockwise as the original camera sees them (y down): from there their signed area is positive.
     """
 
     vertices: Tensor

@@ -123,6 +123,7 @@ def gl_renderer() -> Any:
 
 
 def _first_that_works() -> dict[str, Any]:
+    """The process's context: pid, platform and renderer. Raises `UserError` where no platform makes one."""
     asked, loaded, problems = os.environ.get("PYOPENGL_PLATFORM"), "OpenGL" in sys.modules, []
     for platform in [asked] if asked else ["egl", "osmesa"]:
         os.environ["PYOPENGL_PLATFORM"] = platform
@@ -183,7 +184,9 @@ class GLScene:
         self.camera = pyrender.IntrinsicsCamera(1, 1, 0, 0, znear=self.near, zfar=self.far)
         self.node = self.scene.add(self.camera)
 
-    def draw(self, transform: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int]) -> tuple:
+    def draw(
+        self, transform: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Colour uint8 (h,w,4) and depth buffer (h,w) from one camera, OpenCV transform (4,4)."""
         import pyrender
 

@@ -1,6 +1,6 @@
 """Novel views: the predicted scene seen from another camera, with the pixels nobody has seen masked out.
 
-Two backends draw the same mesh (`rasterise.build_mesh`): pyrender, offscreen through EGL or OSMesa, and a z-buffer in
+Two backends draw the same mesh (`mesh.build_mesh`): pyrender, offscreen through EGL or OSMesa, and a z-buffer in
 torch that needs no GL and stays on the tensors' device.
 """
 
@@ -120,6 +120,7 @@ class NovelViewRenderer:
         return RenderedView(image, points, mask)
 
     def _render_gl(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """As `torch_backend.rasterise`, through GL: one view after the other."""
         if self._scene is None:
             self._scene = GLScene(self.mesh)
         drawn = [

@@ -1,10 +1,4 @@
-"""Point map to triangle mesh, and a z-buffered rasteriser in torch: the part of novel views that needs no GL.
-
-The mesh has a vertex at each pixel centre (and half a pixel further at the image border). A triangle across a depth
-edge is not a surface: it spans the space that the camera could not see into. Such triangles are kept as *curtains*,
-drawn like the others but unknown, so that no view looks through a gap at something that may well be hidden. The same
-holds for back faces.
-"""
+"""A z-buffered rasteriser in torch: the part of novel views that needs no GL, and stays on the tensors' device."""
 
 from __future__ import annotations
 

@@ -138,6 +138,8 @@ class NormStatistics(Supervision):
 
     @torch.no_grad()
     def _move(self, model: GeometryModel, images: Tensor, momentum: float) -> None:
+        """Move the statistics towards those of images (B,3,H,W), norm by norm."""
+
         def look(number: int, norm: Norm, mean: Tensor, variance: Tensor) -> None:
             norm.running_mean.lerp_(mean, momentum)
             norm.running_var.lerp_(variance, momentum)
