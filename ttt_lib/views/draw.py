@@ -115,36 +115,54 @@ def _sky_seen(sky: Tensor, grid: Tensor) -> Tensor:
     return F.grid_sample(source, grid, mode="nearest", align_corners=False)[:, 0] > 0.5
 
 
+class Target(NamedTuple):
+    """What views are made of: image (3,H,W), points (H,W,3), where they are a surface and where there is sky (H,W) bool, and
+    intrinsics (3,3)."""
+
+    image: Tensor
+    points: Tensor
+    surface: Tensor
+    sky: Tensor
+    intrinsics: Tensor
+
+
 def _render(
-    renderer: NovelViewRenderer,
-    image: Tensor,
-    sky: Tensor,
-    intrinsics: Tensor,
-    transform: Tensor,
-    new: Tensor,
-    size: tuple[int, int],
+    renderer: NovelViewRenderer, target: Target, transform: Tensor, lens: Tensor, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Views from cameras that moved: image without holes, points, mask, and where the sky is seen."""
-    rendered = renderer.render(transform, new, size)
+    rendered = renderer.render(transform, lens, size)
     seen, is_sky = rendered.image, torch.zeros_like(rendered.mask)
-    if bool(sky.any()):
-        grid = places_seen(transform, intrinsics.expand(len(transform), 3, 3), new, size)
-        is_sky = _sky_seen(sky, grid) & ~rendered.mask
-        colours = F.grid_sample(image.expand(len(transform), -1, -1, -1), grid, align_corners=False)
+    if bool(target.sky.any()):
+        n = len(transform)
+        grid = places_seen(transform, target.intrinsics.expand(n, 3, 3), lens, size)
+        is_sky = _sky_seen(target.sky, grid) & ~rendered.mask
+        colours = F.grid_sample(target.image.expand(n, -1, -1, -1), grid, align_corners=False)
         seen = torch.where(is_sky[:, None], colours, seen)
     return fill_unknown(seen, rendered.mask | is_sky), rendered.points, rendered.mask, is_sky
 
 
-def _set_scene(
-    renderer: NovelViewRenderer | None, image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor
-) -> None:
+def _warp(
+    target: Target, transform: Tensor, lens: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Views from the camera's own place: image, points, mask, and where the sky is seen."""
+    image, points, surface, intrinsics = (
+        each.expand(len(transform), *each.shape)
+        for each in (target.image, target.points, target.surface, target.intrinsics)
+    )
+    warped = warp_view(image, points, surface, intrinsics, transform, lens, size)
+    if not target.sky.is_cuda and not bool(target.sky.any()):  # a GPU draws no sky faster than it can be asked
+        return *warped, torch.zeros_like(warped[2])
+    return *warped, _sky_seen(target.sky, places_seen(transform, intrinsics, lens, size)) & ~warped[2]
+
+
+def _set_scene(renderer: NovelViewRenderer | None, target: Target) -> None:
     """Hand a target to the renderer, unless it holds that very one."""
     if renderer is None:
         raise ValueError("views from other cameras are asked for, but there is no renderer")
-    held = getattr(renderer, "made_from", None)
-    if held is None or any(a is not b for a, b in zip(held, (renderer.mesh, image, points))):
-        renderer.set_scene(image, points, mask, intrinsics)
-        renderer.made_from = (renderer.mesh, image, points)
+    held = renderer.made_from
+    if held is None or held[0] is not target.image or held[1] is not target.points:
+        renderer.set_scene(target.image, target.points, target.surface, target.intrinsics)
+        renderer.made_from = target.image, target.points
 
 
 def _shift(images: Tensor, depth: Tensor, config: ShiftConfig, draws: Tensor) -> tuple[Tensor, list[str]]:
@@ -203,26 +221,6 @@ def _plan(intrinsics: Tensor, config: ViewConfig, count: int, generator: torch.G
     )
 
 
-def _warp(
-    image: Tensor,
-    points: Tensor,
-    mask: Tensor,
-    surface: Tensor,
-    intrinsics: Tensor,
-    fixed: Tensor,
-    lens: Tensor,
-    size: tuple[int, int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views from the camera's own place: image, points, mask, and where the sky is seen."""
-    n = len(fixed)
-    lenses = intrinsics.expand(n, 3, 3)
-    maps = image.expand(n, -1, -1, -1), points.expand(n, -1, -1, -1), surface.expand(n, -1, -1)
-    warped = warp_view(*maps, lenses, fixed, lens, size)
-    if not mask.is_cuda and bool(mask.all()):  # a GPU draws no sky faster than it can be asked
-        return *warped, torch.zeros_like(warped[2])
-    return *warped, _sky_seen(~mask, places_seen(fixed, lenses, lens, size)) & ~warped[2]
-
-
 def _put(maps: tuple[Tensor, ...], rows: Tensor, values: tuple[Tensor, ...]) -> None:
     """Values of some rows into the maps of all."""
     for map_, value in zip(maps, values):
@@ -247,7 +245,7 @@ def make_views(
     device, novel, colour = image.device, config.novel_view, config.photometric
     (height, width), size = image.shape[-2:], tuple(config.size or image.shape[-2:])
     mask = torch.ones(height, width, dtype=torch.bool, device=device) if mask is None else mask
-    surface = mask & in_front(points)
+    target = Target(image, points, mask & in_front(points), ~mask, intrinsics)
 
     plan = _plan(intrinsics, config, count, generator, (size[1] * height) / (size[0] * width))
     fixed, lens, moved = plan.transform, plan.lens, plan.moved
@@ -258,15 +256,16 @@ def make_views(
     out = tuple(torch.zeros(count, *shape, device=device, dtype=dtype) for shape, dtype in shapes)
     waiting = torch.nonzero(moved)[:, 0]
     if waiting.numel():
-        _set_scene(renderer, image, points, surface, intrinsics)
-        median = points[..., 2][surface].median() if bool(surface.any()) else torch.ones(())
+        _set_scene(renderer, target)
+        depths = points[..., 2][target.surface]
+        median = depths.median() if len(depths) else torch.ones(())
     for attempt, draw in enumerate(plan.camera_draws.split(CAMERA_DRAWS, 1)):
         if not waiting.numel():
             break
         stats["redrawn"] += int(waiting.numel()) if attempt else 0
         rows = waiting.to(device)
         transform[rows] = fixed[rows] @ _cameras(median, novel.severity, draw[waiting]).to(device)
-        _put(out, rows, _render(renderer, image, ~mask, intrinsics, transform[rows], lens[rows], size))
+        _put(out, rows, _render(renderer, target, transform[rows], lens[rows], size))
         waiting = waiting[(out[2] | out[3])[rows].flatten(1).float().mean(1).cpu() < novel.minimum_known]
     if waiting.numel():
         stats["identity"] = int(waiting.numel())
@@ -274,7 +273,7 @@ def make_views(
 
     still = torch.nonzero(~moved)[:, 0].to(device, non_blocking=True)
     if still.numel():
-        _put(out, still, _warp(image, points, mask, surface, intrinsics, fixed[still], lens[still], size))
+        _put(out, still, _warp(target, fixed[still], lens[still], size))
 
     out_image, out_points, out_mask, negative = out
     out_points = torch.where(out_mask[..., None], out_points, torch.nan)

@@ -74,6 +74,7 @@ class NovelViewRenderer:
             raise UserError(f"novel_view.backend {backend!r}: use 'auto', 'pyrender' or 'torch'.")
         self.pid = os.getpid()
         self.mesh: Mesh | None = None
+        self.made_from: tuple[Tensor, Tensor] | None = None  # image and points, for who would set the same scene again
         self._scene: GLScene | None = None
 
     @property
@@ -136,7 +137,7 @@ class NovelViewRenderer:
         """Forget the scene and free its buffers."""
         if self._scene is not None:
             self._scene.free()
-        self.mesh, self._scene = None, None
+        self.mesh, self._scene, self.made_from = None, None, None
 
     def __del__(self) -> None:
         try:
