@@ -21,7 +21,7 @@ from ttt_lib.adaptation.ensemble import predict_ensemble
 from ttt_lib.adaptation.gate.decision import Calibration
 from ttt_lib.adaptation.gate.gate import Gate
 from ttt_lib.adaptation.loop import train_student
-from ttt_lib.adaptation.losses.presets import resolved, said
+from ttt_lib.adaptation.losses.presets import resolved, terms_in_words
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Episode, Judgement, Supervision, TrainingLog, configured
@@ -201,7 +201,7 @@ class Adapter:
             try:
                 values = train_student(student, sources, config, episode.generator, episode.log, progress, on_step)
             finally:
-                result.losses = said(config)
+                result.losses = terms_in_words(config)
                 result.passes_done, result.micro_batch = episode.log.passes_done, episode.log.micro_batch
             with student.weights(values):
                 result.adapted = predict_ensemble(

@@ -63,13 +63,11 @@ def _view_renderer(width: int, height: int) -> Any:
             return colour[::-1], np.frombuffer(depth, np.float32).reshape(height, width)[::-1]
 
     original = base.glRenderbufferStorageMultisample
-    if not getattr(original, "single_sample", False):
 
-        def storage(target: int, samples: int, form: int, width: int, height: int) -> None:
-            original(target, 0, form, width, height)
+    def single_sample(target: int, samples: int, form: int, width: int, height: int) -> None:
+        original(target, 0, form, width, height)
 
-        storage.single_sample = True
-        base.glRenderbufferStorageMultisample = storage
+    base.glRenderbufferStorageMultisample = single_sample
     renderer = ViewRenderer(width, height)
     renderer._program_cache = Programs()
     return renderer

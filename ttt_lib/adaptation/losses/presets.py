@@ -52,7 +52,7 @@ def resolved(config: ExperimentConfig, model: GeometryModel) -> ExperimentConfig
     Example:
         >>> from ttt_lib import load_experiment, load_model
         >>> config = load_experiment("unfreeze_encoder", overrides={"losses": {"moge2": {}, "edge": {"weight": 0}}})
-        >>> said(resolved(config, load_model("tiny")))
+        >>> terms_in_words(resolved(config, load_model("tiny")))
         'global 1, local_4 1, local_16 1, local_64 1, metric_scale 0.1, mask_bce 0.1, normal_map 0.1'
     """
     sets = [name for name in config.losses if LOSSES.about[name].get("preset")]
@@ -68,6 +68,6 @@ def resolved(config: ExperimentConfig, model: GeometryModel) -> ExperimentConfig
     return config.model_copy(update={"losses": losses})
 
 
-def said(config: ExperimentConfig) -> str:
+def terms_in_words(config: ExperimentConfig) -> str:
     """The active terms and their weights, for the record of a result; one whose output a model lacks is left out of the sum."""
     return ", ".join(f"{name} {config.losses[name].weight:g}" for name in active_terms(config.losses))
