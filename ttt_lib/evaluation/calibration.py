@@ -35,14 +35,14 @@ def gain_table(metrics: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     signals = [name for name in samples.columns if name.startswith("signal_")]
     told = samples.set_index(IDENTITY)[[*signals, "decision", "seconds"]].dropna(how="all", subset=signals)
     wide, decision = wide.reindex(wide.index.intersection(told.index)), told.decision
+    final = wide["final"] - wide["original"]
+    changes = {"final": final}
+    for prediction, decisions in {"adapted": ["accept", "adapted"], "blended": ["blend"]}.items():
+        own = wide.get(prediction, pd.DataFrame(np.nan, wide.index, final.columns)) - wide["original"]
+        # What a decision made the final prediction is not listed twice.
+        changes[prediction] = own.where(~decision.reindex(wide.index).isin(decisions), final)
     table = pd.DataFrame(index=wide.index)
-    # What a decision made the final prediction is not listed twice.
-    is_final = {"final": list(decision.unique()), "adapted": ["accept", "adapted"], "blended": ["blend"]}
-    for prediction, decisions in is_final.items():
-        change = wide["final"] - wide["original"]
-        own = wide.get(prediction, pd.DataFrame(np.nan, wide.index, change.columns)) - wide["original"]
-        as_final = decision.reindex(wide.index).isin(decisions)
-        change = own.where(~as_final, change) if prediction != "final" else change
+    for prediction, change in changes.items():
         table[f"gain_{prediction}"], table[f"loss_{prediction}"] = change.mean(axis=1), change.min(axis=1)
     joined = table.join(told, how="inner").reset_index().dropna(subset=["gain_adapted", "gain_blended"])
     if joined.empty or not signals:

@@ -140,9 +140,12 @@ def scores_of(prediction: Prediction, sample: Sample) -> Scores:
         return {**_aligned_scores(named, truth), **zoedepth}
     enough = int((whole & valid).sum()) >= MINIMUM_TRUTH
     share = float(wrong.sum() / whole.sum()) if enough else 1.0
-    for key in named.keys() - {"intrinsics"}:  # the truth stands in, so that the alignments have numbers
-        stand_in = truth["points"] if "points" in key else 1 / truth["depth"] if "disparity" in key else truth["depth"]
-        named[key] = torch.where(valid[..., None] if "points" in key else valid, named[key], stand_in)
+    # The truth stands in, so that the alignments have numbers.
+    stand_ins = {"points": truth["points"], "depth": truth["depth"], "disparity": 1 / truth["depth"]}
+    for key in named.keys() - {"intrinsics"}:
+        quantity = key.partition("_")[0]
+        there = valid[..., None] if quantity == "points" else valid
+        named[key] = torch.where(there, named[key], stand_ins[quantity])
     truth["depth_mask"] = whole & valid if enough else whole
     aligned = _aligned_scores(named, truth)
     scores = {metric: _with_wrong(group, share) for metric, group in aligned.items()}
@@ -151,15 +154,10 @@ def scores_of(prediction: Prediction, sample: Sample) -> Scores:
 
 def _valid(named: dict[str, Tensor]) -> Tensor:
     """Pixels (H,W) where every map that was predicted holds numbers, and depths above zero where they have no shift."""
-    valid = None
-    for key, map_ in named.items():
-        if key == "intrinsics":
-            continue
-        finite = torch.isfinite(map_) if map_.ndim == 2 else torch.isfinite(map_).all(-1)
-        if key in ("depth_metric", "depth_scale_invariant"):
-            finite &= map_ > 0
-        valid = finite if valid is None else valid & finite
-    return valid
+    maps = [map_ for key, map_ in named.items() if key != "intrinsics"]
+    finite = [torch.isfinite(map_) if map_.ndim == 2 else torch.isfinite(map_).all(-1) for map_ in maps]
+    above_zero = [named[key] > 0 for key in ("depth_metric", "depth_scale_invariant") if key in named]
+    return torch.stack(finite + above_zero).all(0)
 
 
 def _with_wrong(group: dict[str, float], share: float) -> dict[str, float]:
