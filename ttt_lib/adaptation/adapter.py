@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttt_lib.adaptation.average import average_views
-from ttt_lib.adaptation.ensemble import predict_ensemble
+from ttt_lib.adaptation.ensemble import predict_adapted, predict_ensemble
 from ttt_lib.adaptation.gate.decision import Calibration
 from ttt_lib.adaptation.gate.gate import Gate
 from ttt_lib.adaptation.loop import train_student
@@ -78,6 +78,15 @@ def training_possible() -> Iterator[None]:
 def _with_evidence(sources: Sequence[Supervision]) -> bool:
     """Whether one of them holds evidence back, so that it decides and not the gate."""
     return any(type(source).judge is not Supervision.judge for source in sources)
+
+
+def _corrected(prediction: Prediction, sources: Sequence[Supervision]) -> tuple[Prediction, str]:
+    """The prediction as all sources, one after the other, would have it, and in words what was done (empty: nothing)."""
+    words = []
+    for source in sources:
+        prediction, done = source.correct(prediction)
+        words.append(done)
+    return prediction, "; ".join(filter(None, words))
 
 
 class Adapter:
@@ -150,9 +159,8 @@ class Adapter:
             elif supervision:
                 judged = self._correct(result, supervision)
             if judged is None:
-                for source in supervision:
-                    result.final, said = source.correct(result.final)
-                    result.add_reason(said)
+                result.final, words = _corrected(result.final, supervision)
+                result.add_reason(words)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         result.seconds = time.perf_counter() - begun
@@ -204,9 +212,7 @@ class Adapter:
                 result.losses = terms_in_words(config)
                 result.passes_done, result.micro_batch = episode.log.passes_done, episode.log.micro_batch
             with student.weights(values):
-                result.adapted = predict_ensemble(
-                    model, result.image, config.ensemble.members if config.ensemble.final else []
-                )
+                result.adapted = predict_adapted(model, result.image, config)
                 for source in sources:
                     source.after_training(model)
             if not torch.isfinite(result.adapted.depth).any():
@@ -229,12 +235,9 @@ class Adapter:
             candidates["adapted"] = result.adapted
         words: dict[str, str] = {}
         for key, corrected in [("original", "corrected"), ("adapted", "adapted_corrected")][: len(candidates)]:
-            prediction, said = candidates[key], []
-            for source in sources:
-                prediction, more = source.correct(prediction)
-                said += filter(None, [more])
-            if said:
-                candidates[corrected], words[corrected] = prediction, "; ".join(said)
+            prediction, done = _corrected(candidates[key], sources)
+            if done:
+                candidates[corrected], words[corrected] = prediction, done
         for source in sources:
             judged = source.judge(candidates)
             if judged is not None:

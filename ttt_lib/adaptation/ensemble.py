@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import mirror_intrinsics, mirror_points, unproject
 from ttt_lib.geometry.exact_alignment import align_affine_lstsq
@@ -113,3 +114,8 @@ def predict_ensemble(model: GeometryModel, image: Tensor, members: Sequence[str]
     first = model.predict(image)
     found = [predict_member(model, image, member) for member in members]
     return mean_prediction(first, found) if found else first
+
+
+def predict_adapted(model: GeometryModel, image: Tensor, config: ExperimentConfig) -> Prediction:
+    """The adapted prediction on `image` (3,H,W): the mean over the members, where the experiment asks for one in the end."""
+    return predict_ensemble(model, image, config.ensemble.members if config.ensemble.final else [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_lib.adaptation.ensemble import predict_ensemble
+from ttt_lib.adaptation.ensemble import predict_adapted
 from ttt_lib.adaptation.gate.decision import Calibration, blend_predictions, read_calibration
 from ttt_lib.adaptation.gate.signals import (
     HeldBack,
@@ -69,10 +69,9 @@ class Gate:
 
     def decide(self, student: Student, values: list[Tensor], held: HeldBack, result: AdaptResult) -> None:
         """Signals, blend and decision of the adapted weights `values`; fills `result`."""
-        gate, members = self.config.gate, self.config.ensemble.members if self.config.ensemble.final else []
         with student.weights(values):
-            adapted = predict_ensemble(student.model, held.image, members)
-        signals, experts = measure(student, values, held, adapted, result.history, gate, self.unseen)
+            adapted = predict_adapted(student.model, held.image, self.config)
+        signals, experts = measure(student, values, held, adapted, result.history, self.config.gate, self.unseen)
         result.signals |= signals
         spread = disagreement_map(experts, held.original.mask)
         result.blended = blend_predictions(result.original, result.adapted, spread)
