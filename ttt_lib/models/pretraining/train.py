@@ -96,8 +96,32 @@ def _layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
-def _begin(recipe: Recipe, device: torch.device) -> tuple[TinyMoGe, torch.optim.Optimizer]:
-    """The network that training starts from, and its optimizer with a rate of its own for the encoder."""
+@dataclass
+class Run:
+    """A training as far as it has come: the network, its optimizer, the averaged weights by name, steps done, seconds spent."""
+
+    model: TinyMoGe
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor]
+    step: int = 0
+    spent: float = 0.0
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Move the averaged weights towards those of the network."""
+        for name, value in self.model.state_dict().items():
+            if value.dtype.is_floating_point:
+                self.average[name].lerp_(value, 1 - decay)
+
+    def averaged(self) -> TinyMoGe:
+        """A copy of the network with the averaged weights, on the CPU, in evaluation mode."""
+        result = TinyMoGe(**default_config())
+        result.load_state_dict({k: v.cpu() for k, v in self.average.items()})
+        return result.eval()
+
+
+def _begin(recipe: Recipe, device: torch.device) -> Run:
+    """A new run; its optimizer has a rate of its own for the encoder."""
     model = new_model(recipe.seed, imagenet=not recipe.start)
     if recipe.start:
         model.load_state_dict(torch.load(recipe.start, weights_only=True)["model"])
@@ -111,61 +135,45 @@ def _begin(recipe: Recipe, device: torch.device) -> tuple[TinyMoGe, torch.optim.
         weight_decay=recipe.weight_decay,
         fused=device.type == "cuda" or None,
     )
-    return model, optimizer
+    return Run(model, optimizer, {k: v.detach().clone() for k, v in model.state_dict().items()})
 
 
-def _resume(
-    path: Path, recipe: Recipe, model: TinyMoGe, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], int, float]:
-    """Averaged weights, steps done and seconds spent of a stored run, which goes on in model and optimizer; or a new one."""
-    if not path.exists():
-        return {k: v.detach().clone() for k, v in model.state_dict().items()}, 0, 0.0
-    device = next(model.parameters()).device
-    state = torch.load(path, map_location=device, weights_only=True)
+def _keep(path: Path, recipe: Recipe, run: Run) -> None:
+    """Write what `_resume` reads."""
+    state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "average": run.average}
+    save_tensors(path, {"recipe": asdict(recipe), **state, "step": run.step, "spent": run.spent})
+
+
+def _resume(path: Path, recipe: Recipe, run: Run) -> None:
+    """Put a run that was kept into a new one, which goes on. Raises `ValueError` where it had another recipe."""
+    state = torch.load(path, map_location=next(run.model.parameters()).device, weights_only=True)
     if state["recipe"] != asdict(recipe):
         raise ValueError(f"{path.parent} holds a run with another recipe; choose another folder or delete it")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["average"], state["step"], state["spent"]
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.average, run.step, run.spent = state["average"], state["step"], state["spent"]
 
 
-def _keep(
-    path: Path, recipe: Recipe, model: TinyMoGe, optimizer: torch.optim.Optimizer, average: dict[str, Tensor],
-    step: int, spent: float,
-) -> None:  # fmt: skip
-    """What `_resume` reads."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-    save_tensors(path, {"recipe": asdict(recipe), **state, "step": step, "spent": spent})
-
-
-def _step(
-    model: TinyMoGe, optimizer: torch.optim.Optimizer, drawn: tuple[Tensor, Tensor, Tensor], recipe: Recipe, step: int,
-    rate: float,
-) -> dict[str, Tensor]:  # fmt: skip
+def _step(run: Run, drawn: tuple[Tensor, Tensor, Tensor], recipe: Recipe, rate: float) -> dict[str, Tensor]:
     """One step on a batch of `draw_batch`; the loss and its terms. A gradient that is not finite moves nothing."""
     image, depth, rays = drawn
     image = image.contiguous(memory_format=_layout(image.device))
-    for group in optimizer.param_groups:
+    for group in run.optimizer.param_groups:
         group["lr"] = rate * group["factor"]
     tokens = round(image.shape[-2] / 16) * round(image.shape[-1] / 16)
     if recipe.tokens is not None:
-        tokens = int(np.random.default_rng([recipe.seed, 30, step]).choice(recipe.tokens))
+        tokens = int(np.random.default_rng([recipe.seed, 30, run.step]).choice(recipe.tokens))
     with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=recipe.autocast):
-        output = model(image, tokens)
+        output = run.model(image, tokens)
     loss, terms = geometry_loss(output, depth, rays, recipe.edges)
-    optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     if torch.isfinite(norm):
-        optimizer.step()
+        run.optimizer.step()
+    run.step += 1
+    run.follow(min(recipe.average_decay, run.step / (run.step + 9)))
     return {"loss": loss.detach(), **terms}
-
-
-@torch.no_grad()
-def _follow(average: dict[str, Tensor], model: TinyMoGe, decay: float) -> None:
-    for name, value in model.state_dict().items():
-        if value.dtype.is_floating_point:
-            average[name].lerp_(value, 1 - decay)
 
 
 def train(
@@ -185,49 +193,41 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     if threads:
         torch.set_num_threads(threads)
-    model, optimizer = _begin(recipe, torch.device(device))
-    state_path = folder / "state.pt"
-    average, step, spent = _resume(state_path, recipe, model, optimizer)
+    target, state_path = torch.device(device), folder / "state.pt"
+    run = _begin(recipe, target)
+    if state_path.exists():
+        _resume(state_path, recipe, run)
     source = ChunkSource(recipe.seed, recipe.chunk_size, recipe.scale, device)
     steps_a_chunk = max(1, round(recipe.reuse * recipe.chunk_size / recipe.batch_size))
-    begun, looked = time.perf_counter() - spent, time.perf_counter()
+    begun, looked = time.perf_counter() - run.spent, time.perf_counter()
     total = recipe.steps
     running: dict[str, Tensor] = {}
     try:
         with open(folder / "log.jsonl", "a", encoding="utf-8", buffering=1) as log:  # line by line
-            while step < min(total, stop_at or total):
-                newest = step // steps_a_chunk
+            while run.step < min(total, stop_at or total):
+                newest = run.step // steps_a_chunk
                 chunks = source.window(max(0, newest - recipe.window + 1), newest)
-                drawn = draw_batch(chunks, recipe.seed, recipe.batch_size, step, torch.device(device), recipe.effects)
-                position = step if seconds is None else recipe.steps * step / total
-                terms = _step(model, optimizer, drawn, recipe, step, rate_at(int(position), recipe))
-                _follow(average, model, min(recipe.average_decay, (step + 1) / (step + 10)))
-                step += 1
+                drawn = draw_batch(chunks, recipe.seed, recipe.batch_size, run.step, target, recipe.effects)
+                position = run.step if seconds is None else recipe.steps * run.step / total
+                terms = _step(run, drawn, recipe, rate_at(int(position), recipe))
+                step, run.spent = run.step, time.perf_counter() - begun
                 for name, value in terms.items():
                     running[name] = running.get(name, 0.0) + value / 25
                 if step % 25 == 0:
-                    spent = time.perf_counter() - begun
                     means = {name: round(float(value), 5) for name, value in running.items()}
-                    print(to_json({"step": step, "seconds": round(spent, 1), **means}), file=log)
+                    print(to_json({"step": step, "seconds": round(run.spent, 1), **means}), file=log)
                     running = {}
                     if seconds is not None and step >= 300:
-                        total = max(step + 1, int(step * seconds / spent))
+                        total = max(step + 1, int(step * seconds / run.spent))
                 if step % save_every == 0 or step == total:
-                    _keep(state_path, recipe, model, optimizer, average, step, time.perf_counter() - begun)
+                    _keep(state_path, recipe, run)
                 due = evaluate_seconds is not None and time.perf_counter() - looked >= evaluate_seconds
                 if evaluate is not None and (due or step == total):
-                    print(to_json({"step": step, **evaluate(averaged(model, average), step)}), file=log)
+                    print(to_json({"step": step, **evaluate(run.averaged(), step)}), file=log)
                     looked = time.perf_counter()
     finally:
         source.close()
-    return averaged(model, average)
-
-
-def averaged(model: TinyMoGe, average: dict[str, Tensor]) -> TinyMoGe:
-    """A copy of the network with the averaged weights, on the CPU, in evaluation mode."""
-    result = TinyMoGe(**default_config())
-    result.load_state_dict({k: v.cpu() for k, v in average.items()})
-    return result.eval()
+    return run.averaged()
 
 
 def save_checkpoint(model: TinyMoGe, path: Path) -> None:
