@@ -28,7 +28,6 @@ from moge.utils import io as moge_io
 from papermill.parameterize import parameterize_notebook, parameterize_path
 from PIL import Image, PngImagePlugin
 
-from ttt_lib import cli
 from ttt_lib.adaptation.gate.decision import read_calibration
 from ttt_lib.core.config import build_experiment, load_experiment, load_profile
 from ttt_lib.core.errors import UserError
@@ -44,6 +43,7 @@ from ttt_lib.report import photo_files as photos
 from ttt_lib.runs import cluster
 from ttt_lib.runs import jobs as batch
 from ttt_lib.runs import notebook as kernel
+from ttt_lib.runs.plan import parse_set
 from ttt_lib.runs.results import read_runs
 
 FUZZ = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
@@ -782,7 +782,7 @@ def test_a_notebook_executes_nothing_that_a_string_says(tmp_path, monkeypatch, t
                "data": [{"kind": "moge", "path": text, "name": text, "shifts": [text]}]}  # fmt: skip
     parameters = build_experiment(content).as_parameters()
     assert injected(parameters) == parameters
-    overrides = cli.parse_set([f"description={yaml.safe_dump(text)}"])
+    overrides = parse_set([f"description={yaml.safe_dump(text)}"])
     assert injected(build_experiment({"name": "x"}, None, overrides).as_parameters())["description"] == text
     refused(build_experiment, {"name": text}, words=["name"])
     refused(build_experiment, {"name": "x", text: 1})
@@ -797,7 +797,7 @@ def test_places_with_braces_are_places(tmp_path, monkeypatch):
     folder = tmp_path / "{output_dir}{seed.__class__}{}"
     folder.mkdir()
     shutil.copy(ROOT / "notebooks" / "02_adaptation.ipynb", folder / "n.ipynb")
-    kernel.execute(folder / "n.ipynb", folder / "out.ipynb", {"seed": 3})
+    kernel.execute(folder / "n.ipynb", folder / "out.ipynb", {"seed": 3}, None)
     assert seen == [str(folder / "n.ipynb"), str(folder / "out.ipynb")]
 
 

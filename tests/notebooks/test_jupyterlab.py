@@ -20,6 +20,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from ipykernel.kernelspec import write_kernel_spec
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from selenium import webdriver
@@ -28,7 +29,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from ttt_lib.runs.notebook import own_kernel, thread_limits
+from ttt_lib.runs.notebook import kernel_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "apt-get install --no-install-recommends chromium chromium-driver"
@@ -104,15 +105,15 @@ def lab(tmp_path_factory, artefacts) -> Iterator[tuple[str, str, Path]]:
     token, address = secrets.token_hex(16), f"http://127.0.0.1:{port}"
     places = {"CONFIG": "config", "RUNTIME": "runtime", "DATA": "data"}
     environment = {f"JUPYTER_{key}_DIR": str(home / value) for key, value in places.items()}
+    write_kernel_spec(home / "own" / "kernels" / "python3")  # of this interpreter, before any that is installed
+    environment |= {"JUPYTER_PATH": str(home / "own"), "IPYTHONDIR": str(home / "ipython")}
     environment |= {"JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
     command = [
         sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--port-retries=0",
         f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True", str(folder),
     ]  # fmt: skip
-    with open(artefacts / "jupyterlab.log", "w") as log, own_kernel(), thread_limits(1):
-        server = subprocess.Popen(
-            command, env={**os.environ, **environment, "IPYTHONDIR": str(home / "ipython")}, stdout=log, stderr=log
-        )
+    with open(artefacts / "jupyterlab.log", "w") as log:
+        server = subprocess.Popen(command, env={**kernel_environment(1), **environment}, stdout=log, stderr=log)
         try:
             wait("JupyterLab to answer", lambda: answers(f"{address}/api/status?token={token}") or server.poll())
             assert server.poll() is None, f"JupyterLab ended: {Path(log.name).read_text()[-2000:]}"

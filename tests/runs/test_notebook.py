@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from ttt_lib.runs.notebook import Kernel, thread_limits
+from ttt_lib.runs.notebook import Kernel, kernel_environment
 
 PARAMETERS = 'output_dir = ""\nending = ""\nseconds = 0'
 LOOK = """
@@ -18,7 +19,7 @@ import matplotlib.pyplot as plt
 from ipywidgets import IntSlider, Widget
 found = {"process": os.getpid(), "left": "thing" in globals(), "figures": plt.get_fignums(), "folder": os.getcwd(),
          "widgets": len(getattr(Widget, "widgets", {})), "threads": os.environ["OMP_NUM_THREADS"],
-         "warm": hasattr(sys, "mark")}
+         "warm": hasattr(sys, "mark"), "python": sys.executable}
 json.dump(found, open(os.path.join(output_dir, "found.json"), "w"))
 thing, sys.mark, slider = 1, True, IntSlider()
 plt.ioff()
@@ -76,11 +77,17 @@ def test_after_a_failure_there_is_a_new_kernel(look, ending):
     assert after["process"] != first["process"] and not after["warm"]
 
 
+def test_the_kernel_is_this_interpreter_whatever_is_installed_as_python3(look, tmp_path, monkeypatch):
+    spec = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text('{"argv": ["/no/such/python"], "display_name": "another", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    assert look("first")["python"] == sys.executable
+
+
 def test_a_kernel_does_not_give_its_memory_back_at_once_as_a_dask_worker_does(monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")  # dask's own, for its workers
-    with thread_limits(1):
-        assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
+    assert "MALLOC_TRIM_THRESHOLD_" not in kernel_environment(1)
     assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "65536"
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")  # a user's
-    with thread_limits(None):
-        assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "131072"
+    assert kernel_environment(None)["MALLOC_TRIM_THRESHOLD_"] == "131072"
