@@ -20,10 +20,10 @@ from typing import Annotated
 
 import typer
 
+from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, printable, reason
 from ttt_lib.core.files import absolute
 from ttt_lib.runs.catalog import NOTEBOOKS, experiment_file, experiment_files, notebooks_folder
-from ttt_lib.runs.plan import choose_experiments, make_jobs, parse_set, put
 
 LOG = logging.getLogger("ttt_lib")
 HARD_BY = "points_scale_invariant/delta1"  # as the study's text says
@@ -92,6 +92,17 @@ Model = Annotated[str | None, typer.Option(help="See `ttt-depth models`.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")]
 
 
+def _settings(experiment: str, profile: str, model: str | None, overrides: list[str] | None) -> ExperimentConfig:
+    """What `--experiment`, `--profile`, `--model` and `--set` ask for together."""
+    from ttt_lib.runs.experiment import load_with_profile
+    from ttt_lib.runs.plan import parse_set, put
+
+    settings = parse_set(overrides or [])
+    if model:
+        put(settings, "model.name", model)
+    return load_with_profile(experiment_file(experiment, "--experiment"), profile, settings)
+
+
 @app.command(epilog="Example: ttt-depth ablation --data path/to/set --experiments original,recommended --runs runs")
 def ablation(
     data: Annotated[
@@ -129,6 +140,7 @@ def ablation(
     """Run every experiment through the notebooks, then make Table 1, the figures and the report."""
     from ttt_lib.data.catalog import describe_sources
     from ttt_lib.runs.jobs import run_jobs
+    from ttt_lib.runs.plan import choose_experiments, make_jobs, parse_set
     from ttt_lib.runs.protocol import choose_samples, with_controls
     from ttt_lib.runs.results import SELECTION
 
@@ -224,12 +236,9 @@ def adapt(
         from ttt_lib.data.known_camera import parse_intrinsics
         from ttt_lib.data.known_distances import parse_unit
         from ttt_lib.report.photo_files import adapt_photos, find_photos, name_results
-        from ttt_lib.runs.experiment import load_with_profile, open_model
+        from ttt_lib.runs.experiment import open_model
 
-    output = Path(absolute(output))
-    overrides = parse_set(set_ or [])
-    if model:
-        put(overrides, "model.name", model)
+    config, output = _settings(experiment, profile, model, set_), Path(absolute(output))
     photos = name_results(find_photos(images), output)
     if metric_points is not None and len(photos) != 1:
         raise UserError(f"--metric-points {metric_points}: belongs to one image, but {len(photos)} are given.")
@@ -237,7 +246,6 @@ def adapt(
         raise UserError(f"--metric-unit {metric_unit}: is that of --metric-points, which is not given.")
     unit = parse_unit(metric_unit) if metric_unit is not None else None
     camera = {"intrinsics": parse_intrinsics(intrinsics) if intrinsics is not None else None, "fov": fov, "exif": exif}
-    config = load_with_profile(experiment_file(experiment, "--experiment"), profile, overrides)
     failed = 0
     for photo, folder, why in adapt_photos(photos, output, open_model(config), config, metric_points, unit, **camera):
         if folder is None:
@@ -281,12 +289,8 @@ def scene(
     """Adapt to several photographs of one scene: depth in one scale, one point cloud, cameras, pictures and a record."""
     with _importing():
         from ttt_lib.report.scene_files import adapt_photographs
-        from ttt_lib.runs.experiment import load_with_profile
 
-    overrides = parse_set(set_ or [])
-    if model:
-        put(overrides, "model.name", model)
-    config = load_with_profile(experiment_file(experiment, "--experiment"), profile, overrides)
+    config = _settings(experiment, profile, model, set_)
     source = photographs[0] if len(photographs) == 1 else photographs
     options = {"every": every, "count": count, "focal": focal, "cameras": cameras}
     adapt_photographs(

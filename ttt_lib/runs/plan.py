@@ -6,9 +6,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ttt_lib.adaptation.gate.decision import BUNDLED, read_calibration
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, printable
+from ttt_lib.core.files import parse_yaml
+from ttt_lib.core.provenance import COMPUTING, environment, file_hash, fingerprint
+from ttt_lib.core.registry import load_installed
+from ttt_lib.data.samples import files_fingerprint
+from ttt_lib.models.base import weights_checksum
+from ttt_lib.models.load import load_model
 from ttt_lib.runs.catalog import experiment_file, experiment_files, list_experiments, notebooks_folder
+from ttt_lib.runs.experiment import load_with_profile, open_samples
+from ttt_lib.runs.jobs import Job
 
 # Rooms and modules that decide no number: a change in them does not make finished runs old.
 SHOWING = (
@@ -19,13 +28,8 @@ SHOWING = (
 )  # fmt: skip
 
 
-SHOWING_FOLDERS = tuple(f"{name}/" for name in SHOWING)
-
-
 def parse_set(entries: list[str]) -> dict[str, Any]:
     """`--set train.passes=4` as nested overrides; values are YAML."""
-    from ttt_lib.core.files import parse_yaml
-
     overrides: dict[str, Any] = {}
     for entry in entries:
         key, separator, value = entry.partition("=")
@@ -58,8 +62,6 @@ def choose_experiments(names: str | None) -> list[Path]:
 
 def _model_files(name: str) -> str:
     """Of a model that is a file or folder here, what is beside its weights: how pictures are prepared, sizes, ranges."""
-    from ttt_lib.data.samples import files_fingerprint
-
     path = Path(name)
     files = [path] if os.path.isfile(path) else sorted(path.glob("*.json")) if os.path.isdir(path) else []
     return files_fingerprint(files) if files else ""
@@ -67,37 +69,29 @@ def _model_files(name: str) -> str:
 
 def _calibration(config: ExperimentConfig) -> str:
     """Hash of the file by which the gate decides; nothing where it does not. Raises `UserError` for one that is none."""
-    from ttt_lib.adaptation.gate.decision import BUNDLED, read_calibration
-    from ttt_lib.core.provenance import file_hash
-
     if config.gate.mode != "decide":
         return ""
     read_calibration(config.gate.calibration)
     return file_hash(Path(config.gate.calibration or BUNDLED))
 
 
+def _code() -> str:
+    """Hash of the code that decides numbers: the package's but for `SHOWING`, and that of installed plugins."""
+    package, showing = Path(__file__).parents[1], tuple(f"{name}/" for name in SHOWING)
+    files = {path.relative_to(package).with_suffix("").as_posix(): path for path in sorted(package.rglob("*.py"))}
+    hashes = [file_hash(path) for name, path in files.items() if not f"{name}/".startswith(showing)]
+    return fingerprint(hashes + list(load_installed()))
+
+
 def make_jobs(
     files: list[Path], profile: str, overrides: dict[str, Any], shards: int, limit: int | None, views: bool
-) -> list:
+) -> list[Job]:
     """One job an experiment and shard. Raises `UserError` for anything wrong in files, profile, data or model."""
-    from ttt_lib.core.provenance import COMPUTING, environment, file_hash, fingerprint
-    from ttt_lib.core.registry import load_installed
-    from ttt_lib.models.base import weights_checksum
-    from ttt_lib.models.load import load_model
-    from ttt_lib.runs.experiment import load_with_profile, open_samples
-    from ttt_lib.runs.jobs import Job
-
     folder = notebooks_folder()
     wanted = [folder / "01_augmentation.ipynb"] * views + [folder / "02_adaptation.ipynb"]
     notebooks = tuple(str(place) for place in wanted if place.is_file())
-    package = Path(__file__).parents[1]
-    files_of_code = {
-        path.relative_to(package).with_suffix("").as_posix(): path for path in sorted(package.rglob("*.py"))
-    }
-    hashes = [file_hash(path) for name, path in files_of_code.items() if not f"{name}/".startswith(SHOWING_FOLDERS)]
-    code = fingerprint(hashes + list(load_installed()))
+    code, packages = _code(), environment()["packages"]
     models: dict[str, str] = {}
-    packages = environment()["packages"]
     jobs = []
     for file in files:
         config = load_with_profile(file, profile, overrides)
@@ -107,9 +101,7 @@ def make_jobs(
             models[config.model.name] = fingerprint([weights_checksum(loaded), _model_files(config.model.name)])
         settings = config.as_parameters()
         identity = {
-            "settings": fingerprint(
-                {key: value for key, value in settings.items() if key not in ("description", "order")}
-            ),
+            "settings": fingerprint({key: settings[key] for key in settings.keys() - {"description", "order"}}),
             "limit": str(limit or 0),
             "shards": str(shards),
             "model": models[config.model.name],

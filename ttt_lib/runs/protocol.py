@@ -15,6 +15,8 @@ from ttt_lib.core.errors import RunError, UserError
 from ttt_lib.evaluation.scores import SCORES
 from ttt_lib.evaluation.selection import CONTROLS, GROUPS
 from ttt_lib.runs.catalog import experiment_file
+from ttt_lib.runs.experiment import load_with_profile, open_samples
+from ttt_lib.runs.plan import make_jobs
 from ttt_lib.runs.results import SELECTION, read_runs
 
 SCORED = "scored"  # folder of the runs that the choice is made by
@@ -98,9 +100,6 @@ def choose_samples(
     do: runs jobs into a folder. Returns `data` for the rows: the chosen samples, and the same seen again.
     Raises `UserError`, and `RunError` for jobs that failed.
     """
-    from ttt_lib.runs.experiment import load_with_profile, open_samples
-    from ttt_lib.runs.plan import make_jobs
-
     overrides.setdefault("data", [{"kind": "shifted", "count": SCENES}])
     original = experiment_file("original")
     config = load_with_profile(original, profile, overrides)
@@ -124,8 +123,6 @@ def choose_samples(
 
 def data_of(config: ExperimentConfig, chosen: pd.DataFrame) -> list[dict[str, Any]]:
     """The sets of `config` with the chosen samples only, then all of them seen again."""
-    from ttt_lib.runs.experiment import open_samples
-
     looks: list[list[dict[str, Any]]] = [[], []]
     for entry, samples in zip(config.data, open_samples(config)):
         wanted = set(chosen.loc[chosen["dataset"] == samples.name, "sample"])
