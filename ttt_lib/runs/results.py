@@ -54,12 +54,8 @@ class Runs:
         """The chosen samples of a group alone, as they were seen first; everything where nothing was chosen."""
         if self.selection is None:
             return self
-        part = self.selection[self.selection["group"] == name]
-        keys = pd.MultiIndex.from_frame(part[["dataset", "sample"]])
-        tables = {
-            key: table[pd.MultiIndex.from_frame(table[["dataset", "sample"]]).isin(keys)]
-            for key in KEYS for table in [getattr(self, key)]
-        }  # fmt: skip
+        chosen = self.selection.loc[self.selection["group"] == name, ["dataset", "sample"]]
+        tables = {key: getattr(self, key).merge(chosen, on=["dataset", "sample"]) for key in KEYS}
         return replace(self, **tables, selection=None)
 
 
