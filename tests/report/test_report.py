@@ -18,7 +18,7 @@ from ttt_lib.report import study_figures, tables
 from ttt_lib.report.page import write_report
 from ttt_lib.runs import results
 from ttt_lib.runs.catalog import list_experiments
-from ttt_lib.runs.gallery import prediction_name
+from ttt_lib.runs.gallery import prediction_file, prediction_name
 
 BASE = np.random.default_rng(0).random((8, 12))
 
@@ -316,7 +316,7 @@ def test_names_of_samples_stay_text(tmp_path):
         (place / "predictions" / prediction_name("12", "0007")).touch()
     runs = results.read_runs(tmp_path)
     assert set(runs.samples["sample"]) == {"0007", "NA"} and len(paired_gains(runs.metrics, "depth_metric", "rel")) == 4
-    assert study_figures.prediction_file(runs, "tta", "12", "0007")
+    assert prediction_file([shard for shard in runs.shards if shard.parent.name == "tta"], "12", "0007")
 
 
 def test_a_damaged_result_file_is_one_sentence(tmp_path):

@@ -58,6 +58,16 @@ def relative_error(depth: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> np
     return np.abs(depth * ratio - truth) / truth
 
 
+def depth_panel(title: str, depth: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None) -> Panel:
+    """Inverse depth: near is bright."""
+    return title, inverse_depth(depth, mask), {"cmap": "magma"}
+
+
+def error_panel(title: str, depth: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> Panel:
+    """Relative error, from 0 to 0.5 and more."""
+    return title, relative_error(depth, truth), {"cmap": "viridis", "vmin": 0, "vmax": 0.5}
+
+
 def finished(figure: Figure, **layout: Any) -> Figure:
     """The figure, laid out (`tight_layout`) and closed: a notebook shows it where it is asked to, and only there."""
     figure.tight_layout(**layout)
@@ -83,21 +93,19 @@ def panels(
 def plot_before_after(image: Tensor, result: AdaptResult, truth: Tensor | None = None) -> Figure:
     """Image, inverse depth before and after, and their relative change; with truth also the truth and both errors."""
     before, after = result.original, result.final
-    row = [
+    rows = [[
         ("image", to_array(image), {}),
-        ("before", inverse_depth(before.depth, before.mask), {"cmap": "magma"}),
-        (f"after ({result.decision})", inverse_depth(after.depth, after.mask), {"cmap": "magma"}),
+        depth_panel("before", before.depth, before.mask),
+        depth_panel(f"after ({result.decision})", after.depth, after.mask),
         ("after / before", (after.depth / before.depth).cpu().numpy(), {"cmap": "coolwarm", "vmin": 0.8, "vmax": 1.2}),
-    ]
-    errors = []
+    ]]  # fmt: skip
     if truth is not None:
-        limits = {"cmap": "viridis", "vmin": 0, "vmax": 0.5}
-        errors = [
-            ("truth", inverse_depth(truth), {"cmap": "magma"}),
-            ("error before", relative_error(before.depth, truth), limits),
-            ("error after", relative_error(after.depth, truth), limits),
-        ]
-    return finished(panels([row, errors] if errors else [row], 3.2, 2.4)[0])
+        rows.append([
+            depth_panel("truth", truth),
+            error_panel("error before", before.depth, truth),
+            error_panel("error after", after.depth, truth),
+        ])  # fmt: skip
+    return finished(panels(rows, 3.2, 2.4)[0])
 
 
 def plot_history(history: pd.DataFrame) -> Figure:

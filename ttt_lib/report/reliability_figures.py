@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ttt_lib.report.figures import finished, inverse_depth, panels
-from ttt_lib.runs.gallery import prediction_name
+from ttt_lib.report.figures import depth_panel, finished, panels
+from ttt_lib.runs.gallery import prediction_file
 
 COLOURS = {"accept": "tab:green", "blend": "tab:orange", "reject": "tab:red"}
 
@@ -48,17 +48,15 @@ def plot_failures(rows: pd.DataFrame, shards: list[Path]) -> Figure:
     """
     lines = []
     for _, row in rows.iterrows():
-        name = prediction_name(row.dataset, row["sample"])
-        places = [Path(shard) / "predictions" / name for shard in shards]
-        with np.load(next(place for place in places if place.exists())) as content:
+        with np.load(prediction_file(shards, row.dataset, row["sample"])) as content:
             image, before, after = (content[key] for key in ("image", "depth_original", "depth_final"))
         ratio = np.log(np.maximum(after, 1e-6) / np.maximum(before, 1e-6))
         ratio -= np.nanmedian(ratio)
         limit = max(float(np.nanquantile(np.abs(ratio), 0.99)), 1e-3)
         lines.append([
             ("image", image, {}),
-            ("original", inverse_depth(before), {"cmap": "magma"}),
-            (f"adapted (gate: {row.decision})", inverse_depth(after), {"cmap": "magma"}),
+            depth_panel("original", before),
+            depth_panel(f"adapted (gate: {row.decision})", after),
             (f"change of log depth, within {limit:.2f}", ratio, {"cmap": "RdBu", "vmin": -limit, "vmax": limit}),
         ])  # fmt: skip
     return finished(panels(lines, 2.75, 2.3)[0])

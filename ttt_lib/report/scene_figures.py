@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ttt_lib.adaptation.photographs.evidence import Evidence
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.types import Sample
-from ttt_lib.report.figures import finished, inverse_depth, panels, relative_error, to_array
+from ttt_lib.report.figures import depth_panel, error_panel, finished, panels, to_array
 
 
 def plot_scene(
@@ -26,11 +26,10 @@ def plot_scene(
         image, before, after = known.photograph.image, result.original.depth, result.final.depth
         depths = {"measured between them": known.measured, "before": before, f"after ({result.decision})": after}
         row = [("photograph and tracks", to_array(image), {})]
-        row += [(title, inverse_depth(d), {"cmap": "magma"}) for title, d in depths.items() if d is not None]
+        row += [depth_panel(title, depth) for title, depth in depths.items() if depth is not None]
         if sample is not None and sample.depth is not None:
-            limits = {"cmap": "viridis", "vmin": 0, "vmax": 0.5}
-            errors = {"error before": before, "error after": after}
-            row += [(title, relative_error(d, sample.depth), limits) for title, d in errors.items()]
+            row.append(error_panel("error before", before, sample.depth))
+            row.append(error_panel("error after", after, sample.depth))
         rows.append(row)
         height, width = image.shape[-2:]
         tracks.append((known.used.uv * torch.tensor([width, height]), 1 / known.used.depth))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -13,8 +12,8 @@ from matplotlib.figure import Figure
 
 from ttt_lib.evaluation.paired import summarise
 from ttt_lib.geometry.cameras import unproject
-from ttt_lib.report.figures import finished, inverse_depth, panels, point_cloud, relative_error
-from ttt_lib.runs.gallery import prediction_name
+from ttt_lib.report.figures import depth_panel, error_panel, finished, panels, point_cloud
+from ttt_lib.runs.gallery import prediction_file
 from ttt_lib.runs.results import Runs
 
 if TYPE_CHECKING:
@@ -124,9 +123,7 @@ def pareto(gains: pd.DataFrame, samples: pd.DataFrame) -> tuple[Figure, pd.DataF
     if len(table):
         axis.set_xscale("log")
     axis.axhline(0, color="k", linewidth=0.5)
-    figure.tight_layout()
-    plt.close(figure)
-    return figure, table
+    return finished(figure), table
 
 
 def best_row(front: pd.DataFrame) -> str | None:
@@ -141,34 +138,32 @@ def gallery_samples(gains: pd.DataFrame, experiment: str, count: int = 2) -> pd.
     return pd.concat([rows.head(count), rows.tail(count)]).drop_duplicates(["dataset", "sample"])
 
 
-def prediction_file(runs: Runs, experiment: str, dataset: str, sample: str) -> Path | None:
-    """Where the small copies of a sample's prediction lie."""
-    files = (s / "predictions" / prediction_name(dataset, sample) for s in runs.shards if s.parent.name == experiment)
-    return next((path for path in files if path.exists()), None)
+def _kept(runs: Runs, row: Any) -> dict[str, np.ndarray]:
+    """What was kept of the prediction of a row (experiment, dataset, sample): arrays by name; none if it is not there."""
+    shards = [shard for shard in runs.shards if shard.parent.name == row.experiment]
+    path = prediction_file(shards, row.dataset, row.sample)
+    return dict(np.load(path)) if path is not None else {}
 
 
 def gallery(runs: Runs, chosen: pd.DataFrame) -> Figure:
     """Image, both depths and both error maps of each chosen row (experiment, dataset, sample, gain)."""
     lines = []
     for row in chosen.itertuples():
-        path = prediction_file(runs, row.experiment, row.dataset, row.sample)
-        if path is None:
+        data = _kept(runs, row)
+        if not data:
             continue
-        data = dict(np.load(path))
         depths = {"before": data["depth_original"], "after": data["depth_final"]}
         line = [(f"{row.sample}: {row.gain:+.3f}", data["image"], {})]
-        line += [(title, inverse_depth(depth), {"cmap": "magma"}) for title, depth in depths.items()]
+        line += [depth_panel(title, depth) for title, depth in depths.items()]
         if "depth_truth" in data:
-            errors = {title: relative_error(depth, data["depth_truth"]) for title, depth in depths.items()}
-            line += [(f"error {title}", error, {"vmin": 0, "vmax": 0.5}) for title, error in errors.items()]
+            line += [error_panel(f"error {title}", depth, data["depth_truth"]) for title, depth in depths.items()]
         lines.append(line)
     return finished(panels(lines, 2.4, 2.1, fontsize=8)[0])
 
 
 def gallery_cloud(runs: Runs, row: Any, which: str = "final") -> go.Figure | None:
     """Plotly point cloud of a gallery row; which: `original`, `final` or `truth`. None if it was not kept."""
-    path = prediction_file(runs, row.experiment, row.dataset, row.sample)
-    data = np.load(path) if path is not None else {}
+    data = _kept(runs, row)
     if f"depth_{which}" not in data:
         return None
     depth = torch.from_numpy(data[f"depth_{which}"])

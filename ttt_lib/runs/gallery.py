@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,12 @@ def prediction_name(dataset: str, sample: str) -> str:
     digest = hashlib.sha256(f"{dataset}\0{sample}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
     readable = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{dataset}__{sample}")[:80]
     return f"{readable}.{digest}.npz"
+
+
+def prediction_file(shards: Iterable[Path], dataset: str, sample: str) -> Path | None:
+    """The first file of this sample in the folders of these shards; None if none has kept it."""
+    files = (shard / "predictions" / prediction_name(dataset, sample) for shard in shards)
+    return next((path for path in files if path.exists()), None)
 
 
 def _small(map_: torch.Tensor) -> np.ndarray:
