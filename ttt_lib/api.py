@@ -31,6 +31,7 @@ from ttt_lib.evaluation import scores as metrics
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.runs.catalog import experiment_file
 from ttt_lib.runs.experiment import default_profile, load_with_profile
+from ttt_lib.runs.result_tables import scores_of_result
 
 Source = str | Path
 Evaluated = Prediction | AdaptResult | GeometryModel
@@ -259,22 +260,21 @@ def evaluate(what: Evaluated | Iterable[Prediction | AdaptResult], samples: Samp
 
 def _scores(what: Prediction | AdaptResult, sample: Sample) -> pd.DataFrame:
     """The rows of one sample: dataset, sample, metric, score, and `value` or `before`, `after`, `better`."""
-    before = what if isinstance(what, Prediction) else what.original
-    rows = metrics.tidy_rows(metrics.scores_of(before, sample))
+    if isinstance(what, Prediction):
+        columns = {"value": metrics.scores_of(what, sample)}
+    else:
+        found = scores_of_result(what, sample)
+        columns = {"before": found["original"], "after": found["final"]}
+        if "adapted" in found and found["adapted"] is not found["final"]:
+            columns["adapted"] = found["adapted"]
+    rows, *others = (metrics.tidy_rows(scores).rename(columns={"value": name}) for name, scores in columns.items())
     if rows.empty:
         raise UserError(
             f"evaluate: sample {sample.name!r} has no true depth for at least {metrics.MINIMUM_TRUTH} pixels."
         )
-    if isinstance(what, AdaptResult):
-        rows = rows.rename(columns={"value": "before"})
-        if what.final is what.original:  # the very same prediction has the same scores
-            rows["after"] = rows["before"]
-        else:
-            after = metrics.tidy_rows(metrics.scores_of(what.final, sample)).rename(columns={"value": "after"})
-            rows = rows.merge(after, how="left", on=["metric", "score"])
-        if what.adapted is not None and what.adapted is not what.final:
-            adapted = metrics.tidy_rows(metrics.scores_of(what.adapted, sample)).rename(columns={"value": "adapted"})
-            rows = rows.merge(adapted, how="left", on=["metric", "score"])
+    for scores in others:
+        rows = rows.merge(scores, how="left", on=["metric", "score"])
+    if "after" in rows:
         gain = [metrics.SCORES[s].gain(b, a) for s, b, a in zip(rows["score"], rows["before"], rows["after"])]
         better = ["after" if g > 0 else "before" if g < 0 else "same" if g == 0 else "" for g in gain]
         rows.insert(list(rows.columns).index("after") + 1, "better", better)

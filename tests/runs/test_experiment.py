@@ -156,7 +156,7 @@ NAMES = {("synthetic", name) for name in ("000", "001", "002")}
         ("adapt", IndexError("index 7 is out of bounds"), "IndexError: index 7 is out of bounds"),
         ("adapt", RuntimeError("out of memory"), "out of memory: lower views.longest_side"),
         ("adapt", RuntimeError("shapes differ"), "RuntimeError: shapes differ"),
-        ("scores_of", IndexError("no finite pixel"), "IndexError: no finite pixel"),
+        ("scores_of_result", IndexError("no finite pixel"), "IndexError: no finite pixel"),
         ("gallery_content", AttributeError("no depth"), "AttributeError: no depth"),
     ],
 )

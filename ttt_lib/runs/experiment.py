@@ -28,12 +28,12 @@ from ttt_lib.core.types import KEYS, Sample
 from ttt_lib.data.catalog import open_dataset
 from ttt_lib.data.known_distances import sample_references
 from ttt_lib.data.samples import SampleSet
-from ttt_lib.evaluation.scores import MINIMUM_TRUTH, scores_of, tidy_rows
+from ttt_lib.evaluation.scores import MINIMUM_TRUTH, tidy_rows
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.models.load import load_model
 from ttt_lib.runs.catalog import NOTEBOOKS
 from ttt_lib.runs.gallery import gallery_content, write_gallery_file
-from ttt_lib.runs.result_tables import ResultTables
+from ttt_lib.runs.result_tables import ResultTables, scores_of_result
 from ttt_lib.runs.scenes import Scenes
 
 log = logging.getLogger(__name__)
@@ -135,13 +135,10 @@ def _scores(experiment: str, sample: Sample, result: AdaptResult) -> pd.DataFram
     """
     if sample.depth is None and sample.points is None:
         return pd.DataFrame()
-    named = {"original": result.original, "final": result.final}
-    others = {"adapted": result.adapted, "blended": result.blended}
-    named |= {kind: each for kind, each in others.items() if each is not None and each is not result.final}
-    different = {id(each): each for each in named.values()}  # the final one is mostly another of them
-    scored = {key: tidy_rows(scores_of(each, sample)) for key, each in different.items()}
+    found = scores_of_result(result, sample)
+    told = [kind for kind in found if kind in ("original", "final") or found[kind] is not found["final"]]
     identity = {"experiment": experiment, "dataset": sample.dataset, "sample": sample.name}
-    rows = pd.concat([scored[id(each)].assign(**identity, prediction=kind) for kind, each in named.items()])
+    rows = pd.concat([tidy_rows(found[kind]).assign(**identity, prediction=kind) for kind in told])
     if rows.empty:
         raise DataError(f"its true depth cannot be scored (at least {MINIMUM_TRUTH} pixels must be known).")
     keys, values = KEYS["metrics"]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ttt_lib.core.types import KEYS
+from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.core.types import KEYS, Sample
+from ttt_lib.evaluation.scores import Scores, scores_of
 
 
 def _append(rows: pd.DataFrame, path: Path | None, before: list[pd.DataFrame]) -> None:
@@ -24,6 +26,14 @@ def _append(rows: pd.DataFrame, path: Path | None, before: list[pd.DataFrame]) -
     temporary = path.with_suffix(".tmp")
     pd.concat([*before, rows], ignore_index=True).to_csv(temporary, index=False)
     os.replace(temporary, path)
+
+
+def scores_of_result(result: AdaptResult, sample: Sample) -> dict[str, Scores]:
+    """Scores of what a result holds of `original`, `final`, `adapted` and `blended`; of the same prediction the same object."""
+    held = {kind: getattr(result, kind) for kind in ("original", "final", "adapted", "blended")}
+    different = {id(each): each for each in held.values() if each is not None}
+    scores = {key: scores_of(each, sample) for key, each in different.items()}
+    return {kind: scores[id(each)] for kind, each in held.items() if each is not None}
 
 
 class ResultTables:

@@ -16,8 +16,8 @@ from ttt_lib.core.types import Sample
 from ttt_lib.data.photographs.job import Picture
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.scene import Photograph, Scene
-from ttt_lib.evaluation.scores import Scores, scores_of
 from ttt_lib.models.base import GeometryModel
+from ttt_lib.runs.result_tables import scores_of_result
 
 SCORES = {"depth": "depth_affine_invariant", "points": "points_affine_invariant"}
 REMEMBERED = 8  # reconstructions that are kept: an ablation has many rows of each scene
@@ -57,14 +57,11 @@ def score_scene(adaptation: SceneAdaptation, samples: Iterable[Sample]) -> pd.Da
     rows = []
     for photograph, result in adaptation.results():
         row = {"photograph": photograph.name, "decision": result.decision, **result.signals}
-        scores: dict[int, Scores] = {}  # by prediction: the final one is another of them
+        found = scores_of_result(result, truth[photograph.name])
         for kind in ("original", "adapted", "final"):
-            prediction = getattr(result, kind)
-            if prediction is not None:
-                found = scores.get(id(prediction)) or scores_of(prediction, truth[photograph.name])
-                scores[id(prediction)] = found
-                row |= {f"{short}_{kind}": found[metric]["delta1"] for short, metric in SCORES.items()}
-                row[f"rel_{kind}"] = found["depth_affine_invariant"]["rel"]
+            if kind in found:
+                row |= {f"{short}_{kind}": found[kind][metric]["delta1"] for short, metric in SCORES.items()}
+                row[f"rel_{kind}"] = found[kind]["depth_affine_invariant"]["rel"]
         rows.append(row)
     return pd.DataFrame(rows)
 
