@@ -137,15 +137,21 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text in UTF-8 in one step: the file holds the old content or the new, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.partial")
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, which takes its place at the end: `path` has the old content or the new, never a part."""
+    work = path.with_name(f".{os.getpid()}.partial{path.suffix}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        yield work
+        os.replace(work, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        work.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8 in one step."""
+    with replacing_file(Path(path)) as work:
+        work.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.core.files import replacing_file
 from ttt_lib.core.types import Sample
 from ttt_lib.geometry.cameras import shrunk
 
@@ -64,7 +64,5 @@ def gallery_content(sample: Sample, result: AdaptResult) -> dict[str, np.ndarray
 
 def write_gallery_file(folder: Path, sample: Sample, content: dict[str, np.ndarray]) -> None:
     """Write the arrays as a compressed npz into the folder `predictions` of a run's `folder`, in one step."""
-    path = folder / "predictions" / prediction_name(sample.dataset, sample.name)
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, **content)
-    os.replace(temporary, path)
+    with replacing_file(folder / "predictions" / prediction_name(sample.dataset, sample.name)) as work:
+        np.savez_compressed(work, **content)

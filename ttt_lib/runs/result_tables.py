@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pandas as pd
 
 from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.core.files import replacing_file
 from ttt_lib.core.types import KEYS, Sample
 from ttt_lib.evaluation.scores import Scores, scores_of
 
@@ -23,9 +23,8 @@ def _append(rows: pd.DataFrame, path: Path | None, before: list[pd.DataFrame]) -
     if not known or set(rows.columns) <= set(known):
         rows.reindex(columns=known or rows.columns).to_csv(path, mode="a", header=not known, index=False)
         return
-    temporary = path.with_suffix(".tmp")
-    pd.concat([*before, rows], ignore_index=True).to_csv(temporary, index=False)
-    os.replace(temporary, path)
+    with replacing_file(path) as work:
+        pd.concat([*before, rows], ignore_index=True).to_csv(work, index=False)
 
 
 def scores_of_result(result: AdaptResult, sample: Sample) -> dict[str, Scores]:
