@@ -13,7 +13,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-OUT_OF_MEMORY = (getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError), MemoryError)
+OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
 PROCESS = Path("/proc/self")  # Linux; elsewhere only the peak since the start is known
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import subprocess
@@ -10,24 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from ttt_lib.core.collector import collector_paused
 from ttt_lib.core.errors import NotSupported, RunError, UserError, reason
 from ttt_lib.core.files import read_yaml
 
 ANSWER_WITHIN = 20  # seconds for a scheduler that is said to run
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No garbage collection while a client starts: dask closes a forgotten client when it is collected, which takes the
-    lock that starting and stopping hold, and the process would wait for itself for ever."""
-    gc.collect()  # clients that failed earlier, so that none is left for the time when this one stops
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _local(workers: int) -> Any:
@@ -100,7 +86,9 @@ def open_client(
 ) -> Iterator[Any]:
     """A dask client of `scheduler` (an address), of the cluster that `cluster_file` describes, or of local processes."""
     with ExitStack() as opened:  # what was started is closed, whatever fails after it
-        with _collector_paused():
+        # Dask closes a forgotten client when it is collected, which takes the lock that starting and stopping hold: the
+        # process would wait for itself for ever.
+        with collector_paused():
             if scheduler:
                 client = _existing(scheduler)
             else:
