@@ -19,9 +19,8 @@ from torch.nn import functional as F
 from ttt_lib.adaptation.known_camera import adapt_photograph, camera_of
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
-from ttt_lib.core.errors import TTTError, UserError, printable, reason
+from ttt_lib.core.errors import UserError, printable, reason
 from ttt_lib.core.files import absolute, first_repeated, replacing, write_json
-from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import photographs_in, read_photo
 from ttt_lib.data.known_distances import read_references
@@ -98,8 +97,7 @@ def adapt_photos(
 ) -> Iterator[tuple[Path, Path | None, str]]:  # fmt: skip
     """Adapt to each of the photographs (`name_results`); gives it, its folder, or None and in words why not.
 
-    Whatever goes wrong with one costs no other; what nobody expected is logged with its trace. Only a device that has
-    failed ends all of it.
+    Whatever goes wrong with one costs no other (`why_left_out`). Only a device that has failed ends all of it.
     """
     for path, name in photos.items():
         try:
@@ -107,8 +105,7 @@ def adapt_photos(
         except UserError as error:
             yield path, None, str(error)
         except Exception as error:
-            why = why_left_out(error)
-            log.warning("%s: %s", printable(path), why, exc_info=not isinstance(error, TTTError))
+            why = why_left_out(printable(path), error)
             yield path, None, f"{printable(path)}: cannot be adapted to ({why.rstrip('.')})."
 
 
@@ -131,7 +128,11 @@ def adapt_photo(
     if references is not None and references.unit is not None and metric_unit is None:
         log.warning("%s: a unit is taken for 1/256 m, as KITTI has it; --metric-unit says another", metric_points)
     lens = camera_of(model, image, path, **camera)
-    folder = result_folder(path, output, name)
+    name = name or Path(path).stem
+    if name in (".", ".."):
+        raise UserError(f"{path}: no folder can be named after it; rename the photograph.")
+    folder = Path(output) / name
+    check_free(folder)
     try:
         with replacing(folder) as work:
             result = adapt_photograph(model, config, image, printable(Path(path).name), references, lens)
@@ -144,14 +145,6 @@ def adapt_photo(
             })  # fmt: skip
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({reason(error)}).") from error
-    except FloatingPointError as error:
-        raise UserError(f"{path}: the model {model.name!r} fails on it ({reason(error)}).") from error
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"{path}: {image.shape[-1]} x {image.shape[-2]} pixels do not fit in memory; shrink the photograph."
-        ) from error
     return folder
 
 
@@ -162,17 +155,6 @@ def check_free(folder: Path) -> None:
             raise UserError(
                 f"{folder}: is there already and is no earlier result; move it, or choose another output folder."
             )
-
-
-def result_folder(path: Path, output: Path, name: str | None = None) -> Path:
-    """`output/<name>`, by default the photograph's stem. Raises `UserError` if it is there and no earlier result, or if
-    it would not be inside."""
-    stem = name or Path(path).stem
-    folder = Path(output) / stem
-    if stem in (".", ".."):
-        raise UserError(f"{path}: no folder can be named after it; rename the photograph.")
-    check_free(folder)
-    return folder
 
 
 def _write_result(work: Path, image: torch.Tensor, result: AdaptResult) -> None:

@@ -20,7 +20,7 @@ from ttt_lib.adaptation.gate.decision import Calibration, read_calibration
 from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment, load_profile
-from ttt_lib.core.errors import ConfigError, DataError, NumericalError, TTTError, UserError, reason
+from ttt_lib.core.errors import ConfigError, DataError, NumericalError, UserError, reason
 from ttt_lib.core.files import absolute, first_repeated
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.seeds import sample_generator
@@ -202,15 +202,22 @@ class Adaptations:
         return sample, result
 
 
-def why_left_out(error: Exception) -> str:
-    """The reason that stands beside a sample. Raises `error` again if it is the whole run's: a device that has failed."""
+def why_left_out(place: str, error: Exception) -> str:
+    """Why the sample or photograph `place` is left out; the log says so too, with the trace of what nobody expected.
+
+    Raises `error` again if it is the whole run's: a device that has failed.
+    """
+    expected = True
     if is_out_of_memory(error):
-        return "out of memory: lower views.longest_side, or set model.checkpointing"
-    if isinstance(error, UserError | NumericalError | FloatingPointError):
-        return str(error)
-    if isinstance(error, RuntimeError) and "CUDA error" in str(error):  # nothing can be computed there any more
+        why = "out of memory: lower views.longest_side, or set model.checkpointing"
+    elif isinstance(error, UserError | NumericalError | FloatingPointError):
+        why = str(error)
+    elif isinstance(error, RuntimeError) and "CUDA error" in str(error):  # nothing can be computed there any more
         raise error
-    return f"{type(error).__name__}: {reason(error)}"
+    else:
+        why, expected = f"{type(error).__name__}: {reason(error)}", False
+    log.warning("%s is left out: %s", place, why, exc_info=None if expected else error)
+    return why
 
 
 def run_experiment(
@@ -259,10 +266,7 @@ def run_experiment(
             rows = _rows(config, sample, result)
             kept = gallery_content(sample, result) if folder is not None else {}
         except Exception as error:
-            why = why_left_out(error)
-            unexpected = not isinstance(error, TTTError) and not is_out_of_memory(error)
-            log.warning("%s/%s is left out: %s", sample_set.name, name, why, exc_info=unexpected)
-            tables.leave_out(sample_set.name, name, why)
+            tables.leave_out(sample_set.name, name, why_left_out(f"{sample_set.name}/{name}", error))
             continue
         log.info("%s/%s: %s in %.1f s", sample_set.name, name, result.decision, result.seconds)
         if kept:
