@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,12 +15,12 @@ from conftest import ROOT
 from ttt_lib.adaptation.adapter import Adapter
 from ttt_lib.adaptation.loop import NumericalError
 from ttt_lib.adaptation.result import AdaptResult
-from ttt_lib.core.config import build_experiment
+from ttt_lib.core.config import ExperimentConfig, build_experiment
 from ttt_lib.core.errors import DataError
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.types import Sample
 from ttt_lib.runs import experiment as experiment_module
-from ttt_lib.runs.experiment import load_with_profile, run_experiment
+from ttt_lib.runs.experiment import experiment_from_parameters, load_with_profile, run_experiment
 from ttt_lib.runs.gallery import gallery_content, prediction_name
 from ttt_lib.runs.result_tables import _append
 
@@ -35,6 +36,18 @@ BASE = {
 
 def config(**overrides):
     return build_experiment(BASE, overrides=overrides)
+
+
+@pytest.mark.parametrize("notebook", ["01_augmentation", "02_adaptation"])
+def test_a_notebook_has_the_settings_of_its_job(notebook):
+    """Also where a row has no losses at all, which is not the default; unset parameters are the defaults."""
+    cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
+    defaults: dict = {}
+    exec(next(c.source for c in cells if "parameters" in c.metadata.get("tags", [])), {}, defaults)
+    unset = {key: defaults[key] for key in defaults.keys() & ExperimentConfig.model_fields.keys()}
+    for row in (config(), config().model_copy(update={"losses": {}})):
+        assert experiment_from_parameters({**unset, **row.as_parameters()}, None) == row
+    assert experiment_from_parameters(unset, None) == build_experiment({"name": unset["name"]})
 
 
 def test_new_columns_do_not_shift_old_rows(tmp_path):

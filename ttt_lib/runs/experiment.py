@@ -85,9 +85,10 @@ def load_with_profile(file: Path, profile: str | None, overrides: dict[str, Any]
 def experiment_from_parameters(parameters: dict[str, Any], profile: str | None = None) -> ExperimentConfig:
     """The experiment a notebook was given: papermill's parameters, empty ones left to their defaults, profile on top.
 
-    A `data` list in the parameters is explicit, so it wins over the profile's.
+    A `data` list in the parameters is explicit, so it wins over the profile's. No `losses` at all, `{}`, is a choice too.
     """
-    content = {key: value for key, value in parameters.items() if value not in (None, "", {}, [])}
+    empty = {key for key, value in parameters.items() if value in ("", {}, []) and key != "losses"}
+    content = {key: value for key, value in parameters.items() if key not in empty and value is not None}
     path = resolve_profile(profile)
     overrides = {"data": content["data"]} if "data" in content else None
     return build_experiment(content, load_profile(path) if path else None, overrides, source="parameters")
