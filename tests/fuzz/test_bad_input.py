@@ -731,7 +731,7 @@ def test_jobs_stay_in_the_folder_of_runs(tmp_path):
      ('{"identity": {}, "finished": "x"}', True), ("[" * 100000, False)],
 )  # fmt: skip
 def test_a_manifest(tmp_path, monkeypatch, text, finished):
-    monkeypatch.setattr(batch, "_fill", lambda job, work, begun, kernel: work.mkdir(parents=True))
+    monkeypatch.setattr(batch, "_fill", lambda job, work, kernel: work.mkdir(parents=True))
     place = tmp_path / "a" / "000-of-001"
     place.mkdir(parents=True)
     (place / "manifest.json").write_text(text)

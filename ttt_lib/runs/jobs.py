@@ -171,41 +171,46 @@ def run_job(job: Job, runs: str | Path, keep: bool = False) -> Outcome:
     What a failed job had produced is kept in `runs/failed/<experiment>/<shard>`, its notebook with the error in it.
     keep: its kernel stays for the next job of this process (`kept_kernel`), with what is loaded by then.
     """
-    runs, begun = Path(runs), time.time()
-    final, kept = (folder / job.experiment / job.shard for folder in (runs, runs / "failed"))
-    work = runs / ".work" / f"{job.name}.{uuid.uuid4().hex}"  # nobody else's, not even an orphaned kernel's
-
-    def ended(status: str, reason: str = "") -> Outcome:
-        return Outcome(job.experiment, job.shard, status, reason, time.time() - begun)
-
+    runs, begun, status = Path(runs), time.time(), "failed"
     try:
         with job_lock(_lock_of(runs, job.name)) as mine:
             if not mine:
-                return ended("failed", "another run is working on it; run the same command again when that has ended")
-            if is_done(job, runs):
-                return ended("skipped")
-            try:
-                log.info("%s: begins in %s", job.name, work)
-                with nullcontext(kept_kernel(job.threads)) if keep else closing(Kernel(job.threads)) as kernel:
-                    _fill(job, work, begun, kernel)
-                if final.exists():
-                    set_aside(final, runs)
-                final.parent.mkdir(parents=True, exist_ok=True)
-                os.rename(work, final)
-                shutil.rmtree(kept, ignore_errors=True)  # of an earlier try
-                return ended("done")
-            except BaseException as error:
-                log.info("%s: failed", job.name, exc_info=error)
-                left = _keep(work, kept)
-                if not isinstance(error, Exception):
-                    raise
-                return ended("failed", one_line(error) + left)
+                why = "another run is working on it; run the same command again when that has ended"
+            elif is_done(job, runs):
+                status, why = "skipped", ""
+            else:
+                why = _try(job, runs, keep)
+                status = "failed" if why else "done"
     except Exception as error:  # a folder without write permission, a file system without locks
-        return ended("failed", one_line(error))
+        why = one_line(error)
+    return Outcome(job.experiment, job.shard, status, why, time.time() - begun)
 
 
-def _fill(job: Job, work: Path, begun: float, kernel: Kernel) -> None:
+def _try(job: Job, runs: Path, keep: bool) -> str:
+    """Work in a folder of its own and move it to its place; says why that failed, nothing where it did not."""
+    final, kept = (folder / job.experiment / job.shard for folder in (runs, runs / "failed"))
+    work = runs / ".work" / f"{job.name}.{uuid.uuid4().hex}"  # nobody else's, not even an orphaned kernel's
+    try:
+        log.info("%s: begins in %s", job.name, work)
+        with nullcontext(kept_kernel(job.threads)) if keep else closing(Kernel(job.threads)) as kernel:
+            _fill(job, work, kernel)
+        if final.exists():
+            set_aside(final, runs)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(work, final)
+        shutil.rmtree(kept, ignore_errors=True)  # of an earlier try
+        return ""
+    except BaseException as error:
+        log.info("%s: failed", job.name, exc_info=error)
+        left = _keep(work, kept)
+        if not isinstance(error, Exception):
+            raise
+        return one_line(error) + left
+
+
+def _fill(job: Job, work: Path, kernel: Kernel) -> None:
     """Execute the job's notebooks into `work` and write the manifest; all of it is on the disk when this returns."""
+    begun = time.time()
     work.mkdir(parents=True)
     parameters = {
         **job.parameters, "output_dir": str(work.resolve()), "shard_index": job.shard_index,
