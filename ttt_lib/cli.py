@@ -170,7 +170,7 @@ def _end(outcomes: list, runs: Path, threads: int) -> None:
 
 def summarise(runs: Path, threads: int) -> None:
     """Execute 03_ablation on a runs folder into `runs/summary`, in the kernel of its jobs, and print the table."""
-    from ttt_lib.report.tables import SELECTION_LEGEND, selection_cells, selection_table, table1, to_text
+    from ttt_lib.report.tables import summary_text
     from ttt_lib.runs.jobs import one_line
     from ttt_lib.runs.notebook import kept_kernel
     from ttt_lib.runs.results import read_runs
@@ -184,15 +184,7 @@ def summarise(runs: Path, threads: int) -> None:
             kernel.execute(notebooks_folder() / notebook, output / notebook, parameters)
     except Exception as error:  # of a cell; the notebook shows it
         raise UserError(f"{output / notebook}: the summary failed ({one_line(error)}).") from error
-    read = read_runs(runs)
-    selected = selection_table(read)
-    text = (
-        to_text(table1(read)) if selected is None else f"{selection_cells(selected).to_string()}\n({SELECTION_LEGEND})"
-    )
-    print("\n".join([text, *read.notes]))
-    if len(read.left_out):
-        print(f"left out:\n{read.left_out.to_string(index=False)}")
-    print(f"table, figures and report: {output}")
+    print(f"{summary_text(read_runs(runs))}\ntable, figures and report: {output}")
 
 
 @app.command(epilog="Example: ttt-depth adapt photo.jpg -o outputs --set train.passes=8")
@@ -315,22 +307,9 @@ def models() -> None:
 @app.command(epilog="Example: ttt-depth doctor --json")
 def doctor(json_: Annotated[bool, typer.Option("--json", help="As a list of JSON objects.")] = False) -> None:
     """Look at this machine: GL, GPU, torch, hub, assets, notebooks; and say what to do. Exit code 1: cannot work."""
-    from ttt_lib.core.files import to_json
-    from ttt_lib.doctor import CHECKS, look
+    from ttt_lib.doctor import report
 
-    findings = []
-    for check in CHECKS:
-        findings.append(look(check))
-        if not json_:
-            print(findings[-1], flush=True)
-    wrong = [finding.name for finding in findings if finding.broken]
-    if json_:
-        print(to_json(findings, indent=1))
-    elif wrong:
-        print(f"ttt-depth cannot work here before this is put right: {', '.join(wrong)}.")
-    else:
-        print("ttt-depth can work here.")
-    if wrong:
+    if not report(json_):
         raise typer.Exit(1)
 
 

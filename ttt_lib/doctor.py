@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 
 from ttt_lib import machine
 from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.files import to_json
 from ttt_lib.core.provenance import version_of
 from ttt_lib.machine import Missing, Problem
 from ttt_lib.runs.catalog import experiment_files, notebooks_folder
@@ -187,3 +188,20 @@ def look(check: Check) -> Finding:
         return Finding(name, "problem", str(error), advice, essential)
     except Exception as error:  # an import that fails, mostly
         return Finding(name, "problem", f"cannot be used ({type(error).__name__}: {reason(error)})", advice, essential)
+
+
+def report(as_json: bool) -> bool:
+    """Do all checks and print what they find, line by line or as JSON; whether the package can work here."""
+    findings = []
+    for check in CHECKS:
+        findings.append(look(check))
+        if not as_json:
+            print(findings[-1], flush=True)
+    wrong = [finding.name for finding in findings if finding.broken]
+    if as_json:
+        print(to_json(findings, indent=1))
+    elif wrong:
+        print(f"ttt-depth cannot work here before this is put right: {', '.join(wrong)}.")
+    else:
+        print("ttt-depth can work here.")
+    return not wrong

@@ -210,3 +210,16 @@ def selection_cells(table: pd.DataFrame, decimals: int = 4) -> pd.DataFrame:
         shown[title] = [cell(row, prefix) for _, row in table.iterrows()]
     verdict = np.where(table["worse_in"] != "", "not shown; " + table["worse_in"], "not shown")
     return shown.assign(gain=np.where(table["gain"], "yes", verdict)).set_index(["group", "experiment"])
+
+
+def summary_text(runs: Runs) -> str:
+    """For a terminal: Table 1, or of chosen samples what is left beyond selection; then notes and what was left out."""
+    selected = selection_table(runs)
+    if selected is None:
+        lines = [to_text(table1(runs))]
+    else:
+        lines = [selection_cells(selected).to_string(), f"({SELECTION_LEGEND})"]
+    lines += runs.notes
+    if len(runs.left_out):
+        lines += ["left out:", runs.left_out.to_string(index=False)]
+    return "\n".join(lines)
