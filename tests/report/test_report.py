@@ -15,6 +15,7 @@ from ttt_lib.core.errors import UserError
 from ttt_lib.evaluation.paired import bootstrap_interval, paired_gains, paired_summary, summarise
 from ttt_lib.evaluation.scores import TABLE1_COLUMNS
 from ttt_lib.report import study_figures, tables
+from ttt_lib.report.figures import plot_history
 from ttt_lib.report.page import write_report
 from ttt_lib.runs import results
 from ttt_lib.runs.catalog import list_experiments
@@ -449,3 +450,12 @@ def test_of_chosen_samples_nothing_shows_a_gain_that_is_the_choice(tmp_path, cap
     page = space["files"]["html"].read_text(encoding="utf-8")
     assert "beyond selection" in page and (tmp_path / "out" / "chosen_samples.png").exists()
     assert pd.read_csv(space["files"]["table1_hard"])["n"].tolist() == [3, 3, 3]
+
+
+def test_loss_curves_of_samples_that_had_no_loss():
+    """A row without losses has steps and no loss; beside it others have one."""
+    without = pd.DataFrame([{"dataset": "d", "sample": "a", "step": step, "passes": step} for step in (1, 2)])
+    assert not plot_history(without).axes[0].lines
+    both = pd.concat([without, without.assign(sample="b", loss=0.5)])
+    (line,) = plot_history(both).axes[0].lines
+    assert line.get_label() == "b" and line.get_ydata().tolist() == [0.5, 0.5]

@@ -109,12 +109,14 @@ def plot_before_after(image: Tensor, result: AdaptResult, truth: Tensor | None =
 
 
 def plot_history(history: pd.DataFrame) -> Figure:
-    """The loss of each sample over the optimizer steps (`history.csv`)."""
+    """The loss of each sample over the optimizer steps (`history.csv`); nothing of those that had no loss."""
     figure, axis = plt.subplots(figsize=(6, 3))
-    for (_, sample), rows in history.groupby(["dataset", "sample"]):
+    losses = history.reindex(columns=["dataset", "sample", "step", "loss"]).dropna(subset=["loss"])
+    for (_, sample), rows in losses.groupby(["dataset", "sample"]):
         axis.plot(rows["step"], rows["loss"], marker=".", label=sample)
     axis.set(xlabel="optimizer step", ylabel="loss on the views")
-    axis.legend(fontsize=7)
+    if axis.lines:
+        axis.legend(fontsize=7)
     return finished(figure)
 
 
