@@ -6,9 +6,10 @@ Nothing here is asserted in a test: times belong in `05_performance.ipynb`.
 from __future__ import annotations
 
 import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
@@ -27,8 +28,6 @@ from ttt_lib.core.config import ExperimentConfig, build_experiment
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.models.base import GeometryModel, training
 from ttt_lib.runs.plan import put
-
-STAGES = ("augment", "render", "forward", "loss", "backward", "optimizer", "teacher")
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -55,6 +54,21 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+class _Clock(defaultdict[str, float]):
+    """Seconds spent in each stage, once the device has done what it was given there."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(float)
+        self.device = device
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the seconds inside, or of each call of a function that this decorates."""
+        begun = now(self.device)
+        yield
+        self[name] += now(self.device) - begun
+
+
 def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, repeats: int = 5) -> pd.DataFrame:
     """Median seconds of each stage of one pass on `image` (3,H,W), and its share: columns stage, seconds, share.
 
@@ -62,70 +76,55 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
     `render`, making the scene of a new target count as often as the configuration runs them. The first repeat warms up
     and does not count. The weights are as before afterwards.
     """
-    device, config = model.device, resolved(config, model)
-    image = working_image(image.to(device), config.views.longest_side)
-    times: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    config = resolved(config, model)
+    image = working_image(image.to(model.device), config.views.longest_side)
+    clock, rounds = _Clock(model.device), []
     with training(model, config.train.parts) as named:
         student = Student(model, named, config.train.lora_rank)
         optimizer = make_optimizer(student.leaves, config.train.optimizer)
-        renderer, spare = make_renderer(config, device), make_renderer(config, device)
-        drawing = [0.0]
+        renderer, spare = make_renderer(config, model.device), make_renderer(config, model.device)
         if renderer is not None:
-            renderer.render = _timed(renderer.render, drawing, device)
+            renderer.render = clock.stage("render")(renderer.render)
         generator = sample_generator(0, "benchmark")
         target = model.predict(image)
         for _ in range(repeats + 1):
-            drawing[0] = 0.0
-            marks = [now(device)]
-            view = draw_views(image, target, config, generator, renderer)
-            batch = loss_batch(view, config, generator)
-            marks.append(now(device))
+            with clock.stage("augment"):
+                view = draw_views(image, target, config, generator, renderer)
+                batch = loss_batch(view, config, generator)
             with student.attached():
-                output = forward(model, view.image, view.intrinsics, config)
-                marks.append(now(device))
-                features = (model.features(view.image),) * 2 if needs_features(config.losses) else None
-                loss, _ = loss_of(output, batch, config, features=features)
-                marks.append(now(device))
-                gradients = torch.autograd.grad(loss, student.leaves, allow_unused=True)
-            marks.append(now(device))
-            for leaf, gradient in zip(student.leaves, gradients):
-                leaf.grad = gradient
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            marks.append(now(device))
-            fresh = model.predict(image)
-            marks.append(now(device))
-            if spare is not None and drawing[0] > 0:
-                surface = fresh.mask & torch.isfinite(fresh.points).all(-1) & (fresh.points[..., 2] > 0)
-                spare.set_scene(image, fresh.points, surface, fresh.intrinsics)
-            marks.append(now(device))
-            for stage, seconds in _shares([b - a for a, b in zip(marks, marks[1:])], drawing[0], config).items():
-                times[stage].append(seconds)
-    medians = {stage: statistics.median(values[1:]) for stage, values in times.items()}
-    total = sum(medians.values())
-    rows = [{"stage": stage, "seconds": seconds, "share": seconds / total} for stage, seconds in medians.items()]
-    return pd.DataFrame(rows)
+                with clock.stage("forward"):
+                    output = forward(model, view.image, view.intrinsics, config)
+                with clock.stage("loss"):
+                    features = (model.features(view.image),) * 2 if needs_features(config.losses) else None
+                    loss, _ = loss_of(output, batch, config, features=features)
+                with clock.stage("backward"):
+                    gradients = torch.autograd.grad(loss, student.leaves, allow_unused=True)
+            with clock.stage("optimizer"):
+                for leaf, gradient in zip(student.leaves, gradients):
+                    leaf.grad = gradient
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            with clock.stage("teacher"):
+                fresh = model.predict(image)
+            if spare is not None and clock["render"] > 0:
+                with clock.stage("scene"):
+                    surface = fresh.mask & torch.isfinite(fresh.points).all(-1) & (fresh.points[..., 2] > 0)
+                    spare.set_scene(image, fresh.points, surface, fresh.intrinsics)
+            rounds.append(_of_one_pass(clock, config))
+            clock.clear()
+    table = pd.DataFrame(rounds[1:]).median().rename_axis("stage").reset_index(name="seconds")
+    return table.assign(share=table["seconds"] / table["seconds"].sum())
 
 
-def _shares(spent: list[float], drawing: float, config: ExperimentConfig) -> dict[str, float]:
-    """Seconds of each stage for one pass, from those between the marks; what a step or a refresh does once, in parts."""
+def _of_one_pass(clock: _Clock, config: ExperimentConfig) -> dict[str, float]:
+    """Seconds of each stage for one pass; what a step or a refresh does once, in parts."""
     steps = 1 / config.train.accumulation
     refreshes = steps / config.teacher.refresh_every if config.teacher.refresh_every else 0.0
-    scene = spent[6] if drawing > 0 else 0.0
     return {
-        "augment": spent[0] - drawing, "render": drawing + scene * refreshes, "forward": spent[1], "loss": spent[2],
-        "backward": spent[3], "optimizer": spent[4] * steps, "teacher": spent[5] * refreshes,
+        "augment": clock["augment"] - clock["render"], "render": clock["render"] + clock["scene"] * refreshes,
+        "forward": clock["forward"], "loss": clock["loss"], "backward": clock["backward"],
+        "optimizer": clock["optimizer"] * steps, "teacher": clock["teacher"] * refreshes,
     }  # fmt: skip
-
-
-def _timed(function: Callable, total: list[float], device: torch.device) -> Callable:
-    def wrapped(*arguments: Any) -> Any:
-        begun = now(device)
-        result = function(*arguments)
-        total[0] += now(device) - begun
-        return result
-
-    return wrapped
 
 
 def growth(model: GeometryModel, image: Tensor, config: ExperimentConfig, key: str, values: list[Any]) -> pd.DataFrame:
