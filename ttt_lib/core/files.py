@@ -124,7 +124,10 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place at the end; whatever goes wrong before leaves all as it was."""
+    """A new folder beside `folder`, which takes its place at the end; whatever goes wrong before leaves all as it was.
+
+    Raises `UserError` where it cannot be written.
+    """
     # A name of its own may be as long as names may be.
     work = folder.with_name(f".{folder.name[:40]}.{os.getpid()}.partial")
     try:
@@ -133,6 +136,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield work
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(work, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({reason(error)}).") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

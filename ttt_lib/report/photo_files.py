@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ttt_lib.adaptation.known_camera import adapt_photograph, camera_of
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
-from ttt_lib.core.errors import UserError, printable, reason
+from ttt_lib.core.errors import UserError, printable
 from ttt_lib.core.files import absolute, first_repeated, replacing, write_json
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import photographs_in, read_photo
@@ -133,18 +133,15 @@ def adapt_photo(
         raise UserError(f"{path}: no folder can be named after it; rename the photograph.")
     folder = Path(output) / name
     check_free(folder)
-    try:
-        with replacing(folder) as work:
-            result = adapt_photograph(model, config, image, printable(Path(path).name), references, lens)
-            _write_result(work, image, result)
-            write_json(work / "record.json", {
-                "image": str(path), **_record(work, result, model, config),
-                "metric_points": absolute(metric_points) if metric_points else None,
-                "metric_unit": references.unit if references is not None else None,
-                "camera": lens.source if lens is not None else None,
-            })  # fmt: skip
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({reason(error)}).") from error
+    with replacing(folder) as work:
+        result = adapt_photograph(model, config, image, printable(Path(path).name), references, lens)
+        _write_result(work, image, result)
+        write_json(work / "record.json", {
+            "image": str(path), **_record(work, result, model, config),
+            "metric_points": absolute(metric_points) if metric_points else None,
+            "metric_unit": references.unit if references is not None else None,
+            "camera": lens.source if lens is not None else None,
+        })  # fmt: skip
     return folder
 
 

@@ -19,7 +19,7 @@ from ttt_lib.adaptation.photographs.scene import SceneAdaptation, adapt_scene, g
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.saved_weights import save_weights, use_weights
 from ttt_lib.core.config import ExperimentConfig
-from ttt_lib.core.errors import UserError, reason
+from ttt_lib.core.errors import UserError
 from ttt_lib.core.files import replacing, write_json
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.load import load_scene
@@ -103,13 +103,10 @@ def write_scene(adaptation: SceneAdaptation, output: Path, announce: Announce = 
     scale: metres for metric models, else arbitrary. Photographs that were left out are in their own scale.
     """
     check_free(output)
-    try:
-        with replacing(output.absolute()) as work:
-            for folder in ("depth", "images", "before_after"):
-                (work / folder).mkdir()
-            return _write(adaptation, work, announce)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({reason(error)}).") from error
+    with replacing(output.absolute()) as work:
+        for folder in ("depth", "images", "before_after"):
+            (work / folder).mkdir()
+        return _write(adaptation, work, announce)
 
 
 def _write(adaptation: SceneAdaptation, work: Path, announce: Announce) -> dict[str, Any]:
