@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 SELECTION = "selection.csv"  # of a study of hard, random and easy samples: which are which
 COMPARABLE = ("data", "limit", "model", "code", "torch")  # parts of an identity that experiments have in common
 SHARD = re.compile(r"(\d+)-of-(0*[1-9]\d*)", re.ASCII)
+Shards = dict[Path, dict[str, Any]]  # finished ones of an experiment: manifest by folder
 
 
 @dataclass
@@ -81,7 +82,7 @@ def read_runs(folder: str | Path) -> Runs:
     finished, notes = _finished_shards(folder)
     if not finished:
         raise RunError(f"{folder}: holds no finished run; run `ttt-depth ablation` first or name another folder.")
-    chosen: dict[str, dict[Path, dict[str, Any]]] = {}
+    chosen: dict[str, Shards] = {}
     for experiment, shards in finished.items():
         log.debug("%s: %d finished shards", experiment, len(shards))
         chosen[experiment], said = _one_set(experiment, shards)
@@ -101,14 +102,14 @@ def read_runs(folder: str | Path) -> Runs:
     return runs
 
 
-def _place_in_table(experiment: str, shards: dict[Path, dict[str, Any]]) -> float:
+def _place_in_table(experiment: str, shards: Shards) -> float:
     """`order` of the settings that an experiment ran with; of those without, as older ones are, that of its file."""
     settings = next(iter(shards.values())).get("settings")
     told = settings.get("order") if isinstance(settings, dict) else None
     return float(told) if isinstance(told, int | float) else float(table_places().get(experiment, math.inf))
 
 
-def _finished_shards(folder: Path) -> tuple[dict[str, dict[Path, dict[str, Any]]], list[str]]:
+def _finished_shards(folder: Path) -> tuple[dict[str, Shards], list[str]]:
     """Manifests by experiment and shard folder; a line for each experiment that was begun and has none."""
     finished, notes = {}, []
     begun = {p.parent.name for p in folder.glob("failed/*/*")}
@@ -133,9 +134,9 @@ def _finished(manifest: dict[str, Any]) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _one_set(experiment: str, shards: dict[Path, dict[str, Any]]) -> tuple[dict[Path, dict[str, Any]], list[str]]:
+def _one_set(experiment: str, shards: Shards) -> tuple[Shards, list[str]]:
     """The shards of one run: the newest complete set, or else the fullest one. What it leaves alone is said."""
-    sets: dict[tuple[int, str], dict[Path, dict[str, Any]]] = {}
+    sets: dict[tuple[int, str], Shards] = {}
     for place, manifest in shards.items():
         count = int(SHARD.fullmatch(place.name).group(2))
         sets.setdefault((count, json.dumps(manifest.get("identity"), sort_keys=True)), {})[place] = manifest
@@ -184,7 +185,7 @@ def _table(name: str, shards: list[Path], experiments: list[str]) -> tuple[pd.Da
     return once, len(joined) - len(once)
 
 
-def _incomparable(chosen: dict[str, dict[Path, dict[str, Any]]]) -> list[str]:
+def _incomparable(chosen: dict[str, Shards]) -> list[str]:
     """A line for each experiment that ran on other data, another model or other code than the reference."""
     identities = {name: next(iter(shards.values())).get("identity") or {} for name, shards in chosen.items()}
     reference = "original" if "original" in identities else next(iter(identities))
