@@ -148,7 +148,7 @@ def _selection(runs: Runs, bootstrap_samples: int) -> tuple[pd.DataFrame | None,
         return None, {}
     by = chosen_by(runs)
     losses = certain_losses(runs.metrics, runs.selection, bootstrap_samples)
-    every = {of: selection_table(runs, bootstrap_samples, *of, losses=losses) for of in {by, *TABLE1_COLUMNS}}
+    every = {of: selection_table(runs, bootstrap_samples, of, losses) for of in {by, *TABLE1_COLUMNS}}
     tables = {f"table1_{name}": table1(runs.group(name)).reset_index() for name in GROUPS}
     return every[by], {"beyond_selection": pd.concat([every[of] for of in TABLE1_COLUMNS]), **tables}
 

@@ -171,18 +171,18 @@ def chosen_by(runs: Runs) -> tuple[str, str]:
 
 
 def selection_table(
-    runs: Runs, bootstrap_samples: int = 2000, metric: str = "", score: str = "",
+    runs: Runs, bootstrap_samples: int = 2000, of: tuple[str, str] | None = None,
     losses: dict[str, dict[tuple[str, str], float]] | None = None,
 ) -> pd.DataFrame | None:  # fmt: skip
-    """`beyond_selection` of the runs, by default in the score that chose the samples; None where none did.
+    """`beyond_selection` of the runs; None where no score chose the samples.
 
-    losses: their `certain_losses`, where tables of several scores are made; None: computed here. `worse_in`: the other
-    score that a row loses in (`worse_elsewhere`), which is then no gain.
+    of: metric and score; None: those that chose the samples. losses: their `certain_losses`, where tables of several
+    scores are made; None: computed here. `worse_in`: the other score that a row loses in (`worse_elsewhere`), which is
+    then no gain.
     """
     if runs.selection is None:
         return None
-    if not metric:
-        metric, score = chosen_by(runs)
+    metric, score = of or chosen_by(runs)
     gains = selection_gains(runs.metrics, runs.selection, metric, score, bootstrap_samples)
     table = beyond_selection(gains).assign(metric=metric, score=score)
     if losses is None:
