@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ttt_lib.adaptation.adapter import Adapter
-from ttt_lib.adaptation.gate.decision import Calibration, read_calibration
+from ttt_lib.adaptation.gate.decision import read_calibration
 from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment, load_profile
@@ -165,23 +165,23 @@ def _rows(config: ExperimentConfig, sample: Sample, result: AdaptResult) -> dict
     }
 
 
-@dataclass
 class Adaptations:
-    """An experiment's model and what it hands from one sample to the next."""
+    """An experiment's model and what it hands from one sample to the next.
 
-    config: ExperimentConfig
-    model: GeometryModel
-    calibration: Calibration | None
-    weights: list[Tensor] | None = None  # of the last image, where `train.reset` goes on from them
-    seen: int = 0
+    Raises:
+        UserError: for a calibration of the gate that cannot be read.
+    """
 
-    def __post_init__(self) -> None:
-        self._scenes = Scenes(self.model, self.config)
+    def __init__(self, config: ExperimentConfig, model: GeometryModel) -> None:
+        self.config, self.model, self.scenes = config, model, Scenes(model, config)
+        self.calibration = read_calibration(config.gate.calibration) if config.gate.mode == "decide" else None
+        self.weights: list[Tensor] | None = None  # of the last image, where `train.reset` goes on from them
+        self.seen = 0
 
     def adapt(self, samples: SampleSet, sample: Sample) -> tuple[Sample, AdaptResult]:
         """Adapt to one sample, or to its scene; with `config.references` it lacks the pixels that were given away."""
         if "photographs" in self.config.supervision:
-            result = self._scenes.adapt(samples, sample)
+            result = self.scenes.adapt(samples, sample)
             if result is not None:
                 return sample, result
         config, reset, number = self.config, self.config.train.reset, self.seen
@@ -257,9 +257,7 @@ def run_experiment(
     if folder is not None:
         (folder / "predictions").mkdir(parents=True, exist_ok=True)
     places = [(s, name) for s in open_samples(config, shard) for name in s.names][:limit]
-    # Read once, and before any work: a missing one is said now.
-    calibration = read_calibration(config.gate.calibration) if config.gate.mode == "decide" else None
-    adaptations, tables = Adaptations(config, open_model(config), calibration), ResultTables(folder)
+    adaptations, tables = Adaptations(config, open_model(config)), ResultTables(folder)
     last: dict[str, Any] = {}
     for sample_set, name in tqdm(places, desc=config.name, disable=not progress, mininterval=2.0):
         try:
