@@ -14,31 +14,8 @@ from matplotlib.figure import Figure
 from ttt_lib.evaluation.paired import paired_gains, summarise
 from ttt_lib.evaluation.scores import TABLE1_COLUMNS
 from ttt_lib.evaluation.selection import GROUPS, certain_losses
+from ttt_lib.report import study_figures, tables
 from ttt_lib.report.figures import encoded, picture
-from ttt_lib.report.study_figures import (
-    best_row,
-    figure4,
-    gallery,
-    gallery_cloud,
-    gallery_samples,
-    loss_curves,
-    pareto,
-    selection_figure,
-)
-from ttt_lib.report.tables import (
-    PUBLISHED_SOURCE,
-    SELECTION_LEGEND,
-    chosen_by,
-    confound,
-    control_is_exact,
-    published_table,
-    selection_cells,
-    selection_table,
-    styled,
-    table1,
-    to_latex,
-    to_markdown,
-)
 from ttt_lib.runs.results import Runs
 
 if TYPE_CHECKING:
@@ -99,21 +76,21 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     shown = runs.group("random")  # no score chose these
     gains = paired_gains(shown.metrics, metric, score)
-    tables = _tables(shown, gains, tolerance, bootstrap_samples)
-    tables |= {"metrics": runs.metrics, "samples": runs.samples, "left_out": runs.left_out}
+    frames = _frames(shown, gains, tolerance, bootstrap_samples)
+    frames |= {"metrics": runs.metrics, "samples": runs.samples, "left_out": runs.left_out}
     selected, of_chosen = _selection(runs, bootstrap_samples)
-    tables |= of_chosen
+    frames |= of_chosen
     files = {}
-    for name, frame in tables.items():
+    for name, frame in frames.items():
         files[name] = output / f"{name}.csv"
         frame.to_csv(files[name], index=False)
     files["markdown"], files["latex"] = output / "table1.md", output / "table1.tex"
-    table = table1(shown)
-    files["markdown"].write_text(to_markdown(table), encoding="utf-8")
-    files["latex"].write_text(to_latex(table), encoding="utf-8")
+    table = tables.table1(shown)
+    files["markdown"].write_text(tables.to_markdown(table), encoding="utf-8")
+    files["latex"].write_text(tables.to_latex(table), encoding="utf-8")
     figures, clouds = _figures(shown, gains, tolerance, f"{metric} {score}")
     if selected is not None:
-        figures["chosen_samples"] = selection_figure(selected)
+        figures["chosen_samples"] = study_figures.selection_figure(selected)
     for name in FIGURES:
         path = output / f"{name}.png"
         path.unlink(missing_ok=True)  # of an earlier report, which may have had more to show
@@ -122,12 +99,12 @@ def write_report(
             files[name] = path
     files["html"] = output / "report.html"
     files["html"].write_text(
-        _page(runs, table, tables, selected, f"{metric} {score}", figures, clouds), encoding="utf-8"
+        _page(runs, table, frames, selected, f"{metric} {score}", figures, clouds), encoding="utf-8"
     )
     return files
 
 
-def _tables(runs: Runs, gains: pd.DataFrame, tolerance: float, bootstrap_samples: int) -> dict[str, pd.DataFrame]:
+def _frames(runs: Runs, gains: pd.DataFrame, tolerance: float, bootstrap_samples: int) -> dict[str, pd.DataFrame]:
     """Every CSV of the report by its name."""
     paired = [
         summarise(paired_gains(runs.metrics, m, s), tolerance, bootstrap_samples).assign(metric=m, score=s)
@@ -135,7 +112,7 @@ def _tables(runs: Runs, gains: pd.DataFrame, tolerance: float, bootstrap_samples
     ]
     filled = [frame for frame in paired if len(frame)]
     return {
-        "table1": table1(runs).reset_index(),
+        "table1": tables.table1(runs).reset_index(),
         "paired": pd.concat(filled) if filled else paired[0],
         "paired_by_dataset": summarise(gains, tolerance, bootstrap_samples, ("experiment", "dataset")),
         "gains": gains,
@@ -146,11 +123,11 @@ def _selection(runs: Runs, bootstrap_samples: int) -> tuple[pd.DataFrame | None,
     """What is left of the gains in the score that chose the samples, None where none did, and the tables about it."""
     if runs.selection is None:
         return None, {}
-    by = chosen_by(runs)
+    by = tables.chosen_by(runs)
     losses = certain_losses(runs.metrics, runs.selection, bootstrap_samples)
-    every = {of: selection_table(runs, bootstrap_samples, of, losses) for of in {by, *TABLE1_COLUMNS}}
-    tables = {f"table1_{name}": table1(runs.group(name)).reset_index() for name in GROUPS}
-    return every[by], {"beyond_selection": pd.concat([every[of] for of in TABLE1_COLUMNS]), **tables}
+    every = {of: tables.selection_table(runs, bootstrap_samples, of, losses) for of in {by, *TABLE1_COLUMNS}}
+    groups = {f"table1_{name}": tables.table1(runs.group(name)).reset_index() for name in GROUPS}
+    return every[by], {"beyond_selection": pd.concat([every[of] for of in TABLE1_COLUMNS]), **groups}
 
 
 def _figures(
@@ -159,36 +136,37 @@ def _figures(
     """The figures that these runs allow, and (title, point cloud) of the gallery's samples."""
     figures, clouds = {}, []
     if len(runs.history):
-        figures["loss_curves"] = loss_curves(runs.history)
+        figures["loss_curves"] = study_figures.loss_curves(runs.history)
     if (gains["experiment"] != "original").any():
-        figures["figure4"] = figure4(gains, tolerance, title)
-        figures["pareto"], front = pareto(gains, runs.samples)
-        best = best_row(front)
+        figures["figure4"] = study_figures.figure4(gains, tolerance, title)
+        figures["pareto"], front = study_figures.pareto(gains, runs.samples)
+        best = study_figures.best_row(front)
         if best is not None:
-            chosen = gallery_samples(gains, best)
-            figures["gallery"] = gallery(runs, chosen)
-            found = [(f"{row.experiment}, {row.sample}", gallery_cloud(runs, row)) for row in chosen.itertuples()]
-            clouds = [(name, cloud) for name, cloud in found if cloud is not None]
+            chosen = study_figures.gallery_samples(gains, best)
+            figures["gallery"] = study_figures.gallery(runs, chosen)
+            for row in chosen.itertuples():
+                if (cloud := study_figures.gallery_cloud(runs, row)) is not None:
+                    clouds.append((f"{row.experiment}, {row.sample}", cloud))
     return figures, clouds
 
 
 def _page(
-    runs: Runs, table: pd.DataFrame, tables: dict[str, pd.DataFrame], selected: pd.DataFrame | None, title: str,
+    runs: Runs, table: pd.DataFrame, frames: dict[str, pd.DataFrame], selected: pd.DataFrame | None, title: str,
     figures: dict[str, Figure], clouds: list[tuple[str, go.Figure]],
 ) -> str:  # fmt: skip
-    published = published_table()
+    published = tables.published_table()
     sections = {}
     if selected is not None:
         sections["Chosen samples: what is left beyond selection"] = Markup(
             "<p>{}</p>{}<p>All below is of the random samples, which no score chose.</p>"
-        ).format(SELECTION_LEGEND, _html(selection_cells(selected)))
+        ).format(tables.SELECTION_LEGEND, _html(tables.selection_cells(selected)))
     sections |= {
         "Table 1": _table1(table),
-        "Published Table 1": Markup("<p>{}</p>{}").format(PUBLISHED_SOURCE, _table1(published)),
-        "Paired differences to original (positive is better)": _html(tables["paired"].round(4)),
-        f"By data set: {title}": _html(tables["paired_by_dataset"].round(4)),
+        "Published Table 1": Markup("<p>{}</p>{}").format(tables.PUBLISHED_SOURCE, _table1(published)),
+        "Paired differences to original (positive is better)": _html(frames["paired"].round(4)),
+        f"By data set: {title}": _html(frames["paired_by_dataset"].round(4)),
         "Evaluation, not training": Markup("<p>control_lr0 {}.</p>{}").format(
-            VERDICTS[control_is_exact(runs)], _html(confound(published).round(3))
+            VERDICTS[tables.control_is_exact(runs)], _html(tables.confound(published).round(3))
         ),
     }
     sections |= {name: Markup(image_tag(figure)) for name, figure in figures.items()}
@@ -199,7 +177,7 @@ def _page(
 
 
 def _table1(table: pd.DataFrame) -> Markup:
-    return Markup(styled(table, 2, "font-weight: bold", "html").to_html()) if len(table) else NOTHING
+    return Markup(tables.styled(table, 2, "font-weight: bold", "html").to_html()) if len(table) else NOTHING
 
 
 def _html(frame: pd.DataFrame) -> Markup:
