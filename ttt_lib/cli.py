@@ -171,8 +171,7 @@ def _end(outcomes: list, runs: Path, threads: int) -> None:
 def summarise(runs: Path, threads: int) -> None:
     """Execute 03_ablation on a runs folder into `runs/summary`, in the kernel of its jobs, and print the table."""
     from ttt_lib.report.tables import summary_text
-    from ttt_lib.runs.jobs import one_line
-    from ttt_lib.runs.notebook import kept_kernel
+    from ttt_lib.runs.notebook import kept_kernel, one_line
     from ttt_lib.runs.results import read_runs
 
     output = runs / "summary"

@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -28,7 +27,7 @@ from ttt_lib.core.provenance import environment
 from ttt_lib.core.schema import RESERVED
 from ttt_lib.runs.cluster import open_client
 from ttt_lib.runs.manifest import MANIFEST, read_manifest
-from ttt_lib.runs.notebook import Kernel, kept_kernel
+from ttt_lib.runs.notebook import Kernel, kept_kernel, one_line
 from ttt_lib.runs.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -225,13 +224,6 @@ def _fill(job: Job, work: Path, kernel: Kernel) -> None:
     }  # fmt: skip
     write_json(work / MANIFEST, manifest)
     _sync(work)
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says; of a notebook's cell, the exception inside it."""
-    name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", None)
-    text = f"{name}: {value}" if value is not None else "".join(traceback.format_exception_only(error))
-    return " ".join(text.split())[:400]
 
 
 def run_jobs(

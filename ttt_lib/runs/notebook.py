@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import tempfile
+import traceback
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -117,3 +118,10 @@ def kernel_environment(threads: int | None) -> dict[str, str]:
     values = {key: value for key, value in os.environ.items() if DASK_TRIM.get(key) != value}
     counts = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS") if threads is not None else ()
     return {**values, **dict.fromkeys(counts, str(threads)), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says; of a notebook's cell, the exception inside it."""
+    name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", None)
+    text = f"{name}: {value}" if value is not None else "".join(traceback.format_exception_only(error))
+    return " ".join(text.split())[:400]
