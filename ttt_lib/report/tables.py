@@ -5,7 +5,6 @@ Everything is computed from the runs; nothing is remembered from elsewhere but t
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +47,11 @@ def table1(runs: Runs) -> pd.DataFrame:
     return table
 
 
-def printed(value: float, decimals: int) -> str:
-    """A number as every table prints it; nothing for NaN."""
-    return "" if pd.isna(value) else f"{value:.{decimals}f}"
-
-
-def _digits(column: str, decimals: int) -> int:
-    """Seconds to three decimals, n to none, scores as asked."""
-    return decimals if column in COLUMN_NAMES else {"n": 0}.get(column, 3)
+def printed(table: pd.DataFrame, decimals: int) -> pd.DataFrame:
+    """The table as text: seconds to three decimals, n to none, scores as asked; nothing for NaN."""
+    digits = {column: decimals if column in COLUMN_NAMES else {"n": 0}.get(column, 3) for column in table}
+    text = {name: ["" if pd.isna(value) else f"{value:.{n}f}" for value in table[name]] for name, n in digits.items()}
+    return pd.DataFrame(text, index=table.index, dtype=object)
 
 
 def best_cells(table: pd.DataFrame, decimals: int = 2) -> pd.DataFrame:
@@ -64,8 +60,9 @@ def best_cells(table: pd.DataFrame, decimals: int = 2) -> pd.DataFrame:
     The printed text decides, because rounding a frame can differ from it (1.115 prints as 1.11 and rounds to 1.12).
     """
     best = pd.DataFrame(False, index=table.index, columns=table.columns)
+    text = printed(table, decimals)
     for column in COLUMN_NAMES:
-        values = pd.to_numeric(table[column].map(lambda value: printed(value, decimals)), errors="coerce")
+        values = pd.to_numeric(text[column], errors="coerce")
         target = values.max() if SCORES[column.rsplit("_", 1)[-1]].higher_is_better else values.min()
         best[column] = values == target
     return best
@@ -82,28 +79,25 @@ def _headers(table: pd.DataFrame) -> list[str]:
 
 def styled(table: pd.DataFrame, decimals: int, bold: str, escape: str) -> Styler:
     """The table for pandas to write as `html` or `latex`, the best cells in `bold`, whatever that is there."""
-    shown = table.set_axis(_headers(table), axis=1).rename_axis(None)
+    shown = printed(table, decimals).set_axis(_headers(table), axis=1).rename_axis(None)
     best = best_cells(table, decimals).to_numpy()
-    digits = {name: _digits(column, decimals) for name, column in zip(shown.columns, table.columns)}
-    style = shown.style.format({name: partial(printed, decimals=n) for name, n in digits.items()})
-    return style.format_index(escape=escape).apply(lambda _: np.where(best, bold, ""), axis=None)
+    return shown.style.format_index(escape=escape).apply(lambda _: np.where(best, bold, ""), axis=None)
 
 
 def to_markdown(table: pd.DataFrame, decimals: int = 2) -> str:
     """The table with the best cells in bold."""
-    best, digits = best_cells(table, decimals).to_numpy(), [_digits(column, decimals) for column in table.columns]
-    lines = [f"| experiment | {' | '.join(_headers(table))} |", "|---" * (len(digits) + 1) + "|"]
-    for name, values, bold in zip(table.index, table.to_numpy(), best):
-        text = [printed(value, n) for value, n in zip(values, digits)]
-        text = [f"**{each}**" if chosen else each for each, chosen in zip(text, bold)]
-        lines.append(f"| {name} | {' | '.join(text)} |")
+    text = printed(table, decimals)
+    text = text.mask(best_cells(table, decimals), "**" + text + "**")
+    lines = [f"| experiment | {' | '.join(_headers(table))} |", "|---" * (len(text.columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(row)} |" for name, row in zip(text.index, text.to_numpy())]
     return "\n".join(lines) + "\n"
 
 
 def to_latex(table: pd.DataFrame, decimals: int = 2) -> str:
     """A `tabular` with the best cells in bold; needs booktabs."""
     arrows = {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "δ1": r"$\delta_1$"}
-    code = styled(table, decimals, "textbf:--rwrap;", "latex").to_latex(hrules=True)
+    columns = "l" + "r" * table.shape[1]
+    code = styled(table, decimals, "textbf:--rwrap;", "latex").to_latex(hrules=True, column_format=columns)
     for symbol, command in arrows.items():
         code = code.replace(symbol, command)
     return code
