@@ -26,10 +26,10 @@ def printable(text: object, limit: int = 300) -> str:
     return plain if len(plain) <= limit else f"{plain[:half]} ... {plain[-half:]}"
 
 
-def reason(error: BaseException, limit: int = 200) -> str:
+def reason(error: BaseException) -> str:
     """What an exception says, for the brackets of a sentence: its first line, or its type where it says nothing."""
     lines = [line.strip().rstrip(".") for line in str(getattr(error, "strerror", None) or error).splitlines()]
-    return printable(next(filter(None, lines), type(error).__name__), limit)
+    return printable(next(filter(None, lines), type(error).__name__), 200)
 
 
 class TTTError(Exception):

@@ -177,7 +177,7 @@ def _page(
 
 
 def _table1(table: pd.DataFrame) -> Markup:
-    return Markup(tables.styled(table, 2, "font-weight: bold", "html").to_html()) if len(table) else NOTHING
+    return Markup(tables.styled(table, "font-weight: bold", "html").to_html()) if len(table) else NOTHING
 
 
 def _html(frame: pd.DataFrame) -> Markup:

@@ -132,10 +132,10 @@ def best_row(front: pd.DataFrame) -> str | None:
     return trained["gain"].idxmax() if len(trained) else None
 
 
-def gallery_samples(gains: pd.DataFrame, experiment: str, count: int = 2) -> pd.DataFrame:
-    """The best and the worst samples of an experiment, `count` each, best first."""
+def gallery_samples(gains: pd.DataFrame, experiment: str) -> pd.DataFrame:
+    """The best two and the worst two samples of an experiment, best first."""
     rows = gains[gains.experiment == experiment].sort_values("gain", ascending=False)
-    return pd.concat([rows.head(count), rows.tail(count)]).drop_duplicates(["dataset", "sample"])
+    return pd.concat([rows.head(2), rows.tail(2)]).drop_duplicates(["dataset", "sample"])
 
 
 def _kept(runs: Runs, row: Any) -> dict[str, np.ndarray]:
@@ -161,11 +161,10 @@ def gallery(runs: Runs, chosen: pd.DataFrame) -> Figure:
     return finished(panels(lines, 2.4, 2.1, fontsize=8)[0])
 
 
-def gallery_cloud(runs: Runs, row: Any, which: str = "final") -> go.Figure | None:
-    """Plotly point cloud of a gallery row; which: `original`, `final` or `truth`. None if it was not kept."""
+def gallery_cloud(runs: Runs, row: Any) -> go.Figure | None:
+    """Plotly point cloud of a gallery row, as finally predicted; None if it was not kept."""
     data = _kept(runs, row)
-    if f"depth_{which}" not in data:
+    if not data:
         return None
-    depth = torch.from_numpy(data[f"depth_{which}"])
-    points = unproject(depth, torch.from_numpy(data["intrinsics"]).float())
+    points = unproject(torch.from_numpy(data["depth_final"]), torch.from_numpy(data["intrinsics"]).float())
     return point_cloud(torch.from_numpy(data["image"]).permute(2, 0, 1).float() / 255, points)

@@ -47,20 +47,20 @@ def table1(runs: Runs) -> pd.DataFrame:
     return table
 
 
-def printed(table: pd.DataFrame, decimals: int) -> pd.DataFrame:
-    """The table as text: seconds to three decimals, n to none, scores as asked; nothing for NaN."""
-    digits = {column: decimals if column in COLUMN_NAMES else {"n": 0}.get(column, 3) for column in table}
+def printed(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as text: seconds to three decimals, n to none, scores to two; nothing for NaN."""
+    digits = {column: 2 if column in COLUMN_NAMES else {"n": 0}.get(column, 3) for column in table}
     text = {name: ["" if pd.isna(value) else f"{value:.{n}f}" for value in table[name]] for name, n in digits.items()}
     return pd.DataFrame(text, index=table.index, dtype=object)
 
 
-def best_cells(table: pd.DataFrame, decimals: int = 2) -> pd.DataFrame:
+def best_cells(table: pd.DataFrame) -> pd.DataFrame:
     """Which cells are the best of their column as printed (ties count), seconds excepted: a frame of booleans.
 
     The printed text decides, because rounding a frame can differ from it (1.115 prints as 1.11 and rounds to 1.12).
     """
     best = pd.DataFrame(False, index=table.index, columns=table.columns)
-    text = printed(table, decimals)
+    text = printed(table)
     for column in COLUMN_NAMES:
         values = pd.to_numeric(text[column], errors="coerce")
         target = values.max() if SCORES[column.rsplit("_", 1)[-1]].higher_is_better else values.min()
@@ -77,33 +77,33 @@ def _headers(table: pd.DataFrame) -> list[str]:
     return [*names, "s / image", *(["n"] if "n" in table else [])]
 
 
-def styled(table: pd.DataFrame, decimals: int, bold: str, escape: str) -> Styler:
+def styled(table: pd.DataFrame, bold: str, escape: str) -> Styler:
     """The table for pandas to write as `html` or `latex`, the best cells in `bold`, whatever that is there."""
-    shown = printed(table, decimals).set_axis(_headers(table), axis=1).rename_axis(None)
-    best = best_cells(table, decimals).to_numpy()
+    shown = printed(table).set_axis(_headers(table), axis=1).rename_axis(None)
+    best = best_cells(table).to_numpy()
     return shown.style.format_index(escape=escape).apply(lambda _: np.where(best, bold, ""), axis=None)
 
 
-def to_markdown(table: pd.DataFrame, decimals: int = 2) -> str:
+def to_markdown(table: pd.DataFrame) -> str:
     """The table with the best cells in bold."""
-    text = printed(table, decimals)
-    text = text.mask(best_cells(table, decimals), "**" + text + "**")
+    text = printed(table)
+    text = text.mask(best_cells(table), "**" + text + "**")
     lines = [f"| experiment | {' | '.join(_headers(table))} |", "|---" * (len(text.columns) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(row)} |" for name, row in zip(text.index, text.to_numpy())]
     return "\n".join(lines) + "\n"
 
 
-def to_latex(table: pd.DataFrame, decimals: int = 2) -> str:
+def to_latex(table: pd.DataFrame) -> str:
     """A `tabular` with the best cells in bold; needs booktabs."""
     arrows = {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "δ1": r"$\delta_1$"}
     columns = "l" + "r" * table.shape[1]
-    code = styled(table, decimals, "textbf:--rwrap;", "latex").to_latex(hrules=True, column_format=columns)
+    code = styled(table, "textbf:--rwrap;", "latex").to_latex(hrules=True, column_format=columns)
     for symbol, command in arrows.items():
         code = code.replace(symbol, command)
     return code
 
 
-def to_text(table: pd.DataFrame, decimals: int = 3) -> str:
+def to_text(table: pd.DataFrame) -> str:
     """The table for a terminal: short column names, one row an experiment."""
     short = table.copy()
     alignments = {"metric": "met", "scale_invariant": "sc", "affine_invariant": "aff"}
@@ -115,7 +115,7 @@ def to_text(table: pd.DataFrame, decimals: int = 3) -> str:
         "d: depth, p: points; met: metric, sc: scale-invariant, aff: affine-invariant; rel: lower, d1: higher is better; "
         "n: samples with a score"
     )
-    return f"{short.round(decimals).to_string(na_rep='-')}\n({legend})"
+    return f"{short.round(3).to_string(na_rep='-')}\n({legend})"
 
 
 def confound(table: pd.DataFrame) -> pd.DataFrame:
@@ -187,7 +187,7 @@ def selection_table(
     return table
 
 
-def selection_cells(table: pd.DataFrame, decimals: int = 4) -> pd.DataFrame:
+def selection_cells(table: pd.DataFrame) -> pd.DataFrame:
     """`selection_table` as text: mean (interval), and which control it is over."""
 
     def cell(row: pd.Series, prefix: str) -> str:
@@ -196,7 +196,7 @@ def selection_cells(table: pd.DataFrame, decimals: int = 4) -> pd.DataFrame:
             return ""
         control = row.get(f"{prefix}_control")
         over = f" over {control}" if isinstance(control, str) else ""
-        return f"{mean:+.{decimals}f} ({low:+.{decimals}f}, {high:+.{decimals}f}){over}"
+        return f"{mean:+.4f} ({low:+.4f}, {high:+.4f}){over}"
 
     shown = table[["group", "experiment"]].assign(n=table["count"])
     titles = {"first": "as chosen", "over": "over controls", "again": "second look, over controls"}

@@ -26,6 +26,7 @@ from ttt_lib.report.study_figures import over
 from ttt_lib.views.carry import View
 
 UNKNOWN, SKY = (0.85, 0.1, 0.55), (0.45, 0.7, 0.95)
+ABOVE = 3000  # points of a cloud seen from above, about
 
 
 def first_views(network: GeometryModel, sample: Sample, config: ExperimentConfig, passes: int = 3) -> tuple[View, list]:
@@ -94,30 +95,29 @@ def plot_views(view: View, titles: list[str] | None = None, width: float = 2.4) 
     return finished(figure, pad=0.3)
 
 
-def plot_from_above(clouds: dict[str, Tensor], title: str = "", most: int = 3000) -> Figure:
+def plot_from_above(clouds: dict[str, Tensor]) -> Figure:
     """Point maps (H,W,3) seen from above: x to the right, z away from the camera. Each under its own name."""
     figure, axis = plt.subplots(figsize=(4.5, 3.6))
     for (name, points), colour in zip(clouds.items(), ("tab:blue", "tab:red", "tab:green")):
         cloud = points.reshape(-1, 3)[torch.isfinite(points).all(-1).reshape(-1)]
-        cloud = cloud[:: max(1, len(cloud) // most)].cpu()
+        cloud = cloud[:: max(1, len(cloud) // ABOVE)].cpu()
         axis.scatter(cloud[:, 0], cloud[:, 2], s=0.6, color=colour)
         axis.plot([], [], "o", markersize=4, color=colour, label=name)
     axis.plot(0, 0, "k^", markersize=6, label="camera")
-    axis.set(xlabel="x", ylabel="z", title=title)
+    axis.set(xlabel="x", ylabel="z")
     axis.set_aspect("equal", adjustable="datalim")
-    axis.title.set_fontsize(9)
     axis.legend(fontsize=8, loc="lower right")
     return finished(figure)
 
 
-def plot_costs(costs: pd.DataFrame, column: str = "loss") -> Figure:
-    """Mean over views of a score of `exact.compare_targets`, one bar a target; log scale."""
-    groups = costs.groupby("target", sort=False)[column]
+def plot_costs(costs: pd.DataFrame) -> Figure:
+    """Mean over views of the loss of `exact_targets.compare_targets`, one bar a target; log scale."""
+    groups = costs.groupby("target", sort=False)["loss"]
     mean, counts = groups.mean(), groups.count()
     figure, axis = plt.subplots(figsize=(6, 0.4 * len(mean) + 0.8))
     wrong = [any(word in name for word in ("kept", "plain", "no mask")) for name in mean.index]
     axis.barh(mean.index, mean.clip(lower=1e-8), color=["tab:red" if bad else "tab:blue" for bad in wrong])
-    axis.set(xscale="log", xlabel=f"{column} of a perfect student, mean over views ({over(counts)})")
+    axis.set(xscale="log", xlabel=f"loss of a perfect student, mean over views ({over(counts)})")
     axis.invert_yaxis()
     axis.tick_params(labelsize=8)
     return finished(figure)

@@ -82,14 +82,11 @@ def loops_to_compare(model: dict[str, Any], longest_side: int, passes: int) -> d
 
 
 @contextmanager
-def published_model(steps: int = 120) -> Iterator[dict[str, Any]]:
-    """The published ViT-S at its 1500 tokens, with weights that mean nothing (`stand_in.py`): a model's section.
-
-    steps: of the fit that makes them.
-    """
+def published_model() -> Iterator[dict[str, Any]]:
+    """The published ViT-S at its 1500 tokens, with weights that mean nothing (`stand_in.py`): a model's section."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vits.pt"
-        write_stand_in(path, steps, "cuda" if torch.cuda.is_available() else "cpu")
+        write_stand_in(path, device="cuda" if torch.cuda.is_available() else "cpu")
         yield {"name": str(path), "num_tokens": 1500}
 
 
