@@ -42,6 +42,7 @@ def of_its_own(*words) -> subprocess.CompletedProcess:
         (["ablation", "--data", "/nowhere"], "/nowhere"),
         (["ablation", "--profile", "fast"], "fast"),
         (["ablation", "--set", "train.steps=3"], "train.steps"),
+        (["ablation", "--below", "0.5"], "--hardest"),
         (["adapt", "x.png", "--model", "/nowhere.pt"], "/nowhere.pt"),
     ],
 )

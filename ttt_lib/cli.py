@@ -132,6 +132,8 @@ def ablation(
     from ttt_lib.runs.protocol import choose_samples, with_controls
     from ttt_lib.runs.results import SELECTION
 
+    if hardest is None and (below is not None or metric != HARD_BY):
+        raise UserError("--metric and --below: say how --hardest chooses, which is not given.")
     runs, cluster = Path(absolute(runs)), absolute(cluster) if cluster else None
     overrides = parse_set(set_ or [])
     if data:
