@@ -20,7 +20,8 @@ class Progress:
         self, open_jobs: dict[str, int], jobs: int, work: Path, announce: Callable[[str], None], every: float
     ) -> None:
         self.open, self.jobs, self.work, self.announce, self.every = dict(open_jobs), jobs, work, announce, every
-        self.total, self.ended, self.said, self.begun = sum(open_jobs.values()), 0, 0, time.time()
+        self.total, self.begun = sum(open_jobs.values()), time.time()
+        self.ended = self.said = 0  # samples of jobs that have ended; those of the last line
         self.over, self.busy = threading.Event(), threading.Lock()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -34,10 +35,10 @@ class Progress:
             except OSError:  # the job has just moved it
                 pass
         self.said = done
-        left = (
-            f"about {(time.time() - self.begun) / done * (self.total - done) / 60:.1f} min" if done else "unknown time"
-        )
-        return f"{done}/{self.total} samples, {left} left"
+        if not done:
+            return f"0/{self.total} samples, unknown time left"
+        minutes = (time.time() - self.begun) / done * (self.total - done) / 60
+        return f"{done}/{self.total} samples, about {minutes:.1f} min left"
 
     def job_ended(self, name: str, before: str, after: str) -> None:
         """Announce a job's end, with the state of the run between two texts."""

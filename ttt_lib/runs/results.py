@@ -205,14 +205,14 @@ def score_counts(runs: Runs) -> pd.DataFrame:
     return counts.reindex(index=runs.experiments, columns=columns, fill_value=0).astype(int)
 
 
-def _uneven(runs: Runs, told: set[str]) -> list[str]:
+def _uneven(runs: Runs, told: list[str]) -> list[str]:
     """A line where means that stand beside each other are over different numbers of samples. told: experiments of which
     it is known that they lack samples as such."""
     counts = score_counts(runs)
     most, notes = counts.max(), []
-    for name, row in counts.iterrows():
+    for name, row in counts.drop(index=told).iterrows():
         fewer = row[(row < most) & (row > 0)]
-        for number, columns in [] if name in told else fewer.groupby(fewer):
+        for number, columns in fewer.groupby(fewer):
             others = "/".join(str(n) for n in sorted({most[column] for column in columns.index}))
             notes.append(f"{name}: {', '.join(columns.index)} over {number} samples, elsewhere over {others}")
     done = runs.samples.groupby("experiment").size().reindex(counts.index, fill_value=0)
@@ -231,10 +231,9 @@ def _missing(runs: Runs) -> list[str]:
     notes = []
     done = runs.samples.groupby("experiment").size()
     everything = len(runs.samples.drop_duplicates(["dataset", "sample"]))
-    told = {name for name in runs.experiments if done.get(name, 0) < everything}
-    for name in runs.experiments:
-        if name in told:
-            notes.append(f"{name}: {done.get(name, 0)} of {everything} samples; its means are over fewer samples")
+    told = [name for name in runs.experiments if done.get(name, 0) < everything]
+    for name in told:
+        notes.append(f"{name}: {done.get(name, 0)} of {everything} samples; its means are over fewer samples")
     if "original" not in runs.experiments:
         notes.append("original: not run, so there are no paired differences")
     if "control_lr0" not in runs.experiments:
