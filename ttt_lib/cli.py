@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import traceback
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -129,8 +129,7 @@ def ablation(
     from ttt_lib.data.catalog import describe_sources
     from ttt_lib.runs.jobs import run_jobs
     from ttt_lib.runs.plan import choose_experiments, make_jobs, parse_set
-    from ttt_lib.runs.protocol import choose_samples, with_controls
-    from ttt_lib.runs.results import SELECTION
+    from ttt_lib.runs.protocol import choose_samples, forget_choice, with_controls
 
     if hardest is None and (below is not None or metric != HARD_BY):
         raise UserError("--metric and --below: say how --hardest chooses, which is not given.")
@@ -150,8 +149,7 @@ def ablation(
         print(f"note: the profile demo (few tokens, low rates) is made for tiny; for {min(names)} try --profile paper.")
     print(f"{len(jobs)} jobs, {jobs[0].samples} samples each; results go to {runs}", flush=True)
     if not hardest:
-        with suppress(OSError):  # of an earlier study in this folder
-            (runs / SELECTION).unlink(missing_ok=True)
+        forget_choice(runs)
     _end(do(jobs, runs), runs, threads)
 
 

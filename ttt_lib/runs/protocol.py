@@ -5,6 +5,7 @@ easy ones, each seen twice, beside controls. What selection alone gives is measu
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,12 @@ def choose_samples(
     for group, part in chosen.groupby("group", sort=False):
         print(f"{group}: {len(part)} samples, {metric} {part['value'].min():.3f} to {part['value'].max():.3f}")
     return data_of(config, chosen)
+
+
+def forget_choice(runs: Path) -> None:
+    """What is run in this folder now is of no chosen samples, whatever an earlier study there was."""
+    with suppress(OSError):  # of a folder that cannot be written, which its jobs say
+        (runs / SELECTION).unlink(missing_ok=True)
 
 
 def data_of(config: ExperimentConfig, chosen: pd.DataFrame) -> list[dict[str, Any]]:
