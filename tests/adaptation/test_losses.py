@@ -13,9 +13,10 @@ from ttt_lib.adaptation.losses import moge_terms
 from ttt_lib.adaptation.losses.moge_terms import focal_of
 from ttt_lib.adaptation.losses.presets import resolved
 from ttt_lib.adaptation.losses.terms import compute_loss, unused_outputs
-from ttt_lib.core.config import LossConfig, build_experiment
+from ttt_lib.core.config import build_experiment
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.registry import LOSSES
+from ttt_lib.core.schema import LossConfig
 from ttt_lib.models.base import GeometryModel
 
 SMALL = {"align_resolution": 8}

@@ -12,7 +12,8 @@ from PIL import Image
 
 from ttt_lib.adaptation import average, teacher
 from ttt_lib.api import adapt as adapt_image
-from ttt_lib.core.config import ExperimentConfig, ViewConfig
+from ttt_lib.core.config import ExperimentConfig
+from ttt_lib.core.schema import ViewConfig
 from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.models.load import load_model
 from ttt_lib.report.view_figures import (

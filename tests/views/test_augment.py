@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ttt_lib.core.config import ViewConfig
+from ttt_lib.core.schema import ViewConfig
 from ttt_lib.data.scenes.generate import make_scenes, place_cameras
 from ttt_lib.data.scenes.raycast import draw, make_atlas
 from ttt_lib.geometry.cameras import (

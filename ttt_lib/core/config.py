@@ -17,23 +17,11 @@ from typing import Annotated, Any
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, PydanticSerializationError
 
+from ttt_lib.core import schema
 from ttt_lib.core.errors import UserError, printable
 from ttt_lib.core.files import read_yaml
 from ttt_lib.core.registry import LOSSES, SUPERVISIONS, Registry
-from ttt_lib.core.schema import (
-    RESERVED,
-    DataConfig,
-    EnsembleConfig,
-    GateConfig,
-    LossConfig,
-    ModelConfig,
-    ReleasedConfig,
-    Section,
-    Seed,
-    TeacherConfig,
-    TrainConfig,
-    ViewConfig,
-)
+from ttt_lib.core.schema import Section
 
 COMPLAINTS = 5  # of one file in one sentence; the others follow when these are mended
 
@@ -51,30 +39,30 @@ class ExperimentConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=100)]
     description: str = ""
     order: Annotated[int, Field(ge=0)] = 1000  # its place in the table: lower is further up, equal ones go by name
-    seed: Seed = 0
-    model: ModelConfig = ModelConfig()
-    train: TrainConfig = TrainConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    views: ViewConfig = ViewConfig()
-    losses: dict[str, SerializeAsAny[LossConfig]] = Field({"own": {}}, validate_default=True)
+    seed: schema.Seed = 0
+    model: schema.ModelConfig = schema.ModelConfig()
+    train: schema.TrainConfig = schema.TrainConfig()
+    teacher: schema.TeacherConfig = schema.TeacherConfig()
+    views: schema.ViewConfig = schema.ViewConfig()
+    losses: dict[str, SerializeAsAny[schema.LossConfig]] = Field({"own": {}}, validate_default=True)
     supervision: dict[str, SerializeAsAny[Section]] = {}
-    released: ReleasedConfig = ReleasedConfig()
-    ensemble: EnsembleConfig = EnsembleConfig()
-    gate: GateConfig = GateConfig()
+    released: schema.ReleasedConfig = schema.ReleasedConfig()
+    ensemble: schema.EnsembleConfig = schema.EnsembleConfig()
+    gate: schema.GateConfig = schema.GateConfig()
     references: Annotated[int, Field(ge=0)] = 0
-    data: list[DataConfig] = []
+    data: list[schema.DataConfig] = []
 
     @field_validator("name")
     @classmethod
     def _no_other_folder(cls, value: str) -> str:
-        if value in RESERVED:
+        if value in schema.RESERVED:
             raise ValueError("a folder of runs needs this name for something else; choose another one")
         return value
 
     @field_validator("losses", mode="before")
     @classmethod
     def _terms(cls, value: Any) -> Any:
-        return _by_registry(value, LOSSES, LossConfig)
+        return _by_registry(value, LOSSES, schema.LossConfig)
 
     @field_validator("supervision", mode="before")
     @classmethod

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from ttt_lib.adaptation.ensemble import log_difference, predict_member, predict_mirrored, predict_on_views
 from ttt_lib.adaptation.gate.reprojection import reprojection_errors
 from ttt_lib.adaptation.student import Student
-from ttt_lib.core.config import ExperimentConfig, GateConfig, merge
+from ttt_lib.core.config import ExperimentConfig, merge
 from ttt_lib.core.errors import NotSupported
-from ttt_lib.core.schema import ViewConfig
+from ttt_lib.core.schema import GateConfig, ViewConfig
 from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import fov_from_intrinsics
 from ttt_lib.models.base import GeometryModel
