@@ -196,22 +196,22 @@ def confirmed(depth: Tensor, tracks: Tracks) -> Tensor:
     _, region, about, _ = cv2.connectedComponentsWithStats(
         torch.isfinite(depth).to(torch.uint8).numpy(), connectivity=4
     )
-    row, column = _pixels(tracks, depth)
     keep = about[:, cv2.CC_STAT_AREA] > ISLAND * depth.numel()
-    keep[region[row, column][_meeting(depth, tracks).numpy()]] = True
+    meeting = _meets(_at_tracks(depth, tracks), tracks)
+    keep[_at_tracks(torch.from_numpy(region), tracks)[meeting].numpy()] = True
     return torch.where(torch.from_numpy(keep[region]), depth, torch.nan)
 
 
-def _pixels(tracks: Tracks, depth: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of the pixel (h,w) in which each track lies, (N,) long."""
-    height, width = depth.shape
+def _at_tracks(map_: Tensor, tracks: Tracks) -> Tensor:
+    """The values (N,) of a map (h,w) in the pixels in which the tracks lie."""
+    height, width = map_.shape
     column, row = (tracks.uv * torch.tensor([width, height])).long().unbind(-1)
-    return row.clamp(0, height - 1), column.clamp(0, width - 1)
+    return map_[row.clamp(0, height - 1), column.clamp(0, width - 1)]
 
 
-def _meeting(depth: Tensor, tracks: Tracks) -> Tensor:
-    """Whether the depth (h,w) is within `MEETS` of each track's, (N,); False where it is not known."""
-    return (depth[_pixels(tracks, depth)] / tracks.depth).log().abs() < MEETS
+def _meets(found: Tensor, tracks: Tracks) -> Tensor:
+    """Whether the depth (N,) that was found at tracks is within `MEETS` of theirs; False where it is not known."""
+    return (found / tracks.depth).log().abs() < MEETS
 
 
 def measure_depth(grays: list[GrayPhotograph], index: int) -> tuple[Tensor | None, float]:
@@ -236,10 +236,11 @@ def measure_depth(grays: list[GrayPhotograph], index: int) -> tuple[Tensor | Non
     middle = stack.nanmedian(0).values
     agree = ((stack / middle).log().abs() < AGREE).sum(0)
     depth = certain(torch.where(agree >= min(2, len(maps)), middle, torch.nan))
-    known = torch.isfinite(depth[_pixels(own.tracks, depth)])
+    found = _at_tracks(depth, own.tracks)
+    known = torch.isfinite(found)
     if known.sum() < SHARED:
         return None, math.nan
-    meets = float(_meeting(depth, own.tracks)[known].float().mean())
+    meets = float(_meets(found, own.tracks)[known].float().mean())
     if len(maps) == 1:  # no second neighbour agrees
         depth = confirmed(depth, own.tracks)
     return depth if meets >= INLIERS else None, meets
