@@ -67,12 +67,9 @@ def landing(scene: Scene, number: int) -> float:
     own, hits = scene.photographs[number], []
     world = track_points(own)
     for other in scene.photographs[:number] + scene.photographs[number + 1 :]:
-        order = torch.argsort(other.tracks.track_id)
-        known = other.tracks.track_id[order]
-        place = torch.searchsorted(known, own.tracks.track_id).clamp_max(max(len(known) - 1, 0))
-        same = known[place] == own.tracks.track_id if len(known) else torch.zeros(len(world), dtype=torch.bool)
-        uv = project(transform_points(world[same], other.pose.double()), other.intrinsics.double())
-        hits.append((uv - other.tracks.uv[order][place[same]]).norm(dim=-1) < LANDS)
+        mine, theirs = own.tracks.common(other.tracks)
+        uv = project(transform_points(world[mine], other.pose.double()), other.intrinsics.double())
+        hits.append((uv - other.tracks.uv[theirs]).norm(dim=-1) < LANDS)
     found = torch.cat(hits) if hits else torch.zeros(0)
     return float(found.double().mean()) if len(found) else math.nan
 

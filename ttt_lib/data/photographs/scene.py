@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,11 @@ class Tracks:
         """The tracks as they would be with the other focal lengths that are possible; none where it is known."""
         bent = [] if self.bent is None else self.bent.unbind(-1)
         return [replace(self, depth=self.depth * change.exp()) for change in bent]
+
+    def common(self, other: Tracks) -> tuple[Tensor, Tensor]:
+        """Where in these and in the other's tracks the points lie that both photographs see, 2 x (K,) long."""
+        found = np.intersect1d(self.track_id, other.track_id, return_indices=True)
+        return torch.from_numpy(found[1]), torch.from_numpy(found[2])
 
     @property
     def cells(self) -> Tensor:

@@ -70,13 +70,13 @@ def neighbours(grays: list[GrayPhotograph], index: int) -> list[int]:
     own = grays[index]
     wide, narrow = {}, {}
     for number, other in enumerate(grays):
-        common, mine, theirs = np.intersect1d(own.tracks.track_id, other.tracks.track_id, return_indices=True)
+        mine, _ = own.tracks.common(other.tracks)
         step = np.linalg.norm(other.centre - own.centre)
-        if number == index or len(common) < SHARED or step == 0:
+        if number == index or len(mine) < SHARED or step == 0:
             continue
-        depth = float(own.tracks.depth[torch.from_numpy(mine)].median())
+        depth = float(own.tracks.depth[mine].median())
         angle = math.degrees(math.atan2(step, depth))
-        score = len(common) * min(1.0, angle / 6)  # at some 6 degrees a pixel is a per cent or two
+        score = len(mine) * min(1.0, angle / 6)  # at some 6 degrees a pixel is a per cent or two
         if NARROW <= angle <= WIDE:
             wide[number] = score
         elif angle < NARROW and own.matrix[0, 0] * step >= LEAST * depth:
