@@ -377,3 +377,8 @@ def test_fits_of_the_original(rendered):
     for fit, bend in ((scaled, 4 * sample.depth), (shifted, 4 * sample.depth + 3)):
         right = fit(truth_as_prediction(sample, bend), evidence.used)
         assert (right.depth / (0.2 * sample.depth))[sample.mask].log().abs().median() < 2e-3
+
+
+def test_without_tracks_a_prediction_keeps_its_own_scale(rendered):
+    own = truth_as_prediction(rendered[1][0])
+    assert torch.equal(scaled(own, Tracks.none()).depth, own.depth)

@@ -84,7 +84,7 @@ def scaled(prediction: Prediction, tracks: Tracks) -> Prediction:
     """The prediction times the one factor that brings it to the tracks' scale (the median of their ratios)."""
     found, true = at_tracks(prediction, tracks), tracks.depth.to(prediction.depth)
     good = torch.isfinite(found) & (found > 0)
-    factor = (true / found)[good].median() if bool(good.any()) else torch.ones_like(true[:1]).sum()
+    factor = (true / found)[good].median() if bool(good.any()) else 1.0
     points = None if prediction.points is None else prediction.points * factor
     return replace(prediction, depth=prediction.depth * factor, points=points)
 
