@@ -15,7 +15,7 @@ from ttt_lib.core.types import Prediction
 from ttt_lib.data.known_distances import References
 from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks, split, track_points
 from ttt_lib.data.photographs.stereo import measure_depth, to_gray
-from ttt_lib.geometry.cameras import project, transform_points, unproject, uv_map
+from ttt_lib.geometry.cameras import project, transform_points, unproject, unproject_far, uv_map
 from ttt_lib.geometry.exact_alignment import align_depth_affine
 
 FROM_STEREO = 1500  # places of an even grid over the picture where measured depth joins the tracks in the correction
@@ -152,7 +152,7 @@ def corrected(prediction: Prediction, evidence: Evidence, how: str, generator: t
         depth = {"scale": scaled, "affine": shifted}[how](prediction, evidence.used).depth
     else:
         depth = _fully(prediction, evidence, generator)
-    points = torch.where(torch.isinf(depth)[..., None], torch.inf, unproject(depth, intrinsics))
+    points = unproject_far(depth, intrinsics)
     return replace(prediction, depth=depth, points=points, intrinsics=intrinsics, kind=kind, disparity=None)
 
 
