@@ -379,6 +379,19 @@ def test_fits_of_the_original(rendered):
         assert (right.depth / (0.2 * sample.depth))[sample.mask].log().abs().median() < 2e-3
 
 
+@pytest.mark.parametrize("known", [0, 1, 2])
+def test_a_model_that_says_nothing_where_the_tracks_are_keeps_its_prediction(rendered, known):
+    evidence, sample = evidence_of(rendered), rendered[1][0]
+    sky = torch.full_like(sample.depth, torch.inf)
+    column, row = (evidence.used.uv * torch.tensor([160, 120])).long().unbind(-1)
+    for k in range(known):
+        sky[row[k] - 1 : row[k] + 2, column[k] - 1 : column[k] + 2] = 2.0 + k
+    original = replace(truth_as_prediction(sample), depth=sky, mask=torch.isfinite(sky))
+    candidates = {how: corrected(original, evidence, how, random()) for how in ("scale", "affine", "full")}
+    judged = choose(original, candidates, evidence, random())
+    assert judged.choice == "original" and judged.reason
+
+
 def test_without_tracks_a_prediction_keeps_its_own_scale(rendered):
     own = truth_as_prediction(rendered[1][0])
     assert torch.equal(scaled(own, Tracks.none()).depth, own.depth)

@@ -93,6 +93,8 @@ def shifted(prediction: Prediction, tracks: Tracks) -> Prediction:
     """Factor and shift of the depth by least absolute relative error; the factor alone where nearer would be farther."""
     found, true = at_tracks(prediction, tracks).double(), tracks.depth.to(prediction.depth).double()
     good = torch.isfinite(found) & (found > 0)
+    if not bool(good.any()):
+        return scaled(prediction, tracks)
     a, b = align_depth_affine(found[good], true[good], 1 / true[good])
     lowest = prediction.depth[torch.isfinite(prediction.depth)].min().double()
     if not (float(a) > 0 and float(a * lowest + b) > 0):
