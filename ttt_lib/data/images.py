@@ -17,6 +17,7 @@ from ttt_lib.core.errors import DataError, UserError, printable, reason
 from ttt_lib.core.files import absolute
 from ttt_lib.core.types import Sample
 from ttt_lib.data.samples import SampleSet, files_fingerprint
+from ttt_lib.geometry.cameras import shrunk
 
 log = logging.getLogger(__name__)
 
@@ -200,6 +201,15 @@ def as_image(image: Tensor, where: str = "image") -> Tensor:
             f"{where}: values go from {low * top:.4g} to {high * top:.4g}, not from 0 to {top:.0f}; {advice}."
         )
     return values if low >= 0 and high <= 1 else values.clamp(0, 1)
+
+
+def shrink(picture: np.ndarray, longest: int) -> np.ndarray:
+    """A picture (H,W) or (H,W,C) whose longer side has at most so many pixels, by the mean over areas; a smaller one as
+    it is."""
+    height, width = shrunk(picture.shape[:2], longest)
+    if (height, width) == picture.shape[:2]:
+        return picture
+    return cv2.resize(np.ascontiguousarray(picture), (width, height), interpolation=cv2.INTER_AREA)
 
 
 @cache

@@ -12,12 +12,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from ttt_lib.core.errors import DataError
+from ttt_lib.data.images import shrink
 from ttt_lib.data.photographs.job import LONGEST_SIDE, Failed, Job, Picture, Selection, SparseModel, apart
 from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks
 
@@ -44,12 +44,7 @@ def do_apart(task: str, pictures: list[Picture], seed: int, in_order: bool, *arg
 def _write_gray(image: Tensor, path: Path) -> tuple[tuple[int, int], str]:
     """The luma of an image (3,H,W) in [0,1], at most LONGEST_SIDE long, as uint8 array in a file; (width, height), hash."""
     array = image.detach().cpu().float().permute(1, 2, 0).numpy()
-    height, width = array.shape[:2]
-    factor = min(1.0, LONGEST_SIDE / max(height, width))
-    if factor < 1:
-        size = max(1, round(width * factor)), max(1, round(height * factor))
-        array = cv2.resize(np.ascontiguousarray(array), size, interpolation=cv2.INTER_AREA)
-    gray = array @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    gray = shrink(array, LONGEST_SIDE) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     gray = np.ascontiguousarray((gray.clip(0, 1) * 255).round().astype(np.uint8))
     np.save(path, gray)
     return gray.shape[::-1], hashlib.sha256(gray.tobytes()).hexdigest()

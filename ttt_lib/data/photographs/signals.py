@@ -58,14 +58,14 @@ def least_parallax(model: SparseModel, ahead: bool, needed: Needed = AMPLE) -> t
 
     Pixels tell how far noise moves a point along its ray: a long lens or a large picture needs a smaller angle for as many.
     """
-    focals = model.intrinsics[:, 0] * _shrunk(model.size)
+    focals = model.intrinsics[:, 0] * _shrinking(model.size)
     focals = focals[np.isfinite(focals)]  # a fisheye has none
     pixel = math.degrees(1 / np.median(focals)) if len(focals) else MOST_ANGLE / AMPLE.median
     angle = min(max(needed.median * pixel, needed.least), AHEAD_ANGLE if ahead else MOST_ANGLE)
     return angle, angle if ahead else needed.track * angle
 
 
-def _shrunk(size: np.ndarray) -> np.ndarray:
+def _shrinking(size: np.ndarray) -> np.ndarray:
     """By what factor pictures of these sizes (N,2) were made smaller before they were matched, (N,)."""
     return np.minimum(1.0, LONGEST_SIDE / np.maximum(size.max(-1, initial=1), 1))
 
@@ -174,7 +174,7 @@ def select_tracks(model: SparseModel, ahead: bool = False, needed: Needed = AMPL
     checks where along the ray they lie. ahead: whether the cameras move along their axis.
     """
     size = model.size[model.seen_by].astype(float)
-    error = model.error * _shrunk(size)
+    error = model.error * _shrinking(size)
     uv = model.uv / size
     angle = parallax(model)
     inside = ((uv >= 0) & (uv <= 1)).all(-1) & np.isfinite(model.depth) & (model.depth > 0)

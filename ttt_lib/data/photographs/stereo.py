@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt_lib.data.images import shrink
 from ttt_lib.data.photographs.scene import Photograph, Tracks
 
 LONGEST_SIDE = 640  # pixels of the pictures that are compared
@@ -50,11 +51,7 @@ def to_gray(photograph: Photograph) -> GrayPhotograph:
     """Read the photograph and shrink its luma to at most LONGEST_SIDE."""
     image = photograph.image
     array = (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
-    luma = cv2.cvtColor(np.ascontiguousarray(array), cv2.COLOR_RGB2GRAY)
-    factor = min(1.0, LONGEST_SIDE / max(luma.shape))
-    if factor < 1:
-        size = max(1, round(luma.shape[1] * factor)), max(1, round(luma.shape[0] * factor))
-        luma = cv2.resize(luma, size, interpolation=cv2.INTER_AREA)
+    luma = shrink(cv2.cvtColor(np.ascontiguousarray(array), cv2.COLOR_RGB2GRAY), LONGEST_SIDE)
     height, width = luma.shape
     matrix = photograph.intrinsics.double().numpy() * np.array([[width], [height], [1.0]])
     pose = photograph.pose.double().numpy()
