@@ -121,9 +121,10 @@ def test_a_fragment_of_a_global_reconstruction_contradicts_nothing(monkeypatch, 
         asked.append((number, at_once))
         count = 100 if not number else found if at_once else 70
         errors = np.full(count, error if at_once else 0.0)
-        return [SimpleNamespace(image=np.arange(2), error=errors, name=(number, at_once))]
+        return SimpleNamespace(image=np.arange(2), error=errors, name=(number, at_once))
 
     monkeypatch.setattr(agreement, "attempt", attempt)
+    monkeypatch.setattr(agreement, "refitted", lambda model, factor: model)
     monkeypatch.setattr(agreement.signals, "bends", lambda model, others: None)
     _, others = agreement._reconstructions(job, Belief(np.array([0.9]), np.array([0.1])))
     assert [model.name for model in others] == [(1, False), (2, kept)] and (2, True) in asked

@@ -10,7 +10,7 @@ import pycolmap
 
 from ttt_lib.data.photographs import focal, signals
 from ttt_lib.data.photographs.job import MIN_MATCHES, SCANT, Job, Lens, Refusal, SparseModel
-from ttt_lib.data.photographs.mapping import attempt, place
+from ttt_lib.data.photographs.mapping import attempt, place, refitted
 from ttt_lib.data.photographs.matching import extract, match, too_few, verify
 from ttt_lib.data.photographs.signals import MIN_POINTS, select_tracks, summarize
 
@@ -152,21 +152,26 @@ def _reconstructions(job: Job, belief: focal.Belief) -> tuple[SparseModel, list[
     focals, widest = belief.focals, job.widest()
     step = math.exp(focal.POSSIBLE * belief.largest)
     # From neighbors, a camera that moves ahead may end as one that moves aside.
-    whole = [attempt(job, focals, start=start, profile=(step, 1 / step)) for start in dict.fromkeys([None, widest])]
-    if not any(whole):
+    whole = [attempt(job, focals, start=start) for start in dict.fromkeys([None, widest])]
+    whole = [each for each in whole if each is not None]
+    if not whole:
         raise Refusal(NO_MODEL)
-    model, *bent = max(filter(None, whole), key=lambda each: signals.support(each[0]))
-    model.bent = signals.bends(model, bent)
+    model = max(whole, key=signals.support)
+    model.bent = signals.bends(model, [refitted(model, step), refitted(model, 1 / step)])
     order = sorted(range(len(job.pairs)), key=lambda k: -job.inliers[k])
     by_matches = [job.pairs[k] for k in order if set(job.pairs[k]) <= set(job.kept)]
     starts = [widest, *by_matches] if widest else [None, None]
-    others = attempt(job, focals, number=1, share=SHARE, start=starts[0])
-    everywhere = attempt(job, focals, number=2, share=SHARE, at_once=True)
-    least = WHOLE * SHARE * len(model.error)
-    enough = [m for m in everywhere if len(m.image) >= len(model.image) and len(m.error) >= least]
-    if not enough:  # the global one needs more than there may be; a fragment contradicts nothing
-        enough = attempt(job, focals, number=2, share=SHARE, start=starts[1])
-    return model, [each for each in others + enough if len(each.image) >= len(model.image)]
+    second = attempt(job, focals, number=1, share=SHARE, start=starts[0])
+    third = attempt(job, focals, number=2, share=SHARE, at_once=True)
+    if not _is_whole(third, model) or len(third.error) < WHOLE * SHARE * len(model.error):
+        # The global one needs more than there may be; a fragment contradicts nothing.
+        third = attempt(job, focals, number=2, share=SHARE, start=starts[1])
+    return model, [each for each in (second, third) if _is_whole(each, model)]
+
+
+def _is_whole(other: SparseModel | None, model: SparseModel) -> bool:
+    """Whether it has as many photographs as the model."""
+    return other is not None and len(other.image) >= len(model.image)
 
 
 def triangulate(job: Job, lenses: list[Lens], poses: np.ndarray) -> Job:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ttt_lib.data.photographs import signals
 from ttt_lib.data.photographs.job import UNKNOWN, USUAL_FOCAL, Job, SparseModel
-from ttt_lib.data.photographs.mapping import attempt
+from ttt_lib.data.photographs.mapping import attempt, refitted
 
 FOCALS = (0.5, 0.63, 0.8, 1.0, 1.26, 1.6)  # of the width: compared where two photographs must do
 STARTS = (0.6, 1.2)  # of the width: where refinement begins too, beside what is believed
@@ -72,24 +72,23 @@ def believed(job: Job) -> Belief | None:
     two = len(job.kept) == 2
     guesses = FOCALS if two else STARTS if len(job.kept) <= MANY else ()
     tried = [belief.focals, *(np.where(exact, belief.focals, guess) for guess in guesses)]
-    profile = () if two else (STEP, 1 / STEP)
     begins = [None, *[job.widest()] * len(guesses)]
-    found = [attempt(job, f, fixed=two, profile=profile, start=start) for f, start in zip(tried, begins)]
-    models = {k: each for k, each in enumerate(found) if each}
+    found = [attempt(job, f, fixed=two, start=start) for f, start in zip(tried, begins)]
+    models = {k: each for k, each in enumerate(found) if each is not None}
     if not models:
         return None
     if two:
-        return compared({k: each[0] for k, each in models.items()}, tried, belief.deviation)
-    best, *others = max(models.values(), key=lambda each: signals.support(each[0]))
-    spread, bend, shift = knowledge(best, others)
+        return compared(models, tried, belief.deviation)
+    best = max(models.values(), key=signals.support)
+    spread, bend, shift = knowledge(best)
     refined = signals.focals_of(job, best, belief.focals) * math.exp(shift)
     result = combine(refined, belief, np.array(exact), spread, bend)
     result.model = best
-    if np.abs(np.log(refined / result.focals)).max() > math.log(
-        STEP
-    ):  # what an error costs there may be something else
-        if there := attempt(job, result.focals, profile=profile, start=job.widest()):
-            result.model, result.bend = there[0], knowledge(there[0], there[1:])[1]
+    if np.abs(np.log(refined / result.focals)).max() > math.log(STEP):
+        there = attempt(job, result.focals, start=job.widest())
+        if there is not None:  # what an error costs there may be something else
+            _, result.bend, _ = knowledge(there)
+            result.model = there
     return result
 
 
@@ -113,15 +112,15 @@ def compared(models: dict[int, SparseModel], tried: list[np.ndarray], deviation:
     return Belief(tried[chosen], deviation, bend, models[chosen])
 
 
-def knowledge(model: SparseModel, others: list[SparseModel]) -> tuple[float, float, float]:
+def knowledge(model: SparseModel) -> tuple[float, float, float]:
     """What three and more photographs say: (deviation of the log focal length, log depth per log focal length, what to
     add to the log focal length).
 
-    others: the model fitted again at STEP times and 1 / STEP times its focal lengths. A fit in a flat valley ends before
-    its bottom; then the parabola through all three says where that is.
+    The model is fitted again at STEP times and 1 / STEP times its focal lengths. A fit in a flat valley ends before its
+    bottom; then the parabola through all three says where that is.
     """
     worse, bent, step = [], [], math.log(STEP)
-    for other in others:
+    for other in (refitted(model, STEP), refitted(model, 1 / STEP)):
         first, second = signals.common(model, other)
         cost, held = (signals.robust_cost(error).sum() for error in (model.error[first], other.error[second]))
         free = max(2 * len(first) - 3 * len(np.unique(model.point[first])) - 6 * len(model.image), 1)

@@ -96,7 +96,8 @@ class SparseModel:
     the image, feature (M,) number of the picture's feature, point (M,) row of xyz, uv (M,2) in pixels with the first
     pixel's centre at 0.5, depth (M,), error (M,) of reprojection in pixels, NaN where the camera cannot project it.
     explained (I,): of each image the share of its verified matches that its cameras explain; None where none are known.
-    bent (M,2): see `Tracks`; None where the focal length is no question.
+    bent (M,2): see `Tracks`; None where the focal length is no question. made: what pycolmap made of the matches; it
+    stays in the process.
     """
 
     image: np.ndarray
@@ -112,6 +113,10 @@ class SparseModel:
     error: np.ndarray
     explained: np.ndarray | None = None
     bent: np.ndarray | None = None
+    made: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "made": None}
 
 
 @dataclass

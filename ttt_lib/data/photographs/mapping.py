@@ -28,9 +28,9 @@ FISHEYE = ("FISHEYE", "FOV", "EUCM", "EQUIRECTANGULAR")
 
 def attempt(
     job: Job, focals: np.ndarray, *, fixed: bool = True, start: Sequence[int] | None = None, number: int = 0,
-    share: float = 1.0, at_once: bool = False, profile: Sequence[float] = (),
-) -> list[SparseModel]:  # fmt: skip
-    """Reconstruct from the job's matches; images are places in its list. Empty where that gives fewer than two.
+    share: float = 1.0, at_once: bool = False,
+) -> SparseModel | None:  # fmt: skip
+    """Reconstruct from the job's matches; images are places in its list. None where that gives fewer than two.
 
     Args:
         job: with matches.
@@ -38,10 +38,9 @@ def attempt(
         start: two photographs to begin with, if that goes.
         number: to be added to the job's seed.
         share: of the matches that are used.
-        at_once: all photographs at once (`global` mapping), not one after the other.
-        profile: factors of the focal lengths, for each of which the result is fitted again with these held; they follow.
+        at_once: all photographs at once (`global` mapping), not one after the other; focal lengths and start stay.
     """
-    seed, method, models = job.seed + number, _global if at_once else _incremental, {}
+    seed, models = job.seed + number, {}
     pixels = focals * [lens.width for lens in job.lenses]
     angle = min(MAPPED_ANGLE, math.degrees(job.needed.mapped / float(np.median(pixels))))
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
@@ -49,21 +48,27 @@ def attempt(
         _prepare(path, pixels, share, seed)
         pycolmap.set_random_seed(seed)
         try:
-            for first in dict.fromkeys([start, None]):
-                models = models or method(path, job, seed, fixed, angle, first)
+            if at_once:
+                models = _global(path, job, seed, angle)
+            else:
+                for first in dict.fromkeys([start, None]):
+                    models = models or _incremental(path, job, seed, fixed, angle, first)
         except Exception as error:  # whatever a library of C++ may raise
             log.warning("a reconstruction failed: %s", error)
     best = max(models.values(), key=lambda model: (model.num_reg_images(), model.num_points3D()), default=None)
     if best is None or best.num_reg_images() < 2:
-        return []
+        return None
     _fit(best, fixed)
-    results = [as_arrays(best, 1)]
-    results[0].explained = _explained(job, best)
-    for factor in profile:
-        other = copy.deepcopy(best)
-        _fit(other, True, factor)
-        results.append(as_arrays(other, 1))
-    return results
+    result = as_arrays(best, 1)
+    result.explained, result.made = _explained(job, best), best
+    return result
+
+
+def refitted(model: SparseModel, factor: float) -> SparseModel:
+    """A model that `attempt` gave, fitted again with its focal lengths held at `factor` times what they are."""
+    other = copy.deepcopy(model.made)
+    _fit(other, True, factor)
+    return as_arrays(other, 1)
 
 
 def _prepare(path: Path, focals: np.ndarray, share: float, seed: int) -> None:
@@ -108,9 +113,7 @@ def _incremental(
     return pycolmap.incremental_mapping(path, path.parent, path.parent, options)
 
 
-def _global(
-    path: Path, job: Job, seed: int, fixed: bool, angle: float, start: Sequence[int] | None
-) -> dict[int, pycolmap.Reconstruction]:
+def _global(path: Path, job: Job, seed: int, angle: float) -> dict[int, pycolmap.Reconstruction]:
     """Reconstructions of the photographs that take part, all at once."""
     options = pycolmap.GlobalPipelineOptions(random_seed=seed, num_threads=1, min_model_size=2)
     options.image_names = [image_name(index) for index in job.kept]
@@ -118,7 +121,7 @@ def _global(
     mapper.random_seed = mapper.rotation_averaging.random_seed = seed
     mapper.global_positioning.random_seed = mapper.retriangulation.random_seed = seed
     mapper.num_threads = adjustment.ceres.solver_options.num_threads = 1
-    adjustment.refine_focal_length = not fixed
+    adjustment.refine_focal_length = False
     adjustment.refine_extra_params = adjustment.refine_principal_point = False
     adjustment.ceres.use_gpu = mapper.global_positioning.use_gpu = False
     adjustment.min_track_length = mapper.global_positioning.min_num_view_per_track = 2
