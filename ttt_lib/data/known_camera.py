@@ -43,8 +43,8 @@ class KnownCamera:
     source: str
 
 
-def parse_intrinsics(text: str, where: str = "--intrinsics") -> tuple[float, ...]:
-    """Four numbers from `fx,fy,cx,cy`. Raises `UserError`.
+def parse_intrinsics(text: str) -> tuple[float, ...]:
+    """Four numbers from `fx,fy,cx,cy`, as `--intrinsics` gives them. Raises `UserError`.
 
     Example:
         >>> parse_intrinsics("500,500,320,240")
@@ -55,7 +55,7 @@ def parse_intrinsics(text: str, where: str = "--intrinsics") -> tuple[float, ...
     except ValueError:
         found = ()
     if len(found) != 4:
-        raise UserError(f"{where} {text}: must be four numbers in pixels, fx,fy,cx,cy such as 500,500,320,240.")
+        raise UserError(f"--intrinsics {text}: must be four numbers in pixels, fx,fy,cx,cy such as 500,500,320,240.")
     return found
 
 

@@ -44,8 +44,8 @@ class References:
         return replace(self, uv=torch.stack([1 - self.uv[:, 0], self.uv[:, 1]], -1))
 
 
-def parse_unit(text: str, where: str = "--metric-unit") -> float:
-    """Metres a unit: a name of `PNG_UNITS`, or a number. Raises `UserError`.
+def parse_unit(text: str) -> float:
+    """Metres a unit, as `--metric-unit` gives it: a name of `PNG_UNITS`, or a number. Raises `UserError`.
 
     Example:
         >>> parse_unit("mm"), parse_unit("0.01")
@@ -57,7 +57,7 @@ def parse_unit(text: str, where: str = "--metric-unit") -> float:
         unit = 0.0
     if not 1e-6 <= unit <= 1e3:
         raise UserError(
-            f"{where} {text}: is no unit; use {', '.join(PNG_UNITS)}, or the metres of a unit such as 0.001."
+            f"--metric-unit {text}: is no unit; use {', '.join(PNG_UNITS)}, or the metres of a unit such as 0.001."
         )
     return unit
 

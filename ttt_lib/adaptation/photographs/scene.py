@@ -30,7 +30,6 @@ from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.models.base import GeometryModel, holding, training
 
 log = logging.getLogger(__name__)
-OnStep = Callable[[dict[str, float]], None]
 
 
 @dataclass
@@ -108,9 +107,8 @@ class SceneAdaptation:
 
 
 def adapt_scene(
-    model: GeometryModel, scene: Scene, config: ExperimentConfig, name: str = "scene", progress: bool = False,
-    on_step: OnStep | None = None,
-) -> SceneAdaptation:  # fmt: skip
+    model: GeometryModel, scene: Scene, config: ExperimentConfig, name: str = "scene", progress: bool = False
+) -> SceneAdaptation:
     """Adapt a model to all photographs of a scene at once; the model is as it was afterwards.
 
     Args:
@@ -120,7 +118,6 @@ def adapt_scene(
             the scene is used.
         name: identifies the scene; with `config.seed` it fixes every random draw.
         progress: show a bar.
-        on_step: called after each optimizer step with its entry of the history.
 
     Returns:
         The trained weights, and with `results()` the predictions of every photograph.
@@ -139,7 +136,7 @@ def adapt_scene(
             settings = adaptation.settings
             adaptation.evidence = gather(scene, settings.held_back, generator, settings.stereo)
             if settings.train and config.train.method == "ttt" and config.train.passes:
-                _train(adaptation, generator, progress, on_step)
+                _train(adaptation, generator, progress)
     adaptation.seconds = time.perf_counter() - begun
     adaptation.peak_memory_mb = peak_memory_mb(model.device)
     log.info("%s: %s", name, adaptation)
@@ -194,9 +191,7 @@ def _lessons(adaptation: SceneAdaptation, generator: torch.Generator) -> list[Le
     return lessons
 
 
-def _train(
-    adaptation: SceneAdaptation, generator: torch.Generator, progress: bool, on_step: OnStep | None
-) -> None:  # fmt: skip
+def _train(adaptation: SceneAdaptation, generator: torch.Generator, progress: bool) -> None:
     """Fill the adaptation's weights and log; a loss that is not finite ends it without weights."""
     model, config = adaptation.model, adaptation.config
     lessons = _lessons(adaptation, generator)
@@ -208,7 +203,7 @@ def _train(
             for source in sources:
                 for lesson in lessons:
                     source.prepare(model, lesson.image, lesson.target)
-            values = train_student(student, sources, config, generator, adaptation.log, progress, on_step)
+            values = train_student(student, sources, config, generator, adaptation.log, progress)
             adaptation.weights = dict(zip(student.names, values))
         except (NumericalError, FloatingPointError) as error:
             log.info("%s: %s", adaptation.name, error)

@@ -167,7 +167,7 @@ def _cells(uv: np.ndarray) -> int:
     return len(np.unique(row * CELLS + column))
 
 
-def select_tracks(model: SparseModel, ahead: bool = False, needed: Needed = AMPLE) -> Selection:
+def select_tracks(model: SparseModel, ahead: bool, needed: Needed = AMPLE) -> Selection:
     """Observations that fit, in front of the camera, inside the picture, of points with parallax.
 
     Where a photograph has enough points that three photographs see, those that only two see are left out: nothing

@@ -21,13 +21,9 @@ from ttt_lib.data.photographs.upright import Turned, turn, turns_of
 DEPTH_WEIGHT = 300.0  # of a track's depth against its place in the picture, when its point is found again
 
 
-def _check(scene: Scene, files: Sequence[str | os.PathLike] | None) -> None:
+def _check(scene: Scene) -> None:
     if scene.refused or not scene.photographs or any(p.pose is None or p.intrinsics is None for p in scene.photographs):
         raise DataError("the scene has no cameras, so they cannot be written; it was not reconstructed.")
-    if files is not None and len(files) != len(scene.photographs):
-        raise DataError(
-            f"{len(files)} files for {len(scene.photographs)} photographs; give one for each, in their order."
-        )
 
 
 def _as_stored(photograph: Photograph, file: Path | None) -> Turned:
@@ -90,8 +86,10 @@ def _numbers(values: np.ndarray | Sequence[float]) -> str:
     return " ".join(repr(float(value)) for value in values)
 
 
-def write_colmap(folder: str | os.PathLike, scene: Scene, files: Sequence[str | os.PathLike] | None = None) -> None:
+def write_colmap(folder: str | os.PathLike, scene: Scene) -> None:
     """Write `cameras.txt`, `images.txt` and `points3D.txt` of a scene; each photograph has a camera of its own.
+
+    Images have the names of their files. COLMAP's text knows no spaces in names, so they become underscores.
 
     `load_scene` reads cameras and tracks back within float32; weights may differ a little where more photographs saw a
     point than have a track of it. Of a lens with distortion only the pinhole part is known and written, and its tracks do
@@ -100,8 +98,6 @@ def write_colmap(folder: str | os.PathLike, scene: Scene, files: Sequence[str | 
     Args:
         folder: made where it is not there.
         scene: with cameras and tracks.
-        files: names of the photographs as COLMAP is to know them, relative to its folder of images; default: those of
-            their files. COLMAP's text knows no spaces in names, so they become underscores.
 
     Raises:
         DataError: the scene has no cameras, or the folder cannot be written.
@@ -112,9 +108,9 @@ def write_colmap(folder: str | os.PathLike, scene: Scene, files: Sequence[str | 
         ...
         ttt_lib.core.errors.DataError: the scene has no cameras, so they cannot be written; it was not reconstructed.
     """
-    _check(scene, files)
+    _check(scene)
     ids, xyz = scene_points(scene)
-    names = ["_".join(os.fspath(file).split()) for file in files or _names(scene)]
+    names = ["_".join(name.split()) for name in _names(scene)]
     cameras = ["# Camera list: id, model, width, height, fx, fy, cx, cy."]
     images = [
         "# Images, two lines each: id, rotation w x y z and translation (world to camera), camera, name; points x, y, id."
@@ -163,7 +159,11 @@ def write_transforms(path: str | os.PathLike, scene: Scene, files: Sequence[str 
     Raises:
         DataError: the scene has no cameras, the files are not one for each, or the file cannot be written.
     """
-    _check(scene, files)
+    _check(scene)
+    if len(files) != len(scene.photographs):
+        raise DataError(
+            f"{len(files)} files for {len(scene.photographs)} photographs; give one for each, in their order."
+        )
     path = Path(path)
     frames, cameras = [], []
     for photograph, file in zip(scene.photographs, files):

@@ -44,11 +44,11 @@ def rotation(seed: int = 0, size: tuple[int, int] = SIZE) -> list[Sample]:
     return photograph(plan.scenes, turns @ plan.poses[0], plan.intrinsics, size)
 
 
-def copies(seed: int = 0, size: tuple[int, int] = SIZE, count: int = 4) -> list[Sample]:
-    """One photograph `count` times."""
+def copies(seed: int = 0, size: tuple[int, int] = SIZE) -> list[Sample]:
+    """One photograph four times."""
     plan = _plan("room", seed, size)
     sample = photograph(plan.scenes, plan.poses[:1], plan.intrinsics, size)[0]
-    return [replace(sample, name=f"view_{number}") for number in range(count)]
+    return [replace(sample, name=f"view_{number}") for number in range(4)]
 
 
 def _walls(plan: Tour, slots: list[int], seed: int, repeat: float | None = None) -> Scenes:

@@ -116,19 +116,16 @@ def place_cameras(
     return torch.from_numpy(np.stack(transforms)).float(), torch.from_numpy(np.stack(intrinsics)).float()
 
 
-def make_pictures(
-    kinds: list[str], seed: int, size: tuple[int, int], atlas: list[Tensor] | None = None, shadows: bool = True
-) -> Picture:
-    """Scenes of the given kinds, each seen once by a camera of its own: what training and the test sets consume."""
-    scenes, places = make_scenes(kinds, seed, atlas)
+def make_pictures(kinds: list[str], seed: int, size: tuple[int, int]) -> Picture:
+    """Scenes of the given kinds, each seen once by a camera of its own."""
+    scenes, places = make_scenes(kinds, seed)
     transform, intrinsics = place_cameras(kinds, places, seed, size[1] / size[0])
-    return draw(scenes, transform, intrinsics, size, shadows)
+    return draw(scenes, transform, intrinsics, size)
 
 
 def as_sample(
-    picture: Picture, name: str, dataset: str, image: Tensor | None = None, shift: str | None = None, severity: int = 0,
-    seed: int = 0,
-) -> Sample:  # fmt: skip
+    picture: Picture, name: str, dataset: str, shift: str | None, severity: int, seed: int, image: Tensor | None = None
+) -> Sample:
     """The first of a batch of pictures, or another image of it, as a file would hold it, with its exact truth.
 
     shift, severity, seed: see `data.shifts.apply_shift`; it changes the image alone.
@@ -177,6 +174,6 @@ def open_synthetic(
         number, shift, severity = plan[key]
         picture = _held_out(number, seed, (height, width))
         shift_seed = seed * 1000 + number + 10**9 * draw
-        return as_sample(picture, key, name or kind, shift=shift, severity=severity, seed=shift_seed)
+        return as_sample(picture, key, name or kind, shift, severity, shift_seed)
 
     return SampleSet(name or kind, list(plan), load, f"{kind}/{seed}/{width}x{height}/{sorted(plan.items())}")

@@ -64,7 +64,7 @@ class Scenes:
         )
         return replace(self, solids=solids, lighting=lighting, atlas=atlas)
 
-    def select(self, index: slice | list[int]) -> Scenes:
+    def select(self, index: list[int]) -> Scenes:
         """The scenes at `index`, the batch dimension kept."""
         return self._changed(lambda value: value[index], self.atlas)
 

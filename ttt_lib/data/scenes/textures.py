@@ -80,13 +80,13 @@ def random_colour(rng: np.random.Generator) -> np.ndarray:
     return np.clip(gray + chroma * rng.uniform(-0.6, 0.6, 3), 0.02, 1.0)
 
 
-def make_textures(seed: int, count: int = TEXTURES) -> Tensor:
-    """Texture atlas (count, 3, S, S), float32 linear RGB. The first `count // 8` are nearly plain (paint, plaster)."""
+def make_textures(seed: int) -> Tensor:
+    """Texture atlas (TEXTURES, 3, S, S), float32 linear RGB. The first eighth is nearly plain (paint, plaster)."""
     rng = np.random.default_rng([seed, 1])
     images = []
-    for i in range(count):
+    for i in range(TEXTURES):
         first, second = random_colour(rng), random_colour(rng)
-        if i < count // 8:
+        if i < TEXTURES // 8:
             value, second = _noise(rng, 0.7), np.clip(first * rng.uniform(0.75, 1.05), 0, 1)
         elif i % 3 == 0:
             images.append(_photograph(rng))

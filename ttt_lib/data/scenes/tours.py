@@ -143,7 +143,7 @@ def photograph(
     for number, pose in enumerate(poses, first):
         truth = draw(plain, pose[None], intrinsics[None], size, shadows=False)
         image, own = _smooth_image(scenes, pose, intrinsics, size), 1000 * seed + number
-        samples.append(as_sample(truth, f"view_{number}", "tours", image, shift, severity, own))
+        samples.append(as_sample(truth, f"view_{number}", "tours", shift, severity, own, image))
     return samples
 
 
