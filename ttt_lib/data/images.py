@@ -219,22 +219,33 @@ def _say_skipped(folder: Path, names: tuple[str, ...]) -> None:
     log.warning("%s: %d files are skipped, as no images that this can read: %s", folder, len(names), shown)
 
 
+def content_of(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The photographs of a folder, and what else is in it, both by name; hidden files and folders are left out.
+
+    Raises `DataError` if the folder cannot be read.
+    """
+    photographs: list[Path] = []
+    others: list[Path] = []
+    try:
+        for path in sorted(folder.iterdir()):
+            if not path.name.startswith("."):
+                (photographs if is_photo(path) and path.is_file() else others).append(path)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({reason(error)}).", path=str(folder)) from error
+    return photographs, others
+
+
 def photographs_in(folder: str | Path) -> list[Path]:
     """The photographs of a folder by name, hidden ones left out; what else is in it is skipped, with a warning.
 
     Raises `DataError` if there are none, or the folder cannot be read.
     """
     folder = Path(folder)
-    try:
-        visible = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({reason(error)}).", path=str(folder)) from error
-    files = [p for p in visible if os.path.isfile(p)]
-    skipped = tuple(p.name for p in files if not is_photo(p))
-    found = [p for p in files if is_photo(p)]
+    found, others = content_of(folder)
+    skipped = tuple(path.name for path in others if path.is_file())
     if not found:
         also = f", only {len(skipped)} other files such as {skipped[0]!r}" if skipped else ""
-        inner = " (folders in it are not looked into)" if len(visible) > len(files) else ""
+        inner = " (folders in it are not looked into)" if len(others) > len(skipped) else ""
         raise DataError(f"{folder}: holds no images that this can read{also}{inner}; JPEG and PNG always work.")
     if skipped:
         _say_skipped(folder.resolve(), skipped)

@@ -22,7 +22,7 @@ from ttt_lib.data.photographs.job import SCANT, Lens, Picture, Selection, Sparse
 from ttt_lib.data.photographs.reconstruct import do_apart, to_photographs
 from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.signals import centres, moves_ahead, select_tracks, summarize
-from ttt_lib.data.photographs.sources import distinct_names, first_of, from_list, photos_in, thinned
+from ttt_lib.data.photographs.sources import distinct_names, first_of, from_list, photographs_of, thinned
 from ttt_lib.data.photographs.transforms import find_transforms, lens_of, read_transforms, size_of
 from ttt_lib.data.photographs.upright import turn, turns_of_camera
 
@@ -167,7 +167,7 @@ def _files(
         scene.left_out += unused.left_out + [(p.name, f"has no camera in {what}") for p in scene.rest]
     else:
         files, where = in_folders(names, folders_near(photographs) if photographs else near)
-        others = sorted(set(photos_in(where)[0]) - set(files.values())) if where else []
+        others = sorted(set(photographs_of(where)[0]) - set(files.values())) if where else []
         unknown = [(printable(file.stem, 100), f"has no camera in {what}") for file in others]
         scene.left_out += first_of(unknown, "other photographs", f"have no camera in {what}")
         at = where or photographs or near[0]

@@ -12,7 +12,7 @@ from ttt_lib.data.images import is_photo
 from ttt_lib.data.photographs.known import find_cameras, scene_of_cameras
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.scene import Scene
-from ttt_lib.data.photographs.sources import Given, Prior, checked_focal, from_list, guess, photos_in, thinned
+from ttt_lib.data.photographs.sources import Given, Prior, checked_focal, from_list, guess, photographs_of, thinned
 
 
 def load_scene(
@@ -111,7 +111,7 @@ def _given(
     if isinstance(source, list):
         return from_list(thinned(source, every, count, "the list"), focal, prior), "the list", False
     if os.path.isdir(source):
-        files, others = photos_in(source)
+        files, others = photographs_of(source)
         if not files:
             also = "; ".join(f"{name} {why}" for name, why in others[:1]) or "it is empty"
             raise DataError(f"{source}: holds no photographs ({also}); name the folder that they lie in.")

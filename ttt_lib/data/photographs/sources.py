@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ttt_lib.core.errors import DataError, UserError, printable, reason
 from ttt_lib.core.types import Sample
-from ttt_lib.data.images import as_image, is_photo, read_photo, readable_formats
+from ttt_lib.data.images import as_image, content_of, read_photo, readable_formats
 from ttt_lib.data.photographs.job import Picture
 
 log = logging.getLogger(__name__)
@@ -229,15 +229,11 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if k % 2 else (1, part) for k, part in enumerate(parts) if part]
 
 
-def photos_in(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """The photographs that lie in a folder, sorted by name, and (name, reason) of what else lies there."""
-    try:
-        visible = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: natural(p.name))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror}).") from error
-    files = [p for p in visible if is_photo(p) and p.is_file()]
-    others = [(printable(p.name, 100), _why_not(p)) for p in visible if not (is_photo(p) and p.is_file())]
-    return files, first_of(others, "other files", NO_PHOTOGRAPH)
+def photographs_of(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """The photographs that lie in a folder, in the order of their names, and (name, reason) of what else lies there."""
+    files, others = (sorted(paths, key=lambda path: natural(path.name)) for paths in content_of(folder))
+    reasons = [(printable(path.name, 100), _why_not(path)) for path in others]
+    return files, first_of(reasons, "other files", NO_PHOTOGRAPH)
 
 
 def _why_not(path: Path) -> str:
