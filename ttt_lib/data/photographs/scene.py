@@ -128,37 +128,25 @@ class Scene:
         return torch.cat([p.tracks.track_id for p in self.photographs] or [torch.zeros(0, dtype=torch.long)]).unique()
 
 
-def select(scene: Scene, ids: Tensor) -> Scene:
-    """The scene with only the tracks of these ids, (T,) long, in every photograph."""
-    photographs = [replace(p, tracks=p.tracks[torch.isin(p.tracks.track_id, ids)]) for p in scene.photographs]
-    return replace(scene, photographs=photographs)
-
-
-def split(scene: Scene, share: float = 0.3, generator: torch.Generator | None = None) -> tuple[Scene, Scene]:
+def split(scene: Scene, share: float, generator: torch.Generator) -> tuple[Scene, Scene]:
     """The scene with the tracks to use and with those to hold back; a track is on one side in all photographs.
 
     Args:
         share: of the tracks that are held back, from 0 to 1 (rounded to whole tracks).
-        generator: decides which; None: the same split each time.
+        generator: decides which.
 
     Returns:
         (used, held_back), scenes with the same photographs.
-
-    Raises:
-        DataError: for a share that is none.
-
-    Example:
-        >>> used, held_back = split(Scene([]), 0.3)
-        >>> len(used.track_ids()), len(held_back.track_ids())
-        (0, 0)
     """
-    if not 0 <= share <= 1:
-        raise DataError(f"share of held-back tracks: must be from 0 to 1, not {share!r}.")
     ids = scene.track_ids()
-    generator = generator if generator is not None else torch.Generator().manual_seed(0)
     order = ids[torch.randperm(len(ids), generator=generator)]
     count = round(share * len(ids))
-    return select(scene, order[count:]), select(scene, order[:count])
+
+    def only(kept: Tensor) -> Scene:
+        photographs = [replace(p, tracks=p.tracks[torch.isin(p.tracks.track_id, kept)]) for p in scene.photographs]
+        return replace(scene, photographs=photographs)
+
+    return only(order[count:]), only(order[:count])
 
 
 def track_points(photograph: Photograph) -> Tensor:
