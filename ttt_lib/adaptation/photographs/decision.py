@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from ttt_lib.adaptation.photographs.evidence import Evidence, at_tracks, reach, scaled, shifted
@@ -53,10 +54,10 @@ def original_errors(original: Prediction, evidence: Evidence) -> Tensor:
 
 
 def _same_order(original: Prediction, evidence: Evidence) -> float:
-    """Spearman's rank correlation between the predicted depth at the used tracks and theirs; NaN for fewer than two."""
-    found, true = at_tracks(original, evidence.used).double().cpu(), evidence.used.depth.double().cpu()
-    ranks = torch.stack([values.argsort().argsort().double() for values in (found, true)])
-    return float(torch.corrcoef(ranks)[0, 1]) if len(true) > 1 else float("nan")
+    """Spearman's rank correlation between the predicted depth at the used tracks and theirs; NaN where there is none."""
+    found = at_tracks(original, evidence.used).cpu()
+    known = ~torch.isnan(found)
+    return float(spearmanr(found[known], evidence.used.depth[known]).statistic)
 
 
 def beyond(original: Prediction, tracks: Tracks) -> float:
