@@ -19,8 +19,7 @@ from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.scene import Tracks
 
 CLIP = 1.0  # of |log ratio|: a track that is missed counts as missed, not by how much
-FEWEST = 12  # held-back tracks, and
-CELLS = 6  # of the picture's 16 cells that hold one, that are enough to decide by
+FEWEST_TRACKS, FEWEST_CELLS = 12, 6  # held-back tracks, and cells of the 16 that hold one, that are enough to decide by
 WORTHWHILE = 0.8  # of the original's error: what takes its place has to be below
 CONTRADICTED = 0.5  # of the tracks that stereo and the other photographs confirm: fewer are not of these pictures
 ORDER = 0.1  # rank correlation of predicted depth and tracks: a model that is any good gets near and far right,
@@ -53,11 +52,11 @@ def original_errors(original: Prediction, evidence: Evidence) -> Tensor:
     return min(errors, key=lambda each: float((each * weights).sum()))
 
 
-def _same_order(original: Prediction, evidence: Evidence) -> float:
-    """Spearman's rank correlation between the predicted depth at the used tracks and theirs; NaN where there is none."""
-    found = at_tracks(original, evidence.used).cpu()
+def _same_order(original: Prediction, tracks: Tracks) -> float:
+    """Spearman's rank correlation between the predicted depth at tracks and theirs; NaN where there is none."""
+    found = at_tracks(original, tracks).cpu()
     known = ~torch.isnan(found)
-    return float(spearmanr(found[known], evidence.used.depth[known]).statistic)
+    return float(spearmanr(found[known], tracks.depth[known]).statistic)
 
 
 def beyond(original: Prediction, tracks: Tracks) -> float:
@@ -71,9 +70,7 @@ def beyond(original: Prediction, tracks: Tracks) -> float:
     return float(((log_depth < low - BEYOND) | (log_depth > high + BEYOND)).float().mean())
 
 
-def losses_elsewhere(
-    original: Prediction, candidates: dict[str, Prediction], evidence: Evidence
-) -> dict[str, float]:  # fmt: skip
+def losses_elsewhere(original: Prediction, candidates: dict[str, Prediction], evidence: Evidence) -> dict[str, float]:
     """How much farther from the held-back tracks than the original each candidate would be, were the focal length another
     that is possible: the worst mean |log ratio|, at least 0. What far tracks say hangs on it, and they hang together."""
     weights, losses = cell_weights(evidence.held), dict.fromkeys(candidates, 0.0)
@@ -93,10 +90,7 @@ def lower_bound(improvement: Tensor, weights: Tensor, generator: torch.Generator
 
 
 def choose(
-    original: Prediction,
-    candidates: dict[str, Prediction],
-    evidence: Evidence,
-    generator: torch.Generator,
+    original: Prediction, candidates: dict[str, Prediction], evidence: Evidence, generator: torch.Generator
 ) -> Judgement:
     """The prediction of a photograph that its held-back tracks prefer.
 
@@ -111,9 +105,10 @@ def choose(
         `lost_elsewhere_NAME` (`losses_elsewhere`) and `held_back_tracks`; a sentence where the original stays.
     """
     held = evidence.held
-    signals = {"held_back_tracks": float(len(held)), "confirmed": evidence.meets}
-    signals["rank"] = _same_order(original, evidence)
-    if len(held) < FEWEST or held.filled_cells() < CELLS:
+    signals = {
+        "held_back_tracks": float(len(held)), "confirmed": evidence.meets, "rank": _same_order(original, evidence.used)
+    }  # fmt: skip
+    if len(held) < FEWEST_TRACKS or held.filled_cells() < FEWEST_CELLS:
         return Judgement("original", signals, f"original kept: only {len(held)} tracks are left to decide by")
     sure = evidence.seen > SEEN and evidence.meets > CONFIRMED
     if evidence.meets < CONTRADICTED or (signals["rank"] < ORDER and not sure):  # False where nothing was measured
