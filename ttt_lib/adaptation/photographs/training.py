@@ -189,16 +189,21 @@ class PhotographTraining(Supervision):
                 more, values = pass_gradients(student, batch, self.config, self.log)
                 accumulate(gradients, more)
                 add_terms(terms, values)
-        for each in passes if self.tracks is not None else []:
-            lesson = self.lessons[each.number]
-            with student.attached():
-                output = student.model.forward(lesson.image[None], lesson.evidence.intrinsics.to(lesson.image)[None])
-                loss = track_loss(output, lesson.evidence, self.tracks)
-                more = torch.autograd.grad(self.tracks.weight * loss, student.leaves, allow_unused=True)
-            accumulate(gradients, list(more))
-            value = loss.detach()
-            add_terms(terms, {"tracks": value, "loss": self.tracks.weight * value})
+        if self.tracks is not None:
+            for each in passes:
+                more, values = self._track_gradients(student, self.lessons[each.number])
+                accumulate(gradients, more)
+                add_terms(terms, values)
         return gradients, terms
+
+    def _track_gradients(self, student: Student, lesson: Lesson) -> tuple[Gradients, dict[str, Tensor]]:
+        """Of the term `tracks` on a whole photograph."""
+        weight = self.tracks.weight
+        with student.attached():
+            output = student.model.forward(lesson.image[None], lesson.evidence.intrinsics.to(lesson.image)[None])
+            loss = track_loss(output, lesson.evidence, self.tracks)
+            gradients = torch.autograd.grad(weight * loss, student.leaves, allow_unused=True)
+        return list(gradients), {"tracks": loss.detach(), "loss": weight * loss.detach()}
 
 
 def _nothing(lesson: Lesson) -> Prediction:
