@@ -24,7 +24,6 @@ from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import ConfigError, NumericalError
 from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
 from ttt_lib.core.seeds import sample_generator
-from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.job import UNKNOWN, USUAL_FOCAL
 from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.models.base import GeometryModel, holding, training
@@ -80,30 +79,26 @@ class SceneAdaptation:
         image = evidence.photograph.image.to(self.model.device)
         original = self.model.predict(image)
         generator = sample_generator(self.config.seed, f"{self.name}/{evidence.photograph.name}")
-        candidates = {"corrected": corrected(self._averaged(image, original), evidence, settings.correction, generator)}
+        members = self.config.ensemble.members
+        averaged = predict_ensemble(self.model, image, members) if members else original
+        candidates = {"corrected": corrected(averaged, evidence, settings.correction, generator)}
         if self.weights:
             named = dict(self.model.network.named_parameters())
             with holding([named[name] for name in self.weights], list(self.weights.values())):
-                adapted = self._averaged(image, None)
+                adapted = predict_ensemble(self.model, image, members)
             candidates["adapted_corrected"] = corrected(adapted, evidence, settings.correction, generator)
         judged = choose(original, candidates, evidence, generator)
         if not settings.decide:
             judged = replace(judged, choice=list(candidates)[-1], reason="")
         final = original if judged.choice == "original" else candidates[judged.choice]
         signals = judged.signals | {"measured": evidence.seen, "tracks": float(len(evidence.used))}
+        seconds = self.seconds / len(self.evidence) + time.perf_counter() - begun
         return AdaptResult(
             original, candidates.get("adapted_corrected"), final, judged.choice,
-            "; ".join(filter(None, [judged.reason, self.failed])), self.log.history,
-            self.seconds / len(self.evidence) + time.perf_counter() - begun, self.peak_memory_mb,
-            self.log.passes_done, self.log.view_stats, signals, self.log.micro_batch, image=image,
+            reason="; ".join(filter(None, [judged.reason, self.failed])), signals=signals, image=image,
+            history=self.log.history, passes_done=self.log.passes_done, view_stats=self.log.view_stats,
+            micro_batch=self.log.micro_batch, seconds=seconds, peak_memory_mb=self.peak_memory_mb,
         )  # fmt: skip
-
-    def _averaged(self, image: Tensor, single: Prediction | None) -> Prediction:
-        """The mean over the experiment's `ensemble.members`; without any, the prediction itself."""
-        members = self.config.ensemble.members
-        if not members and single is not None:
-            return single
-        return predict_ensemble(self.model, image, members)
 
 
 def adapt_scene(
