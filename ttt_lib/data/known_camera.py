@@ -171,9 +171,8 @@ class CentredPhotograph:
         found = torch.where(sampled(broken, "bilinear") > 0, sampled(depth, "nearest"), smooth)
         depth = torch.where(inside, found / along, torch.nan)
         if normal is not None:
-            normal = torch.stack([sampled(axis, "nearest") for axis in normal.unbind(-1)], -1) @ self.rotation.to(
-                normal
-            )
+            seen = torch.stack([sampled(axis, "nearest") for axis in normal.unbind(-1)], -1)
+            normal = seen @ self.rotation.to(normal)
         if disparity is not None:
             disparity = torch.where(inside, sampled(disparity, "bilinear") * along, torch.nan)
         lost = f"{1 - float(inside.float().mean()):.0%} of the photograph, at its border, have no depth"

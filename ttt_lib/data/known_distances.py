@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from moge.utils import io as moge_io
+from PIL import Image
 from scipy.spatial import cKDTree
 from torch import Tensor
 
@@ -18,10 +19,8 @@ from ttt_lib.core.files import absolute
 from ttt_lib.core.types import Sample
 from ttt_lib.geometry.cameras import uv_map
 
-PNG_UNITS = {
-    "kitti": 1 / 256,
-    "mm": 1 / 1000,
-}  # metres a unit of sparse 16-bit depth PNGs; the first where none is said
+# Metres a unit of sparse 16-bit depth PNGs; the first where none is said.
+PNG_UNITS = {"kitti": 1 / 256, "mm": 1 / 1000}
 OFF_ASPECT = 0.02  # of log(width / height), beside what rounding to whole pixels can do
 PNG_MODES = ("I;16", "I;16B", "I;16L", "I")  # what Pillow calls one channel of 16 bits
 
@@ -112,8 +111,6 @@ def read_references(path: str | Path, size: tuple[int, int], unit: float | None 
 
 
 def _from_png(path: Path, where: str, size: tuple[int, int], unit: float | None) -> References:
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
             image.load()
@@ -127,7 +124,6 @@ def _from_png(path: Path, where: str, size: tuple[int, int], unit: float | None)
         raise UserError(f"{where}: must have one channel of 16 bits; this one is of Pillow's mode {mode}.")
     if described and unit is not None:
         raise UserError(f"{where}: says itself how its depth is encoded; leave --metric-unit out.")
-    depth = depth[0] if isinstance(depth, tuple) else depth
     _check_shape(depth.shape[:2], size, where)
     if not described:
         unit = PNG_UNITS["kitti"] if unit is None else unit
@@ -141,7 +137,7 @@ def _from_png(path: Path, where: str, size: tuple[int, int], unit: float | None)
 
 
 def _check_shape(found: tuple[int, int], size: tuple[int, int], where: str) -> None:
-    """Whether (H, W) of a map is the image's shape, if not its size: another one would be stretched over it."""
+    """Raises `UserError` where a map (H, W) has another shape than the image, if not its size: it would be stretched."""
 
     def off(height: int, width: int) -> bool:
         difference = abs(np.log(width / height) - np.log(size[1] / size[0]))
@@ -149,11 +145,8 @@ def _check_shape(found: tuple[int, int], size: tuple[int, int], where: str) -> N
 
     if off(*found):
         sizes = f"{found[1]} x {found[0]} pixels, the photograph {size[1]} x {size[0]}"
-        what = (
-            "it is of another shape; crop it as the photograph is"
-            if off(*found[::-1])
-            else "it is turned; turn one back"
-        )
+        turned = not off(*found[::-1])
+        what = "it is turned; turn one back" if turned else "it is of another shape; crop it as the photograph is"
         raise UserError(f"{where}: has {sizes}: {what}.")
 
 

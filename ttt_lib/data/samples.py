@@ -1,4 +1,4 @@
-"""Samples and where they come from: MoGe's evaluation layout and folders of photographs; the names of all sets."""
+"""A set of samples (`SampleSet`), and the one that lies in a folder in MoGe's evaluation layout: opened and written."""
 
 from __future__ import annotations
 
@@ -173,9 +173,6 @@ def open_moge(
     options = f"{width}x{height} {depth_unit} {drop_max_depth} {has_sharp_boundary} {include_segmentation} {max_segments} {min_seg_area}"
     scenes = read_scenes(folder) if (folder / SCENES).is_file() else {}
     return SampleSet(title, names, load, f"{options} {scenes or ''} {files_fingerprint(files)}", scenes=scenes)
-
-
-# ------------------------------------------------------------------------------------------------ opening, writing
 
 
 def write_moge_layout(samples: Iterable[Sample], folder: str | Path) -> list[str]:

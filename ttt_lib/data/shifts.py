@@ -1,4 +1,4 @@
-"""Named domain shifts at five severities, and the held-out sets of procedural scenes that use them.
+"""Named domain shifts at five severities.
 
 A shift takes a clean picture to what a camera delivers on a bad day: the world's geometry stays the same, so the truth
 does too. Severities follow the idea of ImageNet-C (Hendrycks & Dietterich 2019): 1 is mild, 5 is strong; the numbers

@@ -203,9 +203,8 @@ def _enough_places(job: Job) -> None:
 
 def _leave_out_strangers(job: Job) -> None:
     """All but the largest group of photographs in which each is linked to the others by matches."""
-    from scipy.sparse.csgraph import (
-        connected_components,
-    )  # not above: it takes half a second, and `mapping.read` none of it
+    # Here and not above: it takes half a second, and `mapping.read` needs none of it.
+    from scipy.sparse.csgraph import connected_components
 
     kept = list(job.kept)
     counts = np.zeros((len(kept), len(kept)), dtype=int)

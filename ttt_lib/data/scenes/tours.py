@@ -89,11 +89,9 @@ def _shared(picture: Picture) -> Tensor:
     seen = F.grid_sample(points[1:, ..., 2][:, None], 2 * uv.nan_to_num(9) - 1, mode="nearest", align_corners=False)
     same = ((moved[..., 2] / seen[:, 0] - 1).abs() < 0.05) & ((uv > 0) & (uv < 1)).all(-1) & (moved[..., 2] > 0)
     known = picture.mask.float().mean((1, 2))
-    return (
-        known.min()
-        if len(points) == 1
-        else (same.float().mean((1, 2)) / known[:-1].clamp_min(1e-3)).min() * known.min()
-    )
+    if len(points) == 1:
+        return known.min()
+    return (same.float().mean((1, 2)) / known[:-1].clamp_min(1e-3)).min() * known.min()
 
 
 def _plan(
