@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -82,8 +83,18 @@ def neighbours(grays: list[GrayPhotograph], index: int) -> list[int]:
     return sorted(useful, key=lambda number: (-useful[number], number))[:NEIGHBOURS]
 
 
-def _rectified(gray: GrayPhotograph, turn: np.ndarray, focal: float, top: float, height: int) -> tuple:
-    """Luma and coverage in the common plane, the homography to it (pixel centres at whole numbers), and its left edge."""
+class _Rectified(NamedTuple):
+    """A photograph in the common plane: luma and where it covers that, (h,w'); the homography to it (pixel centres at
+    whole numbers), and its left edge there in pixels."""
+
+    luma: np.ndarray
+    covered: np.ndarray
+    warp: np.ndarray
+    left: float
+
+
+def _rectified(gray: GrayPhotograph, turn: np.ndarray, focal: float, top: float, height: int) -> _Rectified:
+    """turn (3,3): from the world to the plane's axes; focal, top, height: of the plane, in pixels."""
     place = _corners(gray, turn) * focal
     left = place[:, 0].min()
     width = math.ceil(place[:, 0].max() - left)
@@ -92,7 +103,7 @@ def _rectified(gray: GrayPhotograph, turn: np.ndarray, focal: float, top: float,
     warp = half @ camera @ turn @ gray.rotation.T @ np.linalg.inv(gray.matrix) @ np.linalg.inv(half)
     luma = cv2.warpPerspective(gray.luma, warp, (width, height), flags=cv2.INTER_LINEAR)
     covered = cv2.warpPerspective(np.full_like(gray.luma, 255), warp, (width, height), flags=cv2.INTER_NEAREST) > 0
-    return luma, covered, warp, left
+    return _Rectified(luma, covered, warp, left)
 
 
 def _corners(gray: GrayPhotograph, turn: np.ndarray) -> np.ndarray:
@@ -117,14 +128,14 @@ def _search(left: np.ndarray, right: np.ndarray, least: int, count: int) -> np.n
     return np.where(found >= least, found, np.nan)
 
 
-def _both_ways(one: tuple, other: tuple, least: int, count: int) -> np.ndarray:
+def _both_ways(one: _Rectified, other: _Rectified, least: int, count: int) -> np.ndarray:
     """Disparity of the first picture where the second one gives the same back."""
-    width = max(one[0].shape[1], other[0].shape[1])
+    width = max(one.luma.shape[1], other.luma.shape[1])
 
     def padded(array: np.ndarray) -> np.ndarray:
         return np.pad(array, ((0, 0), (0, width - array.shape[1])))
 
-    left, right = padded(one[0]), padded(other[0])
+    left, right = padded(one.luma), padded(other.luma)
     there = _search(left, right, least, count)
     back = _search(right[:, ::-1], left[:, ::-1], least, count)[:, ::-1]
     row, column = np.indices(there.shape)
@@ -132,7 +143,7 @@ def _both_ways(one: tuple, other: tuple, least: int, count: int) -> np.ndarray:
     inside = (target >= 0) & (target < width)
     target = target.clip(0, width - 1)
     same = np.abs(back[row, target] - there) <= 1  # False where either is NaN
-    return np.where(inside & same & padded(one[1]) & padded(other[1])[row, target], there, np.nan)
+    return np.where(inside & same & padded(one.covered) & padded(other.covered)[row, target], there, np.nan)
 
 
 def pair_depth(own: GrayPhotograph, other: GrayPhotograph) -> np.ndarray | None:
@@ -158,7 +169,7 @@ def pair_depth(own: GrayPhotograph, other: GrayPhotograph) -> np.ndarray | None:
     if height < 32 or np.ptp(corners[..., 0], axis=1).max() > 4 * own.luma.shape[1]:
         return None
     first, second = (_rectified(gray, turn, focal, top, height) for gray in (own, other))
-    offset = first[3] - second[3]  # disparity as searched + offset = focal * distance / depth
+    offset = first.left - second.left  # disparity as searched + offset = focal * distance / depth
     nearest = NEAR * float(own.tracks.depth.quantile(0.01))
     least = math.floor(-1 - offset)  # what is too far to measure has to be found there, or it is found elsewhere
     count = 16 * max(1, math.ceil((focal * distance / nearest - offset - least) / 16))
@@ -166,7 +177,7 @@ def pair_depth(own: GrayPhotograph, other: GrayPhotograph) -> np.ndarray | None:
     disparity = np.where(disparity + offset < LEAST, np.nan, disparity)
     z = (focal * distance / (disparity + offset)).astype(np.float32)
     v, u = np.indices(own.luma.shape)
-    place = np.stack([u, v, np.ones_like(u)], -1) @ first[2].T
+    place = np.stack([u, v, np.ones_like(u)], -1) @ first.warp.T
     x, y = (place[..., k] / place[..., 2] for k in (0, 1))
     found = cv2.remap(z, x.astype(np.float32), y.astype(np.float32), cv2.INTER_NEAREST, borderValue=float("nan"))
     rays = np.stack([u + 0.5, v + 0.5, np.ones_like(u)], -1) @ np.linalg.inv(own.matrix).T
