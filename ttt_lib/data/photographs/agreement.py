@@ -207,7 +207,7 @@ def _triangulate(job: Job, lenses: list[Lens], poses: np.ndarray) -> None:
     if job.inliers.max(initial=0) < MIN_MATCHES:
         raise too_few(job.inliers.max(initial=0))
     job.model = place(job, poses)
-    shares = _explained(job)
+    shares = _became_points(job)
     job.about["explained"] = share = float(np.average(list(shares.values()))) if shares else 0.0
     error = float(np.median(job.model.error)) if len(job.model.error) else np.inf
     if share < FIT or error > MAX_MEDIAN_ERROR:
@@ -220,7 +220,7 @@ def _triangulate(job: Job, lenses: list[Lens], poses: np.ndarray) -> None:
     job.left_out = {index: why.format(share) for index, share in shares.items() if share < FIT_EACH}
 
 
-def _explained(job: Job) -> dict[int, float]:
+def _became_points(job: Job) -> dict[int, float]:
     """Of each photograph with matches enough the share of them that became points, from 0 to 1."""
     model, places = job.model, range(len(job.pictures))
     points = {i: set(model.point[model.seen_by == row].tolist()) for row, i in enumerate(model.image.tolist())}

@@ -63,8 +63,8 @@ class Refusal(Exception):
 class Picture:
     """A photograph before anything is known of it.
 
-    source: the image (3,H,W) in [0,1] or a function that reads it; focal: over its width, from EXIF or from the caller,
-    or None; exact: whether that comes from EXIF; camera: pictures of one size with the same word share one camera.
+    source: the image (3,H,W) in [0,1] or a function that reads it; focal: over its width, or None; exact: whether EXIF or
+    the user says it, rather than a model that guesses; camera: pictures of one size with the same word share one camera.
     """
 
     name: str
@@ -180,8 +180,8 @@ class Job:
         return self.pairs[max(good, key=lambda k: self.moved[k])] if len(self.kept) > 2 and good else None
 
     def focals(self) -> tuple[list[float | None], list[bool]]:
-        """Of each camera the median of what is known of its focal length over the width, EXIF before anything else, and
-        whether EXIF gives it."""
+        """Of each camera the median of what is known of its focal length over the width, what is exact before any guess,
+        and whether it is exact."""
         focals: list[float | None] = []
         exact = []
         for camera in range(max(self.camera_of) + 1):

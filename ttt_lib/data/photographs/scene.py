@@ -99,15 +99,21 @@ class Scene:
     (name, reason) of the others; rest: those of them that can be read. refused: "" or the one sentence that says why
     these photographs tell nothing. about: the signals as far as they were reached:
 
-        agreement   largest median |log depth ratio| between reconstructions, up to scale
-        focal       focal length over width, of each camera
-        second_try  where points with little parallax had to help
-        points      tracks in all photographs together
-        parallax    median over tracks of the largest angle between two rays to it, degrees
-        cells       the fewest cells with tracks of a photograph
-        error       median reprojection error, pixels
-        scale       where the cameras were given: that theirs is kept
-        origin      (3,) to be added for the coordinates of given cameras that stood far from their origin
+        focal            focal length over width, of each camera
+        focal_deviation  standard deviation of the log of the one that is known least
+        focal_doubt      what that does to the depth, a median |log ratio|
+        forward          whether the cameras moved along their axis
+        explained        share of the matches that the cameras explain; where cameras were given, that became points
+        seen_parallax    median over all points of the largest angle between two rays to it, degrees
+        flat             share of the points that lie on one plane
+        agreement        largest median |log depth ratio| between reconstructions, up to scale
+        second_try       where points with little parallax had to help
+        points           tracks in all photographs together
+        parallax         median over tracks of the largest angle between two rays to it, degrees
+        cells            the fewest cells with tracks of a photograph
+        error            median reprojection error, pixels
+        scale            where the cameras were given: that theirs is kept
+        origin           (3,) to be added for the coordinates of given cameras that stood far from their origin
     """
 
     photographs: list[Photograph]
