@@ -137,7 +137,7 @@ def scene_of_cameras(
             raise DataError(f"{cameras}: no frame has a camera ({' '.join(scene.left_out[0])}).")
         files = _files([frame.path for frame in frames], photographs, folders_near(cameras.parent), cameras, scene)
         frames = thinned([frame for frame in frames if frame.path in files], every, count, cameras)
-        entries = [(files[f.path], f.pose, size_of(f.values), partial(lens_of, f.values)) for f in frames]
+        entries = [(files[frame.path], frame.pose, frame.values) for frame in frames]
         return _triangulated(_put_beside(entries, cameras, scene), seed, scene)
     model, listing = read_model(cameras)
     scene.left_out = [(f"{path.parent.name}/{path.name}", ANOTHER) for path in cameras.others]
@@ -149,10 +149,7 @@ def scene_of_cameras(
         return _with_points(model, listing, files, count, cameras.folder, scene)
     scene.left_out += [(files[image].stem, why) for image, why in listing.unusable.items() if image in files]
     usable = thinned([each for each in found if each[0] not in listing.unusable], None, count, cameras.folder)
-    lenses = {image: listing.lenses[listing.images[image][1]] for image, _ in usable}
-    entries = [
-        (files[i], model.pose[row], lenses[i][1:3], partial(lambda lens, _: lens, lenses[i])) for i, row in usable
-    ]
+    entries = [(files[image], model.pose[row], listing.lenses[listing.images[image][1]]) for image, row in usable]
     return _triangulated(_put_beside(entries, cameras.folder, scene), seed, scene)
 
 
@@ -184,14 +181,18 @@ def _because(scene: Scene) -> str:
     return next((f" ({name} {why.rstrip('.')})" for name, why in scene.left_out), "")
 
 
-def _put_beside(entries: list[tuple[Path, np.ndarray, Any, Any]], where: Path, scene: Scene) -> list[Posed]:
-    """Photographs with their cameras, those that can be read. entries: file, pose, the camera's size or None where nothing
-    says it, and a function from the size to the `Lens`, which may raise `UserError`."""
+def _put_beside(
+    entries: list[tuple[Path, np.ndarray, Lens | dict[str, float]]], where: Path, scene: Scene
+) -> list[Posed]:
+    """Photographs with their cameras, those that can be read. entries: file, pose, and the lens or what a transforms.json
+    says of it."""
     result = []
-    for name, (file, pose, size, lens_of_size) in zip(distinct_names([entry[0] for entry in entries]), entries):
+    for name, (file, pose, camera) in zip(distinct_names([entry[0] for entry in entries]), entries):
         try:
+            size = (camera.width, camera.height) if isinstance(camera, Lens) else size_of(camera)
             turns, stored = turns_of_camera(file, size)
-            result.append(Posed(name, file, turns, lens_of_size(size or stored), pose))
+            lens = camera if isinstance(camera, Lens) else lens_of(camera, size or stored)
+            result.append(Posed(name, file, turns, lens, pose))
         except UserError as error:
             scene.left_out.append((name, str(error)))
     if len(result) < 2:
