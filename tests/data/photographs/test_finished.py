@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from PIL import Image
 from rendered_walls import FOCAL, camera, depth_error, render, walk
 
 from ttt_lib.core.errors import DataError
+from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.job import AMPLE
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Scene
@@ -216,6 +219,19 @@ def test_known_cameras_of_turned_pictures(house, views, tmp_path):
     assert depth_error(turned.tracks, torch.rot90(views[1].depth, 1)) < 0.01
     assert depth_error(upright.tracks, views[2].depth) < 0.01
     assert turned.intrinsics[1, 1] == pytest.approx(FOCAL)  # over the height now
+
+
+def test_names_that_differ_in_a_space_alone_stay_two_names(house, tmp_path):
+    """COLMAP's text knows no spaces; whoever reads it must not take one photograph for the other."""
+    first, second, *_ = house[1].photographs
+    files = [tmp_path / "a b.png", tmp_path / "a_b.png"]
+    for photograph, file in zip((first, second), files):
+        shutil.copy(house[0] / "images" / f"{photograph.name}.png", file)
+    written = [replace(p, source=partial(read_photo, file)) for p, file in zip((first, second), files)]
+    write_colmap(tmp_path / "sparse", Scene(written))
+    lines = (tmp_path / "sparse" / "images.txt").read_text().splitlines()
+    names = [line.split()[-1] for line in lines[1::2]]
+    assert len(names) == len(set(names)) == 2 and "a_b.png" not in names
 
 
 def test_a_model_without_points_is_triangulated(house, tmp_path, views):

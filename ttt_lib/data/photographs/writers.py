@@ -15,6 +15,7 @@ from ttt_lib.core.files import first_repeated, to_json, write_text
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.colmap_files import OWN_MARK
 from ttt_lib.data.photographs.scene import Photograph, Scene
+from ttt_lib.data.photographs.sources import distinct_names
 from ttt_lib.data.photographs.transforms import FLIP
 from ttt_lib.data.photographs.upright import Turned, turn, turns_of
 
@@ -51,9 +52,11 @@ def _file_of(photograph: Photograph) -> Path | None:
 
 
 def _names(scene: Scene) -> list[str]:
-    """Of the photographs' files; of photographs that are no files, or files of one name, those of the scene."""
+    """Of the photographs' files, or of photographs that are no files, with underscores for spaces; others where two of
+    them are the same."""
     names = [file.name if (file := _file_of(p)) is not None else p.name for p in scene.photographs]
-    return names if first_repeated(names) is None else [p.name for p in scene.photographs]
+    names = ["_".join(name.split()) for name in names]
+    return names if first_repeated(names) is None else distinct_names([Path(name) for name in names])
 
 
 def scene_points(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -110,14 +113,13 @@ def write_colmap(folder: str | os.PathLike, scene: Scene) -> None:
     """
     _check(scene)
     ids, xyz = scene_points(scene)
-    names = ["_".join(name.split()) for name in _names(scene)]
     cameras = ["# Camera list: id, model, width, height, fx, fy, cx, cy."]
     images = [
         "# Images, two lines each: id, rotation w x y z and translation (world to camera), camera, name; points x, y, id."
     ]
     seen: list[list[str]] = [[] for _ in ids]
     errors, views = np.zeros(len(ids)), np.zeros(len(ids))
-    for number, (photograph, name) in enumerate(zip(scene.photographs, names), 1):
+    for number, (photograph, name) in enumerate(zip(scene.photographs, _names(scene)), 1):
         pinhole, (width, height), pose, uv = _as_stored(photograph, None)
         cameras.append(f"{number} PINHOLE {width} {height} {_numbers(pinhole)}")
         quaternion = np.roll(Rotation.from_matrix(pose[:3, :3]).as_quat(), 1)
