@@ -29,11 +29,11 @@ WEAK = 0.5  # weight of the coarser level, and of no residual, where residuals a
 
 @dataclass
 class Evidence:
-    """A photograph and what is known of it: the tracks to use, those held back, and the measured depth (h,w) or None.
+    """A photograph with its camera, and what is known of it: the tracks to use, those held back, and the measured depth
+    (h,w) or None.
 
-    All in the scene's unit. intrinsics (3,3): of the photograph, which the points of a corrected prediction follow. meets:
-    share of the tracks that the measured depth and the other photographs confirm, NaN where nothing says anything. seen:
-    share of the picture that could be measured, also where `measured` is not to be used.
+    All in the scene's unit. meets: share of the tracks that the measured depth and the other photographs confirm, NaN
+    where nothing says anything. seen: share of the picture that could be measured, also where `measured` is not to be used.
     """
 
     photograph: Photograph
@@ -42,11 +42,6 @@ class Evidence:
     measured: Tensor | None = None
     meets: float = math.nan
     seen: float = 0.0
-
-    @property
-    def intrinsics(self) -> Tensor:
-        """(3,3) normalised."""
-        return self.photograph.intrinsics
 
 
 def gather(scene: Scene, share: float, generator: torch.Generator, stereo: bool) -> list[Evidence]:
@@ -149,7 +144,7 @@ def corrected(prediction: Prediction, evidence: Evidence, how: str, generator: t
         whose unit the scene has been brought to, and is `scale_invariant` for all others.
     """
     kind = "metric" if prediction.kind == "metric" else "scale_invariant"
-    intrinsics = evidence.intrinsics.to(prediction.depth)
+    intrinsics = evidence.photograph.intrinsics.to(prediction.depth)
     if how != "full":
         depth = {"scale": scaled, "affine": shifted}[how](prediction, evidence.used).depth
     else:

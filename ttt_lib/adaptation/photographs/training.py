@@ -198,9 +198,9 @@ class PhotographTraining(Supervision):
 
     def _track_gradients(self, student: Student, lesson: Lesson) -> tuple[Gradients, dict[str, Tensor]]:
         """Of the term `tracks` on a whole photograph."""
-        weight = self.tracks.weight
+        weight, intrinsics = self.tracks.weight, lesson.evidence.photograph.intrinsics.to(lesson.image)
         with student.attached():
-            output = student.model.forward(lesson.image[None], lesson.evidence.intrinsics.to(lesson.image)[None])
+            output = student.model.forward(lesson.image[None], intrinsics[None])
             loss = track_loss(output, lesson.evidence, self.tracks)
             gradients = torch.autograd.grad(weight * loss, student.leaves, allow_unused=True)
         return list(gradients), {"tracks": loss.detach(), "loss": weight * loss.detach()}
@@ -211,7 +211,7 @@ def _nothing(lesson: Lesson) -> Prediction:
     height, width = lesson.image.shape[-2:]
     points = torch.full((height, width, 3), torch.nan, device=lesson.image.device)
     mask = torch.ones(height, width, dtype=torch.bool, device=lesson.image.device)
-    intrinsics = lesson.evidence.intrinsics.to(lesson.image)
+    intrinsics = lesson.evidence.photograph.intrinsics.to(lesson.image)
     return Prediction(points=points, depth=points[..., 2], mask=mask, intrinsics=intrinsics, kind="scale_invariant")
 
 
