@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -126,14 +127,20 @@ def reflection(image: Tensor, depth: Tensor, severity: int, generator: torch.Gen
 BUILT_IN = tuple(SHIFTS)  # the set `shifted` stays the same when others add theirs
 
 
+def check_shifts(names: Iterable[str]) -> None:
+    """Raises `UserError` for a shift that there is not."""
+    for name in names:
+        if name not in SHIFTS:
+            raise UserError(f"shift {name!r}: there is no such shift; there are {', '.join(SHIFTS)}.")
+
+
 def apply_shift(name: str, image: Tensor, depth: Tensor, severity: int, seed: int = 0) -> Tensor:
     """The picture under a named shift. image (3,H,W) in [0,1]; depth (H,W), inf or NaN at the sky; severity 0 to 5.
 
     Deterministic in (name, severity, seed). Returns (3,H,W) in [0,1], rounded to 8 bits as a file would hold it.
     Raises `UserError` for an unknown name or severity.
     """
-    if name not in SHIFTS:
-        raise UserError(f"shift {name!r}: there is no such shift; there are {', '.join(SHIFTS)}.")
+    check_shifts([name])
     if severity not in range(6):
         raise UserError(f"shift {name!r}: severity must be a whole number from 0 to 5, not {severity!r}.")
     if severity:

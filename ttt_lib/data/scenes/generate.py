@@ -21,7 +21,7 @@ from ttt_lib.data.scenes.layouts import LAYOUTS, Layout, tilt_matrix, yaw_matrix
 from ttt_lib.data.scenes.raycast import Lighting, Picture, Scenes, draw, make_atlas
 from ttt_lib.data.scenes.solids import Solids
 from ttt_lib.data.scenes.textures import make_textures
-from ttt_lib.data.shifts import BUILT_IN, apply_shift
+from ttt_lib.data.shifts import BUILT_IN, apply_shift, check_shifts
 
 KINDS = tuple(LAYOUTS)
 PITCH_DOWN = {"room": (-0.12, 0.45), "street": (-0.1, 0.15), "ground": (-0.08, 0.35), "table": (0.25, 0.8)}  # radians
@@ -138,12 +138,6 @@ def as_sample(
     return Sample(name, dataset, image, depth, points, mask, picture.intrinsics[0], True, has_sharp_boundary=True)
 
 
-def check_shifts(shifts: Sequence[str]) -> None:
-    """Raises `UserError` for an unknown shift."""
-    for shift in shifts:
-        apply_shift(shift, torch.zeros(3, 2, 2), torch.ones(2, 2), 0)
-
-
 @lru_cache(maxsize=16)  # the jobs of an ablation see the same few, one experiment after the other in one process
 def _held_out(number: int, seed: int, size: tuple[int, int]) -> Picture:
     """Scene `number` of the held-out set of `seed`."""
@@ -163,12 +157,13 @@ def open_synthetic(
     check_shifts(shifts)
     plan: dict[str, tuple] = {}
     for number in range(count):
-        choice = (None, 0)
         if kind == "shifted":
             turn = number // len(shifts)  # each turn pairs shifts with other kinds of scene and other severities
             which = (number + turn) % len(shifts)
-            choice = (shifts[which], severities[(which + turn) % len(severities)])
-        plan["_".join([f"{number:03d}", *(map(str, choice) if choice[0] else ())])] = (number, *choice)
+            shift, severity = shifts[which], severities[(which + turn) % len(severities)]
+            plan[f"{number:03d}_{shift}_{severity}"] = (number, shift, severity)
+        else:
+            plan[f"{number:03d}"] = (number, None, 0)
 
     def load(key: str) -> Sample:
         number, shift, severity = plan[key]

@@ -20,9 +20,10 @@ from ttt_lib.core.errors import ConfigError
 from ttt_lib.core.types import Sample
 from ttt_lib.data.samples import SampleSet
 from ttt_lib.data.scenes.detail import Detail
-from ttt_lib.data.scenes.generate import KINDS, SEVERITIES, SIZE, as_sample, check_shifts, make_scenes, place_cameras
+from ttt_lib.data.scenes.generate import KINDS, SEVERITIES, SIZE, as_sample, make_scenes, place_cameras
 from ttt_lib.data.scenes.raycast import Picture, Scenes, draw, make_atlas
 from ttt_lib.data.scenes.textures import make_textures
+from ttt_lib.data.shifts import check_shifts
 from ttt_lib.geometry.cameras import look_at_transform, project, transform_points
 
 GLANCE = (24, 32)  # pixels of the small pictures by which a path is chosen
