@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,11 +45,11 @@ def in_folders(names: list[str], folders: list[Path]) -> tuple[dict[str, Path], 
     stem; spaces may have become underscores.
     """
     best: tuple[dict[str, Path], Path | None] = ({}, None)
+    photographs_by_name = cache(_photographs_by_name)
     for folder in folders:
         if not os.path.isdir(folder):
             continue
-        known: dict[Path, dict[str, Path]] = {}
-        found = {name: file for name in names if (file := _in_folder(name, folder, known)) is not None}
+        found = {name: file for name in names if (file := _in_folder(name, folder, photographs_by_name)) is not None}
         if len(found) > len(best[0]):
             best = found, folder
         if len(found) == len(set(names)):
@@ -67,19 +68,19 @@ def in_list(names: list[str], files: list[Path]) -> dict[str, Path]:
     return {name: file for name in names if (file := _lookup(Path(name.replace("\\", "/")), known)) is not None}
 
 
-def _in_folder(name: str, folder: Path, known: dict[Path, dict[str, Path]]) -> Path | None:
+def _in_folder(name: str, folder: Path, photographs_by_name: Callable[[Path], dict[str, Path]]) -> Path | None:
     path = folder / name.replace("\\", "/")
     try:
         if path.is_file():
             return path
-        for inside in (path.parent, folder):
-            if inside not in known:
-                known[inside] = _by_name([p for p in inside.iterdir() if is_photo(p)]) if inside.is_dir() else {}
-            if (file := _lookup(path, known[inside])) is not None:
-                return file
+        beside = _lookup(path, photographs_by_name(path.parent))
+        return beside if beside is not None else _lookup(path, photographs_by_name(folder))
     except (OSError, ValueError):  # names that no file system takes
-        pass
-    return None
+        return None
+
+
+def _photographs_by_name(folder: Path) -> dict[str, Path]:
+    return _by_name([path for path in folder.iterdir() if is_photo(path)]) if folder.is_dir() else {}
 
 
 def _lookup(path: Path, known: dict[str, Path]) -> Path | None:
