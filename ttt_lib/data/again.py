@@ -21,11 +21,8 @@ NOISE = 0.01  # standard deviation of a value in [0, 1]
 
 def _mirrored(sample: Sample) -> Sample:
     """The sample in a mirror: columns flipped, x negated."""
-    flipped = {
-        key: None if value is None else value.flip(-1)
-        for key in ("image", "depth", "mask", "segmentation")
-        for value in [getattr(sample, key)]
-    }
+    maps = {key: getattr(sample, key) for key in ("image", "depth", "mask", "segmentation")}
+    flipped = {key: None if map_ is None else map_.flip(-1) for key, map_ in maps.items()}
     points = None if sample.points is None else mirror_points(sample.points)
     intrinsics = None if sample.intrinsics is None else mirror_intrinsics(sample.intrinsics)
     return replace(sample, **flipped, points=points, intrinsics=intrinsics)

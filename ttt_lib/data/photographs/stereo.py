@@ -21,8 +21,8 @@ from ttt_lib.data.photographs.scene import Photograph, Tracks
 
 LONGEST_SIDE = 640  # pixels of the pictures that are compared
 NEIGHBOURS = 4  # photographs that one is compared with
-NARROW, WIDE = 1.5, 25.0  # degrees between two rays to a track: with less the far half is not measured, more looks too
-# different
+# Degrees between two rays to a track: with less the far half is not measured, with more it looks too different.
+NARROW, WIDE = 1.5, 25.0
 SHARED = 20  # tracks in common
 AHEAD = 0.7  # cosine between the step and the axes: from there on rectified pictures are stretched too far
 BLOCK = 5  # pixels of SGM's windows, and of its penalties
