@@ -146,14 +146,14 @@ def _both_ways(one: _Rectified, other: _Rectified, least: int, count: int) -> np
     return np.where(inside & same & padded(one.covered) & padded(other.covered)[row, target], there, np.nan)
 
 
-def pair_depth(own: GrayPhotograph, other: GrayPhotograph) -> np.ndarray | None:
-    """Depth (h,w) of the first photograph's pixels by stereo with the second, in the scene's unit, NaN where unknown.
+def _common_plane(
+    own: GrayPhotograph, other: GrayPhotograph, across: np.ndarray
+) -> tuple[np.ndarray, float, float, int] | None:
+    """A plane in which each point lies in one row of both photographs; across (3,): the way from the first to the second.
 
-    None where the two cannot be rectified: the step goes along the axes, or the pictures hardly overlap.
+    Its axes in the world (3,3), focal length, first row and number of rows (pixels); None where there is none: the step
+    goes along the optical axes, or the pictures hardly overlap.
     """
-    step = other.centre - own.centre
-    distance = np.linalg.norm(step)
-    across = step / distance
     if max(abs(own.rotation[2] @ across), abs(other.rotation[2] @ across)) > AHEAD:
         return None
     ahead = own.rotation[2] + other.rotation[2]
@@ -168,7 +168,19 @@ def pair_depth(own: GrayPhotograph, other: GrayPhotograph) -> np.ndarray | None:
     height = math.floor(min(corners[0, :, 1].max(), corners[1, :, 1].max()) - top)
     if height < 32 or np.ptp(corners[..., 0], axis=1).max() > 4 * own.luma.shape[1]:
         return None
-    first, second = (_rectified(gray, turn, focal, top, height) for gray in (own, other))
+    return turn, focal, top, height
+
+
+def pair_depth(own: GrayPhotograph, other: GrayPhotograph) -> np.ndarray | None:
+    """Depth (h,w) of the first photograph's pixels by stereo with the second, in the scene's unit, NaN where unknown;
+    None where the two have no common plane."""
+    step = other.centre - own.centre
+    distance = np.linalg.norm(step)
+    plane = _common_plane(own, other, step / distance)
+    if plane is None:
+        return None
+    turn, focal, _, _ = plane
+    first, second = (_rectified(gray, *plane) for gray in (own, other))
     offset = first.left - second.left  # disparity as searched + offset = focal * distance / depth
     nearest = NEAR * float(own.tracks.depth.quantile(0.01))
     least = math.floor(-1 - offset)  # what is too far to measure has to be found there, or it is found elsewhere
