@@ -50,18 +50,19 @@ def reconstruct(job: Job) -> Job:
 
 
 def _agreed(job: Job) -> None:
+    """Fill in the job's model and picked, and leave out the photographs that have too few tracks. Raises `Refusal`."""
     about = job.about
     belief = _belief(job)
     job.model, others = _reconstructions(job, belief)
     model, places = job.model, job.model.image.tolist()
     about["focal"] = [round(float(f), 4) for f in signals.focals_of(job, model, belief.focals)]
-    _look(job, model)
+    _check_cameras(job, model)
     picked = job.picked = select_tracks(model, about["forward"], job.needed)
     for image, share in zip(places, model.explained):
         if share < PLACED:
             picked.weak[image] = f"its place explains only {share:.0%} of its matches"
     about.update(summarize(model, picked))
-    _check(job)
+    _check_tracks(job)
     results = [signals.disagreement(model, other, MIN_POINTS) for other in others]
     about["agreement"] = max((value for value, _ in results), default=float("inf"))
     if len(results) < 2 or about["agreement"] > AGREEMENT:
@@ -72,7 +73,7 @@ def _agreed(job: Job) -> None:
     for image in places:
         if image not in picked.weak and max(values.get(image, math.inf) for _, values in results) > AGREEMENT:
             picked.weak[image] = "its place among the others is not certain"
-    _check(job)
+    _check_tracks(job)
     about.update(summarize(model, picked))
     for index in job.kept[:]:
         if index in picked.weak or index not in places:
@@ -88,9 +89,10 @@ def _belief(job: Job) -> focal.Belief:
     about["focal_deviation"], about["focal_doubt"] = belief.largest, belief.doubt
     if belief.model is None:
         return belief
-    unlikely, unknown = focal.is_unlikely(belief), belief.doubt > DOUBT or belief.ignorance > IGNORANCE
+    unlikely = focal.is_unlikely(belief)
+    unknown = belief.doubt > DOUBT or belief.ignorance > IGNORANCE
     if unknown or unlikely:
-        _look(job, belief.model)  # another cause, if there is one, says more
+        _check_cameras(job, belief.model)  # another cause, if there is one, says more
     if unlikely:
         raise Refusal(
             f"the photographs fit only a camera that hardly exists (focal length {belief.focals[0]:.2f} of the width): "
@@ -105,7 +107,7 @@ def _belief(job: Job) -> focal.Belief:
     return belief
 
 
-def _look(job: Job, model: SparseModel) -> None:
+def _check_cameras(job: Job, model: SparseModel) -> None:
     """How the cameras moved and how well that explains the matches. Raises `Refusal` where it does not, or where they
     hardly moved."""
     about = job.about
@@ -127,7 +129,7 @@ def _look(job: Job, model: SparseModel) -> None:
         )
 
 
-def _check(job: Job) -> None:
+def _check_tracks(job: Job) -> None:
     """Raises `Refusal` where the tracks tell nothing."""
     about, model, picked = job.about, job.model, job.picked
     about["flat"] = signals.flatness(model)
