@@ -12,7 +12,7 @@ import numpy as np
 
 from ttt_lib.core.errors import DataError
 from ttt_lib.core.types import are_normalised_intrinsics
-from ttt_lib.data.photographs.colmap_files import Listing, Model, list_model
+from ttt_lib.data.photographs.colmap_files import Listing, ModelFiles, list_model
 from ttt_lib.data.photographs.job import Failed, SparseModel, apart
 from ttt_lib.data.photographs.reconstruct import normalized_intrinsics
 from ttt_lib.data.photographs.sources import natural
@@ -24,7 +24,7 @@ FARTHEST = 1e8  # units: a coordinate beyond is no measurement
 LEAST_FOCAL = 0.02  # of the picture's side, as for transforms.json: 175 degrees
 
 
-def read_model(files: Model) -> tuple[SparseModel, Listing]:
+def read_model(files: ModelFiles) -> tuple[SparseModel, Listing]:
     """Images (by COLMAP's ids), cameras, points and observations of a model's files; and what they list.
 
     Raises:
@@ -56,7 +56,7 @@ def read_model(files: Model) -> tuple[SparseModel, Listing]:
     return _observed(model, ~np.isin(model.image[model.seen_by], list(listing.unusable))), listing
 
 
-def _lay_out(files: Model, target: Path) -> None:
+def _lay_out(files: ModelFiles, target: Path) -> None:
     """The three files alone: rigs and frames beside them say nothing that images do not, and are checked by nobody."""
     (target / f"points3D{files.files[0].suffix}").write_bytes(bytes(8) if files.is_binary else b"")
     for path in files.files:

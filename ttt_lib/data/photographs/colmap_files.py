@@ -43,7 +43,7 @@ class Listing:
 
 
 @dataclass
-class Model:
+class ModelFiles:
     """The files of a model in a folder, all binary or all text: cameras, images, and points if there are any; others:
     folders of further models beside it, which are not read."""
 
@@ -61,7 +61,7 @@ class Model:
         return sum(path.stat().st_size for path in self.files)
 
 
-def find_model(folder: Path) -> Model | None:
+def find_model(folder: Path) -> ModelFiles | None:
     """The model in a folder, or where COLMAP and those who use it put one inside; None where there is none.
 
     Of several that one mapping gave (`sparse/0`, `sparse/1`, ...) it is the one with most of the images. Raises
@@ -78,23 +78,26 @@ def find_model(folder: Path) -> Model | None:
         raise DataError(f"{folder}: cannot be read ({reason(error)}).") from error
 
 
-def _model_in(folder: Path) -> Model | None:
+def _model_in(folder: Path) -> ModelFiles | None:
     for suffix in (".bin", ".txt"):
         files = [folder / f"{name}{suffix}" for name in ("cameras", "images", "points3D")]
         files = [path for path in files if os.path.isfile(path)]
         if [path.stem for path in files[:2]] == ["cameras", "images"]:
-            return Model(folder, files)
+            return ModelFiles(folder, files)
     return None
 
 
-def list_model(model: Model) -> Listing:
+def list_model(model: ModelFiles) -> Listing:
     """What the files list, after their counts were compared with their lengths.
 
     Raises:
         DataError: a file is damaged, cut off, or says more than it can hold; a lens or an image that cannot be.
     """
     listing = Listing()
-    steps = (_read_cameras, _read_images, _read_points) if model.is_binary else (_cameras, _images, _points)
+    if model.is_binary:
+        steps = (_cameras_of_bytes, _images_of_bytes, _points_of_bytes)
+    else:
+        steps = (_cameras_of_text, _images_of_text, _points_of_text)
     try:
         if model.bytes() > LARGEST:
             raise DataError(f"{model.folder}: the model has {model.bytes() / 2**30:.1f} GiB, more than this reads.")
@@ -163,7 +166,7 @@ class _Bytes(BytesIO):
         return self.read(end + 1 - self.tell())[:-1].decode("utf-8", "surrogateescape")
 
 
-def _read_cameras(data: _Bytes, listing: Listing) -> None:
+def _cameras_of_bytes(data: _Bytes, listing: Listing) -> None:
     for _ in range(data.count(24)):
         number, kind, width, height = data.take("<IiQQ")
         if kind not in PARAMS:
@@ -172,14 +175,14 @@ def _read_cameras(data: _Bytes, listing: Listing) -> None:
         listing.lenses[number] = Lens(name, width, height, data.take(f"<{count}d"))
 
 
-def _read_images(data: _Bytes, listing: Listing) -> None:
+def _images_of_bytes(data: _Bytes, listing: Listing) -> None:
     for _ in range(data.count(64)):
         number, *_, camera = data.take("<I7dI")
         _add_image(listing, number, data.word(), camera)
         data.pass_over(24 * data.count(24))
 
 
-def _read_points(data: _Bytes, listing: Listing) -> None:
+def _points_of_bytes(data: _Bytes, listing: Listing) -> None:
     listing.points = data.count(43 + 8)
     for _ in range(listing.points):
         data.pass_over(43)
@@ -200,7 +203,7 @@ def _is_data(line: str) -> bool:
     return bool(line.strip()) and not line.startswith("#")
 
 
-def _cameras(lines: Iterator[str], listing: Listing) -> None:
+def _cameras_of_text(lines: Iterator[str], listing: Listing) -> None:
     for line in filter(_is_data, lines):
         number, model, width, height, *params = line.split()
         if len(params) != COUNTS.get(model):
@@ -208,7 +211,7 @@ def _cameras(lines: Iterator[str], listing: Listing) -> None:
         listing.lenses[int(number)] = Lens(model, int(width), int(height), tuple(map(float, params)))
 
 
-def _images(lines: Iterator[str], listing: Listing) -> None:
+def _images_of_text(lines: Iterator[str], listing: Listing) -> None:
     for line in filter(_is_data, lines):
         values = line.strip().split(None, 9)
         if len(values) != 10:
@@ -217,7 +220,7 @@ def _images(lines: Iterator[str], listing: Listing) -> None:
         next(lines, None)  # its points
 
 
-def _points(lines: Iterator[str], listing: Listing) -> None:
+def _points_of_text(lines: Iterator[str], listing: Listing) -> None:
     for line in lines:
         listing.own |= line.startswith(OWN_MARK)
         listing.points += _is_data(line)

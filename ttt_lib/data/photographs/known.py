@@ -18,7 +18,7 @@ from torch import Tensor
 from ttt_lib.core.errors import DataError, UserError, printable
 from ttt_lib.data.images import is_photo, read_photo
 from ttt_lib.data.photographs.colmap import read_model
-from ttt_lib.data.photographs.colmap_files import Listing, Model, find_model
+from ttt_lib.data.photographs.colmap_files import Listing, ModelFiles, find_model
 from ttt_lib.data.photographs.job import SCANT, Lens, Picture, Selection, SparseModel
 from ttt_lib.data.photographs.reconstruct import do_apart, to_photographs
 from ttt_lib.data.photographs.scene import Photograph, Scene
@@ -111,7 +111,7 @@ class Posed(NamedTuple):
         return torch.rot90(read_photo(self.file), self.turns, (1, 2))
 
 
-def find_cameras(path: Any) -> Model | Path | None:
+def find_cameras(path: Any) -> ModelFiles | Path | None:
     """The files of a COLMAP model in a folder, else a `transforms.json` there or of this name; None without either."""
     if not isinstance(path, Path):
         return None
@@ -119,7 +119,7 @@ def find_cameras(path: Any) -> Model | Path | None:
 
 
 def scene_of_cameras(
-    cameras: Model | Path, photographs: Path | list[Path] | None, every: int | None, count: int | None, seed: int
+    cameras: ModelFiles | Path, photographs: Path | list[Path] | None, every: int | None, count: int | None, seed: int
 ) -> Scene:
     """The scene of a file of cameras.
 
@@ -139,7 +139,7 @@ def scene_of_cameras(
         files = _files([frame.path for frame in frames], photographs, folders_near(cameras.parent), cameras, scene)
         frames = thinned([frame for frame in frames if frame.path in files], every, count, cameras)
         entries = [(files[frame.path], frame.pose, frame.values) for frame in frames]
-        return _triangulated(_put_beside(entries, cameras, scene), seed, scene)
+        return _triangulated(_with_cameras(entries, cameras, scene), seed, scene)
     model, listing = read_model(cameras)
     scene.left_out = [(f"{path.parent.name}/{path.name}", ANOTHER) for path in cameras.others]
     names = [listing.images.get(image, ("", 0))[0] for image in model.image.tolist()]
@@ -151,7 +151,7 @@ def scene_of_cameras(
     scene.left_out += [(files[image].stem, why) for image, why in listing.unusable.items() if image in files]
     usable = thinned([each for each in found if each[0] not in listing.unusable], None, count, cameras.folder)
     entries = [(files[image], model.pose[row], listing.lenses[listing.images[image][1]]) for image, row in usable]
-    return _triangulated(_put_beside(entries, cameras.folder, scene), seed, scene)
+    return _triangulated(_with_cameras(entries, cameras.folder, scene), seed, scene)
 
 
 def _files(
@@ -182,7 +182,7 @@ def _because(scene: Scene) -> str:
     return next((f" ({name} {why.rstrip('.')})" for name, why in scene.left_out), "")
 
 
-def _put_beside(
+def _with_cameras(
     entries: list[tuple[Path, np.ndarray, Lens | dict[str, float]]], where: Path, scene: Scene
 ) -> list[Posed]:
     """Photographs with their cameras, those that can be read. entries: file, pose, and the lens or what a transforms.json
@@ -215,7 +215,7 @@ def _triangulated(posed: list[Posed], seed: int, scene: Scene) -> Scene:
     picked = _select(job.model, job.left_out)
     picked.weak.update(job.left_out)
     turns = {image: posed[image].turns for image in job.model.image.tolist() if image not in picked.weak}
-    return _put_together(job.model, picked, dict(enumerate(rest)), turns, scene)
+    return _scene_of_images(job.model, picked, dict(enumerate(rest)), turns, scene)
 
 
 def _with_points(
@@ -236,7 +236,7 @@ def _with_points(
             turns[image], _ = turns_of_camera(files[image], sizes[image])
         except UserError as error:
             scene.left_out.append((photographs.pop(image).name, str(error)))
-    return _put_together(model, picked, photographs, turns, scene)
+    return _scene_of_images(model, picked, photographs, turns, scene)
 
 
 def _select(model: SparseModel, unusable: dict[int, str]) -> Selection:
@@ -247,7 +247,7 @@ def _select(model: SparseModel, unusable: dict[int, str]) -> Selection:
     return picked if len(strong) >= 2 else select_tracks(model, ahead, SCANT)
 
 
-def _put_together(
+def _scene_of_images(
     model: SparseModel, picked: Selection, photographs: dict[int, Photograph], turns: dict[int, int], scene: Scene
 ) -> Scene:
     """The scene of the images that `turns` has; the others are left out with their reasons, if they have any."""
