@@ -13,15 +13,13 @@ import numpy as np
 from ttt_lib.core.errors import DataError
 from ttt_lib.core.types import are_normalised_intrinsics
 from ttt_lib.data.photographs.colmap_files import Listing, ModelFiles, list_model
-from ttt_lib.data.photographs.job import Failed, SparseModel, apart
+from ttt_lib.data.photographs.job import FARTHEST, LEAST_FOCAL, Failed, SparseModel, apart
 from ttt_lib.data.photographs.reconstruct import normalized_intrinsics
 from ttt_lib.data.photographs.sources import natural
 
 BASE_MEMORY = 2**31  # bytes that the process which reads may take: its libraries,
 MEMORY_PER_BYTE = 12  # and what becomes of a byte of the files
 PATIENCE, BYTES_A_SECOND = 60, 2**20  # how long it may take
-FARTHEST = 1e8  # units: a coordinate beyond is no measurement
-LEAST_FOCAL = 0.02  # of the picture's side, as for transforms.json: 175 degrees
 
 
 def read_model(files: ModelFiles) -> tuple[SparseModel, Listing]:

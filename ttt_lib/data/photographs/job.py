@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 CELLS = 4  # a picture has CELLS x CELLS cells, in which its tracks are counted
 LONGEST_SIDE = 1200  # pixels of the pictures that are matched
+FARTHEST = 1e8  # units, of given cameras and points: a coordinate beyond is no measurement
+LEAST_FOCAL = 0.02  # of the picture's side, of given cameras: 175 degrees
 MIN_MATCHES = 40  # verified matches with some other photograph
 USUAL_FOCAL, UNKNOWN = 0.85, 0.3  # of the width, where nothing is known: a phone, a small camera; deviation of its log
 

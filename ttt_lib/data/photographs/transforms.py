@@ -16,13 +16,12 @@ import numpy as np
 
 from ttt_lib.core.errors import DataError, UserError, printable
 from ttt_lib.core.files import read_json
-from ttt_lib.data.photographs.job import Lens
+from ttt_lib.data.photographs.job import FARTHEST, LEAST_FOCAL, Lens
 
 NAMES = ("transforms.json", "transforms_train.json")
 FLIP = np.diag([1.0, -1, -1, 1])  # between the axes of OpenGL and OpenCV
 DISTORTION = ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")  # in the order of COLMAP's FULL_OPENCV
 UNUSABLE = ("FISHEYE", "EQUIRECTANGULAR", "OMNI", "ORTHO", "VR180", "PANORAMA")
-FARTHEST = 1e8  # units: a coordinate beyond is no measurement
 ROUND = 0.02  # by which a rotation's axes may differ from unit length and right angles, once its scale is taken away
 
 
@@ -129,7 +128,7 @@ def lens_of(values: Mapping[str, float], size: tuple[int, int]) -> Lens:
         raise UserError("has no focal length in transforms.json (`fl_x` or `camera_angle_x`).")
     across = _focal(values, "y", height) or focal
     center = values.get("cx", width / 2), values.get("cy", height / 2)
-    if not (0.02 < focal / max(size) < 100 and 0.5 < across / focal < 2):
+    if not (LEAST_FOCAL < focal / max(size) < 100 and 0.5 < across / focal < 2):
         raise UserError("has a focal length in transforms.json that cannot be.")
     if not (-width < center[0] < 2 * width and -height < center[1] < 2 * height):
         raise UserError("has its optical centre far outside in transforms.json.")
