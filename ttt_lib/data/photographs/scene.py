@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ttt_lib.core.errors import DataError
-from ttt_lib.data.photographs.job import CELLS
+from ttt_lib.data.photographs.signals import cells_of
 from ttt_lib.geometry.cameras import transform_points
 
 
@@ -52,9 +52,8 @@ class Tracks:
 
     @property
     def cells(self) -> Tensor:
-        """The cell of each track, (N,) long from 0 to CELLS^2 - 1, row by row."""
-        column, row = (self.uv * CELLS).long().clamp(0, CELLS - 1).unbind(-1)
-        return row * CELLS + column
+        """The cell of each track, (N,) long: see `signals.cells_of`."""
+        return torch.from_numpy(cells_of(self.uv.numpy()))
 
     def filled_cells(self) -> int:
         """How many of the picture's cells hold a track."""

@@ -162,9 +162,14 @@ def focals_of(job: Job, model: SparseModel, otherwise: np.ndarray) -> np.ndarray
     return result
 
 
-def _cells(uv: np.ndarray) -> int:
-    column, row = np.clip((uv * CELLS).astype(int), 0, CELLS - 1).T
-    return len(np.unique(row * CELLS + column))
+def cells_of(uv: np.ndarray) -> np.ndarray:
+    """The cell of a picture in which each place (N,2) in [0,1] lies, (N,) from 0 to CELLS^2 - 1, row by row."""
+    column, row = np.clip((uv * CELLS).astype(np.int64), 0, CELLS - 1).T
+    return row * CELLS + column
+
+
+def _filled_cells(uv: np.ndarray) -> int:
+    return len(np.unique(cells_of(uv)))
 
 
 def select_tracks(model: SparseModel, ahead: bool, needed: Needed = AMPLE) -> Selection:
@@ -186,10 +191,10 @@ def select_tracks(model: SparseModel, ahead: bool, needed: Needed = AMPLE) -> Se
     for row, image in enumerate(model.image):
         here = which & (model.seen_by == row)
         checked = here & (views[model.point] >= 3)
-        if checked.sum() >= MIN_POINTS and _cells(uv[checked]) >= least:
+        if checked.sum() >= MIN_POINTS and _filled_cells(uv[checked]) >= least:
             which &= ~here | checked
             here = checked
-        points, cells = int(here.sum()), _cells(uv[here])
+        points, cells = int(here.sum()), _filled_cells(uv[here])
         if points < MIN_POINTS:
             weak[int(image)] = f"only {points} of its points have a depth ({MIN_POINTS} are needed)"
         elif cells < least:
@@ -202,7 +207,7 @@ def summarize(model: SparseModel, picked: Selection) -> dict[str, Any]:
     points = np.unique(model.point[picked.which])
     uv = model.uv / model.size[model.seen_by]
     rows = [row for row, image in enumerate(model.image) if int(image) not in picked.weak]
-    cells = [_cells(uv[picked.which & (model.seen_by == row)]) for row in rows]
+    cells = [_filled_cells(uv[picked.which & (model.seen_by == row)]) for row in rows]
     return {
         "points": len(points),
         "parallax": float(np.median(picked.angle[points])) if len(points) else 0.0,
