@@ -38,7 +38,7 @@ def attempt(
         start: two photographs to begin with, if that goes.
         number: to be added to the job's seed.
         share: of the matches that are used.
-        at_once: all photographs at once (`global` mapping), not one after the other; focal lengths and start stay.
+        at_once: all photographs at once (`global` mapping), not one after the other; then with `fixed` and no start.
     """
     seed, models = job.seed + number, {}
     pixels = focals * [lens.width for lens in job.lenses]
