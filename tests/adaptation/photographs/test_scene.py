@@ -9,7 +9,7 @@ import torch
 from conftest import small_experiment
 from true_scene import true_scene
 
-from ttt_lib.adaptation.losses.presets import said
+from ttt_lib.adaptation.losses.presets import terms_in_words
 from ttt_lib.adaptation.photographs.decision import cell_weights, choose, track_errors
 from ttt_lib.adaptation.photographs.evidence import (
     Evidence,
@@ -212,7 +212,7 @@ def test_training_learns_and_leaves_the_model_as_it_was(tiny, rendered):
     assert adaptation.weights and sum(losses[-3:]) < sum(losses[:3]) and adaptation.log.passes_done == 18
     result = next(iter(adaptation.results()))[1]
     assert result.adapted is not None and weights_checksum(tiny) == before
-    assert result.losses == said(adaptation.config) != ""
+    assert result.losses == terms_in_words(adaptation.config) != ""
     again = adapt_scene(tiny, rendered[0], config)
     assert all(torch.equal(value, again.weights[name]) for name, value in adaptation.weights.items())
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ttt_lib.adaptation.adapter import training_possible, working_image
 from ttt_lib.adaptation.ensemble import predict_ensemble
 from ttt_lib.adaptation.loop import train_student
-from ttt_lib.adaptation.losses.presets import resolved, said
+from ttt_lib.adaptation.losses.presets import resolved, terms_in_words
 from ttt_lib.adaptation.photographs.decision import choose
 from ttt_lib.adaptation.photographs.evidence import Evidence, at_tracks, corrected, gather, in_scale
 from ttt_lib.adaptation.photographs.training import Lesson, PhotographsConfig, PhotographTraining, carried
@@ -98,7 +98,7 @@ class SceneAdaptation:
             reason="; ".join(filter(None, [judged.reason, self.failed])), signals=signals, image=image,
             history=self.log.history, passes_done=self.log.passes_done, view_stats=self.log.view_stats,
             micro_batch=self.log.micro_batch, seconds=seconds, peak_memory_mb=self.peak_memory_mb,
-            losses=said(self.config) if self.log.history else "",
+            losses=terms_in_words(self.config) if self.log.history else "",
         )  # fmt: skip
 
 
