@@ -54,12 +54,25 @@ def test_the_equivalent_focal_length_compares_diagonals(tmp_path):
 
 def test_the_focal_length_on_the_sensor_needs_the_sensors_size(tmp_path):
     assert focal_of(photo(tmp_path / "a.jpg", FOCAL=4.2)) is None
-    # 10 mm at 1000 pixels a centimetre are 1000 pixels of 1200
-    sensor = {"FOCAL": 10.0, "PLANE_X": 1000.0, "PLANE_UNIT": 3, "WIDTH": 1200, "HEIGHT": 900}
-    assert focal_of(photo(tmp_path / "b.jpg", **sensor)) == pytest.approx(1000 / 1200)
-    assert focal_of(photo(tmp_path / "c.jpg", orientation=8, **sensor)) == pytest.approx(1000 / 900)
-    inches = {**sensor, "PLANE_X": 2540.0, "PLANE_UNIT": 2}
-    assert focal_of(photo(tmp_path / "d.jpg", **inches)) == pytest.approx(1000 / 1200)
+    # 20 mm at 2500 pixels a centimetre are 5000 pixels of 6000
+    sensor = {"FOCAL": 20.0, "PLANE_X": 2500.0, "PLANE_UNIT": 3, "WIDTH": 6000, "HEIGHT": 4500}
+    assert focal_of(photo(tmp_path / "b.jpg", **sensor)) == pytest.approx(5000 / 6000)
+    assert focal_of(photo(tmp_path / "c.jpg", orientation=8, **sensor)) == pytest.approx(5000 / 4500)
+    inches = {**sensor, "PLANE_X": 6350.0, "PLANE_UNIT": 2}
+    assert focal_of(photo(tmp_path / "d.jpg", **inches)) == pytest.approx(5000 / 6000)
+
+
+def test_a_sensor_that_cannot_be_is_of_a_picture_that_was_shrunk(tmp_path):
+    """Its size was written anew and the pixels per inch were not: 19 mm before 3.2 mm would be a telescope."""
+    shrunk = {"FOCAL": 19.0, "PLANE_X": 5728.0, "PLANE_UNIT": 2, "WIDTH": 718, "HEIGHT": 479}
+    assert focal_of(photo(tmp_path / "a.jpg", size=(718, 479), **shrunk)) is None
+    assert focal_of(photo(tmp_path / "b.jpg", size=(718, 479), **{**shrunk, "WIDTH": 3000, "HEIGHT": 2001})) is None
+    whole = {**shrunk, "WIDTH": 5184, "HEIGHT": 3459}  # a picture that was shrunk and says how large it was
+    assert focal_of(photo(tmp_path / "c.jpg", size=(718, 479), **whole)) == pytest.approx(0.827, abs=1e-3)
+    phone = {"FOCAL": 4.2, "PLANE_X": 7100.0, "PLANE_UNIT": 3, "WIDTH": 4000, "HEIGHT": 3000}  # of 1.4 micrometres
+    assert focal_of(photo(tmp_path / "d.jpg", **phone)) == pytest.approx(4.2 / 5.634, abs=1e-3)
+    watch = {**phone, "WIDTH": 400, "HEIGHT": 300}
+    assert focal_of(photo(tmp_path / "e.jpg", **watch)) is None
 
 
 def test_another_zoom_is_another_camera_and_a_cropped_picture_is_a_guess(tmp_path):

@@ -23,11 +23,13 @@ from ttt_lib.data.photographs.job import Picture
 
 log = logging.getLogger(__name__)
 
-NUMBERS = (Base.FocalLength, Base.FocalLengthIn35mmFilm, Base.ExifImageWidth, Base.ExifImageHeight,
-           Base.FocalPlaneXResolution)  # fmt: skip
+NUMBERS = Base.FocalLength, Base.FocalLengthIn35mmFilm, Base.ExifImageWidth, Base.ExifImageHeight
+RESOLUTION_UNIT = Base.FocalPlaneResolutionUnit
 UNITS = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # of the focal plane's resolution, in millimetres
 DIAGONAL_35 = math.hypot(36, 24)  # millimetres: equivalents compare the diagonals of two frames
 SHORTEST, LONGEST = 0.15, 40.0  # of the longer side: from a fisheye to a telescope, beyond that the tag lies
+LARGE_PIXEL, LARGE_SENSOR = 0.0037, 17.0  # millimetres: pixels larger than that are on sensors longer than that alone,
+SMALLEST_SENSOR = 3.0  # and this one is a telephone's
 CROPPED = 0.03  # by how much the shape may differ from what the camera wrote
 Prior = Callable[[Tensor], float | None] | Mapping[str, float]
 MOST = 300  # photographs of one scene: a mistake rather than a scene, and pairs grow with the square
@@ -78,11 +80,25 @@ def _number(tags: Mapping[int, Any], tag: int) -> float | None:
     return value if math.isfinite(value) and value > 0 else None
 
 
+def _sensor(tags: Mapping[int, Any], longer: float) -> float | None:
+    """Longer side, in millimetres, of the sensor whose picture has `longer` pixels; None where EXIF does not say it.
+
+    Tools that shrink a picture write its new size and keep the pixels per inch of the sensor, which is then a seventh of
+    its size with the pixels of a large one. Such a sensor does not exist.
+    """
+    plane, unit = _number(tags, Base.FocalPlaneXResolution), UNITS.get(int(_number(tags, RESOLUTION_UNIT) or 2))
+    if plane is None or unit is None:
+        return None
+    pixel = unit / plane
+    exists = pixel * longer >= (LARGE_SENSOR if pixel > LARGE_PIXEL else SMALLEST_SENSOR)
+    return pixel * longer if exists else None
+
+
 def _lens(own: Mapping[int, Any], tags: Mapping[int, Any]) -> ExifLens:
-    focal, equivalent, width, height, plane = (_number(tags, tag) for tag in NUMBERS)
-    unit = UNITS.get(int(_number(tags, Base.FocalPlaneResolutionUnit) or 2))
+    focal, equivalent, width, height = (_number(tags, tag) for tag in NUMBERS)
     longer = max(width, height) if width and height else None
-    on_sensor = focal * plane / (unit * longer) if focal and plane and unit and longer else None
+    sensor = _sensor(tags, longer) if longer else None
+    on_sensor = focal / sensor if focal and sensor else None
     words = [" ".join(str(own[tag]).split()) for tag in (Base.Make, Base.Model) if isinstance(own.get(tag), str)]
     words += [f"{value:g} mm" for value in (focal, equivalent) if value]
     diagonal, shape = equivalent and equivalent / DIAGONAL_35, longer and longer / min(width, height)
@@ -93,7 +109,7 @@ def read_lens(path: str | Path) -> ExifLens:
     """What a photograph's EXIF says of its lens; nothing where there is none or it is damaged, which is no error.
 
     The focal length is FocalLengthIn35mmFilm, which compares diagonals, else FocalLength with the sensor's size by
-    FocalPlaneXResolution. Nothing is looked up by a camera's name.
+    FocalPlaneXResolution, where there can be such a sensor. Nothing is looked up by a camera's name.
 
     Example:
         >>> import tempfile
