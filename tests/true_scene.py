@@ -6,6 +6,7 @@ import torch
 
 from ttt_lib.core.types import Sample
 from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks
+from ttt_lib.data.photographs.stereo import Measured
 from ttt_lib.data.scenes.tours import make_tour
 from ttt_lib.geometry.cameras import project, transform_points
 
@@ -49,3 +50,8 @@ def _seen(world: torch.Tensor, sample: Sample, pose: torch.Tensor) -> tuple[torc
     column, row = (uv.clamp(0, 0.999) * torch.tensor([width, height])).long().unbind(-1)
     surface = sample.depth[row, column]
     return uv, inside & ((surface / local[:, 2] - 1).abs() < 0.01), local[:, 2]
+
+
+def unbounded(depth: torch.Tensor) -> Measured:
+    """Measured depth (h,w) where matches say nothing of what is not known."""
+    return Measured(depth, torch.zeros_like(depth), torch.full_like(depth, torch.inf))

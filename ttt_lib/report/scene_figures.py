@@ -24,7 +24,8 @@ def plot_scene(
     rows, tracks = [], []
     for known, result, sample in zip(evidence, results, samples if samples is not None else repeat(None)):
         image, before, after = known.photograph.image, result.original.depth, result.final.depth
-        depths = {"measured between them": known.measured, "before": before, f"after ({result.decision})": after}
+        measured = known.measured and known.measured.depth
+        depths = {"measured between them": measured, "before": before, f"after ({result.decision})": after}
         row = [("photograph and tracks", to_array(image), {})]
         row += [depth_panel(title, depth) for title, depth in depths.items() if depth is not None]
         if sample is not None and sample.depth is not None:

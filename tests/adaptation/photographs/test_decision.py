@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from true_scene import unbounded
 
 from ttt_lib.adaptation.photographs.decision import AFFORDABLE, RISK, beyond, choose, losses_elsewhere
 from ttt_lib.adaptation.photographs.evidence import Evidence, corrected
@@ -88,7 +89,9 @@ def test_a_small_part_that_was_measured_counts_as_a_small_part():
     measured = torch.full((SIZE, SIZE), torch.nan)
     measured[:12, :12] = 2 * right.depth[:12, :12]  # a corner in which stereo sees something else
     every = tracks_on(wrong, 0, 120)
-    evidence = Evidence(Photograph("a", torch.zeros(3, SIZE, SIZE), CAMERA), every[:100], every[100:], measured)
+    evidence = Evidence(
+        Photograph("a", torch.zeros(3, SIZE, SIZE), CAMERA), every[:100], every[100:], unbounded(measured)
+    )
     found = corrected(right, evidence, "full", torch.Generator().manual_seed(0)).depth
     assert ((found / right.depth).log().abs()[24:, 24:] < 0.05).all()
 
@@ -98,6 +101,25 @@ def test_what_was_measured_behind_all_tracks_says_nothing_of_the_rest_there():
     measured = torch.full((SIZE, SIZE), torch.nan)
     measured[:14, :14] = 21.0  # of 30: too far to be measured well
     every = tracks_on(right.depth, 16, 200)
-    evidence = Evidence(Photograph("a", torch.zeros(3, SIZE, SIZE), CAMERA), every[:180], every[180:], measured)
+    evidence = Evidence(
+        Photograph("a", torch.zeros(3, SIZE, SIZE), CAMERA), every[:180], every[180:], unbounded(measured)
+    )
     found = corrected(right, evidence, "full", torch.Generator().manual_seed(0)).depth
     assert ((found / right.depth).log().abs()[:14, 40:] < 0.1).all() and found[4, 4] < 25
+
+
+def test_a_match_that_measures_nothing_still_bounds_the_depth():
+    true = ramp(30.0, 16)
+    wrong = replace(true, depth=true.depth.clamp_max(6.0))  # the hill is five times too near
+    every = tracks_on(true.depth, 16)
+    measured = unbounded(torch.where(true.depth < 2.5, true.depth, torch.nan))
+    photograph = Photograph("a", torch.zeros(3, SIZE, SIZE), CAMERA)
+    evidence = Evidence(photograph, every[:180], every[180:], measured)
+    before = corrected(wrong, evidence, "full", torch.Generator().manual_seed(0)).depth
+    assert before[:16].max() < 10
+    measured.nearest[:12], measured.farthest[:12] = 24.0, 40.0
+    measured.nearest[40:44] = 5.0  # of what is measured nothing is changed
+    after = corrected(wrong, evidence, "full", torch.Generator().manual_seed(0)).depth
+    assert torch.allclose(after[:12], torch.tensor(24.0)) and torch.equal(after[16:], before[16:])
+    measured.nearest[:12], measured.farthest[:12] = 0.0, 4.0
+    assert corrected(wrong, evidence, "full", torch.Generator().manual_seed(0)).depth[:12].max() < 4.001

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import small_experiment
-from true_scene import true_scene
+from true_scene import true_scene, unbounded
 
 from ttt_lib.adaptation.losses.presets import terms_in_words
 from ttt_lib.adaptation.photographs.decision import cell_weights, choose, track_errors
@@ -93,7 +93,7 @@ def test_measured_depth_is_taken_where_it_is_known_and_carried_on(rendered):
     evidence, sample = evidence_of(rendered), rendered[1][0]
     wrong = truth_as_prediction(sample, sample.depth * (1 + 0.3 * torch.linspace(-1, 1, 160)))
     measured = torch.where(sample.mask & (torch.arange(160) % 3 > 0), 0.2 * sample.depth, torch.nan)
-    right = corrected(wrong, replace(evidence, measured=measured), "full", random())
+    right = corrected(wrong, replace(evidence, measured=unbounded(measured)), "full", random())
     error = (right.depth / (0.2 * sample.depth)).log().abs()
     assert (
         error[torch.isfinite(measured)].quantile(0.95) < 0.01

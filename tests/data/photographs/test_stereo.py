@@ -9,7 +9,16 @@ import torch
 from true_scene import true_scene
 
 from ttt_lib.data.photographs.scene import Tracks
-from ttt_lib.data.photographs.stereo import LEAST, certain, confirmed, measure_depth, neighbours, to_gray
+from ttt_lib.data.photographs.stereo import (
+    BEHIND,
+    LEAST,
+    bounds,
+    certain,
+    confirmed,
+    measure_depth,
+    neighbours,
+    to_gray,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +35,7 @@ def test_most_of_the_picture_is_measured_in_the_scale_of_the_cameras(rendered):
     scene, samples = rendered
     grays = [to_gray(photograph) for photograph in scene.photographs]
     for number, sample in enumerate(samples):
-        error, share = errors(measure_depth(grays, number)[0], sample)
+        error, share = errors(measure_depth(grays, number)[0].depth, sample)
         # a disparity of some 20 pixels to a quarter of one: a per cent
         assert share > 0.5 and error.median() < 0.02 and (error > 0.22).float().mean() < 0.01
 
@@ -53,11 +62,47 @@ def test_islands_that_no_track_confirms_are_dropped():
     assert int(torch.isfinite(confirmed(depth, Tracks.none())).sum()) == 40 * 20
 
 
+def test_a_disparity_bounds_the_depth_by_half_a_pixel():
+    disparity, pixel = torch.full((40, 60), torch.nan), torch.full((40, 60), 10.0)
+    disparity[:, :20], disparity[:, 20:40] = 2.0, 0.1
+    disparity[10:14, 48:52] = 2.0  # a speck
+    tracks = Tracks(torch.rand(50, 2), torch.full((50,), 7.0), torch.arange(50), torch.ones(50))
+    nearest, farthest = bounds([(disparity, pixel)], tracks)
+    inner = (slice(4, -4), slice(4, 16))
+    assert torch.allclose(nearest[inner], torch.tensor(4.0)) and torch.allclose(farthest[inner], torch.tensor(10 / 1.5))
+    # less than half a pixel may be infinitely far, but is not said to be far behind all tracks
+    assert torch.allclose(nearest[4:-4, 22:36], torch.tensor(BEHIND * 7)) and farthest[4:-4, 22:36].isinf().all()
+    assert not nearest[:, 44:].any() and farthest[:, 44:].isinf().all() and not nearest[0].any()
+    assert not bounds([(disparity * 100, pixel)], tracks)[0][:, :20].any()  # what is near is measured or wrong
+
+
+def test_two_of_several_neighbours_have_to_bound_the_depth():
+    pixel, tracks = torch.full((40, 60), 10.0), Tracks(torch.rand(50, 2), torch.full((50,), 7.0), torch.arange(50),
+                                                       torch.ones(50))  # fmt: skip
+    near, middle, none = ((torch.full((40, 60), value), pixel) for value in (3.5, 3.0, torch.nan))
+    nearest, farthest = bounds([near, middle, none], tracks)
+    assert nearest[20, 30] == pytest.approx(10 / 4.0) and farthest[20, 30] == pytest.approx(10 / 2.5)
+    assert bounds([near, none], tracks)[0][20, 30] == 0 and bounds([near, none], tracks)[1][20, 30].isinf()
+    wide = (torch.full((40, 60), 4.5), pixel)
+    nearest, farthest = bounds([near, wide, none], tracks)  # all that two of them allow
+    assert nearest[20, 30] == pytest.approx(10 / 5.0) and farthest[20, 30] == pytest.approx(10 / 3.0)
+
+
+def test_bounds_hold_the_truth(rendered):
+    scene, samples = rendered
+    grays = [to_gray(photograph) for photograph in scene.photographs]
+    for number, sample in enumerate(samples):
+        measured, true = measure_depth(grays, number)[0], 0.25 * sample.depth
+        said = sample.mask & (measured.nearest > 0)
+        inside = (measured.nearest <= true) & (true <= measured.farthest)
+        assert said.float().mean() > 0.05 and inside[said].float().mean() > 0.95
+
+
 def test_two_photographs_measure_each_other(rendered):
     scene, samples = rendered
     grays = [to_gray(photograph) for photograph in scene.photographs[:2]]
     assert neighbours(grays, 0) == [1] and neighbours(grays, 1) == [0]
-    error, share = errors(measure_depth(grays, 0)[0], samples[0])
+    error, share = errors(measure_depth(grays, 0)[0].depth, samples[0])
     assert share > 0.4 and error.median() < 0.03
 
 
@@ -97,8 +142,8 @@ def test_tracks_of_something_else_are_not_met(rendered):
     order = torch.randperm(len(scene.photographs[0].tracks), generator=torch.Generator().manual_seed(0))
     tracks = replace(scene.photographs[0].tracks, depth=scene.photographs[0].tracks.depth[order])
     grays = [to_gray(replace(scene.photographs[0], tracks=tracks)), *map(to_gray, scene.photographs[1:])]
-    depth, meets = measure_depth(grays, 0)
-    assert depth is None and meets < 0.5
+    measured, meets = measure_depth(grays, 0)
+    assert measured is None and meets < 0.5
 
 
 def test_a_turned_camera_changes_nothing(rendered):
@@ -113,6 +158,6 @@ def test_a_turned_camera_changes_nothing(rendered):
         )
         turned.append(replace(photograph, source=photograph.image.rot90(1, (1, 2)), pose=quarter @ photograph.pose,
                               intrinsics=camera, tracks=tracks))  # fmt: skip
-    depth, meets = measure_depth([to_gray(photograph) for photograph in turned], 0)
-    error, share = errors(depth.rot90(-1), samples[0])
+    measured, meets = measure_depth([to_gray(photograph) for photograph in turned], 0)
+    error, share = errors(measured.depth.rot90(-1), samples[0])
     assert share > 0.5 and error.median() < 0.02 and meets > 0.95

@@ -14,7 +14,7 @@ from ttt_lib.adaptation.correction import at_references, correct
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.known_distances import References
 from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks, split, track_points
-from ttt_lib.data.photographs.stereo import measure_depth, to_gray
+from ttt_lib.data.photographs.stereo import Measured, measure_depth, to_gray
 from ttt_lib.geometry.cameras import project, transform_points, unproject, unproject_far, uv_map
 from ttt_lib.geometry.exact_alignment import align_depth_affine
 
@@ -29,8 +29,7 @@ WEAK = 0.5  # weight of the coarser level, and of no residual, where residuals a
 
 @dataclass
 class Evidence:
-    """A photograph with its camera, and what is known of it: the tracks to use, those held back, and the measured depth
-    (h,w) or None.
+    """A photograph with its camera, and what is known of it: the tracks to use, those held back, and what was measured.
 
     All in the scene's unit. meets: share of the tracks that the measured depth and the other photographs confirm, NaN
     where nothing says anything. seen: share of the picture that could be measured, also where `measured` is not to be used.
@@ -39,7 +38,7 @@ class Evidence:
     photograph: Photograph
     used: Tracks
     held: Tracks
-    measured: Tensor | None = None
+    measured: Measured | None = None
     meets: float = math.nan
     seen: float = 0.0
 
@@ -50,10 +49,10 @@ def gather(scene: Scene, share: float, generator: torch.Generator, stereo: bool)
     grays = [to_gray(photograph) for photograph in used.photographs]
     evidence = []
     for number, (photograph, own, other) in enumerate(zip(scene.photographs, used.photographs, held.photographs)):
-        depth, meets = measure_depth(grays, number)  # without stereo too, as a check of the tracks
+        measured, meets = measure_depth(grays, number)  # without stereo too, as a check of the tracks
         confirmed = float(np.fmin(meets, landing(scene, number)))  # of a NaN and a number the number
-        seen = 0.0 if depth is None else float(torch.isfinite(depth).float().mean())
-        evidence.append(Evidence(photograph, own.tracks, other.tracks, depth if stereo else None, confirmed, seen))
+        seen = 0.0 if measured is None else float(torch.isfinite(measured.depth).float().mean())
+        evidence.append(Evidence(photograph, own.tracks, other.tracks, measured if stereo else None, confirmed, seen))
     return evidence
 
 
@@ -156,7 +155,7 @@ def corrected(prediction: Prediction, evidence: Evidence, how: str, generator: t
 def _fully(prediction: Prediction, evidence: Evidence, generator: torch.Generator) -> Tensor:
     """Depth (H,W) of `corrected` with `full`."""
     uv, known = evidence.used.uv, evidence.used.depth
-    measured = evidence.measured
+    measured = None if evidence.measured is None else evidence.measured.depth
     if measured is not None:
         step = math.ceil(math.sqrt(measured.numel() / FROM_STEREO))
         grid = measured[step // 2 :: step, step // 2 :: step]  # a small part that was measured counts as a small part
@@ -174,7 +173,11 @@ def _fully(prediction: Prediction, evidence: Evidence, generator: torch.Generato
         return depth
     small = F.interpolate(depth[None, None], measured.shape, mode="nearest")[0, 0]
     residual = (plausible(measured.to(depth), small) / small).log()
-    field = F.interpolate(spread(residual)[None, None], depth.shape, mode="bilinear", align_corners=False)[0, 0]
+    filled = small * spread(residual).exp()
+    low, high = evidence.measured.nearest.to(depth), evidence.measured.farthest.to(depth)
+    filled = torch.where(torch.isfinite(residual), filled, torch.maximum(torch.minimum(filled, high), low))
+    field = (filled / small).log()
+    field = F.interpolate(field[None, None], depth.shape, mode="bilinear", align_corners=False)[0, 0]
     return depth * field.exp()
 
 

@@ -31,6 +31,9 @@ MOST = 256  # disparities that are searched
 AGREE = 0.04  # relative depth by which two neighbours may differ, where there are two
 BESIDE, FILLED = 1.15, 0.75  # largest ratio of depths in a window, and the least share of it that is known
 NEAR = 0.6  # of the nearest tracks' depth: nothing nearer is looked for
+SLACK = 0.5  # pixels by which a matched disparity may be off and still bound the depth,
+BOUNDED = 32  # if it is smaller than so many pixels: wrong matches beside a foreground are larger
+BEHIND = 2.0  # times the farthest tracks' depth: nothing is said to be farther for the sake of a match alone
 INLIERS = 0.8  # of the tracks that the measured map has to meet within `MEETS`, or the map is dropped
 MEETS = 0.1
 ISLAND = 0.01  # of the picture: a smaller region of what one neighbour alone measured has to meet a track
@@ -46,6 +49,19 @@ class GrayPhotograph:
     rotation: np.ndarray
     centre: np.ndarray
     tracks: Tracks
+
+
+@dataclass
+class Measured:
+    """What stereo says of the depth of one photograph, in the scene's unit.
+
+    depth (h,w) float32: NaN where it is not known for sure. nearest, farthest (h,w): between what it lies there as far
+    as matches say (`bounds`), 0 and infinity where they say nothing.
+    """
+
+    depth: Tensor
+    nearest: Tensor
+    farthest: Tensor
 
 
 def to_gray(photograph: Photograph) -> GrayPhotograph:
@@ -171,9 +187,13 @@ def _common_plane(
     return turn, focal, top, height
 
 
-def pair_depth(own: GrayPhotograph, other: GrayPhotograph) -> np.ndarray | None:
-    """Depth (h,w) of the first photograph's pixels by stereo with the second, in the scene's unit, NaN where unknown;
-    None where the two have no common plane."""
+def pair_disparity(own: GrayPhotograph, other: GrayPhotograph) -> tuple[Tensor, Tensor] | None:
+    """Matches of the first photograph's pixels in the second, or None where the two have no common plane.
+
+    Returns:
+        Disparity (h,w) in pixels of the common plane, NaN where the two ways do not agree; and the depth (h,w), in the
+        scene's unit, at which it would be one pixel: depth is this over the disparity.
+    """
     step = other.centre - own.centre
     distance = np.linalg.norm(step)
     plane = _common_plane(own, other, step / distance)
@@ -181,19 +201,45 @@ def pair_depth(own: GrayPhotograph, other: GrayPhotograph) -> np.ndarray | None:
         return None
     turn, focal, _, _ = plane
     first, second = (_rectified(gray, *plane) for gray in (own, other))
-    offset = first.left - second.left  # disparity as searched + offset = focal * distance / depth
+    offset = first.left - second.left  # of the disparity as searched
     nearest = NEAR * float(own.tracks.depth.quantile(0.01))
     least = math.floor(-1 - offset)  # what is too far to measure has to be found there, or it is found elsewhere
     count = 16 * max(1, math.ceil((focal * distance / nearest - offset - least) / 16))
-    disparity = _both_ways(first, second, least, min(count, MOST))
-    disparity = np.where(disparity + offset < LEAST, np.nan, disparity)
-    z = (focal * distance / (disparity + offset)).astype(np.float32)
+    disparity = (_both_ways(first, second, least, min(count, MOST)) + offset).astype(np.float32)
     v, u = np.indices(own.luma.shape)
     place = np.stack([u, v, np.ones_like(u)], -1) @ first.warp.T
     x, y = (place[..., k] / place[..., 2] for k in (0, 1))
-    found = cv2.remap(z, x.astype(np.float32), y.astype(np.float32), cv2.INTER_NEAREST, borderValue=float("nan"))
+    found = cv2.remap(
+        disparity, x.astype(np.float32), y.astype(np.float32), cv2.INTER_NEAREST, borderValue=float("nan")
+    )
     rays = np.stack([u + 0.5, v + 0.5, np.ones_like(u)], -1) @ np.linalg.inv(own.matrix).T
-    return found / (rays @ (turn @ own.rotation.T)[2]).astype(np.float32)
+    pixel = focal * distance / (rays @ (turn @ own.rotation.T)[2])
+    return torch.from_numpy(found), torch.from_numpy(pixel.astype(np.float32))
+
+
+def bounds(matches: list[tuple[Tensor, Tensor]], tracks: Tracks) -> tuple[Tensor, Tensor]:
+    """Between which depths (h,w) each pixel lies as far as its matches say: 0 and infinity where they say nothing.
+
+    A disparity of two pixels does not measure a depth, but what is predicted at a tenth of the depth is wrong. Each
+    neighbour bounds the depth by its disparity and SLACK, where nearly all windows of the matching around a pixel were
+    matched: specks and the picture's edge are not. Where there are several, what two of them allow counts.
+
+    Args:
+        matches: of `pair_disparity`, of one photograph with its neighbours.
+        tracks: of the photograph; nothing is bounded to lie farther than BEHIND times the farthest of them.
+    """
+    low, high = [], []
+    for disparity, pixel in matches:
+        small = disparity < BOUNDED  # False where there is no match
+        small &= F.avg_pool2d(small[None, None].float(), 2 * BLOCK - 1, 1, BLOCK - 1)[0, 0] > FILLED  # outside is none
+        low.append(torch.where(small, pixel / (disparity.clamp_min(0) + SLACK), 0.0))
+        high.append(torch.where(small & (disparity > SLACK), pixel / (disparity - SLACK), torch.inf))
+    second = min(2, len(matches)) - 1
+    nearest = torch.stack(low).sort(0, descending=True).values[second]
+    farthest = torch.stack(high).sort(0).values[second]
+    agree = nearest < farthest
+    nearest = nearest.clamp_max(BEHIND * float(tracks.depth.quantile(0.99)))
+    return torch.where(agree, nearest, 0.0), torch.where(agree, farthest, torch.inf)
 
 
 def certain(depth: Tensor) -> Tensor:
@@ -234,33 +280,33 @@ def _meets(found: Tensor, tracks: Tracks) -> Tensor:
     return (found / tracks.depth).log().abs() < MEETS
 
 
-def measure_depth(grays: list[GrayPhotograph], index: int) -> tuple[Tensor | None, float]:
-    """Depth of one photograph measured against its neighbours, (h,w) float32 in the scene's unit, NaN where unknown.
+def measure_depth(grays: list[GrayPhotograph], index: int) -> tuple[Measured | None, float]:
+    """What one photograph's neighbours say of its depth.
 
     Args:
         grays: the photographs of a scene (`to_gray`), with cameras and the tracks that may be used.
         index: which of them.
 
     Returns:
-        The median over the neighbours where two of them agree within `AGREE` (where there is one alone: its own,
-        `confirmed`), and the share of the photograph's tracks that it meets. Depth is None where no
-        neighbour can measure anything (the share is then NaN), or where it does not meet the tracks: a lens with
+        The depth, the median over the neighbours where two of them agree within `AGREE` (where there is one alone: its
+        own, `confirmed`), with the bounds elsewhere; and the share of the photograph's tracks that it meets. None where
+        no neighbour can measure anything (the share is then NaN), or where it does not meet the tracks: a lens with
         distortion, something that moves, or tracks of something else.
     """
     own = grays[index]
-    maps = [pair_depth(own, grays[number]) for number in neighbours(grays, index)]
-    maps = [each for each in maps if each is not None]
-    if not maps:
+    matches = [pair_disparity(own, grays[number]) for number in neighbours(grays, index)]
+    matches = [each for each in matches if each is not None]
+    if not matches:
         return None, math.nan
-    stack = torch.from_numpy(np.stack(maps))
+    stack = torch.stack([torch.where(disparity >= LEAST, pixel / disparity, torch.nan) for disparity, pixel in matches])
     middle = stack.nanmedian(0).values
     agree = ((stack / middle).log().abs() < AGREE).sum(0)
-    depth = certain(torch.where(agree >= min(2, len(maps)), middle, torch.nan))
+    depth = certain(torch.where(agree >= min(2, len(matches)), middle, torch.nan))
     found = _at_tracks(depth, own.tracks)
     known = torch.isfinite(found)
     if known.sum() < SHARED:
         return None, math.nan
     meets = float(_meets(found, own.tracks)[known].float().mean())
-    if len(maps) == 1:  # no second neighbour agrees
+    if len(matches) == 1:  # no second neighbour agrees
         depth = confirmed(depth, own.tracks)
-    return depth if meets >= INLIERS else None, meets
+    return Measured(depth, *bounds(matches, own.tracks)) if meets >= INLIERS else None, meets
