@@ -108,13 +108,17 @@ def load_experiment(
 
 
 def _settings(
-    model: GeometryModel, experiment: ExperimentConfig | Source, profile: str | None, overrides: dict[str, Any] | None
+    model: GeometryModel,
+    experiment: ExperimentConfig | Source,
+    profile: str | None,
+    overrides: dict[str, Any] | None,
+    where: str,
 ) -> ExperimentConfig:
     """A complete experiment as it is; one by name or file under its profile, which `auto` chooses for this model."""
     if isinstance(experiment, ExperimentConfig):
         return experiment
     chosen = default_profile(model.name) if profile == "auto" else profile
-    return load_with_profile(experiment_file(experiment), chosen, overrides)
+    return load_with_profile(experiment_file(experiment, f"{where}: experiment"), chosen, overrides)
 
 
 def adapt(
@@ -167,7 +171,7 @@ def adapt(
         name, image = name or f"{image.dataset}/{image.name}", image.image
     elif file is not None:
         name, image = name or Path(image).name, read_photo(image)
-    experiment = _settings(model, experiment, profile, overrides)
+    experiment = _settings(model, experiment, profile, overrides, "adapt")
     # What the gate was calibrated for is compared with the model at hand.
     at_hand = experiment.model.model_copy(update={"name": model.name, "num_tokens": model.num_tokens})
     config = experiment.model_copy(update={"model": at_hand})
@@ -210,7 +214,7 @@ def adapt_scene(
         >>> [result.decision for _, result in adapted.results()]
         ['original', 'original']
     """
-    experiment = _settings(model, experiment, profile, overrides)
+    experiment = _settings(model, experiment, profile, overrides, "adapt_scene")
     if not isinstance(scene, Scene):
         guess = guess_focal(model, experiment.views.longest_side)
         scene = load_scene(scene, prior=guess, seed=experiment.seed)

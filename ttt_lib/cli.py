@@ -211,7 +211,7 @@ def adapt(
     and the unit are in record.json (and near and far in the PNG). depth.npy is the depth itself. With a known camera
     whose principal point is off the middle, what it leaves unknown is 0 in the PNG and NaN in the NPY.
     """
-    with collector_paused():  # which finds nothing to free in libraries, and takes a fifth of the time
+    with collector_paused():  # it would take a fifth of these imports, and find nothing to free
         from ttt_lib.data.known_camera import parse_intrinsics
         from ttt_lib.data.known_distances import parse_unit
         from ttt_lib.report.photo_files import adapt_photos, find_photos, name_results
@@ -266,7 +266,7 @@ def scene(
     set_: Overrides = None,
 ) -> None:
     """Adapt to several photographs of one scene: depth in one scale, one point cloud, cameras, pictures and a record."""
-    with collector_paused():  # which finds nothing to free in libraries, and takes a fifth of the time
+    with collector_paused():  # it would take a fifth of these imports, and find nothing to free
         from ttt_lib.report.scene_files import adapt_photographs
 
     config = _settings(experiment, profile, model, set_)

@@ -58,7 +58,7 @@ def test_what_stands_alone_is_left_as_it_is_or_adapted_alone(tiny, grouped):
     assert result.final is result.original and result.reason == f"original kept: {ALONE}" and not asked
     by_itself = experiment(supervision={"photographs": {"alone": "single"}})
     assert Scenes(tiny, by_itself).adapt(single, single[0]) is None
-    _, result = Adaptations(by_itself, tiny).adapt(single, single[0])
+    _, result = Adaptations(by_itself).adapt(single, single[0])
     assert result.decision == "original" and result.reason == ""  # train.method none
 
 

@@ -145,7 +145,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """A new file beside `path`, which takes its place at the end: `path` has the old content or the new, never a part."""
-    work = path.with_name(f".{os.getpid()}.partial{path.suffix}")
+    work = path.with_name(f".{path.stem[:40]}.{os.getpid()}.partial{path.suffix}")
     try:
         yield work
         os.replace(work, path)

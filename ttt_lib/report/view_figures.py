@@ -81,11 +81,10 @@ def plot_views(view: View, titles: list[str] | None = None, width: float = 2.4) 
     count, (height, wide) = len(view.image), view.image.shape[-2:]
     figure, axes = plt.subplots(3, count, figsize=(width * count, 3 * width * height / wide + 0.4), squeeze=False)
     for i in range(count):
-        negative = view.negative[i] if view.negative is not None else None
         axes[0, i].imshow(to_array(view.image[i]))
         axes[1, i].imshow(inverse_depth(view.points[i, ..., 2], view.mask[i]), cmap="magma", vmin=0, vmax=1)
         axes[1, i].set_facecolor("0.5")
-        axes[2, i].imshow(paint_mask(view.image[i], view.mask[i], negative))
+        axes[2, i].imshow(paint_mask(view.image[i], view.mask[i], view.negative[i]))
         axes[0, i].set_title(titles[i] if titles else view.kind[i].replace("+photometric", "+colour"), fontsize=8)
     for axis in axes.flat:
         axis.set_xticks([])

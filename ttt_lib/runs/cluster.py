@@ -87,7 +87,7 @@ def open_client(
     """A dask client of `scheduler` (an address), of the cluster that `cluster_file` describes, or of local processes."""
     with ExitStack() as opened:  # what was started is closed, whatever fails after it
         # Dask closes a forgotten client when it is collected, which takes the lock that starting and stopping hold: the
-        # process would wait for itself for ever.
+        # process would wait for itself for ever. Clients that failed earlier are collected before.
         with collector_paused():
             if scheduler:
                 client = _existing(scheduler)

@@ -166,15 +166,17 @@ def _rows(config: ExperimentConfig, sample: Sample, result: AdaptResult) -> dict
 
 
 class Adaptations:
-    """An experiment's model and what it hands from one sample to the next.
+    """An experiment's model, opened, and what it hands from one sample to the next.
 
     Raises:
-        UserError: for a calibration of the gate that cannot be read.
+        UserError: for a calibration of the gate or a model that cannot be read.
     """
 
-    def __init__(self, config: ExperimentConfig, model: GeometryModel) -> None:
-        self.config, self.model, self.scenes = config, model, Scenes(model, config)
+    def __init__(self, config: ExperimentConfig) -> None:
+        # Read before the model, which may be a download: a missing one is said now.
         self.calibration = read_calibration(config.gate.calibration) if config.gate.mode == "decide" else None
+        self.config, self.model = config, open_model(config)
+        self.scenes = Scenes(self.model, config)
         self.weights: list[Tensor] | None = None  # of the last image, where `train.reset` goes on from them
         self.seen = 0
 
@@ -210,7 +212,7 @@ def why_left_out(place: str, error: Exception) -> str:
     """
     expected = True
     if is_out_of_memory(error):
-        why = "out of memory: lower views.longest_side, or set model.checkpointing"
+        why = "out of memory: shrink the picture, lower views.longest_side, or set model.checkpointing"
     elif isinstance(error, UserError | NumericalError | FloatingPointError):
         why = str(error)
     elif isinstance(error, RuntimeError) and "CUDA error" in str(error):  # nothing can be computed there any more
@@ -257,7 +259,7 @@ def run_experiment(
     if folder is not None:
         (folder / "predictions").mkdir(parents=True, exist_ok=True)
     places = [(s, name) for s in open_samples(config, shard) for name in s.names][:limit]
-    adaptations, tables = Adaptations(config, open_model(config)), ResultTables(folder)
+    adaptations, tables = Adaptations(config), ResultTables(folder)
     last: dict[str, Any] = {}
     for sample_set, name in tqdm(places, desc=config.name, disable=not progress, mininterval=2.0):
         try:

@@ -55,7 +55,7 @@ class Runs:
         """The chosen samples of a group alone, as they were seen first; everything where nothing was chosen."""
         if self.selection is None:
             return self
-        chosen = self.selection.loc[self.selection["group"] == name, ["dataset", "sample"]]
+        chosen = self.selection.loc[self.selection["group"] == name, ["dataset", "sample"]].drop_duplicates()
         tables = {key: getattr(self, key).merge(chosen, on=["dataset", "sample"]) for key in KEYS}
         return replace(self, **tables, selection=None)
 

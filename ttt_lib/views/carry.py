@@ -28,7 +28,7 @@ class View:
     image: Tensor
     points: Tensor
     mask: Tensor
-    negative: Tensor | None
+    negative: Tensor
     intrinsics: Tensor
     transform: Tensor
     kind: list[str]

@@ -7,6 +7,7 @@ may be lost where the prediction is nearer or farther than all tracks, or were t
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -56,7 +57,10 @@ def _same_order(original: Prediction, tracks: Tracks) -> float:
     """Spearman's rank correlation between the predicted depth at tracks and theirs; NaN where there is none."""
     found = at_tracks(original, tracks).cpu()
     known = ~torch.isnan(found)
-    return float(spearmanr(found[known], tracks.depth[known]).statistic)
+    found, depth = found[known], tracks.depth[known]
+    if len(found.unique()) < 2 or len(depth.unique()) < 2:
+        return math.nan
+    return float(spearmanr(found, depth).statistic)
 
 
 def beyond(original: Prediction, tracks: Tracks) -> float:

@@ -11,11 +11,10 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from ttt_lib.core.errors import DataError, UserError, reason
-from ttt_lib.core.files import first_repeated, to_json, write_text
+from ttt_lib.core.files import to_json, write_text
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.colmap_files import OWN_MARK
 from ttt_lib.data.photographs.scene import Photograph, Scene
-from ttt_lib.data.photographs.sources import distinct_names
 from ttt_lib.data.photographs.transforms import FLIP
 from ttt_lib.data.photographs.upright import Turned, turn, turns_of
 
@@ -52,11 +51,18 @@ def _file_of(photograph: Photograph) -> Path | None:
 
 
 def _names(scene: Scene) -> list[str]:
-    """Of the photographs' files, or of photographs that are no files, with underscores for spaces; others where two of
-    them are the same."""
-    names = [file.name if (file := _file_of(p)) is not None else p.name for p in scene.photographs]
-    names = ["_".join(name.split()) for name in names]
-    return names if first_repeated(names) is None else distinct_names([Path(name) for name in names])
+    """Of the photographs' files, or of photographs that are no files, with underscores for spaces, and a number where two
+    would be the same."""
+    given = [file.name if (file := _file_of(p)) is not None else p.name for p in scene.photographs]
+    plain = [Path("_".join(name.split())) for name in given]
+    names: dict[int, str] = {}
+    for row in sorted(
+        range(len(plain)), key=lambda row: plain[row].name != given[row]
+    ):  # a name without spaces is kept
+        path = plain[row]
+        others = (f"{path.stem}_{number}{path.suffix}" for number in range(2, len(plain) + 1))
+        names[row] = next(name for name in (path.name, *others) if name not in names.values())
+    return [names[row] for row in range(len(plain))]
 
 
 def scene_points(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
