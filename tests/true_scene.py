@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ttt_lib.core.types import Sample
+from ttt_lib.data.photographs.measured import Measured
 from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks
-from ttt_lib.data.photographs.stereo import Measured
 from ttt_lib.data.scenes.tours import make_tour
 from ttt_lib.geometry.cameras import project, transform_points
 

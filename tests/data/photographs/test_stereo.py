@@ -8,17 +8,9 @@ import pytest
 import torch
 from true_scene import true_scene
 
+from ttt_lib.data.photographs.measured import BEHIND, bounds, certain, confirmed, measure_depth
 from ttt_lib.data.photographs.scene import Tracks
-from ttt_lib.data.photographs.stereo import (
-    BEHIND,
-    LEAST,
-    bounds,
-    certain,
-    confirmed,
-    measure_depth,
-    neighbours,
-    to_gray,
-)
+from ttt_lib.data.photographs.stereo import LEAST, neighbours, to_gray
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from ttt_lib.adaptation.correction import at_references, correct
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.known_distances import References
+from ttt_lib.data.photographs.measured import Measured, measure_depth
 from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks, split, track_points
-from ttt_lib.data.photographs.stereo import Measured, measure_depth, to_gray
+from ttt_lib.data.photographs.stereo import to_gray
 from ttt_lib.geometry.cameras import project, transform_points, unproject, unproject_far, uv_map
 from ttt_lib.geometry.exact_alignment import align_depth_affine
 

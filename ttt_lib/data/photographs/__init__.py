@@ -4,7 +4,7 @@ Comes in (`load.load_scene`): a list or a folder of photographs (`sources`), a c
 computed (`known`), a COLMAP model (`colmap_files`, `colmap`) or a `transforms.json` (`transforms`), with their photographs,
 which may be stored turned (`upright`).
 Goes out: a `scene.Scene`, cameras and tracks with their signals, and one sentence in `refused` where the photographs tell
-nothing. `stereo` measures depth between the tracks; `writers` give a scene to other programs.
+nothing. `stereo` matches two photographs, `measured` says what depth follows; `writers` give a scene to other programs.
 
 In between, `reconstruct` writes small gray pictures and has another process, with pycolmap in it, do a `job.Job`:
 1. `matching`: features and verified matches; copies and photographs of something else are left out;
