@@ -61,8 +61,9 @@ def camera(x: float = 0.0, y: float = 0.0, z: float = 0.0, turn: float = 0.0) ->
     return torch.from_numpy(pose).float()
 
 
-def render(pose: torch.Tensor, world=None, size: tuple[int, int] = (216, 320), noise: int = 0) -> View:
-    """The world seen by a camera; 2 x 2 rays a pixel, and a little noise that differs by `noise`."""
+def render(pose: torch.Tensor, world=None, size: tuple[int, int] = (216, 320), noise: int = 0, k: float = 0.0) -> View:
+    """The world seen by a camera; 2 x 2 rays a pixel, and a little noise that differs by `noise`. k: how its lens bends
+    straight lines, as COLMAP's SIMPLE_RADIAL has it."""
     world, pictures = world or room(), textures()
     height, width = size
     matrix = pose.double().numpy()
@@ -70,6 +71,9 @@ def render(pose: torch.Tensor, world=None, size: tuple[int, int] = (216, 320), n
     color, depth = np.zeros((2 * height, 2 * width, 3)), np.full((2 * height, 2 * width), np.inf)
     v, u = np.meshgrid((np.arange(2 * height) + 0.5) / 2, (np.arange(2 * width) + 0.5) / 2, indexing="ij")
     rays = np.stack([(u - width / 2) / fx, (v - height / 2) / fy, np.ones_like(u)], -1)
+    seen = rays[..., :2].copy()
+    for _ in range(60 * bool(k)):  # until the lens puts them where they are seen
+        rays[..., :2] = seen / (1 + k * (rays[..., :2] ** 2).sum(-1, keepdims=True))
     for corner, across, down, number in world:
         corner = matrix[:3, :3] @ corner + matrix[:3, 3]
         across, down = matrix[:3, :3] @ across, matrix[:3, :3] @ down

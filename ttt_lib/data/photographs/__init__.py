@@ -2,7 +2,7 @@
 
 Comes in (`load.load_scene`): a list or a folder of photographs (`sources`), a clip (`clips`), or cameras that somebody
 computed (`known`), a COLMAP model (`colmap_files`, `colmap`) or a `transforms.json` (`transforms`), with their photographs
-(`by_name`), which may be stored turned (`upright`).
+(`by_name`), which may be stored turned (`upright`) and are read without the distortion of those cameras' lenses (`undistort`).
 Goes out: a `scene.Scene`, cameras and tracks with their signals, and one sentence in `refused` where the photographs tell
 nothing. `stereo` matches two photographs, `measured` says what depth follows; `writers` give a scene to other programs.
 
@@ -14,6 +14,6 @@ In between, `reconstruct` writes small gray pictures and has another process, wi
 
 Known: two photographs without any focal length are often refused, since their depth hangs on it; a given one that is
 wrong by half misleads them where several fit as well, which three photographs do not let happen. Frames of a drive may
-be refused for contradictions. Distortion of the lens is not modelled.
+be refused for contradictions. Where the cameras are not given, distortion of the lens is not modelled.
 Start reading at `scene.py`, then `load.py` and `reconstruct.py`.
 """

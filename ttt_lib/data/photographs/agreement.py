@@ -180,7 +180,7 @@ def triangulate(job: Job, lenses: list[Lens], poses: np.ndarray) -> Job:
     """The job with points that its photographs see, by cameras that stay as they are, or with why there are none.
 
     Args:
-        job: of pictures as their cameras saw them, of the shape of their lenses.
+        job: of pictures as their cameras saw them, without distortion, of the shape of their lenses.
         lenses: one a picture.
         poses: (N,4,4) world -> camera.
 

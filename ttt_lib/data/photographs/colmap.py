@@ -13,9 +13,10 @@ import numpy as np
 from ttt_lib.core.errors import DataError
 from ttt_lib.core.types import are_normalised_intrinsics
 from ttt_lib.data.photographs.colmap_files import Listing, ModelFiles, list_model
-from ttt_lib.data.photographs.job import FARTHEST, LEAST_FOCAL, Failed, SparseModel, apart
+from ttt_lib.data.photographs.job import FARTHEST, LEAST_FOCAL, Failed, Lens, SparseModel, apart
 from ttt_lib.data.photographs.reconstruct import normalized_intrinsics
 from ttt_lib.data.photographs.sources import natural
+from ttt_lib.data.photographs.undistort import LASTING, can_be_undistorted
 
 BASE_MEMORY = 2**31  # bytes that the process which reads may take: its libraries,
 MEMORY_PER_BYTE = 12  # and what becomes of a byte of the files
@@ -24,6 +25,9 @@ PATIENCE, BYTES_A_SECOND = 60, 2**20  # how long it may take
 
 def read_model(files: ModelFiles) -> tuple[SparseModel, Listing]:
     """Images (by COLMAP's ids), cameras, points and observations of a model's files; and what they list.
+
+    Cameras are pinhole ones, and so are the places of the observations: where a lens has distortion, those of the
+    pinhole picture (`undistort`). What would lie outside of it is left out.
 
     Raises:
         DataError: the files are damaged, lie about what they hold, or hold no image with a camera.
@@ -48,7 +52,7 @@ def read_model(files: ModelFiles) -> tuple[SparseModel, Listing]:
     known = np.isfinite(model.uv).all(-1) & np.isfinite(model.depth) & np.isfinite(model.error)
     model = _observed(replace(model, xyz=np.where(good[:, None], model.xyz, 0.0)), good[model.point] & known)
     for row, image in enumerate(model.image.tolist()):
-        if why := _why_no_camera(model, row):
+        if why := _why_no_camera(model, row, listing.taken_by(image)):
             listing.unusable[image] = why
             model.pose[row], model.intrinsics[row] = np.eye(4), (1.0, 1.0, 0.5, 0.5)  # so that nothing else breaks
     return _observed(model, ~np.isin(model.image[model.seen_by], list(listing.unusable))), listing
@@ -71,7 +75,7 @@ def _observed(model: SparseModel, keep: np.ndarray) -> SparseModel:
     return replace(model, **{name: getattr(model, name)[keep] for name in names})
 
 
-def _why_no_camera(model: SparseModel, row: int) -> str:
+def _why_no_camera(model: SparseModel, row: int, lens: Lens | None) -> str:
     """Why an image has no camera that can be used; "" where it has one."""
     pose, rotation = model.pose[row], model.pose[row, :3, :3]
     (fx, fy, cx, cy), (width, height) = model.intrinsics[row], model.size[row]
@@ -89,4 +93,4 @@ def _why_no_camera(model: SparseModel, row: int) -> str:
         return (
             "has a camera that cannot be: a focal length below zero, a centre far outside, or one of them not in pixels"
         )
-    return ""
+    return "" if lens is None or can_be_undistorted(lens) else LASTING

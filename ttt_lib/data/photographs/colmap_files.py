@@ -41,6 +41,10 @@ class Listing:
     own: bool = False
     unusable: dict[int, str] = field(default_factory=dict)
 
+    def taken_by(self, image: int) -> Lens | None:
+        """The lens of an image (its id); None where it is not listed."""
+        return self.lenses[self.images[image][1]] if image in self.images else None
+
 
 @dataclass
 class ModelFiles:

@@ -88,6 +88,23 @@ class Lens(NamedTuple):
     height: int
     params: tuple[float, ...]
 
+    @property
+    def pinhole(self) -> Lens:
+        """The same lens without its distortion: its focal lengths and its centre."""
+        focal, *rest = self.params[: self._pinhole_params]
+        fx, fy, cx, cy = (focal, focal, *rest) if len(rest) == 2 else (focal, *rest)
+        return Lens("PINHOLE", self.width, self.height, (fx, fy, cx, cy))
+
+    @property
+    def distortion(self) -> tuple[float, ...]:
+        """The parameters that bend straight lines, as COLMAP orders them; none where it has none, or all are zero."""
+        bending = self.params[self._pinhole_params :]
+        return bending if any(bending) else ()
+
+    @property
+    def _pinhole_params(self) -> int:
+        return 3 if self.model.startswith("SIMPLE_") or self.model == "RADIAL" else 4
+
 
 @dataclass
 class SparseModel:
@@ -96,7 +113,8 @@ class SparseModel:
     image (I,) long: its place among the photographs, or its id; pose (I,4,4) world -> camera; size (I,2) width and
     height; intrinsics (I,4) fx, fy, cx, cy in pixels, NaN of a fisheye; xyz (P,3). Of an observation: seen_by (M,) row of
     the image, feature (M,) number of the picture's feature, point (M,) row of xyz, uv (M,2) in pixels with the first
-    pixel's centre at 0.5, depth (M,), error (M,) of reprojection in pixels, NaN where the camera cannot project it.
+    pixel's centre at 0.5, of the picture without distortion, NaN where that does not reach, depth (M,), error (M,) of
+    reprojection in pixels of the picture as it was taken, NaN where the camera cannot project it.
     explained (I,): of each image the share of its verified matches that its cameras explain; None where none are known.
     bent (M,2): see `Tracks`; None where the focal length is no question. made: what pycolmap made of the matches; it
     stays in the process.

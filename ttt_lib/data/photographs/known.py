@@ -4,6 +4,7 @@ photographs that belong to the names in them."""
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.signals import centres, moves_ahead, select_tracks, summarize
 from ttt_lib.data.photographs.sources import distinct_names, first_of, from_list, photographs_of, thinned
 from ttt_lib.data.photographs.transforms import find_transforms, lens_of, read_transforms, size_of
+from ttt_lib.data.photographs.undistort import LASTING, can_be_undistorted, read_undistorted
 from ttt_lib.data.photographs.upright import turn, turns_of_camera
 
 FAR = 1000.0  # times their own spread: so far from the origin float32 would cost a ten-thousandth of it
@@ -32,7 +34,10 @@ ANOTHER = "is another model, of fewer images, which is not read; name it to have
 
 class Posed(NamedTuple):
     """A photograph with its camera. turns: quarter turns, clockwise, from the picture as the camera saw it to the
-    upright one that `read_photo` gives; lens: of the picture as the camera saw it; pose (4,4) float64 world -> camera."""
+    upright one that `read_photo` gives; lens: of the picture as the camera saw it; pose (4,4) float64 world -> camera.
+
+    Where the lens has distortion, `source` and `as_seen` are without it, so that they fit to its pinhole camera.
+    """
 
     name: str
     file: Path
@@ -40,9 +45,21 @@ class Posed(NamedTuple):
     lens: Lens
     pose: np.ndarray
 
+    @property
+    def plain(self) -> Photograph:
+        """As it was taken, for where its camera does not count."""
+        return Photograph(self.name, partial(read_photo, self.file))
+
+    @property
+    def source(self) -> Callable[[], Tensor]:
+        """Reads the picture (3,H,W) without distortion, upright."""
+        if not self.lens.distortion:
+            return partial(read_photo, self.file)
+        return partial(read_undistorted, self.file, self.lens, self.turns)
+
     def as_seen(self) -> Tensor:
-        """The picture (3,H,W) as the camera saw it."""
-        return torch.rot90(read_photo(self.file), self.turns, (1, 2))
+        """The picture (3,H,W) without distortion, as the camera saw it before it was turned upright."""
+        return torch.rot90(self.source(), self.turns, (1, 2))
 
 
 def find_cameras(path: Any) -> ModelFiles | Path | None:
@@ -84,7 +101,7 @@ def scene_of_cameras(
         return _with_points(model, listing, files, count, cameras.folder, scene)
     scene.left_out += [(files[image].stem, why) for image, why in listing.unusable.items() if image in files]
     usable = thinned([each for each in found if each[0] not in listing.unusable], None, count, cameras.folder)
-    entries = [(files[image], model.pose[row], listing.lenses[listing.images[image][1]]) for image, row in usable]
+    entries = [(files[image], model.pose[row], listing.taken_by(image)) for image, row in usable]
     return _triangulated(_with_cameras(entries, cameras.folder, scene), seed, scene)
 
 
@@ -127,6 +144,8 @@ def _with_cameras(
             size = (camera.width, camera.height) if isinstance(camera, Lens) else size_of(camera)
             turns, stored = turns_of_camera(file, size)
             lens = camera if isinstance(camera, Lens) else lens_of(camera, size or stored)
+            if not can_be_undistorted(lens):
+                raise UserError(f"{LASTING}.")
             result.append(Posed(name, file, turns, lens, pose))
         except UserError as error:
             scene.left_out.append((name, str(error)))
@@ -140,16 +159,17 @@ def _with_cameras(
 def _triangulated(posed: list[Posed], seed: int, scene: Scene) -> Scene:
     """A scene of photographs whose cameras are known and stay as they are; its scale is that of the poses."""
     pictures = [Picture(each.name, each.as_seen) for each in posed]
-    lenses, poses = [each.lens for each in posed], np.stack([each.pose for each in posed])
+    lenses = [each.lens.pinhole if each.lens.distortion else each.lens for each in posed]
+    poses = np.stack([each.pose for each in posed])
     job = do_apart("agreement.triangulate", pictures, seed, False, lenses, poses)
     scene.about = {"scale": "as the cameras have it", **job.about}
-    rest = [Photograph(each.name, partial(read_photo, each.file)) for each in posed]
+    plain = [each.plain for each in posed]
     if job.refused:
-        return replace(scene, photographs=rest + scene.rest, refused=job.refused, rest=[])
+        return replace(scene, photographs=plain + scene.rest, refused=job.refused, rest=[])
     picked = _select(job.model, job.left_out)
     picked.weak.update(job.left_out)
-    turns = {image: posed[image].turns for image in job.model.image.tolist() if image not in picked.weak}
-    return _scene_of_images(job.model, picked, dict(enumerate(rest)), turns, scene)
+    taken = {image: posed[image] for image in job.model.image.tolist() if image not in picked.weak}
+    return _scene_of_images(job.model, picked, dict(enumerate(plain)), taken, scene)
 
 
 def _with_points(
@@ -163,14 +183,16 @@ def _with_points(
     picked.weak.update(listing.unusable)
     named = zip(files.items(), distinct_names(list(files.values())))
     photographs = {image: Photograph(name, partial(read_photo, file)) for (image, file), name in named}
-    sizes = dict(zip(model.image.tolist(), model.size.tolist()))
-    turns = {}
-    for image in thinned([i for i in sizes if i in files and i not in picked.weak], None, count, where):
+    row_of = {image: row for row, image in enumerate(model.image.tolist())}
+    taken = {}
+    for image in thinned([i for i in row_of if i in files and i not in picked.weak], None, count, where):
+        row, lens = row_of[image], listing.taken_by(image)
         try:
-            turns[image], _ = turns_of_camera(files[image], sizes[image])
+            turns, _ = turns_of_camera(files[image], model.size[row].tolist())
+            taken[image] = Posed(photographs[image].name, files[image], turns, lens, model.pose[row])
         except UserError as error:
             scene.left_out.append((photographs.pop(image).name, str(error)))
-    return _scene_of_images(model, picked, photographs, turns, scene)
+    return _scene_of_images(model, picked, photographs, taken, scene)
 
 
 def _select(model: SparseModel, unusable: dict[int, str]) -> Selection:
@@ -182,31 +204,38 @@ def _select(model: SparseModel, unusable: dict[int, str]) -> Selection:
 
 
 def _scene_of_images(
-    model: SparseModel, picked: Selection, photographs: dict[int, Photograph], turns: dict[int, int], scene: Scene
+    model: SparseModel, picked: Selection, photographs: dict[int, Photograph], posed: dict[int, Posed], scene: Scene
 ) -> Scene:
-    """The scene of the images that `turns` has; the others are left out with their reasons, if they have any."""
+    """The scene of the images that `posed` has; the others are left out with their reasons, if they have any.
+
+    photographs: as they were taken. So stay those that are left out or of a refused scene, where no camera counts; the
+    others are read without the distortion of their lenses, as the model's cameras and places are.
+    """
     for row, image in enumerate(model.image.tolist()):
         here, camera = model.seen_by == row, (model.intrinsics[row], model.size[row], model.pose[row])
-        turned = turn(turns.get(image, 0), *camera, model.uv[here])
+        turned = turn(posed[image].turns if image in posed else 0, *camera, model.uv[here])
         model.intrinsics[row], model.size[row], model.pose[row], model.uv[here] = turned
     _near_origin(model, scene)
     out = [image for image in photographs if image in picked.weak]
     scene.left_out += [(photographs[image].name, picked.weak[image]) for image in out]
-    taken = np.isin(model.image, list(turns))
+    taken = np.isin(model.image, list(posed))
     weak = dict.fromkeys(model.image[~taken].tolist(), "")
     whole = replace(picked, which=picked.which & taken[model.seen_by], weak=weak)
     scene.about.update(summarize(model, whole))
     focals = model.intrinsics[taken, 0] / model.size[taken, 0]
     scene.about["focal"] = sorted({round(focal, 4) for focal in focals.tolist()})
     rest = [photographs[image] for image in out if _can_be_read(photographs[image])] + scene.rest
-    found = to_photographs(model, whole, [photographs.get(image) for image in model.image.tolist()])
-    if len(found) >= 2:
+    if len(posed) >= 2:
+        if undistorted := sum(bool(each.lens.distortion) for each in posed.values()):
+            scene.about["undistorted"] = undistorted
+        straight = {image: replace(photographs[image], source=each.source) for image, each in posed.items()}
+        found = to_photographs(model, whole, [straight.get(image) for image in model.image.tolist()])
         return replace(scene, photographs=found, rest=rest)
     refused = (
         f"fewer than two photographs have a camera and points enough{_because(scene)}: give more of them, from places "
         "apart."
     )
-    return replace(scene, photographs=rest + [Photograph(p.name, p.source) for p in found], refused=refused, rest=[])
+    return replace(scene, photographs=rest + [photographs[image] for image in posed], refused=refused, rest=[])
 
 
 def _near_origin(model: SparseModel, scene: Scene) -> None:

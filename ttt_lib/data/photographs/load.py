@@ -29,7 +29,8 @@ def load_scene(
 
     Cameras are computed from the photographs, or taken as they are where somebody computed them before: from a finished
     COLMAP model, whose points are taken too, or from a `transforms.json` (nerfstudio, instant-ngp, Blender), by which
-    points are triangulated. The scale is then that of these cameras.
+    points are triangulated. The scale is then that of these cameras. Where their lenses have distortion, the photographs
+    are read without it, as pinhole cameras would have taken them; `about["undistorted"]` says how many.
 
     Args:
         source: a list of photographs (files; or pairs of a name and a tensor (3,H,W) in [0,1], or `Sample`s), a folder

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pycolmap
 
-from ttt_lib.data.photographs.job import Job, SparseModel
+from ttt_lib.data.photographs.job import Job, Lens, SparseModel
 from ttt_lib.data.photographs.matching import database_of, image_name, tolerance
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ PLACED_ANGLE = 0.1  # the same of known cameras: far points count too when they 
 EPIPOLAR_ERROR = 0.002  # of the longer side, and at least a pixel
 LOSS_SCALE = 0.5  # pixels: from here on a residual counts by its length, not by its square
 FISHEYE = ("FISHEYE", "FOV", "EUCM", "EQUIRECTANGULAR")
+RETURNS = 0.1  # pixels that a place may miss itself by when its ray is seen again: else the ray is none
 
 
 def attempt(
@@ -209,7 +210,11 @@ def read(folder: Path, memory: int) -> SparseModel:
 
 
 def as_arrays(model: pycolmap.Reconstruction, first: int) -> SparseModel:
-    """Registered images with their cameras, and what each sees of the points; first: the id that becomes image 0."""
+    """Registered images with their cameras, and what each sees of the points; first: the id that becomes image 0.
+
+    Where a lens has distortion the places are those of the pinhole picture (`_straight`); the errors stay those of the
+    picture in which the points were found.
+    """
     ids, points = sorted(model.reg_image_ids()), [point for _, point in sorted(model.points3D.items())]
     row_of = {image: row for row, image in enumerate(ids)}
     seen = [
@@ -236,4 +241,20 @@ def as_arrays(model: pycolmap.Reconstruction, first: int) -> SparseModel:
             local = xyz[point[which]] @ pose[row, :3, :3].T + pose[row, :3, 3]
             depth[which] = local[:, 2]
             error[which] = np.linalg.norm(camera.img_from_cam(local) - uv[which], axis=1)
+            uv[which] = _straight(camera, uv[which])
     return SparseModel(np.array(ids) - first, pose, size, intrinsics, xyz, seen_by, feature, point, uv, depth, error)
+
+
+def _straight(camera: pycolmap.Camera, uv: np.ndarray) -> np.ndarray:
+    """Where the same camera without distortion sees what it sees at uv (N,2), in pixels; NaN outside of its picture and
+    where the distortion cannot be undone. Without distortion, and of a fisheye, uv itself."""
+    lens = Lens(camera.model_name, camera.width, camera.height, tuple(camera.params))
+    if not lens.distortion or any(word in lens.model for word in FISHEYE):
+        return uv
+    rays = camera.cam_from_img(uv)
+    returned = camera.img_from_cam(np.concatenate([rays, np.ones_like(rays[:, :1])], 1))
+    fx, fy, cx, cy = lens.pinhole.params
+    places = rays * [fx, fy] + [cx, cy]
+    good = (np.linalg.norm(returned - uv, axis=1) < RETURNS) & (places >= 0).all(1)
+    good &= (places <= [lens.width, lens.height]).all(1)
+    return np.where(good[:, None], places, np.nan)

@@ -109,8 +109,8 @@ def measure_depth(grays: list[GrayPhotograph], index: int) -> tuple[Measured | N
     Returns:
         The depth, the median over the neighbours where two of them agree within `AGREE` (where there is one alone: its
         own, `confirmed`), with the bounds elsewhere; and the share of the photograph's tracks that it meets. None where
-        no neighbour can measure anything (the share is then NaN), or where it does not meet the tracks: a lens with
-        distortion, something that moves, or tracks of something else.
+        no neighbour can measure anything (the share is then NaN), or where it does not meet the tracks: a lens whose
+        distortion is not known, something that moves, or tracks of something else.
     """
     own = grays[index]
     matches = [pair_disparity(own, grays[number]) for number in neighbours(grays, index)]

@@ -70,9 +70,10 @@ class Photograph:
     """One picture of the scene.
 
     source: the image (3,H,W) float32 in [0,1], or a function that reads it, so that a scene of many photographs needs
-    the memory of one. intrinsics (3,3) float32, normalised; of a lens with distortion, those of the same camera
-    without. pose (4,4) float32, world -> camera (OpenCV: x right, y down, z forward); None where the scene was not
-    reconstructed.
+    the memory of one. intrinsics (3,3) float32, normalised. pose (4,4) float32, world -> camera (OpenCV: x right, y
+    down, z forward); None where the scene was not reconstructed. Image, intrinsics and tracks are those of one pinhole
+    camera: where a given lens has distortion, the image is read without it (`undistort`) and the tracks lie in that.
+    Without a camera (left out, or of a refused scene) the image is as it was taken.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Scene:
         error            median reprojection error, pixels
         scale            where the cameras were given: that theirs is kept
         origin           (3,) to be added for the coordinates of given cameras that stood far from their origin
+        undistorted      photographs that are read without the distortion of their given lenses, if there are any
     """
 
     photographs: list[Photograph]
@@ -155,10 +157,7 @@ def split(scene: Scene, share: float, generator: torch.Generator) -> tuple[Scene
 
 
 def track_points(photograph: Photograph) -> Tensor:
-    """The photograph's tracks in the world, (N,3) float64, in the scene's unit. It must have a camera.
-
-    Seen by a lens with distortion they are off sideways by that distortion; their depth is right.
-    """
+    """The photograph's tracks in the world, (N,3) float64, in the scene's unit. It must have a camera."""
     tracks, intrinsics, pose = photograph.tracks, photograph.intrinsics, photograph.pose
     if intrinsics is None or pose is None:
         raise DataError(f"{photograph.name}: has no camera; the scene was not reconstructed.")

@@ -16,6 +16,7 @@ from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.colmap_files import OWN_MARK
 from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.transforms import FLIP
+from ttt_lib.data.photographs.undistort import read_undistorted
 from ttt_lib.data.photographs.upright import Turned, turn, turns_of
 
 DEPTH_WEIGHT = 300.0  # of a track's depth against its place in the picture, when its point is found again
@@ -48,6 +49,12 @@ def _file_of(photograph: Photograph) -> Path | None:
     """The file that a photograph is read from, if it is read from one."""
     source = photograph.source
     return Path(source.args[0]) if isinstance(source, partial) and source.func is read_photo else None
+
+
+def _is_distorted(photograph: Photograph, file: Path) -> bool:
+    """Whether a file is the one that the photograph is read from without the distortion of its lens."""
+    source = photograph.source
+    return isinstance(source, partial) and source.func is read_undistorted and file.samefile(source.args[0])
 
 
 def _names(scene: Scene) -> list[str]:
@@ -101,8 +108,8 @@ def write_colmap(folder: str | os.PathLike, scene: Scene) -> None:
     Images have the names of their files. COLMAP's text knows no spaces in names, so they become underscores.
 
     `load_scene` reads cameras and tracks back within float32; weights may differ a little where more photographs saw a
-    point than have a track of it. Of a lens with distortion only the pinhole part is known and written, and its tracks do
-    not fit to that.
+    point than have a track of it. Photographs that are read without the distortion of their lenses are in no file: the
+    model has the scene's names for them, and what is beside it under these has to be saved from `Photograph.image`.
 
     Args:
         folder: made where it is not there.
@@ -165,7 +172,8 @@ def write_transforms(path: str | os.PathLike, scene: Scene, files: Sequence[str 
             from here; the file names them relative to its folder where they lie below it.
 
     Raises:
-        DataError: the scene has no cameras, the files are not one for each, or the file cannot be written.
+        DataError: the scene has no cameras, the files are not one for each, one still has the distortion of its lens that
+            was taken away from the photograph, or the file cannot be written.
     """
     _check(scene)
     if len(files) != len(scene.photographs):
@@ -177,6 +185,10 @@ def write_transforms(path: str | os.PathLike, scene: Scene, files: Sequence[str 
     for photograph, file in zip(scene.photographs, files):
         found = next((p for p in (path.parent / file, Path(file)) if p.is_file()), None)
         pinhole, size, pose, _ = _as_stored(photograph, found)
+        if found is not None and _is_distorted(photograph, found):
+            raise DataError(
+                f"{found}: has the distortion of its lens still; save the photograph's `image` and name that."
+            )
         keys = ("w", "h", "fl_x", "fl_y", "cx", "cy", "k1", "k2", "p1", "p2")
         cameras.append(dict(zip(keys, [*size, *pinhole, 0.0, 0.0, 0.0, 0.0])))
         to_world = np.linalg.inv(pose) @ FLIP
