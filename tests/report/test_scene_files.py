@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import cv2
 import ipywidgets
 import numpy as np
 import pytest
@@ -20,13 +22,15 @@ from ttt_lib.adaptation.photographs.scene import adapt_scene
 from ttt_lib.adaptation.saved_weights import save_weights, use_weights
 from ttt_lib.cli import app
 from ttt_lib.core.errors import ModelError, UserError
+from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Scene
+from ttt_lib.data.photographs.writers import write_colmap
 from ttt_lib.geometry.cameras import transform_points
 from ttt_lib.models.base import weights_checksum
 from ttt_lib.report import scene_cloud
 from ttt_lib.report.scene_cloud import SceneCloud
-from ttt_lib.report.scene_files import write_scene
+from ttt_lib.report.scene_files import adapt_photographs, write_scene
 from ttt_lib.report.scene_widgets import SceneExplorer
 
 experiment = small_experiment(supervision={"photographs": {}}, train={"method": "none", "passes": 0})
@@ -196,6 +200,54 @@ def test_the_explorer_shows_each_photograph_and_both_clouds(written, monkeypatch
     explorer.cloud.value = "after"
     assert len(explorer.results) == 3 and set(entered) == {explorer.clouds}
     assert "no." in SceneExplorer(replace(written[0], evidence=[], scene=Scene([], refused="no."))).children[0].value
+
+
+def bent_model(folder: Path, scene: Scene, k: float) -> None:
+    """A COLMAP model of a scene and its photographs, as lenses with this distortion (SIMPLE_RADIAL) would have made it."""
+    write_colmap(folder, scene)
+    places = iter(scene.photographs)
+    lines = (folder / "images.txt").read_text(encoding="utf-8").splitlines()
+    for number in range(2, len(lines), 2):
+        photograph = next(places)
+        height, width = photograph.image.shape[1:]
+        focal, middle = float(photograph.intrinsics[0, 0]) * width, np.array([width, height]) / 2
+        values = np.array(lines[number].split(), float).reshape(-1, 3)
+        rays = (values[:, :2] - middle) / focal
+        values[:, :2] = middle + focal * rays * (1 + k * (rays**2).sum(1, keepdims=True))
+        lines[number] = " ".join(f"{u} {v} {int(point)}" for u, v, point in values)
+        seen = (np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1) + 0.5 - middle) / focal
+        rays = seen.copy()
+        for _ in range(60):
+            rays = seen / (1 + k * (rays**2).sum(-1, keepdims=True))
+        x, y = np.moveaxis((rays * focal + middle - 0.5).astype(np.float32), -1, 0)
+        array = photograph.image.permute(1, 2, 0).contiguous().numpy()
+        array = cv2.remap(array, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        Image.fromarray((array * 255).clip(0, 255).round().astype(np.uint8)).save(folder / f"{photograph.name}.png")
+    (folder / "images.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    cameras = [line.split() for line in (folder / "cameras.txt").read_text(encoding="utf-8").splitlines()[1:]]
+    lenses = [f"{number} SIMPLE_RADIAL {w} {h} {fx} {cx} {cy} {k}\n" for number, _, w, h, fx, _, cx, cy in cameras]
+    (folder / "cameras.txt").write_text("".join(lenses), encoding="utf-8")
+
+
+def test_lenses_with_distortion_leave_pictures_and_cameras_without(rendered, tmp_path):
+    """Known answer: from the true scene as such lenses would see it, the true pictures, cameras and places come back."""
+    bent_model(tmp_path / "in", rendered[0], -0.3)
+    lines: list[str] = []
+    record = adapt_photographs(tmp_path / "in", tmp_path / "out", experiment(), {}, None, None, lines.append)
+    assert "3 photographs: the distortion of their lenses is removed" in "\n".join(lines)
+    assert record["scene"]["undistorted"] == 3
+    again = load_scene(tmp_path / "out")
+    metres = again.photographs[0].tracks.depth.sum() / rendered[0].photographs[0].tracks.depth.sum()
+    for true, found in zip(rendered[0].photographs, again.photographs, strict=True):
+        assert torch.allclose(found.pose[:3, :3], true.pose[:3, :3], atol=1e-5)
+        assert torch.allclose(found.pose[:3, 3], metres * true.pose[:3, 3], atol=1e-4)
+        assert torch.allclose(found.intrinsics, true.intrinsics, atol=1e-5)
+        taken = read_photo(tmp_path / "in" / f"{true.name}.png")
+        off, before = ((image - true.image)[:, 4:-4, 4:-4].abs().mean() for image in (found.image, taken))
+        assert off < 0.25 * before
+        order, true_order = (p.tracks.depth.argsort() for p in (found, true))
+        assert torch.allclose(found.tracks.uv[order], true.tracks.uv[true_order], atol=1e-4)
+        assert torch.allclose(found.tracks.depth[order], metres * true.tracks.depth[true_order], rtol=1e-4)
 
 
 def test_the_command_from_photographs_to_a_page(tmp_path):

@@ -74,6 +74,11 @@ def adapt_photographs(
     for name, why in scene.left_out:
         announce(f"left out: {name}: {why}")
     announce(f"refused: {scene.refused}" if scene.refused else repr(scene))
+    if straight := scene.about.get("undistorted"):
+        announce(
+            f"{straight} photographs: the distortion of their lenses is removed; images/ holds them as a pinhole camera "
+            "sees them"
+        )
     adaptation = adapt_scene(model, scene, config, output.name, progress=True)
     if save is not None and adaptation.weights:
         save_weights(save, model, adaptation.weights)
@@ -100,7 +105,8 @@ def write_scene(adaptation: SceneAdaptation, output: Path, announce: Announce = 
     The folder holds, of each photograph, `depth/NAME.png` (16 bits, MoGe's logarithmic encoding), `depth/NAME.npy`
     (H,W) float32, `images/NAME.png` and `before_after/NAME.jpg`; of a scene that was reconstructed also `cloud.ply` and
     `cloud.glb` (y up), `sparse/0` (COLMAP text), `transforms.json` (nerfstudio) and `index.html`. All depth is in one
-    scale: metres for metric models, else arbitrary. Photographs that were left out are in their own scale.
+    scale: metres for metric models, else arbitrary. Photographs that were left out are in their own scale. Cameras and
+    depth belong to the pictures in `images`, from which the distortion of given lenses is removed.
     """
     check_free(output)
     with replacing(output.absolute()) as work:
