@@ -19,7 +19,9 @@ from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.job import Lens
 from ttt_lib.data.photographs.load import load_scene
+from ttt_lib.data.photographs.measured import measure_depth
 from ttt_lib.data.photographs.scene import Scene, track_points
+from ttt_lib.data.photographs.stereo import to_gray
 from ttt_lib.data.photographs.transforms import FLIP
 from ttt_lib.data.photographs.undistort import can_be_undistorted, places_in_picture, read_undistorted, undistorted
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
@@ -214,12 +216,10 @@ def test_known_lenses_with_distortion_give_depth_and_pictures_without(bent_house
 
 
 def test_stereo_measures_between_straightened_photographs(bent_house, views):
-    from ttt_lib.data.photographs.stereo import measure_depth, to_gray
-
     grays = [to_gray(photograph) for photograph in bent_house[1].photographs]
-    depth, meets = measure_depth(grays, 2)
-    ratio = (depth / views[0][2].depth).log().abs()
-    assert meets > 0.9 and ratio.nanmedian() < 0.01 and torch.isfinite(depth).float().mean() > 0.3
+    measured, meets = measure_depth(grays, 2)
+    ratio = (measured.depth / views[0][2].depth).log().abs()
+    assert meets > 0.9 and ratio.nanmedian() < 0.01 and torch.isfinite(measured.depth).float().mean() > 0.3
 
 
 def test_what_is_exported_is_one_pinhole_camera(bent_house, tmp_path):
