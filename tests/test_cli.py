@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -149,6 +150,30 @@ def test_adapt_takes_known_distances(ttt, tmp_path):
     assert record["unit"] == "metre" and "1 references" in record["reason"] and record["decision"] == "adapted"
     wrong = ttt(*arguments, "--metric-points", tmp_path / "none.csv")
     assert wrong.returncode == 1 and "no such file" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+ENDLESS = """
+import time
+from ttt_lib import cli
+from ttt_lib.report import photo_files
+def adapt_photograph(*_):
+    print("ready", flush=True)
+    time.sleep(200)
+photo_files.adapt_photograph = adapt_photograph
+cli.main()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a process is ended without being asked")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_told_to_end_leaves_nothing_half_done(tmp_path, number):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    words = ["adapt", str(tmp_path / "a.png"), "-o", str(tmp_path / "out")]
+    with subprocess.Popen([sys.executable, "-c", ENDLESS, *words], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n" and list((tmp_path / "out").glob(".a.*.partial"))
+        process.send_signal(number)
+        assert process.wait(timeout=60) == (143 if number == signal.SIGTERM else 130)
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.fixture(scope="module")

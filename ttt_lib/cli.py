@@ -22,6 +22,7 @@ from ttt_lib.core.collector import collector_paused
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, printable, reason
 from ttt_lib.core.files import absolute
+from ttt_lib.core.termination import ending_in_order
 from ttt_lib.runs.catalog import NOTEBOOKS, experiment_file, experiment_files, notebooks_folder
 
 LOG = logging.getLogger("ttt_lib")
@@ -187,6 +188,7 @@ def summarise(runs: Path, threads: int) -> None:
 
 
 @app.command(epilog="Example: ttt-depth adapt photo.jpg -o outputs --set train.passes=8")
+@ending_in_order()
 def adapt(
     images: Annotated[list[str], typer.Argument(help="Photographs of any size and kind, or folders of them.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the results.")] = Path("outputs"),
@@ -241,6 +243,7 @@ def adapt(
 
 
 @app.command(epilog="Example: ttt-depth scene photo_1.jpg photo_2.jpg -o kitchen")
+@ending_in_order()
 def scene(
     photographs: Annotated[
         list[Path],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ttt_lib.core import files
 from ttt_lib.core.errors import UserError
-from ttt_lib.core.files import absolute, first_repeated, read_json, to_json, write_json
+from ttt_lib.core.files import absolute, first_repeated, read_json, replacing, to_json, write_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats() | st.text(),
@@ -96,3 +99,20 @@ def test_a_text_without_end_is_not_read(tmp_path):
         file.truncate((1 << 28) + 1)  # takes no room on the disk
     with pytest.raises(UserError, match="has more than 256 MiB"):
         read_json(tmp_path / "long.json")
+
+
+def test_what_a_killed_process_left_is_cleared_and_what_others_make_is_not(tmp_path):
+    """Of a process that is gone, beside one that lives, one of another machine, and a folder of another name."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    out = tmp_path / "out"
+    left = [files._unfinished(tmp_path / name, gone.pid) for name in ("out", "other")]
+    elsewhere = left[0].with_name(left[0].name.replace(f"-{gone.pid}", f"x-{gone.pid}"))
+    kept = [files._unfinished(out, os.getppid()), elsewhere, left[1]]
+    for folder in (left[0], *kept):
+        folder.mkdir()
+        (folder / "depth.npy").touch()
+    with replacing(out) as work:
+        assert work not in (left[0], *kept)
+        (work / "record.json").touch()
+    assert set(tmp_path.iterdir()) == {out, *kept} and (out / "record.json").is_file()

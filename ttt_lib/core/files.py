@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -122,17 +124,51 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(plain, indent=indent, allow_nan=False)
 
 
+def _unfinished(folder: Path, process: int | str) -> Path:
+    """Where a process makes the new content of a folder: beside it, as the last step renames it.
+
+    The folder's own name may be as long as names may be. The machine's is there because folders may be shared, and what
+    a number of a process means is not.
+    """
+    machine = re.sub(r"[^0-9A-Za-z_-]", "_", platform.node())[:40]
+    return folder.with_name(f".{folder.name[:40]}.{machine}-{process}.partial")
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process of this machine lives; True where that cannot be asked."""
+    if os.name != "posix":  # elsewhere this signal is none that only asks
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def _clear_left_over(folder: Path) -> None:
+    """Remove what processes of this machine left beside a folder that were killed while they made it."""
+    before, after = _unfinished(folder, "*").name.rsplit("*", 1)
+    for path in folder.parent.iterdir():
+        process = path.name.removeprefix(before).removesuffix(after)
+        whole = path.name == f"{before}{process}{after}" and process.isdecimal()
+        if whole and not _is_running(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, which takes its place at the end; whatever goes wrong before leaves all as it was.
 
-    Raises `UserError` where it cannot be written.
+    What processes left there that were killed in the middle of it is removed. Raises `UserError` where it cannot be
+    written.
     """
-    # A name of its own may be as long as names may be.
-    work = folder.with_name(f".{folder.name[:40]}.{os.getpid()}.partial")
+    work = _unfinished(folder, os.getpid())
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
+        _clear_left_over(folder)
         yield work
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(work, folder)
