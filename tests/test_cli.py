@@ -45,6 +45,8 @@ def of_its_own(*words) -> subprocess.CompletedProcess:
         (["ablation", "--set", "train.steps=3"], "train.steps"),
         (["ablation", "--below", "0.5"], "--hardest"),
         (["adapt", "x.png", "--model", "/nowhere.pt"], "/nowhere.pt"),
+        (["adapt", "x.png", "-o", f"{__file__}/out"], "cannot be written"),  # before the model and the photograph are
+        (["scene", "x.png", "-o", f"{__file__}/out", "--model", "/nowhere.pt"], "cannot be written"),  # looked for
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(ttt, arguments, words):

@@ -21,7 +21,7 @@ import typer
 from ttt_lib.core.collector import collector_paused
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, printable, reason
-from ttt_lib.core.files import absolute
+from ttt_lib.core.files import absolute, check_writable
 from ttt_lib.core.termination import ending_in_order
 from ttt_lib.runs.catalog import NOTEBOOKS, experiment_file, experiment_files, notebooks_folder
 
@@ -221,6 +221,8 @@ def adapt(
 
     config, output = _settings(experiment, profile, model, set_), Path(absolute(output))
     photos = name_results(find_photos(images), output)
+    if photos:
+        check_writable(output / next(iter(photos.values())))
     if metric_points is not None and len(photos) != 1:
         raise UserError(f"--metric-points {metric_points}: belongs to one image, but {len(photos)} are given.")
     if metric_unit is not None and metric_points is None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ttt_lib.core import files
 from ttt_lib.core.errors import UserError
-from ttt_lib.core.files import absolute, first_repeated, read_json, replacing, to_json, write_json
+from ttt_lib.core.files import absolute, check_writable, first_repeated, read_json, replacing, to_json, write_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats() | st.text(),
@@ -99,6 +99,18 @@ def test_a_text_without_end_is_not_read(tmp_path):
         file.truncate((1 << 28) + 1)  # takes no room on the disk
     with pytest.raises(UserError, match="has more than 256 MiB"):
         read_json(tmp_path / "long.json")
+
+
+def test_whether_a_folder_can_be_made_is_asked_without_leaving_a_trace(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "and" / "newer")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        check_writable(tmp_path / "file" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(UserError, match="disk is mounted"):
+        check_writable(tmp_path)
 
 
 def test_what_a_killed_process_left_is_cleared_and_what_others_make_is_not(tmp_path):

@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -155,6 +155,25 @@ def _clear_left_over(folder: Path) -> None:
         whole = path.name == f"{before}{process}{after}" and process.isdecimal()
         if whole and not _is_running(int(process)):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises `UserError` where `replacing` could not make this folder: to be asked before work that would be lost.
+
+    Leaves nothing behind.
+    """
+    if os.path.ismount(folder):
+        raise UserError(f"{folder}: is where a disk is mounted and cannot be replaced; name a folder in it.")
+    work = _unfinished(folder, os.getpid())
+    new = [work, *(path for path in work.parents if not os.path.lexists(path))]
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({reason(error)}).") from error
+    finally:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.saved_weights import save_weights, use_weights
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError
-from ttt_lib.core.files import replacing, write_json
+from ttt_lib.core.files import check_writable, replacing, write_json
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Photograph
@@ -60,11 +60,16 @@ def adapt_photographs(
         UserError: for an experiment that knows nothing of photographs, and for whatever cannot be read or written.
     """
     check_free(output)
+    check_writable(output)
     settings = config.supervision.get("photographs")
     if settings is None:
         raise UserError(f"--experiment {config.name}: knows nothing of several photographs; use scene.")
     if save is not None and not (settings.train and config.train.method == "ttt" and config.train.passes):
         raise UserError(f"--save-weights {save}: {config.name} trains nothing; use --experiment scene_trained.")
+    if save is not None:
+        if save.is_dir():
+            raise UserError(f"--save-weights {save}: is a folder; name a file in it.")
+        check_writable(save)
     model = open_model(config)
     if begin is not None:
         use_weights(model, begin)
