@@ -157,6 +157,10 @@ def test_what_is_no_scene(tmp_path):
     for source in ("", 3, None):
         with pytest.raises(DataError, match="source: must be"):
             load_scene(source)
+    with pytest.raises(DataError, match="nope.json: there is no such file"):
+        load_scene(tmp_path, cameras=tmp_path / "nope.json")
+    with pytest.raises(DataError, match="neither a COLMAP model"):
+        load_scene(tmp_path, cameras=tmp_path / "empty")
     with pytest.raises(DataError, match="too many"):
         load_scene([one] * 301)
     with pytest.raises(DataError, match="1 photographs can be read"):  # every and count hold for lists too

@@ -93,6 +93,8 @@ def _whole(value: Any, name: str, least: int) -> int | None:
 
 def _check_known(known: Any, cameras: Any, source: Path | list[Any]) -> None:
     """Raises `DataError` where cameras that somebody names do not go with the photographs."""
+    if isinstance(cameras, Path) and not os.path.exists(cameras):
+        raise DataError(f"{cameras}: there is no such file or folder of cameras; check the name.")
     if known is None:
         raise DataError(f"{cameras}: holds neither a COLMAP model (cameras, images) nor a transforms.json.")
     if isinstance(source, Path) and not os.path.isdir(source):
