@@ -15,7 +15,9 @@ from PIL.ExifTags import IFD, Base
 from ttt_lib.core.errors import DataError
 from ttt_lib.core.types import Sample
 from ttt_lib.data.motorcycle import open_motorcycle
+from ttt_lib.data.photographs import load
 from ttt_lib.data.photographs.load import load_scene
+from ttt_lib.data.photographs.scene import Scene
 from ttt_lib.data.photographs.sources import from_list
 
 TAGS = {
@@ -110,6 +112,21 @@ def test_what_the_user_says_goes_before_exif_and_a_guess_comes_last(tmp_path):
     assert from_list([plain], prior=lambda image: math.nan).pictures[0].focal is None
     with pytest.raises(DataError, match="focal: must be"):
         load_scene([known, plain], focal=26)
+
+
+def test_a_refusal_names_the_focal_length_that_exif_says(tmp_path, monkeypatch):
+    """Where it came so far that one was used, and by nobody but EXIF."""
+    files = [photo(tmp_path / name, FOCAL_35=200) for name in ("a.jpg", "b.jpg")]
+    about = {"focal": [5.78]}
+    monkeypatch.setattr(load, "reconstruct", lambda *_: Scene([], about=about, refused="nothing fits."))
+    said = load_scene(files).refused
+    assert (
+        said == "nothing fits; EXIF says the focal length (5.78 of the width), --focal (in Python: focal) says another."
+    )
+    assert load_scene(files, focal=1.0).refused == "nothing fits."
+    assert load_scene([photo(tmp_path / "c.jpg"), photo(tmp_path / "d.jpg")]).refused == "nothing fits."
+    about.clear()
+    assert load_scene(files).refused == "nothing fits."
 
 
 def test_damaged_photographs_are_left_out_by_name_and_names_differ(tmp_path):

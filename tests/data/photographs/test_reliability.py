@@ -184,6 +184,15 @@ def test_strangers_that_know_each_other_are_strangers():
     assert job.kept == [0, 1, 2] and set(job.left_out) == {3, 4}
 
 
+def test_a_focal_length_that_hardly_exists_may_be_one_that_little_parallax_cannot_tell(monkeypatch):
+    """A box on a table, seen under a degree, stood still and repeated nothing."""
+    found = Belief(np.array([5.03]), np.array([0.05]), model=object())
+    monkeypatch.setattr(agreement.focal, "believed", lambda job: found)
+    monkeypatch.setattr(agreement, "_check_cameras", lambda job, model: None)
+    with pytest.raises(Refusal, match="5.03 of the width.*too little parallax.*turned before.*--focal"):
+        agreement._belief(SimpleNamespace(about={}))
+
+
 def test_belief_lies_between_the_guess_and_what_was_found_by_what_each_is_worth():
     before, no = expected([0.9], [False]), np.array([False])
     equal = combine(np.array([1.0]), before, no, spread=focal.GIVEN, bend=0.2)

@@ -96,7 +96,9 @@ def _belief(job: Job) -> focal.Belief:
     if unlikely:
         raise Refusal(
             f"the photographs fit only a camera that hardly exists (focal length {belief.focals[0]:.2f} of the width): "
-            "the scene moved or repeats itself; take more photographs, side by side, of a scene that stands still."
+            "there is too little parallax to tell it, or a thing turned before a plain background, or the scene moved or "
+            "repeats itself; take more photographs, from places further apart, of a scene that stands still, or say the "
+            "focal length if it is known (--focal; in Python: focal)."
         )
     if unknown:
         raise Refusal(

@@ -73,6 +73,12 @@ def load_scene(
             f"{where}: {len(given.pictures)} photographs can be read, at least two of one scene are needed{damaged}"
         )
     scene = reconstruct(given.pictures, seed, in_order)
+    said = sorted({f"{picture.focal:.2f}" for picture in given.pictures if picture.exact and focal is None})
+    if scene.refused and "focal" in scene.about and said:  # it came to the cameras: a tag that lies may be the cause
+        scene.refused = (
+            f"{scene.refused.rstrip('.')}; EXIF says the focal length ({', '.join(said[:3])} of the width), --focal (in "
+            "Python: focal) says another."
+        )
     scene.left_out = given.left_out + scene.left_out
     return scene
 
