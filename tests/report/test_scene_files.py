@@ -54,7 +54,8 @@ def written(tiny, rendered, tmp_path):
 def test_the_folder_holds_what_it_promises(written, rendered):
     adaptation, folder, record, lines = written
     names = [sample.name for sample in rendered[1]]
-    assert [line.split(":")[0] for line in lines] == names == [row["name"] for row in record["photographs"]]
+    assert [line.split(":")[0] for line in lines] == [f"{k}/3 {name}" for k, name in enumerate(names, 1)]
+    assert names == [row["name"] for row in record["photographs"]]
     assert json.loads((folder / "record.json").read_text(encoding="utf-8")) == json.loads(json.dumps(record))
     for sample in rendered[1]:
         depth = np.load(folder / "depth" / f"{sample.name}.npy")
@@ -152,7 +153,10 @@ def _prediction(sample, depth):
 
 def test_a_refused_scene_leaves_the_originals(tiny, rendered, tmp_path):
     plain = [replace(p, pose=None, intrinsics=None) for p in rendered[0].photographs]
-    record = write_scene(adapt_scene(tiny, Scene(plain, refused="the reason."), experiment()), tmp_path / "out")
+    lines = []
+    refused = adapt_scene(tiny, Scene(plain, refused="the reason."), experiment())
+    record = write_scene(refused, tmp_path / "out", lines.append)
+    assert lines == [f"{k}/3 {p.name}: original" for k, p in enumerate(plain, 1)]  # why is said once, before
     assert record["refused"] == "the reason." and not (tmp_path / "out" / "cloud.ply").exists()
     assert all((tmp_path / "out" / "depth" / f"{p.name}.npy").is_file() for p in plain)
     assert all("the reason." in row["reason"] for row in record["photographs"])
@@ -259,6 +263,7 @@ def test_the_command_from_photographs_to_a_page(tmp_path):
     (tmp_path / "in" / "notes.txt").write_text("x", encoding="utf-8")
     done = CliRunner().invoke(app, ["scene", str(tmp_path / "in"), "-o", str(tmp_path / "out")], catch_exceptions=False)
     assert done.exit_code == 0 and "refused: b" in done.output.replace("b.png", "b") and "notes.txt" in done.output
+    assert done.output.count("take a second photograph") == 1
     assert sorted(p.name for p in (tmp_path / "out" / "depth").glob("*.npy")) == ["a.npy", "b.npy"]
     with pytest.raises(UserError, match="knows nothing of several photographs"):
         CliRunner().invoke(

@@ -133,7 +133,9 @@ def _write(adaptation: SceneAdaptation, work: Path, announce: Announce) -> dict[
             cloud.add(photograph, result.image, result.final)
         _write_photograph(work, name, result, known is not None)
         rows.append(_row(photograph, name, result))
-        announce(f"{photograph.name}: {result.decision}{f' ({result.reason})' if result.reason else ''}")
+        # What holds for the scene, or keeps a photograph out of it, has been said.
+        why = f" ({result.reason})" if result.reason and known is not None else ""
+        announce(f"{len(rows)}/{len(names)} {photograph.name}: {result.decision}{why}")
     record = _record(adaptation, rows)
     if evidence:
         points, colours = cloud.merged()

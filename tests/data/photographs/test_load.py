@@ -18,7 +18,7 @@ from ttt_lib.data.motorcycle import open_motorcycle
 from ttt_lib.data.photographs import load
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Scene
-from ttt_lib.data.photographs.sources import from_list
+from ttt_lib.data.photographs.sources import from_list, photographs_of
 
 TAGS = {
     "FOCAL_35": Base.FocalLengthIn35mmFilm, "FOCAL": Base.FocalLength, "PLANE_X": Base.FocalPlaneXResolution,
@@ -149,9 +149,18 @@ def test_a_folder_says_what_it_does_not_read(tmp_path):
     (tmp_path / "z.png").write_bytes(b"\x89PNG no more")
     scene = load_scene(tmp_path, seed=1, focal=float(samples[0].intrinsics[0, 0]))
     assert not scene.refused and len(scene.photographs) == 2 and len(scene.track_ids()) > 200
-    assert [name for name, _ in scene.left_out] == ["z", "notes.txt", "old"]
+    assert [name for name, _ in scene.left_out] == ["z", "old", "notes.txt"]
     assert scene.photographs[0].image.shape == samples[0].image.shape and callable(scene.photographs[0].source)
     assert scene.photographs[0].intrinsics[0, 0] == pytest.approx(float(samples[0].intrinsics[0, 0]), rel=1e-5)
+
+
+def test_files_that_are_no_pictures_are_one_line_and_pictures_keep_theirs(tmp_path):
+    for name in ["a.jpg", "b.heic", "c.mp4", *(f"{k}.{end}" for k in range(12) for end in ("bin", "XML")), "notes"]:
+        (tmp_path / name).touch()
+    files, others = photographs_of(tmp_path)
+    assert [file.name for file in files] == ["a.jpg"]
+    assert [name for name, _ in others] == ["b.heic", "c.mp4", "25 other files (.bin, .xml, no ending)"]
+    assert "convert it to JPEG" in others[0][1] and not any("convert" in why for _, why in others[1:])
 
 
 def test_what_is_no_scene(tmp_path):

@@ -34,8 +34,9 @@ CROPPED = 0.03  # by how much the shape may differ from what the camera wrote
 Prior = Callable[[Tensor], float | None] | Mapping[str, float]
 MOST = 300  # photographs of one scene: a mistake rather than a scene, and pairs grow with the square
 CLIPS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mts", ".3gp")
-NO_PHOTOGRAPH = "is no photograph that this can read; convert it to JPEG or PNG if it is one"
-SHOWN = 20  # of the files that are not read, each is named; of more, their number
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
+NO_PHOTOGRAPH = "is a picture that this cannot read; convert it to JPEG or PNG"
+SHOWN = 20  # of the photographs that are not read, each is named; of more, their number
 REASONABLE = 0.05, 15.0  # focal length over width that somebody may say; 26 would be millimetres
 
 
@@ -248,14 +249,29 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 def photographs_of(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     """The photographs that lie in a folder, in the order of their names, and (name, reason) of what else lies there."""
     files, others = (sorted(paths, key=lambda path: natural(path.name)) for paths in content_of(folder))
-    reasons = [(printable(path.name, 100), _why_not(path)) for path in others]
-    return files, first_of(reasons, "other files", NO_PHOTOGRAPH)
+    reasons = [(printable(path.name, 100), why) for path in others if (why := _why_not(path))]
+    plain = [path for path in others if not _why_not(path)]
+    return files, first_of(reasons, "others", "are clips, folders and pictures that this cannot read") + _no_pictures(
+        plain
+    )
 
 
 def _why_not(path: Path) -> str:
+    """Why something that may hold photographs is not read; "" for what does not look so."""
     if path.is_dir():
         return "is a folder; its photographs are not read"
-    return "is a clip; name it by itself" if path.suffix.lower() in CLIPS else NO_PHOTOGRAPH
+    if path.suffix.lower() in CLIPS:
+        return "is a clip; name it by itself"
+    return NO_PHOTOGRAPH if path.suffix.lower() in UNREAD else ""
+
+
+def _no_pictures(files: list[Path]) -> list[tuple[str, str]]:
+    """(name, reason) of files that are no pictures: of several, one for all of them."""
+    if len(files) < 2:
+        return [(printable(file.name, 100), "is no photograph") for file in files]
+    endings = sorted({file.suffix.lower() or "no ending" for file in files})
+    shown = ", ".join(endings[:5]) + (", ..." if len(endings) > 5 else "")
+    return [(f"{len(files)} other files ({printable(shown, 100)})", "are no photographs")]
 
 
 def first_of(left_out: list[tuple[str, str]], others: str, why: str) -> list[tuple[str, str]]:
