@@ -29,6 +29,7 @@ from ttt_lib.data.photographs.writers import write_colmap
 from ttt_lib.geometry.cameras import transform_points
 from ttt_lib.models.base import weights_checksum
 from ttt_lib.report import scene_cloud
+from ttt_lib.report.photo_files import surface_depth
 from ttt_lib.report.scene_cloud import SceneCloud
 from ttt_lib.report.scene_files import adapt_photographs, write_scene
 from ttt_lib.report.scene_widgets import SceneExplorer
@@ -63,6 +64,9 @@ def test_the_folder_holds_what_it_promises(written, rendered):
         finite = np.isfinite(depth) & np.isfinite(png)
         assert depth.shape == (120, 160) and np.allclose(depth[finite], png[finite], rtol=2e-3)
         assert (folder / "before_after" / f"{sample.name}.jpg").is_file()
+        before = np.load(folder / "depth_original" / f"{sample.name}.npy")
+        expected = surface_depth(adaptation.model.predict(sample.image))
+        assert np.array_equal(before, expected, equal_nan=True) and not np.array_equal(before, depth, equal_nan=True)
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert all(name in page for name in names) and "<script" in page and "https://" not in page.split("<script")[0]
     assert not list(folder.parent.glob(".*partial"))
@@ -160,6 +164,12 @@ def test_a_refused_scene_leaves_the_originals(tiny, rendered, tmp_path):
     assert record["refused"] == "the reason." and not (tmp_path / "out" / "cloud.ply").exists()
     assert all((tmp_path / "out" / "depth" / f"{p.name}.npy").is_file() for p in plain)
     assert all("the reason." in row["reason"] for row in record["photographs"])
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert page.count("the reason.") == 1 and "plotly" not in page and "one scale" not in page
+    assert all(f"before_after/{p.name}.jpg" in page for p in plain)
+    for photograph in plain:
+        pair = [np.load(tmp_path / "out" / name / f"{photograph.name}.npy") for name in ("depth", "depth_original")]
+        assert np.array_equal(*pair, equal_nan=True)
 
 
 def test_a_folder_of_something_else_is_left_alone(tiny, rendered, tmp_path):

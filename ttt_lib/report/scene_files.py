@@ -27,7 +27,7 @@ from ttt_lib.data.photographs.scene import Photograph
 from ttt_lib.data.photographs.sources import distinct_names
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
 from ttt_lib.report.figures import cloud_figure, plot_before_after
-from ttt_lib.report.photo_files import about_result, about_run, check_free, shown_image, write_depth
+from ttt_lib.report.photo_files import about_result, about_run, check_free, shown_image, surface_depth, write_depth
 from ttt_lib.report.scene_cloud import SceneCloud, thinned, write_points
 from ttt_lib.runs.experiment import open_model
 
@@ -35,9 +35,10 @@ ON_PAGE = 60_000  # points of the cloud on the page
 PAGE = Environment(autoescape=True).from_string("""<!doctype html><meta charset="utf-8"><title>scene</title>
 <style>body{font:15px sans-serif;max-width:70em;margin:2em auto}img{max-width:100%}</style>
 <h1>{{ photographs | length }} photographs, {{ cloud_points }} points</h1>{{ figure }}
-<p>Depth in one scale, unit: {{ unit }}.</p>
+{% if refused %}<p>Refused: {{ refused }} Every photograph keeps the original depth, in a scale of its own.</p>
+{% else %}<p>Depth in one scale, unit: {{ unit }}.</p>{% endif %}
 <ul>{% for name, why in left_out %}<li>{{ name }}: {{ why }}</li>{% endfor %}</ul>
-{% for row in photographs %}<h2>{{ row.name }}</h2><p>{{ row.decision }}. {{ row.reason }}</p>
+{% for row in photographs %}<h2>{{ row.name }}</h2><p>{{ row.decision }}.{% if not refused %} {{ row.reason }}{% endif %}</p>
 <img loading="lazy" src="before_after/{{ row.file }}.jpg" alt="before and after">{% endfor %}""")
 Announce = Callable[[str], None]
 
@@ -88,8 +89,7 @@ def adapt_photographs(
     if save is not None and adaptation.weights:
         save_weights(save, model, adaptation.weights)
     record = write_scene(adaptation, output, announce)
-    page = output / ("record.json" if scene.refused else "index.html")
-    announce(f"{record['seconds']:.1f} s of adaptation -> {page}")
+    announce(f"{record['seconds']:.1f} s of adaptation -> {output / 'index.html'}")
     return record
 
 
@@ -108,14 +108,16 @@ def write_scene(adaptation: SceneAdaptation, output: Path, announce: Announce = 
         UserError: the folder holds something else, or cannot be written.
 
     The folder holds, of each photograph, `depth/NAME.png` (16 bits, MoGe's logarithmic encoding), `depth/NAME.npy`
-    (H,W) float32, `images/NAME.png` and `before_after/NAME.jpg`; of a scene that was reconstructed also `cloud.ply` and
-    `cloud.glb` (y up), `sparse/0` (COLMAP text), `transforms.json` (nerfstudio) and `index.html`. All depth is in one
-    scale: metres for metric models, else arbitrary. Photographs that were left out are in their own scale. Cameras and
-    depth belong to the pictures in `images`, from which the distortion of given lenses is removed.
+    (H,W) float32 (inf where there is no surface, NaN where it is not known), `depth_original/NAME.npy` (the same before
+    adaptation, in the model's own scale), `images/NAME.png` and `before_after/NAME.jpg`; `index.html` and `record.json`;
+    of a scene that was reconstructed also `cloud.ply` and `cloud.glb` (y up), `sparse/0` (COLMAP text) and
+    `transforms.json` (nerfstudio). All depth is in one scale: metres for metric models, else arbitrary. Photographs that
+    were left out, and those of a refused scene, are in their own scale. Cameras and depth belong to the pictures in
+    `images`, from which the distortion of given lenses is removed.
     """
     check_free(output)
     with replacing(output.absolute()) as work:
-        for folder in ("depth", "images", "before_after"):
+        for folder in ("depth", "depth_original", "images", "before_after"):
             (work / folder).mkdir()
         return _write(adaptation, work, announce)
 
@@ -136,16 +138,16 @@ def _write(adaptation: SceneAdaptation, work: Path, announce: Announce) -> dict[
         # What holds for the scene, or keeps a photograph out of it, has been said.
         why = f" ({result.reason})" if result.reason and known is not None else ""
         announce(f"{len(rows)}/{len(names)} {photograph.name}: {result.decision}{why}")
-    record = _record(adaptation, rows)
+    record, points, colours = _record(adaptation, rows), np.zeros((0, 3)), np.zeros((0, 3), np.uint8)
     if evidence:
         points, colours = cloud.merged()
         write_points(points, colours, work / "cloud.ply", work / "cloud.glb")
-        record["cloud_points"] = len(points)
         places = [work / "images" / f"{files[photograph.name]}.png" for photograph in scene.photographs]
         written = [replace(p, source=partial(read_photo, place)) for p, place in zip(scene.photographs, places)]
         write_colmap(work / "sparse" / "0", replace(scene, photographs=written))
         write_transforms(work / "transforms.json", scene, places)
-        (work / "index.html").write_text(_page(record, points, colours), encoding="utf-8")
+    record["cloud_points"] = len(points)
+    (work / "index.html").write_text(_page(record, points, colours), encoding="utf-8")
     write_json(work / "record.json", record)
     return record
 
@@ -153,6 +155,7 @@ def _write(adaptation: SceneAdaptation, work: Path, announce: Announce) -> dict[
 def _write_photograph(work: Path, name: str, result: AdaptResult, in_scene: bool) -> None:
     original, final, image = result.original, result.final, result.image
     write_depth(work / "depth" / name, final)
+    np.save(work / "depth_original" / f"{name}.npy", surface_depth(original))
     array = (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
     Image.fromarray(array).save(work / "images" / f"{name}.png")
     both = torch.isfinite(original.depth) & torch.isfinite(final.depth) & (original.depth > 0)
@@ -181,6 +184,8 @@ def _record(adaptation: SceneAdaptation, rows: list[dict[str, Any]]) -> dict[str
 
 
 def _page(record: dict[str, Any], points: np.ndarray, colours: np.ndarray) -> str:
-    """A page that shows the cloud, the decisions and the pictures; it needs no network."""
-    figure = cloud_figure(*thinned(points, colours, ON_PAGE)).to_html(full_html=False, include_plotlyjs="inline")
+    """A page that shows the cloud, if there is one, the decisions and the pictures; it needs no network."""
+    figure = ""
+    if len(points):
+        figure = cloud_figure(*thinned(points, colours, ON_PAGE)).to_html(full_html=False, include_plotlyjs="inline")
     return PAGE.render(record, figure=Markup(figure))
