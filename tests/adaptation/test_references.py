@@ -41,6 +41,22 @@ def references(depth, count, seed=0):
     return References(uv, depth.flatten()[places])
 
 
+@pytest.mark.parametrize(("place", "true"), [(1.2, lambda d: 2 * d - 3), (30.0, lambda d: 1 / (2 / d - 0.15))])
+def test_one_pixel_that_a_correction_would_put_behind_the_camera_forbids_it(place, true):
+    """The nearest for a shift of depth, the farthest for one of its inverse: it is enough to look at these two."""
+    depth = plane()  # from 2 to 6
+    refs = References(references(depth, 60).uv, true(references(depth, 60).depth))
+    freely = correct(prediction(depth), refs)[1]
+    depth = depth.clone()
+    depth[0, 0] = place
+    forbidden = correct(prediction(depth), refs)[1]
+    kinds = [
+        next(k for k in ("inverse depth times", "power", "plus", "times") if k in words)
+        for words in (freely, forbidden)
+    ]
+    assert kinds[0] in ("plus", "inverse depth times") and kinds[1] != kinds[0]
+
+
 def test_csv_and_png_say_the_same(tmp_path):
     (tmp_path / "points.csv").write_text("u, v, metres\n0.5, 0.5, 2.0\n31.5, 23.5, 4.25\n")
     found = read_references(tmp_path / "points.csv", (24, 32))

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ import torch
 from conftest import small_experiment
 from PIL import Image
 
+from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.errors import DataError, NumericalError, UserError
+from ttt_lib.core.types import Prediction
 from ttt_lib.report import photo_files
-from ttt_lib.report.photo_files import adapt_photo, adapt_photos, find_photos, name_results
+from ttt_lib.report.photo_files import SHOWN, adapt_photo, adapt_photos, find_photos, name_results, shown_result
 
 experiment = small_experiment(train={"passes": 0, "method": "none"})
 
@@ -164,3 +167,18 @@ def test_a_unit_that_is_taken_for_granted_is_said_and_recorded(tiny, tmp_path, c
         assert record["metric_unit"] == pytest.approx(metres / 2500) and record["metric_points"] == str(points)
         assert record["unit"] == record["depth_png"]["unit"] == "metre"
         assert np.load(folder / "depth.npy")[10:20, 10:20] == pytest.approx(metres, rel=0.05)
+
+
+def test_a_figure_is_drawn_of_as_many_pixels_as_it_shows():
+    """Of what lies there, unknown as unknown; the result itself keeps its size."""
+    depth = torch.rand(900, 1400, generator=torch.Generator().manual_seed(0)) + 1
+    depth[:300] = torch.nan
+    mask = depth > 1.5
+    before = Prediction(torch.zeros(900, 1400, 3), depth, mask, None, "metric")
+    result = AdaptResult(before, None, replace(before, depth=2 * depth, mask=None), "adapted")
+    shown = shown_result(result)
+    assert max(shown.original.depth.shape) == SHOWN and shown.original.points is None and shown.final.mask is None
+    assert torch.allclose(shown.final.depth, 2 * shown.original.depth, equal_nan=True)
+    assert shown.original.depth[:100].isnan().all() and shown.original.depth.isnan().float().mean() < 0.34
+    assert torch.equal(shown.original.mask, shown.original.depth > 1.5)
+    assert result.original.depth.shape == (900, 1400)

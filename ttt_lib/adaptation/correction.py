@@ -91,10 +91,11 @@ def _correct_depth(depth: Tensor, surface: Tensor, found: Tensor, true: Tensor) 
     """The corrected depth (H,W) by the best of the four corrections, and in words which."""
     kinds = ["scale"] + (["affine", "inverse", "power"] if len(found) >= ENOUGH_FOR_SHIFT else [])
     visible = depth[surface & torch.isfinite(depth)]
+    extremes = torch.stack(visible.aminmax()) if len(visible) else visible  # all corrections with a > 0 are monotone
     fits = {kind: _fit(kind, found, true) for kind in kinds}
 
     def possible(kind: str) -> bool:
-        return fits[kind][0] > 0 and not bool(torch.isinf(_apply(kind, fits[kind], visible)).any())
+        return fits[kind][0] > 0 and not bool(torch.isinf(_apply(kind, fits[kind], extremes)).any())
 
     def error(kind: str) -> float:
         left_out = []

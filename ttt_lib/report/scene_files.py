@@ -27,7 +27,16 @@ from ttt_lib.data.photographs.scene import Photograph
 from ttt_lib.data.photographs.sources import distinct_names
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
 from ttt_lib.report.figures import cloud_figure, plot_before_after
-from ttt_lib.report.photo_files import about_result, about_run, check_free, shown_image, surface_depth, write_depth
+from ttt_lib.report.photo_files import (
+    COMPRESSION,
+    about_result,
+    about_run,
+    check_free,
+    shown_image,
+    shown_result,
+    surface_depth,
+    write_depth,
+)
 from ttt_lib.report.scene_cloud import SceneCloud, thinned, write_points
 from ttt_lib.runs.experiment import open_model
 
@@ -153,15 +162,17 @@ def _write(adaptation: SceneAdaptation, work: Path, announce: Announce) -> dict[
 
 
 def _write_photograph(work: Path, name: str, result: AdaptResult, in_scene: bool) -> None:
-    original, final, image = result.original, result.final, result.image
-    write_depth(work / "depth" / name, final)
-    np.save(work / "depth_original" / f"{name}.npy", surface_depth(original))
+    image = result.image
+    write_depth(work / "depth" / name, result.final)
+    np.save(work / "depth_original" / f"{name}.npy", surface_depth(result.original))
     array = (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
-    Image.fromarray(array).save(work / "images" / f"{name}.png")
+    Image.fromarray(array).save(work / "images" / f"{name}.png", compress_level=COMPRESSION)
+    shown = shown_result(result)
+    original, final = shown.original, shown.final
     both = torch.isfinite(original.depth) & torch.isfinite(final.depth) & (original.depth > 0)
     if in_scene and bool(both.any()):  # in the scale of the final prediction, so that their ratio says what changed
         original = replace(original, depth=original.depth * (final.depth / original.depth)[both].median())
-    figure = plot_before_after(shown_image(image), replace(result, original=original))
+    figure = plot_before_after(shown_image(image), replace(shown, original=original))
     figure.savefig(work / "before_after" / f"{name}.jpg", dpi=100, pil_kwargs={"quality": 88})
 
 
