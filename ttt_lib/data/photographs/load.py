@@ -9,6 +9,7 @@ from typing import Any
 
 from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import is_photo
+from ttt_lib.data.photographs.job import Picture
 from ttt_lib.data.photographs.known import find_cameras, scene_of_cameras
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.scene import Scene
@@ -73,14 +74,20 @@ def load_scene(
             f"{where}: {len(given.pictures)} photographs can be read, at least two of one scene are needed{damaged}"
         )
     scene = reconstruct(given.pictures, seed, in_order)
-    said = sorted({f"{picture.focal:.2f}" for picture in given.pictures if picture.exact and focal is None})
-    if scene.refused and "focal" in scene.about and said:  # it came to the cameras: a tag that lies may be the cause
+    if focal is None:
+        _name_exif(scene, given.pictures)
+    scene.left_out = given.left_out + scene.left_out
+    return scene
+
+
+def _name_exif(scene: Scene, pictures: list[Picture]) -> None:
+    """Add to a refusal what EXIF says of the focal length, where it came so far that one was used: a tag may lie."""
+    said = sorted({f"{picture.focal:.2f}" for picture in pictures if picture.exact})
+    if scene.refused and "focal" in scene.about and said:
         scene.refused = (
             f"{scene.refused.rstrip('.')}; EXIF says the focal length ({', '.join(said[:3])} of the width), --focal (in "
             "Python: focal) says another."
         )
-    scene.left_out = given.left_out + scene.left_out
-    return scene
 
 
 def _path_or_list(value: Any, name: str) -> Path | list[Any]:
