@@ -18,8 +18,9 @@ from ttt_lib.adaptation.photographs.evidence import scaled
 from ttt_lib.adaptation.photographs.scene import SceneAdaptation, adapt_scene, guess_focal
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.saved_weights import save_weights, use_weights
+from ttt_lib.core.at_work import at_work
 from ttt_lib.core.config import ExperimentConfig
-from ttt_lib.core.errors import UserError
+from ttt_lib.core.errors import UserError, printable
 from ttt_lib.core.files import check_writable, replacing, write_json
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.load import load_scene
@@ -85,7 +86,8 @@ def adapt_photographs(
         use_weights(model, begin)
     announce("looking for the cameras")
     prior = None if options.get("cameras") else guess_focal(model, config.views.longest_side)
-    scene = load_scene(source, prior=prior, seed=config.seed, **options)
+    with at_work("looking for the cameras"):
+        scene = load_scene(source, prior=prior, seed=config.seed, **options)
     for name, why in scene.left_out:
         announce(f"left out: {name}: {why}")
     announce(f"refused: {scene.refused}" if scene.refused else repr(scene))
@@ -94,7 +96,10 @@ def adapt_photographs(
             f"{straight} photographs: the distortion of their lenses is removed; images/ holds them as a pinhole camera "
             "sees them"
         )
-    adaptation = adapt_scene(model, scene, config, output.name, progress=True)
+    if not scene.refused:
+        announce("measuring depth between the photographs" + (" and training" if settings.train else ""))
+    with at_work("measuring" if not settings.train else "measuring and training"):
+        adaptation = adapt_scene(model, scene, config, output.name, progress=True)
     if save is not None and adaptation.weights:
         save_weights(save, model, adaptation.weights)
     record = write_scene(adaptation, output, announce)
@@ -136,19 +141,33 @@ def _write(adaptation: SceneAdaptation, work: Path, announce: Announce) -> dict[
     evidence = {each.photograph.name: each for each in adaptation.evidence}
     names = [photograph.name for photograph in [*scene.photographs, *scene.rest]]
     files = dict(zip(names, distinct_names([Path(name.replace("/", "_")) for name in names])))
-    for photograph, result in adaptation.results():
-        name, known = files[photograph.name], evidence.get(photograph.name)
-        if known is not None:
-            if result.decision == "original":
-                result = replace(result, final=scaled(result.final, known.used))  # so that all have one scale
-            cloud.add(photograph, result.image, result.final)
-        _write_photograph(work, name, result, known is not None)
+    results = adaptation.results()
+    for number, label in enumerate(names, 1):
+        name, known = files[label], evidence.get(label)
+        with at_work(f"{number}/{len(names)} {printable(label, 100)}"):
+            photograph, result = next(results)
+            if known is not None:
+                if result.decision == "original":
+                    result = replace(result, final=scaled(result.final, known.used))  # so that all have one scale
+                cloud.add(photograph, result.image, result.final)
+            _write_photograph(work, name, result, known is not None)
         rows.append(_row(photograph, name, result))
         # What holds for the scene, or keeps a photograph out of it, has been said.
         why = f" ({result.reason})" if result.reason and known is not None else ""
-        announce(f"{len(rows)}/{len(names)} {photograph.name}: {result.decision}{why}")
-    record, points, colours = _record(adaptation, rows), np.zeros((0, 3)), np.zeros((0, 3), np.uint8)
+        announce(f"{number}/{len(names)} {label}: {result.decision}{why}")
     if evidence:
+        announce("one cloud, cameras and page")
+    with at_work("cloud, cameras and page"):
+        return _finish(adaptation, work, cloud, rows, files)
+
+
+def _finish(
+    adaptation: SceneAdaptation, work: Path, cloud: SceneCloud, rows: list[dict[str, Any]], files: dict[str, str]
+) -> dict[str, Any]:
+    """What is written once for all photographs; returns the record. files: name of a photograph -> of its files."""
+    scene = adaptation.scene
+    record, points, colours = _record(adaptation, rows), np.zeros((0, 3)), np.zeros((0, 3), np.uint8)
+    if adaptation.evidence:
         points, colours = cloud.merged()
         write_points(points, colours, work / "cloud.ply", work / "cloud.glb")
         places = [work / "images" / f"{files[photograph.name]}.png" for photograph in scene.photographs]
