@@ -74,8 +74,7 @@ def load_scene(
             f"{where}: {len(given.pictures)} photographs can be read, at least two of one scene are needed{damaged}"
         )
     scene = reconstruct(given.pictures, seed, in_order)
-    if focal is None:
-        _name_exif(scene, given.pictures)
+    _name_exif(scene, given.pictures if focal is None else [])
     scene.left_out = given.left_out + scene.left_out
     return scene
 
