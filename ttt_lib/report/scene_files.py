@@ -99,7 +99,7 @@ def adapt_photographs(
     if not scene.refused:
         announce("measuring depth between the photographs" + (" and training" if settings.train else ""))
     with at_work("measuring" if not settings.train else "measuring and training"):
-        adaptation = adapt_scene(model, scene, config, output.name, progress=True)
+        adaptation = adapt_scene(model, scene, config, progress=True)
     if save is not None and adaptation.weights:
         save_weights(save, model, adaptation.weights)
     record = write_scene(adaptation, output, announce)
