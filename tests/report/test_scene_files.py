@@ -251,6 +251,9 @@ def test_lenses_with_distortion_leave_pictures_and_cameras_without(rendered, tmp
     record = adapt_photographs(tmp_path / "in", tmp_path / "out", experiment(), {}, None, None, lines.append)
     assert "3 photographs: the distortion of their lenses is removed" in "\n".join(lines)
     assert record["scene"]["undistorted"] == 3
+    adapt_photographs(tmp_path / "in", tmp_path / "other", experiment(), {}, None, None, lines.append)
+    for path in (tmp_path / "out" / "depth").glob("*.npy"):  # nothing hangs on the name of the folder
+        assert np.array_equal(np.load(path), np.load(tmp_path / "other" / "depth" / path.name), equal_nan=True)
     again = load_scene(tmp_path / "out")
     metres = again.photographs[0].tracks.depth.sum() / rendered[0].photographs[0].tracks.depth.sum()
     for true, found in zip(rendered[0].photographs, again.photographs, strict=True):
