@@ -18,8 +18,9 @@ from PIL.ExifTags import IFD
 from ttt_lib.core.errors import UserError
 from ttt_lib.data.photographs.clips import read_clip
 from ttt_lib.data.photographs.colmap_files import find_model, list_model
+from ttt_lib.data.photographs.exif import read_lens
 from ttt_lib.data.photographs.load import load_scene
-from ttt_lib.data.photographs.sources import from_list, read_lens
+from ttt_lib.data.photographs.sources import from_list
 from ttt_lib.data.photographs.transforms import lens_of, read_transforms
 
 sys.path.append(str(ROOT / "tests" / "data" / "photographs"))

@@ -18,7 +18,7 @@ from ttt_lib.core.errors import UserError
 from ttt_lib.core.types import Prediction, are_normalised_intrinsics
 from ttt_lib.data.images import SMALLEST
 from ttt_lib.data.known_distances import References
-from ttt_lib.data.photographs.sources import read_lens
+from ttt_lib.data.photographs.exif import read_lens
 from ttt_lib.geometry.cameras import (
     fov_from_intrinsics,
     intrinsics_from_fov,

@@ -30,8 +30,8 @@ def load_scene(
 
     Cameras are computed from the photographs, or taken as they are where somebody computed them before: from a finished
     COLMAP model, whose points are taken too, or from a `transforms.json` (nerfstudio, instant-ngp, Blender), by which
-    points are triangulated. The scale is then that of these cameras. Where their lenses have distortion, the photographs
-    are read without it, as pinhole cameras would have taken them; `about["undistorted"]` says how many.
+    points are triangulated. The scale is then that of these cameras, and photographs are read without the distortion of
+    their lenses.
 
     Args:
         source: a list of photographs (files; or pairs of a name and a tensor (3,H,W) in [0,1], or `Sample`s), a folder
@@ -41,7 +41,7 @@ def load_scene(
         count: so many of them, spread evenly; of a clip some 14.
         seed: of the reconstruction; the same seed gives the same scene.
         focal: the focal length over the width where it is known: of the first photograph, and the same camera's for
-            those that were held the other way. Without it EXIF counts, where it says one.
+            those that were held the other way. Without it that of EXIF counts.
         prior: a model's guess where neither is known: a function from an image (3,H,W) to the focal length over the
             width, or a table name -> focal length.
         cameras: a folder with a COLMAP model or a `transforms.json` for the photographs of `source`.
