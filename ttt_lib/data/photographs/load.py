@@ -69,10 +69,8 @@ def load_scene(
         return scene_of_cameras(known, None if cameras is None else source, every, count, seed)
     given, where, in_order = _given(source, every, count, focal, prior)
     if len(given.pictures) < 2:
-        damaged = next((f": {why}" for _, why in given.left_out if why.endswith(".")), ".")
-        raise DataError(
-            f"{where}: {len(given.pictures)} photographs can be read, at least two of one scene are needed{damaged}"
-        )
+        why = next((f": {why}" for _, why in given.left_out if why.endswith(".")), ".")
+        raise DataError(f"{where}: {len(given.pictures)} photographs can be read, at least two are needed{why}")
     scene = reconstruct(given.pictures, seed, in_order)
     _name_exif(scene, given.pictures if focal is None else [])
     scene.left_out = given.left_out + scene.left_out
