@@ -8,7 +8,7 @@ import pytest
 import torch
 from true_scene import true_scene
 
-from ttt_lib.data.photographs.measured import BEHIND, bounds, certain, confirmed, measure_depth
+from ttt_lib.data.photographs.measured import BEHIND, bounds, certain, confirmed, measure_depth, without_patches
 from ttt_lib.data.photographs.scene import Tracks
 from ttt_lib.data.photographs.stereo import LEAST, neighbours, to_gray
 
@@ -66,6 +66,14 @@ def test_a_disparity_bounds_the_depth_by_half_a_pixel():
     assert torch.allclose(nearest[4:-4, 22:36], torch.tensor(BEHIND * 7)) and farthest[4:-4, 22:36].isinf().all()
     assert not nearest[:, 44:].any() and farthest[:, 44:].isinf().all() and not nearest[0].any()
     assert not bounds([(disparity * 100, pixel)], tracks)[0][:, :20].any()  # what is near is measured or wrong
+
+
+def test_patches_of_plain_surfaces_bound_nothing():
+    disparity = torch.full((60, 80), torch.nan)
+    disparity[:30], disparity[40:44, 10:16], disparity[50:, 40:] = torch.linspace(1, 20, 80), 1.0, -1500.0
+    disparity[10:14, 60:66] = 1.0  # in the middle of others, but apart from them in depth
+    kept = torch.isfinite(without_patches(disparity))
+    assert kept[:30, :58].all() and not kept[10:14, 60:66].any() and not kept[40:44].any()
 
 
 def test_two_of_several_neighbours_have_to_bound_the_depth():

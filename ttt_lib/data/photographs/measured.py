@@ -20,7 +20,8 @@ BOUNDED = 32  # if it is smaller than so many pixels: wrong matches beside a for
 BEHIND = 2.0  # times the farthest tracks' depth: nothing is said to be farther for the sake of a match alone
 INLIERS = 0.8  # of the tracks that the measured map has to meet within `MEETS`, or the map is dropped
 MEETS = 0.1
-ISLAND = 0.01  # of the picture: a smaller region of what one neighbour alone measured has to meet a track
+ISLAND = 0.01  # of the picture: a smaller region has to meet a track
+SIXTEENTH, UNKNOWN = 16, 30000  # of a pixel is what OpenCV filters, in 16 bits
 
 
 @dataclass
@@ -36,19 +37,32 @@ class Measured:
     farthest: Tensor
 
 
+def without_patches(disparity: Tensor) -> Tensor:
+    """Disparity (h,w) without its islands below ISLAND, in which it changes by less than a pixel between neighbours.
+
+    On plain surfaces both ways agree in patches here and there, mostly on far too little.
+    """
+    known = torch.isfinite(disparity) & (disparity.abs() < UNKNOWN / SIXTEENTH)
+    stored = torch.where(known, disparity * SIXTEENTH, -UNKNOWN).round().to(torch.int16).numpy()
+    cv2.filterSpeckles(stored, -UNKNOWN, int(ISLAND * stored.size), SIXTEENTH)
+    return torch.where(torch.from_numpy(stored > -UNKNOWN), disparity, torch.nan)
+
+
 def bounds(matches: list[tuple[Tensor, Tensor]], tracks: Tracks) -> tuple[Tensor, Tensor]:
     """Between which depths (h,w) each pixel lies as far as its matches say: 0 and infinity where they say nothing.
 
     A disparity of two pixels does not measure a depth, but what is predicted at a tenth of the depth is wrong. Each
     neighbour bounds the depth by its disparity and SLACK, where nearly all windows of the matching around a pixel were
-    matched: specks and the picture's edge are not. Where there are several, what two of them allow counts.
+    matched: the picture's edge is not. A small patch says nothing (`without_patches`). Where there are several neighbours,
+    what two of them allow counts.
 
     Args:
         matches: of `pair_disparity`, of one photograph with its neighbours.
         tracks: of the photograph; nothing is bounded to lie farther than BEHIND times the farthest of them.
     """
     low, high = [], []
-    for disparity, pixel in matches:
+    for found, pixel in matches:
+        disparity = without_patches(found)
         small = disparity < BOUNDED  # False where there is no match
         small &= F.avg_pool2d(small[None, None].float(), 2 * BLOCK - 1, 1, BLOCK - 1)[0, 0] > FILLED  # outside is none
         low.append(torch.where(small, pixel / (disparity.clamp_min(0) + SLACK), 0.0))
@@ -108,7 +122,7 @@ def measure_depth(grays: list[GrayPhotograph], index: int) -> tuple[Measured | N
 
     Returns:
         The depth, the median over the neighbours where two of them agree within `AGREE` (where there is one alone: its
-        own, `confirmed`), with the bounds elsewhere; and the share of the photograph's tracks that it meets. None where
+        own), as far as it is `confirmed`, with the bounds elsewhere; and the share of the photograph's tracks that it meets. None where
         no neighbour can measure anything (the share is then NaN), or where it does not meet the tracks: a lens whose
         distortion is not known, something that moves, or tracks of something else.
     """
@@ -126,6 +140,4 @@ def measure_depth(grays: list[GrayPhotograph], index: int) -> tuple[Measured | N
     if known.sum() < SHARED:
         return None, math.nan
     meets = float(_meets(found, own.tracks)[known].float().mean())
-    if len(matches) == 1:  # no second neighbour agrees
-        depth = confirmed(depth, own.tracks)
-    return Measured(depth, *bounds(matches, own.tracks)) if meets >= INLIERS else None, meets
+    return Measured(confirmed(depth, own.tracks), *bounds(matches, own.tracks)) if meets >= INLIERS else None, meets
