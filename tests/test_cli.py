@@ -155,6 +155,7 @@ def test_adapt_takes_known_distances(ttt, tmp_path):
 
 
 ENDLESS = """
+import signal
 import time
 from ttt_lib import cli
 from ttt_lib.report import photo_files
@@ -162,6 +163,7 @@ def adapt_photograph(*_):
     print("ready", flush=True)
     time.sleep(200)
 photo_files.adapt_photograph = adapt_photograph
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 cli.main()
 """
 

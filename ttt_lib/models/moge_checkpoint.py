@@ -138,5 +138,7 @@ def load_network(path: Path, name: str) -> nn.Module:
         network = _build(config, _plain_names(weights))
         _check_network(network)
     except Exception as error:  # whatever a network's constructor makes of a wrong configuration
-        raise ModelError(f"model {name!r}: {path} cannot be used as a MoGe checkpoint ({reason(error)}).") from error
+        raise ModelError(
+            f"model {name!r}: {path} is not a MoGe checkpoint that can be used ({reason(error)})."
+        ) from error
     return network

@@ -212,7 +212,7 @@ def why_left_out(place: str, error: Exception) -> str:
     """
     expected = True
     if is_out_of_memory(error):
-        why = "out of memory: shrink the picture, lower views.longest_side, or set model.checkpointing"
+        why = "out of memory: lower views.longest_side, set model.checkpointing, or shrink the picture"
     elif isinstance(error, UserError | NumericalError | FloatingPointError):
         why = str(error)
     elif isinstance(error, RuntimeError) and "CUDA error" in str(error):  # nothing can be computed there any more
