@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt_lib.core.errors import ModelError, UserError, reason
+from ttt_lib.core.files import replacing_file
 from ttt_lib.models.base import GeometryModel, weights_checksum
 
 FORMAT = "ttt-depth adapted weights 1"
@@ -32,13 +33,11 @@ def save_weights(path: str | Path, model: GeometryModel, weights: dict[str, Tens
         "format": FORMAT, "model": model.name, "checksum": weights_checksum(model),
         "weights": {name: value.detach().cpu().contiguous() for name, value in weights.items()},
     }  # fmt: skip
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        with replacing_file(path) as work:
+            torch.save(content, work)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: the weights cannot be written ({reason(error)}).") from error
 
 

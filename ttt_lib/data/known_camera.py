@@ -27,7 +27,7 @@ from ttt_lib.geometry.cameras import (
     unproject,
     unproject_far,
 )
-from ttt_lib.geometry.warp import depth_edges
+from ttt_lib.geometry.warp import depth_edges, sampling_grid
 
 OFF_CENTRE = 1.0  # pixels that a principal point may be off: cameras with the half pixel counted otherwise, and less
 OFF_SQUARE = 0.002  # that a pixel's height may differ from its width
@@ -186,8 +186,7 @@ def _places(size: tuple[int, int], own: Tensor, rotation: Tensor, other: Tensor)
     """Where in another camera's picture (-1 to 1) the pixels of a camera lie, (H,W,2), and how far along its axis the
     points at depth 1 of this one, (H,W). rotation: from this camera to the other."""
     turned = unproject(torch.ones(*size), own.float()) @ rotation.float().mT
-    grid = 2 * project(turned, other.float()) - 1
-    return torch.where(turned[..., 2:] > 1e-6, grid, 9.0), turned[..., 2]
+    return sampling_grid(turned, other.float()), turned[..., 2]
 
 
 def centre_photograph(image: Tensor, camera: KnownCamera) -> CentredPhotograph:

@@ -26,7 +26,7 @@ from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import photographs_in, read_photo
 from ttt_lib.data.known_distances import read_references
 from ttt_lib.geometry.cameras import shrunk
-from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges
+from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges, in_front
 from ttt_lib.models.base import GeometryModel, weights_checksum
 from ttt_lib.report.figures import plot_before_after
 from ttt_lib.runs.experiment import why_left_out
@@ -44,7 +44,7 @@ def write_cloud(path: Path, image: torch.Tensor, prediction: Prediction) -> None
     height, width = prediction.depth.shape
     step = max(1, -(-max(height, width) // LONGEST_CLOUD))
     points = prediction.points[::step, ::step].cpu()
-    mask = prediction.mask[::step, ::step].cpu() & torch.isfinite(points).all(-1) & (points[..., 2] > 0)
+    mask = prediction.mask[::step, ::step].cpu() & in_front(points)
     mask &= ~depth_edges(points[..., 2], mask, rtol=EDGE_RTOL)
     small = image[:, ::step, ::step].permute(1, 2, 0).cpu().numpy()
     faces, vertices, colours = utils3d.np.build_mesh_from_map(

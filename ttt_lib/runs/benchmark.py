@@ -26,6 +26,7 @@ from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.teacher import draw_views, make_renderer
 from ttt_lib.core.config import ExperimentConfig, build_experiment
 from ttt_lib.core.seeds import sample_generator
+from ttt_lib.geometry.warp import in_front
 from ttt_lib.models.base import GeometryModel, training
 from ttt_lib.runs.plan import put
 
@@ -108,7 +109,7 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
                 fresh = model.predict(image)
             if spare is not None and clock["render"] > 0:
                 with clock.stage("scene"):
-                    surface = fresh.mask & torch.isfinite(fresh.points).all(-1) & (fresh.points[..., 2] > 0)
+                    surface = fresh.mask & in_front(fresh.points)
                     spare.set_scene(image, fresh.points, surface, fresh.intrinsics)
             rounds.append(_of_one_pass(clock, config))
             clock.clear()

@@ -7,7 +7,6 @@ the seed and the step alone, so a run is the same however fast the generator is,
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ttt_lib.core.files import to_json
+from ttt_lib.core.files import replacing_file, to_json
 from ttt_lib.models.pretraining.loss import geometry_loss
 from ttt_lib.models.pretraining.pictures import ChunkSource, draw_batch
 from ttt_lib.models.tiny import TinyMoGe, default_config
@@ -85,9 +84,8 @@ def new_model(seed: int, imagenet: bool = True) -> TinyMoGe:
 
 def save_tensors(path: Path, content: dict) -> None:
     """`torch.save`, atomic."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    with replacing_file(path) as work:
+        torch.save(content, work)
 
 
 def _layout(device: torch.device) -> torch.memory_format:
