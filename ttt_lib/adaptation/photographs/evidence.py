@@ -155,13 +155,13 @@ def corrected(prediction: Prediction, evidence: Evidence, how: str, generator: t
 
 def _fully(prediction: Prediction, evidence: Evidence, generator: torch.Generator) -> Tensor:
     """Depth (H,W) of `corrected` with `full`."""
-    uv, known = evidence.used.uv, evidence.used.depth
-    measured = None if evidence.measured is None else evidence.measured.depth
+    uv, known, measured = evidence.used.uv, evidence.used.depth, evidence.measured
     if measured is not None:
-        step = math.ceil(math.sqrt(measured.numel() / FROM_STEREO))
-        grid = measured[step // 2 :: step, step // 2 :: step]  # a small part that was measured counts as a small part
+        step = math.ceil(math.sqrt(measured.depth.numel() / FROM_STEREO))
+        some = slice(step // 2, None, step)
+        grid = measured.depth[some, some]  # a small part that was measured counts as a small part
         place = torch.isfinite(grid)
-        uv = torch.cat([uv, uv_map(*measured.shape)[step // 2 :: step, step // 2 :: step][place]])
+        uv = torch.cat([uv, uv_map(*measured.depth.shape)[some, some][place]])
         known = torch.cat([known, grid[place]])
         order = torch.randperm(len(known), generator=generator)  # folds of the correction take every fifth
         uv, known = uv[order], known[order]
@@ -170,14 +170,17 @@ def _fully(prediction: Prediction, evidence: Evidence, generator: torch.Generato
     depth = correct(prediction, references)[0].depth
     if prediction.disparity is None:
         depth = held_outside(depth, prediction.depth, at_tracks(prediction, evidence.used))
-    if measured is None:
-        return depth
-    small = F.interpolate(depth[None, None], measured.shape, mode="nearest")[0, 0]
-    residual = (plausible(measured.to(depth), small) / small).log()
-    filled = small * spread(residual).exp()
-    low, high = evidence.measured.nearest.to(depth), evidence.measured.farthest.to(depth)
-    filled = torch.where(torch.isfinite(residual), filled, torch.maximum(torch.minimum(filled, high), low))
-    field = (filled / small).log()
+    return depth if measured is None else filled_in(depth, measured)
+
+
+def filled_in(depth: Tensor, measured: Measured) -> Tensor:
+    """Corrected depth (H,W) with the measured one where that is plausible; elsewhere its residuals are carried on, as far
+    as the measured bounds allow."""
+    small = F.interpolate(depth[None, None], measured.depth.shape, mode="nearest")[0, 0]
+    residual = (plausible(measured.depth.to(depth), small) / small).log()
+    around = small * spread(residual).exp()
+    bounded = around.clamp(measured.nearest.to(depth), measured.farthest.to(depth))
+    field = (torch.where(torch.isfinite(residual), around, bounded) / small).log()
     field = F.interpolate(field[None, None], depth.shape, mode="bilinear", align_corners=False)[0, 0]
     return depth * field.exp()
 

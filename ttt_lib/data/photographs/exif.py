@@ -17,7 +17,6 @@ from ttt_lib.data.images import readable_formats
 log = logging.getLogger(__name__)
 
 NUMBERS = Base.FocalLength, Base.FocalLengthIn35mmFilm, Base.ExifImageWidth, Base.ExifImageHeight
-RESOLUTION_UNIT = Base.FocalPlaneResolutionUnit
 UNITS = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # of the focal plane's resolution, in millimetres
 DIAGONAL_35 = math.hypot(36, 24)  # millimetres: equivalents compare the diagonals of two frames
 SHORTEST, LONGEST = 0.15, 40.0  # of the longer side: from a fisheye to a telescope, beyond that the tag lies
@@ -73,7 +72,8 @@ def _sensor(tags: Mapping[int, Any], longer: float) -> float | None:
     Tools that shrink a picture write its new size and keep the pixels per inch of the sensor, which is then a seventh of
     its size with the pixels of a large one. Such a sensor does not exist.
     """
-    plane, unit = _number(tags, Base.FocalPlaneXResolution), UNITS.get(int(_number(tags, RESOLUTION_UNIT) or 2))
+    plane = _number(tags, Base.FocalPlaneXResolution)
+    unit = UNITS.get(int(_number(tags, Base.FocalPlaneResolutionUnit) or 2))
     if plane is None or unit is None:
         return None
     pixel = unit / plane

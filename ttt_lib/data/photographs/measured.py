@@ -21,7 +21,7 @@ BEHIND = 2.0  # times the farthest tracks' depth: nothing is said to be farther 
 INLIERS = 0.8  # of the tracks that the measured map has to meet within `MEETS`, or the map is dropped
 MEETS = 0.1
 ISLAND = 0.01  # of the picture: a smaller region has to meet a track
-SIXTEENTH, UNKNOWN = 16, 30000  # of a pixel is what OpenCV filters, in 16 bits
+STEPS, UNKNOWN = 16, 30000  # of a pixel, as OpenCV filters disparities in 16 bits, and what stands there for none
 
 
 @dataclass
@@ -42,9 +42,9 @@ def without_patches(disparity: Tensor) -> Tensor:
 
     On plain surfaces both ways agree in patches here and there, mostly on far too little.
     """
-    known = torch.isfinite(disparity) & (disparity.abs() < UNKNOWN / SIXTEENTH)
-    stored = torch.where(known, disparity * SIXTEENTH, -UNKNOWN).round().to(torch.int16).numpy()
-    cv2.filterSpeckles(stored, -UNKNOWN, int(ISLAND * stored.size), SIXTEENTH)
+    known = torch.isfinite(disparity) & (disparity.abs() < UNKNOWN / STEPS)
+    stored = torch.where(known, disparity * STEPS, -UNKNOWN).round().to(torch.int16).numpy()
+    cv2.filterSpeckles(stored, -UNKNOWN, int(ISLAND * stored.size), STEPS)
     return torch.where(torch.from_numpy(stored > -UNKNOWN), disparity, torch.nan)
 
 
@@ -122,9 +122,9 @@ def measure_depth(grays: list[GrayPhotograph], index: int) -> tuple[Measured | N
 
     Returns:
         The depth, the median over the neighbours where two of them agree within `AGREE` (where there is one alone: its
-        own), as far as it is `confirmed`, with the bounds elsewhere; and the share of the photograph's tracks that it meets. None where
-        no neighbour can measure anything (the share is then NaN), or where it does not meet the tracks: a lens whose
-        distortion is not known, something that moves, or tracks of something else.
+        own), as far as it is `confirmed`, with the bounds; and the share of the photograph's tracks that it meets. None
+        where no neighbour can measure anything (the share is then NaN), or where it does not meet the tracks: a lens
+        whose distortion is not known, something that moves, or tracks of something else.
     """
     own = grays[index]
     matches = [pair_disparity(own, grays[number]) for number in neighbours(grays, index)]

@@ -148,11 +148,10 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 def photographs_of(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     """The photographs that lie in a folder, in the order of their names, and (name, reason) of what else lies there."""
     files, others = (sorted(paths, key=lambda path: natural(path.name)) for paths in content_of(folder))
-    reasons = [(printable(path.name, 100), why) for path in others if (why := _why_not(path))]
-    plain = [path for path in others if not _why_not(path)]
-    return files, first_of(reasons, "others", "are clips, folders and pictures that this cannot read") + _no_pictures(
-        plain
-    )
+    why = {path: _why_not(path) for path in others}
+    reasons = [(printable(path.name, 100), why[path]) for path in others if why[path]]
+    left_out = first_of(reasons, "others", "are clips, folders and pictures that this cannot read")
+    return files, left_out + _no_pictures([path for path in others if not why[path]])
 
 
 def _why_not(path: Path) -> str:

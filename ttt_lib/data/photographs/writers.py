@@ -63,9 +63,8 @@ def _names(scene: Scene) -> list[str]:
     given = [file.name if (file := _file_of(p)) is not None else p.name for p in scene.photographs]
     plain = [Path("_".join(name.split())) for name in given]
     names: dict[int, str] = {}
-    for row in sorted(
-        range(len(plain)), key=lambda row: plain[row].name != given[row]
-    ):  # a name without spaces is kept
+    kept_first = sorted(range(len(plain)), key=lambda row: plain[row].name != given[row])  # those without spaces
+    for row in kept_first:
         path = plain[row]
         others = (f"{path.stem}_{number}{path.suffix}" for number in range(2, len(plain) + 1))
         names[row] = next(name for name in (path.name, *others) if name not in names.values())
