@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from ttt_lib.core.at_work import at_work
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, printable
 from ttt_lib.core.files import check_writable, replacing, write_json
-from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Photograph
 from ttt_lib.data.photographs.sources import distinct_names
@@ -140,7 +138,8 @@ def _write(adaptation: SceneAdaptation, work: Path, announce: Announce) -> dict[
     scene, cloud, rows = adaptation.scene, SceneCloud(), []
     evidence = {each.photograph.name: each for each in adaptation.evidence}
     names = [photograph.name for photograph in [*scene.photographs, *scene.rest]]
-    files = dict(zip(names, distinct_names([Path(name.replace("/", "_")) for name in names])))
+    # COLMAP's text knows no spaces in names of files.
+    files = dict(zip(names, distinct_names([Path("_".join(name.replace("/", " ").split())) for name in names])))
     results = adaptation.results()
     for number, label in enumerate(names, 1):
         name, known = files[label], evidence.get(label)
@@ -170,10 +169,9 @@ def _finish(
     if adaptation.evidence:
         points, colours = cloud.merged()
         write_points(points, colours, work / "cloud.ply", work / "cloud.glb")
-        places = [work / "images" / f"{files[photograph.name]}.png" for photograph in scene.photographs]
-        written = [replace(p, source=partial(read_photo, place)) for p, place in zip(scene.photographs, places)]
-        write_colmap(work / "sparse" / "0", replace(scene, photographs=written))
-        write_transforms(work / "transforms.json", scene, places)
+        images = [f"{files[photograph.name]}.png" for photograph in scene.photographs]
+        write_colmap(work / "sparse" / "0", scene, images)
+        write_transforms(work / "transforms.json", scene, [f"images/{name}" for name in images])
     record["cloud_points"] = len(points)
     (work / "index.html").write_text(_page(record, points, colours), encoding="utf-8")
     write_json(work / "record.json", record)
