@@ -31,7 +31,6 @@ LENSES = {
     "SIMPLE_RADIAL": (140, 83, 58, -0.28), "RADIAL": (140, 83, 58, -0.2, 0.05),
     "OPENCV": (140, 150, 83, 58, -0.2, 0.05, 0.004, -0.003),
     "FULL_OPENCV": (140, 150, 83, 58, -0.2, 0.05, 0.004, -0.003, 0.01, 0.02, -0.01, 0.003),
-    "SIMPLE_DIVISION": (140, 83, 58, -0.15), "DIVISION": (140, 150, 83, 58, 0.1),
 }  # fmt: skip
 K, WIDTH, HEIGHT = -0.2, 320, 216
 CAMERA = {"w": WIDTH, "h": HEIGHT, "fl_x": FOCAL * WIDTH, "cx": WIDTH / 2, "cy": HEIGHT / 2, "k1": K}
@@ -92,8 +91,6 @@ def test_the_maps_are_those_of_colmaps_cameras(model, tmp_path):
     expected = by_pycolmap(lens(model), rays_of(lens(model), np.stack([u.ravel(), v.ravel()], -1)), tmp_path)
     assert np.abs(np.stack([column.ravel(), row.ravel()], -1) + 0.5 - expected).max() < 1e-3
     assert np.abs(expected - np.stack([u.ravel(), v.ravel()], -1)).max() > 2  # and it does bend
-    part = places_in_picture(lens(model), SIZE, range(70, 90))
-    assert np.array_equal(part[0], column[70:90]) and np.array_equal(part[1], row[70:90])
 
 
 @pytest.mark.parametrize("model", LENSES)
@@ -266,8 +263,8 @@ def test_photographs_without_a_camera_stay_as_they_were_taken(bent_house, tmp_pa
 @pytest.mark.parametrize("k1, k2", [(-3.0, 0.0), (1e6, 0.0), (0.0, -1e300), (50.0, 0.0)])
 def test_distortion_that_cannot_be_taken_away_is_said(bent_house, tmp_path, k1, k2):
     write_model(tmp_path, {**text(), "cameras.txt": f"1 RADIAL 160 120 140 80 60 {k1} {k2}\n".encode()})
-    scene = load_scene(tmp_path)
-    assert "distortion cannot be taken away" in scene.refused and len(scene.left_out) == 4
+    with pytest.raises(DataError, match="distortion cannot be taken away"):
+        load_scene(tmp_path)
     content = json.loads((bent_house[0] / "transforms.json").read_text())
     (tmp_path / "transforms.json").write_text(json.dumps({**content, "k1": k1, "k2": max(k2, -1e8)}))
     with pytest.raises(DataError, match="distortion cannot be taken away"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,7 +31,9 @@ log = logging.getLogger(__name__)
 CELLS = 4  # a picture has CELLS x CELLS cells, in which its tracks are counted
 LONGEST_SIDE = 1200  # pixels of the pictures that are matched
 FARTHEST = 1e8  # units, of given cameras and points: a coordinate beyond is no measurement
-LEAST_FOCAL = 0.02  # of the picture's side, of given cameras: 175 degrees
+LEAST_FOCAL, MOST_FOCAL = 0.02, 50.0  # of the picture's side, of given cameras: 175 degrees and 1
+# Models of given cameras, and how many parameters come before those of the distortion.
+PINHOLE_PARAMS = {"SIMPLE_PINHOLE": 3, "SIMPLE_RADIAL": 3, "RADIAL": 3, "PINHOLE": 4, "OPENCV": 4, "FULL_OPENCV": 4}
 MIN_MATCHES = 40  # verified matches with some other photograph
 USUAL_FOCAL, UNKNOWN = 0.85, 0.3  # of the width, where nothing is known: a phone, a small camera; deviation of its log
 
@@ -89,29 +92,40 @@ class Lens(NamedTuple):
     params: tuple[float, ...]
 
     @property
+    def fault(self) -> str:
+        """Why it cannot be used; "" where it can."""
+        if self.model not in PINHOLE_PARAMS:
+            return f"has a lens of the kind {self.model}, which this cannot use: undistort the pictures first"
+        fx, fy, cx, cy = self.pinhole.params
+        sides = ((fx, cx, self.width), (fy, cy, self.height))
+        possible = all(LEAST_FOCAL * side < f < MOST_FOCAL * side and -side < c < 2 * side for f, c, side in sides)
+        if possible and not 0 <= min(cx, cy) <= max(cx, cy) <= 1:  # what is not in pixels has it in the first one
+            return ""
+        return (
+            f"has a camera that cannot be: {self.width} x {self.height} pixels with focal lengths of {fx:.4g} and {fy:.4g} "
+            f"and a centre at {cx:.4g}, {cy:.4g}, all in pixels"
+        )
+
+    @property
     def pinhole(self) -> Lens:
         """The same lens without its distortion: its focal lengths and its centre."""
-        focal, *rest = self.params[: self._pinhole_params]
+        focal, *rest = self.params[: PINHOLE_PARAMS[self.model]]
         fx, fy, cx, cy = (focal, focal, *rest) if len(rest) == 2 else (focal, *rest)
         return Lens("PINHOLE", self.width, self.height, (fx, fy, cx, cy))
 
     @property
     def distortion(self) -> tuple[float, ...]:
         """The parameters that bend straight lines, as COLMAP orders them; none where it has none, or all are zero."""
-        bending = self.params[self._pinhole_params :]
+        bending = self.params[PINHOLE_PARAMS[self.model] :]
         return bending if any(bending) else ()
-
-    @property
-    def _pinhole_params(self) -> int:
-        return 3 if self.model.startswith("SIMPLE_") or self.model == "RADIAL" else 4
 
 
 @dataclass
 class SparseModel:
     """A reconstruction as arrays: I registered images, P points, M observations of them.
 
-    image (I,) long: its place among the photographs, or its id; pose (I,4,4) world -> camera; size (I,2) width and
-    height; intrinsics (I,4) fx, fy, cx, cy in pixels, NaN of a fisheye; xyz (P,3). Of an observation: seen_by (M,) row of
+    image (I,) long: its place among the photographs; pose (I,4,4) world -> camera; size (I,2) width
+    and height; intrinsics (I,4) fx, fy, cx, cy in pixels; xyz (P,3). Of an observation: seen_by (M,) row of
     the image, feature (M,) number of the picture's feature, point (M,) row of xyz, uv (M,2) in pixels with the first
     pixel's centre at 0.5, of the picture without distortion, NaN where that does not reach, depth (M,), error (M,) of
     reprojection in pixels of the picture as it was taken, NaN where the camera cannot project it.
@@ -209,6 +223,17 @@ class Job:
             exact.append(any(p.exact for p in known))
             focals.append(float(np.median([p.focal for p in known if p.exact or not exact[-1]])) if known else None)
         return focals, exact
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """A key by which names are sorted as people do: numbers by their value.
+
+    Example:
+        >>> sorted(["a10", "a9", "b"], key=natural)
+        ['a9', 'a10', 'b']
+    """
+    parts = re.split(r"([0-9]{1,18})", name)
+    return [(0, int(part)) if k % 2 else (1, part) for k, part in enumerate(parts) if part]
 
 
 class Failed(Exception):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ttt_lib.core.errors import DataError
+from ttt_lib.core.errors import DataError, printable
 from ttt_lib.data.images import is_photo
 from ttt_lib.data.photographs.job import Picture
 from ttt_lib.data.photographs.known import find_cameras, scene_of_cameras
@@ -44,7 +44,7 @@ def load_scene(
             those that were held the other way. Without it that of EXIF counts.
         prior: a model's guess where neither is known: a function from an image (3,H,W) to the focal length over the
             width, or a table name -> focal length.
-        cameras: a folder with a COLMAP model or a `transforms.json` for the photographs of `source`.
+        cameras: a folder with a COLMAP model or a `transforms.json` for the photographs of `source`, which is their folder.
 
     Returns:
         The scene. Where the photographs tell nothing, `refused` says why; what was not read is in `left_out`.
@@ -58,11 +58,8 @@ def load_scene(
         'b is a copy of a, or taken from the same place: take a second photograph a step to the side.'
     """
     focal, every, count = checked_focal(focal), _whole(every, "every", 1), _whole(count, "count", 2)
-    source = _path_or_list(source, "source")
-    cameras = _path_or_list(cameras, "cameras") if cameras is not None else None
-    known = find_cameras(source if cameras is None else cameras)
-    if cameras is not None:
-        _check_known(known, cameras, source)
+    source = _path_or_list(source)
+    known = _known(source, cameras)
     if known is not None:
         if focal is not None:
             raise DataError("focal: the cameras are known here, and their focal length with them; leave it out.")
@@ -87,34 +84,33 @@ def _name_exif(scene: Scene, pictures: list[Picture]) -> None:
         )
 
 
-def _path_or_list(value: Any, name: str) -> Path | list[Any]:
+def _path_or_list(value: Any) -> Path | list[Any]:
     if isinstance(value, str | os.PathLike) and os.fspath(value):
         return Path(value)
     if isinstance(value, str | os.PathLike) or not hasattr(value, "__iter__") and not hasattr(value, "__getitem__"):
-        raise DataError(f"{name}: must be a path{' or a list of photographs' * (name == 'source')}, not {value!r}.")
+        raise DataError(f"source: must be a path or a list of photographs, not {value!r}.")
     return list(value)
+
+
+def _known(source: Path | list[Any], cameras: str | os.PathLike | None) -> Path | None:
+    """The file or folder of cameras that somebody computed, if there are any."""
+    if cameras is None:
+        return find_cameras(source) if isinstance(source, Path) else None
+    if isinstance(source, list) or not os.path.isdir(source):
+        raise DataError(f"{printable(source)}: is no folder of photographs, which known cameras need.")
+    known = find_cameras(Path(cameras))
+    if known is None:
+        raise DataError(
+            f"{cameras}: there is no such file or folder, or it holds neither a COLMAP model (cameras, images) nor a "
+            "transforms.json."
+        )
+    return known
 
 
 def _whole(value: Any, name: str, least: int) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise DataError(f"{name}: must be a whole number of at least {least}, not {value!r}.")
     return value
-
-
-def _check_known(known: Any, cameras: Any, source: Path | list[Any]) -> None:
-    """Raises `DataError` where cameras that somebody names do not go with the photographs."""
-    if isinstance(cameras, Path) and not os.path.exists(cameras):
-        raise DataError(f"{cameras}: there is no such file or folder of cameras; check the name.")
-    if known is None:
-        raise DataError(f"{cameras}: holds neither a COLMAP model (cameras, images) nor a transforms.json.")
-    if isinstance(source, Path) and not os.path.isdir(source):
-        raise DataError(f"{source}: is no folder of photographs, which known cameras need.")
-    if isinstance(source, list):
-        if not all(isinstance(file, str | os.PathLike) for file in source):
-            raise DataError(
-                "photographs: known cameras belong to files, by their names; the list holds something else."
-            )
-        source[:] = map(Path, source)
 
 
 def _given(

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pycolmap
 
-from ttt_lib.data.photographs.job import Job, Lens, SparseModel
+from ttt_lib.core.errors import printable
+from ttt_lib.data.photographs.job import FARTHEST, Job, Lens, SparseModel, natural
 from ttt_lib.data.photographs.matching import database_of, image_name, tolerance
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,6 @@ MAPPED_ANGLE = 1.0  # degrees between two rays to a point: no more is asked, how
 PLACED_ANGLE = 0.1  # the same of known cameras: far points count too when they and the matches are compared
 EPIPOLAR_ERROR = 0.002  # of the longer side, and at least a pixel
 LOSS_SCALE = 0.5  # pixels: from here on a residual counts by its length, not by its square
-FISHEYE = ("FISHEYE", "FOV", "EUCM", "EQUIRECTANGULAR")
 RETURNS = 0.1  # pixels that a place may miss itself by when its ray is seen again: else the ray is none
 
 
@@ -60,7 +60,7 @@ def attempt(
     if best is None or best.num_reg_images() < 2:
         return None
     _fit(best, fixed)
-    result = as_arrays(best, 1)
+    result = as_arrays(best, sorted(best.reg_image_ids()))
     result.explained, result.made = _explained(job, best), best
     return result
 
@@ -69,7 +69,7 @@ def refitted(model: SparseModel, factor: float) -> SparseModel:
     """A model that `attempt` gave, fitted again with its focal lengths held at `factor` times what they are."""
     other = copy.deepcopy(model.made)
     _fit(other, True, factor)
-    return as_arrays(other, 1)
+    return as_arrays(other, sorted(other.reg_image_ids()))
 
 
 def _prepare(path: Path, focals: np.ndarray, share: float, seed: int) -> None:
@@ -195,61 +195,75 @@ def place(job: Job, poses: np.ndarray) -> SparseModel:
     options.mapper.random_seed = options.triangulation.random_seed = 0
     options.triangulation.ignore_two_view_tracks = False
     folder = tempfile.mkdtemp(dir=job.folder)
-    return as_arrays(pycolmap.triangulate_points(model, database_of(job), folder, folder, True, options, False), 1)
+    model = pycolmap.triangulate_points(model, database_of(job), folder, folder, True, options, False)
+    return as_arrays(model, sorted(model.reg_image_ids()))
 
 
-def read(folder: Path, memory: int) -> SparseModel:
-    """A finished COLMAP model, whose images are ids. memory: bytes that this may take, where the system limits it."""
+def read(folder: Path, memory: int) -> tuple[SparseModel, list[str], list[Lens], list[tuple[str, str]]]:
+    """A finished COLMAP model in the order of its images' names, these, their lenses, and (name, reason) of images whose
+    camera cannot be used. memory: bytes that this may take, where the system limits it."""
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     except (ImportError, ValueError, OSError):  # not on every system
         pass
-    return as_arrays(pycolmap.Reconstruction(folder), 0)
+    model, unusable = pycolmap.Reconstruction(folder), []
+    if not model.num_points3D():
+        model.delete_all_points2D_and_points3D()  # places may name points of a file that is not there
+    for image in [model.images[number] for number in model.reg_image_ids()]:
+        placed = np.abs(image.cam_from_world().matrix()).max() < FARTHEST  # which NaN is not
+        if why := _lens(image.camera).fault if placed else "has a pose that is none":
+            unusable.append((printable(image.name, 100), why))
+            model.deregister_frame(image.frame_id)
+    for number, point in list(model.points3D.items()):
+        if not np.abs(point.xyz).max() < FARTHEST:
+            model.delete_point3D(number)
+    images = sorted((model.images[number] for number in model.reg_image_ids()), key=lambda each: natural(each.name))
+    found = as_arrays(model, [image.image_id for image in images])
+    found.image = np.arange(len(images))
+    return found, [image.name for image in images], [_lens(image.camera) for image in images], unusable
 
 
-def as_arrays(model: pycolmap.Reconstruction, first: int) -> SparseModel:
-    """Registered images with their cameras, and what each sees of the points; first: the id that becomes image 0.
+def as_arrays(model: pycolmap.Reconstruction, ids: list[int]) -> SparseModel:
+    """Images (by their ids, which count from 1) with their cameras, and what each sees of the points.
 
     Where a lens has distortion the places are those of the pinhole picture (`_straight`); the errors stay those of the
     picture in which the points were found.
     """
-    ids, points = sorted(model.reg_image_ids()), [point for _, point in sorted(model.points3D.items())]
+    points = [point for _, point in sorted(model.points3D.items())]
     row_of = {image: row for row, image in enumerate(ids)}
     seen = [
         (row_of[element.image_id], element.point2D_idx, row)
         for row, point in enumerate(points)
         for element in point.track.elements
-        if element.image_id in row_of
     ]
     seen_by, feature, point = np.array(seen, dtype=np.int64).reshape(-1, 3).T
     xyz = np.array([each.xyz for each in points]).reshape(-1, 3)
     uv, depth, error = np.zeros((len(point), 2)), np.zeros(len(point)), np.zeros(len(point))
     pose, size, intrinsics = np.tile(np.eye(4), (len(ids), 1, 1)), np.zeros((len(ids), 2), int), np.zeros((len(ids), 4))
     for row, image in enumerate(model.images[i] for i in ids):
-        camera, which = image.camera, seen_by == row
-        pose[row, :3], size[row] = image.cam_from_world().matrix(), (camera.width, camera.height)
-        if any(word in camera.model_name for word in FISHEYE):
-            intrinsics[row] = np.nan
-        else:
-            centre = camera.principal_point_x, camera.principal_point_y
-            intrinsics[row] = camera.focal_length_x, camera.focal_length_y, *centre
+        camera, lens, which = image.camera, _lens(image.camera), seen_by == row
+        pose[row, :3], size[row] = image.cam_from_world().matrix(), (lens.width, lens.height)
+        intrinsics[row] = lens.pinhole.params
         if which.any():
             places = image.points2D
             uv[which] = [places[int(k)].xy for k in feature[which]]
             local = xyz[point[which]] @ pose[row, :3, :3].T + pose[row, :3, 3]
             depth[which] = local[:, 2]
             error[which] = np.linalg.norm(camera.img_from_cam(local) - uv[which], axis=1)
-            uv[which] = _straight(camera, uv[which])
-    return SparseModel(np.array(ids) - first, pose, size, intrinsics, xyz, seen_by, feature, point, uv, depth, error)
+            uv[which] = _straight(camera, lens, uv[which])
+    return SparseModel(np.array(ids) - 1, pose, size, intrinsics, xyz, seen_by, feature, point, uv, depth, error)
 
 
-def _straight(camera: pycolmap.Camera, uv: np.ndarray) -> np.ndarray:
+def _lens(camera: pycolmap.Camera) -> Lens:
+    return Lens(camera.model_name, camera.width, camera.height, tuple(camera.params))
+
+
+def _straight(camera: pycolmap.Camera, lens: Lens, uv: np.ndarray) -> np.ndarray:
     """Where the same camera without distortion sees what it sees at uv (N,2), in pixels; NaN outside of its picture and
-    where the distortion cannot be undone. Without distortion, and of a fisheye, uv itself."""
-    lens = Lens(camera.model_name, camera.width, camera.height, tuple(camera.params))
-    if not lens.distortion or any(word in lens.model for word in FISHEYE):
+    where the distortion cannot be undone."""
+    if not lens.distortion:
         return uv
     rays = camera.cam_from_img(uv)
     returned = camera.img_from_cam(np.concatenate([rays, np.ones_like(rays[:, :1])], 1))

@@ -78,22 +78,16 @@ def reconstruct(pictures: list[Picture], seed: int = 0, in_order: bool = False) 
     if job.refused:
         log.info("refused: %s", job.refused)
         return Scene(plain, left_out, job.about, job.refused)
-    found = to_photographs(job.model, job.picked, [plain[i] for i in job.model.image])
+    strong = {i: photograph for i, photograph in enumerate(plain) if i not in job.picked.weak}
+    found = to_photographs(job.model, job.picked, strong)
     return Scene(found, left_out, job.about, rest=[plain[i] for i in sorted(job.left_out)])
 
 
-def normalized_intrinsics(model: SparseModel, row: int) -> Tensor:
-    """(3,3) float32 of an image: divided by its width and height."""
-    (fx, fy, cx, cy), (width, height) = model.intrinsics[row], model.size[row]
-    matrix = [[fx / width, 0, cx / width], [0, fy / height, cy / height], [0, 0, 1]]
-    return torch.tensor(matrix, dtype=torch.float32)
-
-
-def to_photographs(model: SparseModel, picked: Selection, plain: list[Photograph | None]) -> list[Photograph]:
-    """The photographs that are not weak, with cameras and tracks. plain: of each image of the model, without them."""
+def to_photographs(model: SparseModel, picked: Selection, plain: dict[int, Photograph]) -> list[Photograph]:
+    """Photographs with cameras and tracks. plain: of the images of the model that are taken, without them."""
     result = []
     for row, image in enumerate(model.image.tolist()):
-        if image in picked.weak:
+        if image not in plain:
             continue
         here = np.flatnonzero(picked.which & (model.seen_by == row))
         _, once = np.unique(model.point[here], return_index=True)  # a point that one picture sees twice
@@ -104,5 +98,7 @@ def to_photographs(model: SparseModel, picked: Selection, plain: list[Photograph
         )
         bent = None if model.bent is None else torch.from_numpy(model.bent[here]).float()
         tracks = Tracks(uv, depth, torch.from_numpy(model.point[here]).long(), weight, bent)
-        result.append(replace(plain[row], intrinsics=normalized_intrinsics(model, row), tracks=tracks, pose=pose))
+        (fx, fy, cx, cy), (width, height) = model.intrinsics[row], model.size[row]
+        intrinsics = torch.tensor([[fx / width, 0, cx / width], [0, fy / height, cy / height], [0, 0, 1]]).float()
+        result.append(replace(plain[image], intrinsics=intrinsics, tracks=tracks, pose=pose))
     return result

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from ttt_lib.core.errors import DataError, UserError, printable
 from ttt_lib.core.types import Sample
 from ttt_lib.data.images import as_image, content_of, read_photo
 from ttt_lib.data.photographs.exif import ExifLens, read_lens
-from ttt_lib.data.photographs.job import Picture
+from ttt_lib.data.photographs.job import Picture, natural
 
 log = logging.getLogger(__name__)
 
@@ -132,17 +131,6 @@ def _tensors(items: list[Any]) -> Iterator[tuple[str, Tensor, Tensor, ExifLens]]
     for name, (_, tensor) in zip(_unlike([[str(name)] for name, _ in parts]), parts):
         image = as_image(tensor, name)
         yield name, image, image, ExifLens()
-
-
-def natural(name: str) -> list[tuple[int, int | str]]:
-    """A key by which names are sorted as people do: numbers by their value.
-
-    Example:
-        >>> sorted(["a10", "a9", "b"], key=natural)
-        ['a9', 'a10', 'b']
-    """
-    parts = re.split(r"([0-9]{1,18})", name)
-    return [(0, int(part)) if k % 2 else (1, part) for k, part in enumerate(parts) if part]
 
 
 def photographs_of(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:

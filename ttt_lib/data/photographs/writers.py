@@ -10,7 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from ttt_lib.core.errors import DataError
 from ttt_lib.core.files import write_json, write_text
-from ttt_lib.data.photographs.colmap_files import OWN_MARK
+from ttt_lib.data.photographs.colmap import OWN_MARK
 from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.transforms import FLIP
 
