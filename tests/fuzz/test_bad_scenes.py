@@ -137,18 +137,13 @@ def test_any_bytes_as_a_transforms_file(tmp_path_factory, content, changes):
 # ------------------------------------------------------------------------------------------------ clips
 
 CODECS = {"mp4": "libx264", "mov": "mpeg4", "avi": "mpeg4", "mkv": "ffv1", "webm": "libvpx", "ts": "libx264"}
-CODECS.update(gif="", png="")  # pictures that move, written by Pillow
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> dict[str, bytes]:
     folder, frames = tmp_path_factory.mktemp("clips"), window(8, (48, 64))
     for suffix, codec in CODECS.items():
-        if codec:
-            write_clip(folder / f"c.{suffix}", frames, codec)
-        else:
-            first, *others = map(Image.fromarray, frames)
-            first.save(folder / f"c.{suffix}", save_all=True, append_images=others, duration=40)
+        write_clip(folder / f"c.{suffix}", frames, codec)
     return {suffix: (folder / f"c.{suffix}").read_bytes() for suffix in CODECS}
 
 
@@ -157,8 +152,8 @@ def check_a_clip(folder: Path, suffix: str, content: bytes, options: dict) -> No
     path.write_bytes(content)
     clip = one_sentence(read_clip, path, **options)
     if clip is not None:
-        assert len(clip.pictures) >= 1
-        assert all(float(picture.read().amax()) <= 1 for picture in clip.pictures)
+        assert len(clip) >= 1
+        assert all(float(picture.read().amax()) <= 1 for picture in clip)
 
 
 OPTIONS = st.sampled_from([{}, {"every": 3}, {"count": 2}])
@@ -178,7 +173,7 @@ def test_many_damaged_clips(clips, tmp_path_factory, suffix, changes, options):
 
 
 @few
-@given(st.sampled_from(["mp4", "mkv", "avi", "gif", "m3u8", "xyz"]), st.binary(max_size=300))
+@given(st.sampled_from(["mp4", "mkv", "avi", "m3u8", "xyz"]), st.binary(max_size=300))
 def test_any_bytes_as_a_clip(tmp_path_factory, suffix, content):
     path = tmp_path_factory.getbasetemp() / f"any.{suffix}"
     path.write_bytes(content)

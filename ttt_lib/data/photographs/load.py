@@ -129,11 +129,11 @@ def _given(
     if not os.path.isfile(source):
         raise DataError(f"{source}: there is no such folder or file; check the name.")
     # Here and not above: OpenCV has an FFmpeg of its own, and two of them in one process are one too many for some systems.
-    from ttt_lib.data.photographs.clips import is_moving_picture, read_clip
+    from ttt_lib.data.photographs.clips import read_clip
 
-    if is_photo(source) and not is_moving_picture(source):
+    if is_photo(source):
         raise DataError(f"{source}: is one photograph; name two or more of the same scene.")
-    pictures = read_clip(source, every, count, focal).pictures
+    pictures = read_clip(source, every, count, focal)
     for picture in pictures:
         if picture.focal is None and prior is not None:
             picture.focal = guess(prior, picture.name, picture.read())
