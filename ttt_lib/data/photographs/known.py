@@ -21,7 +21,7 @@ from ttt_lib.data.photographs.job import SCANT, Lens, Picture, Selection, Sparse
 from ttt_lib.data.photographs.reconstruct import do_apart, to_photographs
 from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.signals import centres, moves_ahead, select_tracks, summarize
-from ttt_lib.data.photographs.sources import distinct_names, first_of, photographs_of, thinned
+from ttt_lib.data.photographs.sources import as_one, because, distinct_names, photographs_of, thinned
 from ttt_lib.data.photographs.transforms import Frame, find_transforms, read_transforms
 from ttt_lib.data.photographs.undistort import can_be_undistorted, read_undistorted
 from ttt_lib.data.photographs.upright import turn, turns_of_camera
@@ -92,7 +92,7 @@ def scene_of_cameras(cameras: Path, folder: Path | None, every: int | None, coun
             scene.left_out.append((name, str(error)))
     if len(posed) < 2:
         raise DataError(
-            f"{cameras}: {len(posed)} photographs with a camera can be used, two are needed{_because(scene)}."
+            f"{cameras}: {len(posed)} photographs with a camera can be used, two are needed{because(scene.left_out[-1:])}."
         )
     if model is not None and len(model.xyz):
         picked = _select(model, {})
@@ -109,18 +109,13 @@ def _files(names: list[str], near: Path, cameras: Path, scene: Scene) -> dict[st
         such = f" (such as {printable(names[0], 100)!r})" if names else ""
         raise DataError(
             f"{cameras}: of its {len(names)} photographs{such} {len(files)} are in {where}; give the folder that they lie "
-            f"in{_because(scene)}."
+            f"in{because(scene.left_out[-1:])}."
         )
     said = {Path(name).stem for name, _ in scene.left_out}
-    others = sorted(file for file in set(photographs_of(where)[0]) - set(files.values()) if file.stem not in said)
-    why = f"has no camera in {cameras}"
-    scene.left_out += first_of([(printable(file.stem, 100), why) for file in others], "other photographs", why)
+    others = [file.stem for file in photographs_of(where)[0] if file not in files.values() and file.stem not in said]
+    scene.left_out += as_one(others, f"no camera in {cameras}")
     scene.left_out += [(printable(name, 100), f"is not in {where}") for name in names if name not in files]
     return files
-
-
-def _because(scene: Scene) -> str:
-    return next((f" ({name} {why.rstrip('.')})" for name, why in scene.left_out[-1:]), "")
 
 
 def _posed(name: str, file: Path, camera: Lens | Frame, pose: np.ndarray) -> Posed:
@@ -169,7 +164,7 @@ def _finished(model: SparseModel, picked: Selection, posed: dict[int, Posed], sc
     scene.left_out += [(each.name, picked.weak[image]) for image, each in weak.items()]
     taken = {image: each for image, each in posed.items() if image not in weak}
     if len(taken) < 2:
-        refused = f"fewer than two photographs have points enough{_because(scene)}: give more, from places apart."
+        refused = f"fewer than two photographs have points enough{because(scene.left_out[-1:])}: give more, from places apart."
         return replace(scene, photographs=[each.plain for each in posed.values()], refused=refused)
     for row, image in enumerate(model.image.tolist()):
         if image in taken:
