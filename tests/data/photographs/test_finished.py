@@ -100,6 +100,14 @@ def test_known_cameras_side_by_side_are_near_enough(tmp_path):
     assert all(depth_error(p.tracks, view.depth) < 0.03 for p, view in zip(scene.photographs, pair, strict=True))
 
 
+def test_a_photograph_without_matches_is_left_out(house, tmp_path):
+    shutil.copytree(house[0], tmp_path / "house")
+    Image.new("RGB", (WIDTH, HEIGHT), "gray").save(tmp_path / "house" / "images" / "view_2.png")
+    scene = load_scene(tmp_path / "house")
+    assert len(scene.photographs) == 3 and [p.name for p in scene.rest] == ["view_2"]
+    assert scene.left_out == [("view_2", "only 0 of its points have a depth (50 are needed)")]
+
+
 def test_cameras_of_other_photographs_are_refused(house, views, tmp_path):
     path = tmp_path / "transforms.json"
     path.write_text(json.dumps({**CAMERA, "frames": frames(views, (0, 2, 1, 3))}))

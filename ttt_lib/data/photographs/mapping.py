@@ -94,15 +94,11 @@ def _incremental(
     options = pycolmap.IncrementalPipelineOptions(
         random_seed=seed, num_threads=1, min_model_size=2, max_num_models=3, extract_colors=False
     )
-    options.ba_refine_focal_length = not fixed
-    options.ba_refine_extra_params = options.ba_refine_principal_point = False
+    options.ba_refine_focal_length, options.ba_refine_extra_params = not fixed, False
     options.image_names = [image_name(index) for index in job.kept]
     if start is not None:
         options.init_image_id1, options.init_image_id2 = (index + 1 for index in start)
     mapper, points, error = options.mapper, options.triangulation, tolerance(job.longest)
-    mapper.random_seed = points.random_seed = seed
-    mapper.num_threads = 1
-    mapper.abs_pose_refine_focal_length = mapper.abs_pose_refine_extra_params = False
     mapper.init_max_forward_motion = 1.0
     mapper.init_min_num_inliers, mapper.abs_pose_min_num_inliers = 30, 20
     mapper.init_min_tri_angle = mapper.filter_min_tri_angle = points.min_angle = angle
@@ -180,19 +176,13 @@ def place(job: Job, poses: np.ndarray) -> SparseModel:
     """Points from the job's matches by cameras that stay: its lenses, and poses (N,4,4) world -> camera."""
     model = pycolmap.Reconstruction()
     with closing(pycolmap.Database.open(database_of(job))) as database:
-        for camera in database.read_all_cameras():
-            model.add_camera_with_trivial_rig(camera)
-        for number, pose in enumerate(poses, 1):
-            image = database.read_image(number)
-            image.points2D = pycolmap.Point2DList(
-                [pycolmap.Point2D(xy.astype(float)) for xy in database.read_keypoints(number)[:, :2]]
-            )
-            image.reset_frame_ptr() if image.has_frame_ptr() else None
-            new = pycolmap.Image(name=image.name, image_id=number, camera_id=image.camera_id, points2D=image.points2D)
-            model.add_image_with_trivial_frame(new, pycolmap.Rigid3d(pose[:3]))
+        model.load(pycolmap.DatabaseCache.create(database, pycolmap.DatabaseCacheOptions(load_all_images=True)))
+    for number, pose in enumerate(poses, 1):
+        frame = model.image(number).frame
+        frame.rig_from_world = pycolmap.Rigid3d(pose[:3])
+        model.register_frame(frame.frame_id)
     options = pycolmap.IncrementalPipelineOptions(random_seed=0, num_threads=1, extract_colors=False)
     options.mapper.filter_min_tri_angle = options.triangulation.min_angle = PLACED_ANGLE
-    options.mapper.random_seed = options.triangulation.random_seed = 0
     options.triangulation.ignore_two_view_tracks = False
     folder = tempfile.mkdtemp(dir=job.folder)
     model = pycolmap.triangulate_points(model, database_of(job), folder, folder, True, options, False)
