@@ -166,9 +166,9 @@ class Selection:
 
 @dataclass
 class Job:
-    """What is known so far of photographs that are compared in a folder, where each lies as gray_0.npy, gray_1.npy, ...
+    """What is known so far of photographs that are compared.
 
-    pictures: without their sources; of the gray ones sizes (width, height) and digests. kept: those that take part;
+    folder: for a database; pictures: without their sources; grays: of each (h,w) uint8. kept: those that take part;
     left_out: place -> why of the others; camera_of: of each the number of its lens; of pairs of photographs inliers
     (verified matches), moved (pixels that three quarters of them stay below), flat (the share of them that one homography
     explains). needed: the parallax. In the end about (see `Scene`), model and picked, or refused.
@@ -176,8 +176,7 @@ class Job:
 
     folder: Path
     pictures: list[Picture]
-    sizes: list[tuple[int, int]]
-    digests: list[str]
+    grays: list[np.ndarray]
     seed: int
     in_order: bool = False
     kept: list[int] = field(default_factory=list)
@@ -196,6 +195,11 @@ class Job:
 
     def __post_init__(self) -> None:
         self.kept = list(range(len(self.pictures)))
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of the gray pictures."""
+        return [gray.shape[::-1] for gray in self.grays]
 
     @property
     def longest(self) -> int:

@@ -136,7 +136,7 @@ def _triangulated(posed: dict[int, Posed], seed: int, scene: Scene) -> Scene:
     pictures = [Picture(each.name, each.as_seen) for each in posed.values()]
     lenses = [each.lens.pinhole for each in posed.values()]
     poses = np.stack([each.pose for each in posed.values()])
-    job = do_apart("agreement.triangulate", pictures, seed, False, lenses, poses)
+    job = do_apart(pictures, seed, False, lenses, poses)
     scene.about |= job.about
     if job.refused:
         return replace(scene, photographs=[each.plain for each in posed.values()], refused=job.refused)

@@ -60,8 +60,8 @@ def extract(job: Job, lenses: list[Lens], known: list[bool]) -> tuple[np.ndarray
             rig = pycolmap.Rig(rig_id=sensor.id)
             rig.add_ref_sensor(sensor)
             database.write_rig(rig, use_rig_id=True)
-        for index, sensor in enumerate(sensors[number] for number in job.camera_of):
-            gray = np.load(job.folder / f"gray_{index}.npy")
+        for index, (gray, number) in enumerate(zip(job.grays, job.camera_of)):
+            sensor = sensors[number]
             keypoints, descriptors = extractor.extract_from_uint8_array(gray)
             keypoints, data = pycolmap.keypoints_to_matrix(keypoints), descriptors.data
             image_id = database.write_image(pycolmap.Image(name=image_name(index), camera_id=sensor.id))
@@ -152,11 +152,11 @@ def verify(job: Job, coarse: np.ndarray) -> None:
 
 def match(job: Job) -> None:
     """Features and verified matches in the database; copies and strangers are left out."""
-    first: dict[str, int] = {}
-    for index, digest in enumerate(job.digests):
-        if digest in first:
-            job.leave_out(index, f"is a copy of {job.pictures[first[digest]].name}")
-        first.setdefault(digest, index)
+    first: dict[bytes, int] = {}
+    for index, gray in enumerate(job.grays):
+        same = first.setdefault(gray.tobytes(), index)
+        if same != index:
+            job.leave_out(index, f"is a copy of {job.pictures[same].name}")
     _enough_places(job)
     keys = [(*size, picture.camera) for size, picture in zip(job.sizes, job.pictures)]
     cameras = list(dict.fromkeys(keys))

@@ -6,7 +6,6 @@ in `agreement.py`.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import tempfile
 from dataclasses import replace
@@ -24,30 +23,26 @@ from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks
 log = logging.getLogger(__name__)
 
 
-def do_apart(task: str, pictures: list[Picture], seed: int, in_order: bool, *arguments: object) -> Job:
-    """The job that a task makes of the pictures' gray copies; each is read once. arguments: of the task, after the job.
+def do_apart(pictures: list[Picture], seed: int, in_order: bool, *cameras: object) -> Job:
+    """What `agreement.reconstruct` makes of the pictures' gray copies; each is read once. cameras: lenses and poses.
 
     Raises `DataError` for a picture that cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="ttt-scene-") as name:
-        folder = Path(name)
-        grays = [_write_gray(picture.read(), folder / f"gray_{k}.npy") for k, picture in enumerate(pictures)]
-        sizes, digests = map(list, zip(*grays))
-        job = Job(folder, [replace(picture, source=None) for picture in pictures], sizes, digests, seed, in_order)
+        grays = [_gray(picture.read()) for picture in pictures]
+        job = Job(Path(name), [replace(picture, source=None) for picture in pictures], grays, seed, in_order)
         try:
-            return apart(task, 1500 + 300 * len(pictures), job, *arguments)
+            return apart("agreement.reconstruct", 1500 + 300 * len(pictures), job, *cameras)
         except Failed as error:
             job.refused = f"the photographs could not be compared ({error}); try fewer of them."
             return job
 
 
-def _write_gray(image: Tensor, path: Path) -> tuple[tuple[int, int], str]:
-    """The luma of an image (3,H,W) in [0,1], at most LONGEST_SIDE long, as uint8 array in a file; (width, height), hash."""
+def _gray(image: Tensor) -> np.ndarray:
+    """The luma (h,w) uint8 of an image (3,H,W) in [0,1], at most LONGEST_SIDE long."""
     array = image.detach().cpu().float().permute(1, 2, 0).numpy()
     gray = shrink(array, LONGEST_SIDE) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    gray = np.ascontiguousarray((gray.clip(0, 1) * 255).round().astype(np.uint8))
-    np.save(path, gray)
-    return gray.shape[::-1], hashlib.sha256(gray.tobytes()).hexdigest()
+    return np.ascontiguousarray((gray.clip(0, 1) * 255).round().astype(np.uint8))
 
 
 def reconstruct(pictures: list[Picture], seed: int = 0, in_order: bool = False) -> Scene:
@@ -72,7 +67,7 @@ def reconstruct(pictures: list[Picture], seed: int = 0, in_order: bool = False) 
     """
     if len(pictures) < 2:
         raise DataError("several photographs of one scene are needed, at least two; this is one photograph alone.")
-    job = do_apart("agreement.reconstruct", pictures, seed, in_order)
+    job = do_apart(pictures, seed, in_order)
     left_out = [(pictures[i].name, why) for i, why in sorted(job.left_out.items())]
     plain = [Photograph(picture.name, picture.source) for picture in pictures]
     if job.refused:
