@@ -168,9 +168,7 @@ def _finished(model: SparseModel, picked: Selection, posed: dict[int, Posed], sc
         return replace(scene, photographs=[each.plain for each in posed.values()], refused=refused)
     for row, image in enumerate(model.image.tolist()):
         if image in taken:
-            here, camera = model.seen_by == row, (model.intrinsics[row], model.size[row], model.pose[row])
-            turned = turn(taken[image].turns, *camera, model.uv[here])
-            model.intrinsics[row], model.size[row], model.pose[row], model.uv[here] = turned
+            turn(model, row, taken[image].turns)
     _near_origin(model, scene)
     used = np.isin(model.image, list(taken))
     whole = replace(

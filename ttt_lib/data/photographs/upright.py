@@ -12,12 +12,11 @@ from PIL import Image
 
 from ttt_lib.core.errors import UserError
 from ttt_lib.data.images import exif_orientation, read_photo, readable_formats
+from ttt_lib.data.photographs.job import SparseModel
 
 CLOCKWISE = {1: 0, 6: 1, 3: 2, 8: 3}  # quarter turns from the stored picture to the upright one, by EXIF's orientation
 SLACK_PIXELS, SLACK_SHAPE = 1.5, 0.01  # by which a resized picture's shape may differ from its camera's
 QUARTER = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])  # a camera's axes after one turn
-
-Turned = tuple[tuple[float, ...], tuple[int, int], np.ndarray, np.ndarray]
 
 
 def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -31,12 +30,16 @@ def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(other[1] - expected) <= max(SLACK_PIXELS, SLACK_SHAPE * expected)
 
 
-def turns_of(file: Path) -> int:
-    """Quarter turns, clockwise, from the picture that a file stores to the one that `read_photo` gives.
+def turns_of_camera(file: Path, size: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
+    """Quarter turns, clockwise, from the picture as its camera saw it to the one that `read_photo` gives, and the former's
+    size (width, height).
 
-    Of a TIFF nobody knows who turns it, so it counts as upright. Raises `UserError` for a mirrored one; the sentence is
-    the reason.
+    size: the camera's, None where nothing says it. Of a TIFF nobody knows who turns it, so it counts as upright.
+
+    Raises:
+        UserError: it cannot be read, is mirrored, or has another shape than its camera; the sentence is the reason.
     """
+    height, width = read_photo(file).shape[1:]
     try:
         with Image.open(file, formats=readable_formats()) as image:
             orientation = exif_orientation(image) if image.format != "TIFF" else 1
@@ -44,19 +47,7 @@ def turns_of(file: Path) -> int:
         orientation = 1
     if orientation not in CLOCKWISE:
         raise UserError("is mirrored by its EXIF; save it as it is to be seen.")
-    return CLOCKWISE[orientation]
-
-
-def turns_of_camera(file: Path, size: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
-    """How a photograph is turned before it is seen, and its size (width, height) as its camera saw it.
-
-    size: the camera's, None where nothing says it.
-
-    Raises:
-        UserError: it cannot be read, is mirrored, or has another shape than its camera; the sentence is the reason.
-    """
-    height, width = read_photo(file).shape[1:]
-    turns = turns_of(file)
+    turns = CLOCKWISE[orientation]
     stored = (height, width) if turns % 2 else (width, height)
     if size is None or same_shape(size, stored):
         return turns, stored
@@ -68,12 +59,11 @@ def turns_of_camera(file: Path, size: tuple[int, int] | None) -> tuple[int, tupl
     )
 
 
-def turn(turns: int, pinhole: tuple[float, ...], size: tuple[int, int], pose: np.ndarray, uv: np.ndarray) -> Turned:
-    """A camera (fx, fy, cx, cy; width, height; pose (4,4) world -> camera) and what it sees, uv (N,2), after quarter turns
-    clockwise; all in pixels."""
-    (fx, fy, cx, cy), (width, height) = pinhole, size
-    for _ in range(turns % 4):
-        uv = np.stack([height - uv[:, 1], uv[:, 0]], -1)
-        fx, fy, cx, cy, width, height = fy, fx, height - cy, cx, height, width
-        pose = np.concatenate([QUARTER @ pose[:3], pose[3:]])
-    return (fx, fy, cx, cy), (width, height), pose, uv
+def turn(model: SparseModel, row: int, turns: int) -> None:
+    """Turn the camera of an image of a model, and what it sees, by quarter turns clockwise."""
+    here = model.seen_by == row
+    for _ in range(turns):
+        (fx, fy, cx, cy), (width, height) = model.intrinsics[row], model.size[row]
+        model.uv[here] = np.stack([height - model.uv[here, 1], model.uv[here, 0]], -1)
+        model.intrinsics[row], model.size[row] = (fy, fx, height - cy, cx), (height, width)
+        model.pose[row, :3] = QUARTER @ model.pose[row, :3]
