@@ -15,7 +15,6 @@ from PIL import Image
 from rendered_walls import FOCAL, depth_error, walk
 from small_models import SIZE, cloud, text, write_model
 
-from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.job import Lens
 from ttt_lib.data.photographs.load import load_scene
@@ -23,7 +22,7 @@ from ttt_lib.data.photographs.measured import measure_depth
 from ttt_lib.data.photographs.scene import Scene, track_points
 from ttt_lib.data.photographs.stereo import to_gray
 from ttt_lib.data.photographs.transforms import FLIP
-from ttt_lib.data.photographs.undistort import can_be_undistorted, places_in_picture, read_undistorted, undistorted
+from ttt_lib.data.photographs.undistort import places_in_picture, read_undistorted, undistorted
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
 from ttt_lib.geometry.cameras import project, transform_points
 
@@ -110,7 +109,7 @@ def test_a_lens_without_distortion_changes_nothing(tmp_path):
     for model, params in {"SIMPLE_PINHOLE": LENSES["RADIAL"][:3], "PINHOLE": LENSES["OPENCV"][:4],
                           "SIMPLE_RADIAL": (140, 83, 58, 0.0), "OPENCV": (140, 150, 83, 58, 0, 0, 0, 0)}.items():  # fmt: skip
         plain = Lens(model, *SIZE, params)
-        assert not plain.distortion and can_be_undistorted(plain) and undistorted(image, plain) is image
+        assert not plain.distortion and undistorted(image, plain) is image
         assert plain.pinhole.params == (140, 150 if "SIMPLE" not in model else 140, 83, 58)
     camera = b"1 SIMPLE_RADIAL 160 120 140 80 60 0\n"
     folder = write_model(tmp_path, {**text(), "cameras.txt": camera})
@@ -261,11 +260,10 @@ def test_photographs_without_a_camera_stay_as_they_were_taken(bent_house, tmp_pa
 
 
 @pytest.mark.parametrize("k1, k2", [(-3.0, 0.0), (1e6, 0.0), (0.0, -1e300), (50.0, 0.0)])
-def test_distortion_that_cannot_be_taken_away_is_said(bent_house, tmp_path, k1, k2):
+def test_distortion_that_cannot_be_taken_away_leaves_nothing_to_measure(bent_house, tmp_path, k1, k2):
     write_model(tmp_path, {**text(), "cameras.txt": f"1 RADIAL 160 120 140 80 60 {k1} {k2}\n".encode()})
-    with pytest.raises(DataError, match="distortion cannot be taken away"):
-        load_scene(tmp_path)
+    scene = load_scene(tmp_path)
+    assert "points enough" in scene.refused and len(scene.left_out) == 4
     content = json.loads((bent_house[0] / "transforms.json").read_text())
     (tmp_path / "transforms.json").write_text(json.dumps({**content, "k1": k1, "k2": max(k2, -1e8)}))
-    with pytest.raises(DataError, match="distortion cannot be taken away"):
-        load_scene(bent_house[0] / "images", cameras=tmp_path / "transforms.json")
+    assert load_scene(bent_house[0] / "images", cameras=tmp_path / "transforms.json").refused

@@ -23,7 +23,7 @@ from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.signals import centres, moves_ahead, select_tracks, summarize
 from ttt_lib.data.photographs.sources import as_one, because, distinct_names, photographs_of, thinned
 from ttt_lib.data.photographs.transforms import Frame, find_transforms, read_transforms
-from ttt_lib.data.photographs.undistort import can_be_undistorted, read_undistorted
+from ttt_lib.data.photographs.undistort import read_undistorted
 from ttt_lib.data.photographs.upright import turn, turns_of_camera
 
 FAR = 1000.0  # times their own spread: so far from the origin float32 would cost a ten-thousandth of it
@@ -80,8 +80,8 @@ def scene_of_cameras(cameras: Path, folder: Path | None, every: int | None, coun
         model, names, lenses, scene.left_out = read_model(cameras)
         poses = model.pose
     else:
-        frames, scene.left_out = read_transforms(cameras)
-        names, lenses, poses = [frame.path for frame in frames], frames, [frame.pose for frame in frames]
+        lenses, scene.left_out = read_transforms(cameras)
+        names, poses = [frame.path for frame in lenses], [frame.pose for frame in lenses]
     files = _files(names, folder or (cameras if model else cameras.parent), cameras, scene)
     rows = thinned([row for row, name in enumerate(names) if name in files], every, count, cameras)
     posed = {}  # by the camera's row
@@ -95,7 +95,7 @@ def scene_of_cameras(cameras: Path, folder: Path | None, every: int | None, coun
             f"{cameras}: {len(posed)} photographs with a camera can be used, two are needed{because(scene.left_out[-1:])}."
         )
     if model is not None and len(model.xyz):
-        picked = _select(model, {})
+        picked = _select(model)
         if is_own(cameras):
             picked = replace(picked, which=model.depth > 0, weak={})
         return _finished(model, picked, posed, scene)
@@ -124,10 +124,6 @@ def _posed(name: str, file: Path, camera: Lens | Frame, pose: np.ndarray) -> Pos
     lens = camera if isinstance(camera, Lens) else camera.lens(*(camera.size or stored))
     if lens.fault:
         raise UserError(f"{lens.fault}.")
-    if not can_be_undistorted(lens):
-        raise UserError(
-            "has a lens whose distortion cannot be taken away: its parameters are wrong, or belong to another picture."
-        )
     return Posed(name, file, turns, lens, pose)
 
 
@@ -140,21 +136,16 @@ def _triangulated(posed: dict[int, Posed], seed: int, scene: Scene) -> Scene:
     scene.about |= job.about
     if job.refused:
         return replace(scene, photographs=[each.plain for each in posed.values()], refused=job.refused)
-    rows = np.array(list(posed))
-    job.model.image = rows[job.model.image]
-    return _finished(
-        job.model, _select(job.model, {int(rows[k]): why for k, why in job.left_out.items()}), posed, scene
-    )
+    picked = _select(job.model)
+    picked.weak.update(job.left_out)
+    return _finished(job.model, picked, dict(enumerate(posed.values())), scene)
 
 
-def _select(model: SparseModel, unusable: dict[int, str]) -> Selection:
-    """Its tracks; with little parallax too where fewer than two usable photographs have enough others."""
+def _select(model: SparseModel) -> Selection:
+    """Its tracks; with little parallax too where fewer than two photographs have enough others."""
     ahead = moves_ahead(model)
     picked = select_tracks(model, ahead)
-    if len(set(model.image.tolist()) - picked.weak.keys() - unusable.keys()) < 2:
-        picked = select_tracks(model, ahead, SCANT)
-    picked.weak.update(unusable)
-    return picked
+    return picked if len(picked.weak) + 2 <= len(model.image) else select_tracks(model, ahead, SCANT)
 
 
 def _finished(model: SparseModel, picked: Selection, posed: dict[int, Posed], scene: Scene) -> Scene:
@@ -171,18 +162,15 @@ def _finished(model: SparseModel, picked: Selection, posed: dict[int, Posed], sc
             turn(model, row, taken[image].turns)
     _near_origin(model, scene)
     used = np.isin(model.image, list(taken))
-    whole = replace(
-        picked, which=picked.which & used[model.seen_by], weak=dict.fromkeys(model.image[~used].tolist(), "")
-    )
-    scene.about.update(summarize(model, whole))
+    picked.which &= used[model.seen_by]
+    picked.weak = dict.fromkeys(model.image[~used].tolist(), "")
+    scene.about.update(summarize(model, picked))
     focals = model.intrinsics[used, 0] / model.size[used, 0]
     scene.about["focal"] = sorted({round(focal, 4) for focal in focals.tolist()})
     if undistorted := sum(bool(each.lens.distortion) for each in taken.values()):
         scene.about["undistorted"] = undistorted
-    straight = {image: Photograph(each.name, each.source) for image, each in taken.items()}
-    return replace(
-        scene, photographs=to_photographs(model, whole, straight), rest=[each.plain for each in weak.values()]
-    )
+    found = to_photographs(model, picked, {i: Photograph(each.name, each.source) for i, each in taken.items()})
+    return replace(scene, photographs=found, rest=[each.plain for each in weak.values()])
 
 
 def _near_origin(model: SparseModel, scene: Scene) -> None:

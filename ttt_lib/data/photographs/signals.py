@@ -186,9 +186,8 @@ def select_tracks(model: SparseModel, ahead: bool, needed: Needed = AMPLE) -> Se
 
 def summarize(model: SparseModel, picked: Selection) -> dict[str, Any]:
     """The signals points, parallax, cells and error of a selection; see `Scene`."""
-    points = np.unique(model.point[picked.which])
-    uv = model.uv / model.size[model.seen_by]
-    rows = [row for row, image in enumerate(model.image) if int(image) not in picked.weak]
+    points, uv = np.unique(model.point[picked.which]), model.uv / model.size[model.seen_by]
+    rows = [row for row, image in enumerate(model.image.tolist()) if image not in picked.weak]
     cells = [_filled_cells(uv[picked.which & (model.seen_by == row)]) for row in rows]
     return {
         "points": len(points),

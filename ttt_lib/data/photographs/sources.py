@@ -65,7 +65,7 @@ def from_list(items: list[Any], focal: float | None = None) -> Given:
         height, width = image.shape[1:]
         first = first or (width, height)
         picture = Picture(name, source, lens.focal(width, height), camera=lens.camera)
-        picture.exact = picture.focal is not None and not lens.is_cropped(width, height)
+        picture.exact = picture.focal is not None and not lens.cropped
         if focal is not None:
             # One that was held the other way has the first one's focal length over its height.
             turned = (first[0] - first[1]) * (width - height) < 0

@@ -6,7 +6,6 @@ picture is made to fit it, once, where it is read.
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import cv2
@@ -16,9 +15,6 @@ from torch import Tensor
 
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.job import Lens
-
-FOLDED = 0.01  # of the pinhole picture, where a lens may show again what lies elsewhere in it
-BEYOND = 0.5  # of the pinhole picture, which may lie beyond the given one
 
 
 def places_in_picture(lens: Lens, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -43,24 +39,6 @@ def places_in_picture(lens: Lens, size: tuple[int, int]) -> tuple[np.ndarray, np
     coefficients = np.zeros(8)  # k1, k2, p1, p2, k3, k4, k5, k6, of which the simpler models have the first
     coefficients[: len(lens.distortion)] = lens.distortion
     return cv2.initUndistortRectifyMap(matrix, coefficients, None, matrix, size, cv2.CV_32FC1)
-
-
-@cache
-def can_be_undistorted(lens: Lens) -> bool:
-    """Whether a lens has no distortion, or one that nearly everywhere in the pinhole picture can be taken away.
-
-    Otherwise it shows there again what lies elsewhere, or most of the pinhole picture lies beyond the given one: such
-    parameters were made up, or belong to another picture.
-    """
-    if not lens.distortion:
-        return True
-    side = 64
-    with np.errstate(all="ignore"):
-        places = np.stack(places_in_picture(lens, (side, side)), -1)
-        across, down = np.diff(places[:-1], axis=1), np.diff(places[:, :-1], axis=0)
-        folded = ~(across[..., 0] * down[..., 1] - across[..., 1] * down[..., 0] > 0)
-        beyond = ~((places >= -0.5) & (places <= side - 0.5)).all(-1)
-    return bool(folded.mean() < FOLDED and beyond.mean() < BEYOND)
 
 
 def undistorted(image: Tensor, lens: Lens) -> Tensor:
