@@ -16,13 +16,13 @@ from rendered_walls import FOCAL, depth_error, walk
 from small_models import SIZE, cloud, text, write_model
 
 from ttt_lib.data.images import read_photo
+from ttt_lib.data.photographs.as_seen import places_in_picture, read_undistorted, undistorted
 from ttt_lib.data.photographs.job import Lens
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.measured import measure_depth
 from ttt_lib.data.photographs.scene import Scene, track_points
 from ttt_lib.data.photographs.stereo import to_gray
 from ttt_lib.data.photographs.transforms import FLIP
-from ttt_lib.data.photographs.undistort import places_in_picture, read_undistorted, undistorted
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
 from ttt_lib.geometry.cameras import project, transform_points
 

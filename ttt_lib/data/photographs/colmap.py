@@ -49,7 +49,7 @@ def read_model(folder: Path) -> tuple[SparseModel, list[str], list[Lens], list[t
     """Images in the order of their names, with cameras, points and observations; these names; the images' lenses; and
     (name, reason) of images whose camera cannot be used.
 
-    Places of the observations are those of pinhole cameras, without the distortion of a lens (`undistort`).
+    Places of the observations are those of pinhole cameras, without the distortion of a lens (`as_seen`).
 
     Raises:
         DataError: the files are damaged, lie about what they hold, or hold no image with a camera.

@@ -4,9 +4,10 @@ photographs that belong to the names in them."""
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from ttt_lib.core.errors import DataError, UserError, printable
-from ttt_lib.data.images import read_photo
-from ttt_lib.data.photographs.by_name import find_photographs
+from ttt_lib.data.images import is_photo, read_photo
+from ttt_lib.data.photographs.as_seen import read_undistorted, turn, turns_of_camera
 from ttt_lib.data.photographs.colmap import find_model, is_own, read_model
 from ttt_lib.data.photographs.job import SCANT, Lens, Picture, Selection, SparseModel
 from ttt_lib.data.photographs.reconstruct import do_apart, to_photographs
@@ -23,9 +24,8 @@ from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.signals import centres, moves_ahead, select_tracks, summarize
 from ttt_lib.data.photographs.sources import as_one, because, distinct_names, photographs_of, thinned
 from ttt_lib.data.photographs.transforms import Frame, find_transforms, read_transforms
-from ttt_lib.data.photographs.undistort import read_undistorted
-from ttt_lib.data.photographs.upright import turn, turns_of_camera
 
+INSIDE = (".", "images", "input", "photos", "images_2", "images_4", "images_8")  # folders that people use
 FAR = 1000.0  # times their own spread: so far from the origin float32 would cost a ten-thousandth of it
 
 
@@ -185,3 +185,39 @@ def _near_origin(model: SparseModel, scene: Scene) -> None:
         model.pose[:, :3, 3] += model.pose[:, :3, :3] @ origin
         model.xyz -= origin
         scene.about["origin"] = origin.tolist()
+
+
+def find_photographs(names: list[str], place: Path) -> tuple[dict[str, Path], Path]:
+    """The file of each name in the one folder near a place that has most of them, and that folder; names without a file are
+    missing.
+
+    A name is a path inside the folder. With another ending or none it is found where just one photograph there has its
+    stem.
+    """
+    above = (place, place.parent, place.parent.parent)
+    folders = dict.fromkeys(Path(os.path.normpath(folder / name)) for folder in above for name in INSIDE)
+    best: tuple[dict[str, Path], Path] = ({}, place)
+    listed = cache(_by_name)
+    for folder in filter(os.path.isdir, folders):
+        found = {name: file for name in names if (file := _in_folder(name, folder, listed)) is not None}
+        if len(found) > len(best[0]):
+            best = found, folder
+        if len(found) == len(set(names)):
+            break
+    return best
+
+
+def _in_folder(name: str, folder: Path, listed: Callable[[Path], dict[str, Path]]) -> Path | None:
+    path = folder / name.replace("\\", "/")
+    for place in (path.parent, folder):
+        known = listed(place) if os.path.isdir(place) else {}
+        if file := known.get(path.name) or known.get(path.stem):
+            return file
+    return None
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    """The photographs of a folder by stem where that is there once, and by name."""
+    files = [path for path in folder.iterdir() if is_photo(path)]
+    number = Counter(file.stem for file in files)
+    return {**{file.stem: file for file in files if number[file.stem] == 1}, **{file.name: file for file in files}}
