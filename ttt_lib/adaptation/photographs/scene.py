@@ -145,8 +145,7 @@ def guess_focal(model: GeometryModel, longest_side: int | None = None) -> Callab
 
     def guess(image: Tensor) -> float | None:
         prediction = model.predict(working_image(image.to(model.device), longest_side))
-        assumed = prediction.intrinsics is None or prediction.note and model.fov_x is None
-        if assumed:
+        if prediction.intrinsics is None or prediction.note and model.fov_x is None:
             return None
         trust = UNKNOWN**2 / (UNKNOWN**2 + model.focal_deviation**2) if model.fov_x is None else 1.0
         return float(prediction.intrinsics[0, 0]) ** trust * USUAL_FOCAL ** (1 - trust)

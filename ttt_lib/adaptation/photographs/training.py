@@ -19,15 +19,7 @@ from ttt_lib.adaptation.losses.terms import active_terms
 from ttt_lib.adaptation.photographs.decision import cell_weights
 from ttt_lib.adaptation.photographs.evidence import Evidence
 from ttt_lib.adaptation.student import Student
-from ttt_lib.adaptation.supervision import (
-    Episode,
-    Gradients,
-    Pass,
-    Supervision,
-    TrainingLog,
-    accumulate,
-    add_terms,
-)
+from ttt_lib.adaptation.supervision import Episode, Gradients, Pass, Supervision, TrainingLog, accumulate, add_terms
 from ttt_lib.adaptation.teacher import draw_views, make_renderer
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.registry import LOSSES, SUPERVISIONS

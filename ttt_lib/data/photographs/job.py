@@ -99,11 +99,12 @@ class Lens(NamedTuple):
         fx, fy, cx, cy = self.pinhole.params
         sides = ((fx, cx, self.width), (fy, cy, self.height))
         possible = all(LEAST_FOCAL * side < f < MOST_FOCAL * side and -side < c < 2 * side for f, c, side in sides)
-        if possible and not 0 <= min(cx, cy) <= max(cx, cy) <= 1:  # what is not in pixels has it in the first one
-            return ""
+        possible &= not 0 <= min(cx, cy) <= max(cx, cy) <= 1  # what is not in pixels has it in the first one
+        size = f"{self.width} x {self.height}"
         return (
-            f"has a camera that cannot be: {self.width} x {self.height} pixels with focal lengths of {fx:.4g} and {fy:.4g} "
-            f"and a centre at {cx:.4g}, {cy:.4g}, all in pixels"
+            ""
+            if possible
+            else f"has a camera that cannot be: {size}, {', '.join(map(str, self.params))}, all in pixels"
         )
 
     @property
@@ -264,10 +265,8 @@ def apart(task: str, patience: float, *arguments: Any) -> Any:
     said = done.stderr.decode("utf-8", "replace").strip().splitlines()
     if said:
         log.log(logging.WARNING if done.returncode else logging.DEBUG, "%s: %s", task, "\n".join(said[-20:]))
-    if done.returncode < 0:
-        raise Failed(f"the reconstruction program was ended by signal {-done.returncode}")
     if done.returncode:
-        raise Failed(printable(said[-1] if said else f"exit status {done.returncode}", 200))
+        raise Failed(printable(said[-1] if said else f"the program ended with status {done.returncode}", 200))
     return pickle.loads(done.stdout)
 
 

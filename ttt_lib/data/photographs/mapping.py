@@ -149,26 +149,23 @@ def _explained(job: Job, model: pycolmap.Reconstruction) -> np.ndarray:
     A match fits if it is within EPIPOLAR_ERROR (Sampson) of where the two cameras say it must lie. A point far off fits
     as well as a near one; in a scene that moved, or where a camera stands wrong, many do not.
     """
+    fits = {number: np.zeros(2) for number in sorted(model.reg_image_ids())}  # of matches: those that fit, and all
     with closing(pycolmap.Database.open(database_of(job))) as database:
-        fits = {i: np.zeros(2) for i in sorted(model.reg_image_ids())}  # of matches: those that fit, and all
-        places = {i: database.read_keypoints(i)[:, :2].astype(float) for i in fits}
-        geometries = list(zip(*database.read_two_view_geometries()))
-    for pair, geometry in geometries:
-        one, other = pycolmap.pair_id_to_image_pair(pair)
-        matches = geometry.inlier_matches
-        if one not in fits or other not in fits or not len(matches):
+        places = {number: database.read_keypoints(number)[:, :2].astype(float) for number in fits}
+        geometries = zip(*database.read_two_view_geometries())
+    for pair, matches in ((pycolmap.pair_id_to_image_pair(pair), each.inlier_matches) for pair, each in geometries):
+        if not (set(pair) <= fits.keys() and len(matches)):
             continue
-        first, second = model.images[one], model.images[other]
+        first, second = (model.images[number] for number in pair)
         motion = second.cam_from_world() * first.cam_from_world().inverse()
         inner, outer = (np.linalg.inv(image.camera.calibration_matrix()) for image in (first, second))
-        error = pycolmap.compute_squared_sampson_error(
-            places[one][matches[:, 0]], places[other][matches[:, 1]],
-            outer.T @ pycolmap.essential_matrix_from_pose(motion) @ inner,
-        )  # fmt: skip
+        fundamental = outer.T @ pycolmap.essential_matrix_from_pose(motion) @ inner
+        seen = (places[number][matches[:, side]] for side, number in enumerate(pair))
+        error = pycolmap.compute_squared_sampson_error(*seen, fundamental)
         longest = max(second.camera.width, second.camera.height)
         near = np.array(error) < max(1.0, EPIPOLAR_ERROR * longest) ** 2
-        for image in (one, other):
-            fits[image] += near.sum(), len(near)
+        for number in pair:
+            fits[number] += near.sum(), len(near)
     return np.array([fit / max(count, 1) for fit, count in fits.values()])
 
 
