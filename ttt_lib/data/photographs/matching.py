@@ -1,7 +1,7 @@
 """Features of gray pictures and their verified matches, in the database of a job; copies and photographs that show something
 else are left out. Runs in a process of its own.
 
-The database lies in the job's folder; photograph k has the id k + 1 in it, and so have camera k and its rig.
+The database lies in the job's folder; photograph k has the id k + 1 in it, and so has camera k. pycolmap makes their rigs and frames.
 """
 
 from __future__ import annotations
@@ -52,22 +52,12 @@ def extract(job: Job, lenses: list[Lens], known: list[bool]) -> tuple[np.ndarray
     extractor = pycolmap.FeatureExtractor.create(options, pycolmap.Device.cpu)
     coarse, twins = [], []
     with closing(pycolmap.Database.open(database_of(job))) as database:
-        sensors = [pycolmap.sensor_t(pycolmap.SensorType.CAMERA, number + 1) for number in range(len(lenses))]
-        for sensor, lens, is_known in zip(sensors, lenses, known):
-            camera = pycolmap.Camera(camera_id=sensor.id, **lens._asdict())
-            camera.has_prior_focal_length = is_known
-            database.write_camera(camera, use_camera_id=True)
-            rig = pycolmap.Rig(rig_id=sensor.id)
-            rig.add_ref_sensor(sensor)
-            database.write_rig(rig, use_rig_id=True)
+        for lens, is_known in zip(lenses, known):
+            database.write_camera(pycolmap.Camera(has_prior_focal_length=is_known, **lens._asdict()))
         for index, (gray, number) in enumerate(zip(job.grays, job.camera_of)):
-            sensor = sensors[number]
             keypoints, descriptors = extractor.extract_from_uint8_array(gray)
             keypoints, data = pycolmap.keypoints_to_matrix(keypoints), descriptors.data
-            image_id = database.write_image(pycolmap.Image(name=image_name(index), camera_id=sensor.id))
-            frame = pycolmap.Frame(rig_id=sensor.id)
-            frame.add_data_id(pycolmap.data_t(sensor, image_id))
-            database.write_frame(frame)
+            image_id = database.write_image(pycolmap.Image(name=image_name(index), camera_id=number + 1))
             database.write_keypoints(image_id, keypoints)
             database.write_descriptors(image_id, descriptors)
             by_size = np.argsort(-np.abs(keypoints[:, 2:6]).max(1, initial=0), kind="stable")
