@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ttt_lib.core.errors import ModelError, NotSupported, UserError
+from ttt_lib.core.errors import NotSupported, UserError
 from ttt_lib.core.types import Kind, Prediction
 from ttt_lib.data.known_distances import References
 
@@ -117,15 +117,6 @@ class GeometryModel(ABC):
             yield
         finally:
             self.fov_x, self.known_references = before
-
-    def rescale_from(self, canonical_focal: float) -> None:
-        """From now on metric depth is rescaled by the ratio of the focal lengths, the picture's over this one.
-
-        Raises `ModelError` for a family to which that does not apply.
-        """
-        raise ModelError(
-            f"model.canonical_focal: {self.name} has no metric depth that belongs to one camera; leave it out."
-        )
 
     @property
     def device(self) -> torch.device:

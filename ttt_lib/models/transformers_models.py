@@ -44,15 +44,13 @@ class TransformersModel(GeometryModel):
     Where no camera is known, its field of view is taken as `ASSUMED_FOV` degrees across. notes:
     assumptions that hold for every picture. The parts are the library's: `backbone` (or `dpt`, `glpn`, `depth_pro`) is
     the encoder, `neck`, `decoder` and `fusion_stage` are the neck, and `head`, `relative_head`, `metric_head` and
-    `fov_model` are the heads. canonical_focal: see `rescale_from`.
+    `fov_model` are the heads.
     """
 
     part_of: ClassVar[dict[str, str]] = {
         **GeometryModel.part_of, "dpt": "encoder", "glpn": "encoder", "depth_pro": "encoder", "depth_pro.neck": "neck",
         "decoder": "neck", "fusion_stage": "neck",
     }  # fmt: skip
-    of_one_camera: ClassVar[bool] = True  # metric depth is right for the focal length of the training pictures only
-    canonical_focal: float | None = None
 
     def __init__(
         self,
@@ -67,17 +65,6 @@ class TransformersModel(GeometryModel):
         super().__init__(network, name, "metric" if metric else "disparity", num_tokens, autocast)
         self.output: Literal["points", "depth", "disparity"] = "depth" if metric else "disparity"
         self.rules, self.notes = rules, notes
-
-    def rescale_from(self, canonical_focal: float) -> None:
-        """Metric depth times focal / canonical focal, both in pixels of the picture as the network gets it.
-
-        Who sees a picture of twice the focal length sees things twice as large, and a network that knows one camera
-        only takes them for half as far (Metric3D, Yin et al. 2023, section 3.1). ZoeDepth for NYU: 415, the 519 pixels
-        of that camera at a width of 640, which the network gets at 512.
-        """
-        if self.output != "depth" or not self.of_one_camera:
-            super().rescale_from(canonical_focal)
-        self.canonical_focal = canonical_focal
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """The network's input (B,3,H',W') of images (B,3,H,W) in [0,1], by the model's own rules."""
@@ -115,15 +102,9 @@ class TransformersModel(GeometryModel):
             intrinsics = intrinsics_from_fov(fov_x, images.shape[-1] / images.shape[-2])
         return intrinsics.to(images).expand(images.shape[0], 3, 3)
 
-    def _seen_width(self, images: Tensor) -> float:
-        """How many pixels of the network's input the pictures span."""
-        return self.rules.processed_size(*images.shape[-2:], self.num_tokens)[1]
-
-    def _metres(self, output: Tensor, images: Tensor, cameras: Tensor) -> Tensor:
+    def _metres(self, output: Tensor, cameras: Tensor) -> Tensor:
         """Depth (B,H,W) of a metric network's map at the pictures' size."""
-        if self.canonical_focal is None:
-            return output
-        return output * (cameras[:, 0, 0] * (self._seen_width(images) / self.canonical_focal))[:, None, None]
+        return output
 
     def _maps(self, images: Tensor, intrinsics: Tensor | None, exact: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Disparity or depth (B,H,W), cameras (B,3,3), and what else the network says."""
@@ -131,7 +112,7 @@ class TransformersModel(GeometryModel):
             output, said = self._run(self.pixel_values(images), whole=intrinsics is None)
         output = self._at_size(output.float(), *images.shape[-2:])
         cameras = self._cameras(images, intrinsics, said)
-        return output if self.output == "disparity" else self._metres(output, images, cameras), cameras, said
+        return output if self.output == "disparity" else self._metres(output, cameras), cameras, said
 
     def forward(self, images: Tensor, intrinsics: Tensor | None = None) -> dict[str, Tensor]:
         """Maps with gradients, float32, at the size of images (B,3,H,W) in [0,1].
@@ -179,8 +160,6 @@ class TransformersModel(GeometryModel):
         elif intrinsics is None and "fov_x" not in said:
             extra["assumed_fov"] = ASSUMED_FOV
             notes.append(f"a field of view of {ASSUMED_FOV:g} degrees across and square pixels are assumed")
-        if self.canonical_focal is not None:
-            notes.append(f"depth is rescaled from a focal length of {self.canonical_focal:g} pixels")
         if "domain" in said:
             extra["domain"] = said["domain"] if images.ndim == 4 else said["domain"][0]
         kind = said.get("kind", self.kind)
