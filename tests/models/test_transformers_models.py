@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -29,7 +28,7 @@ from ttt_lib.data.known_distances import References
 from ttt_lib.geometry.cameras import intrinsics_from_fov, unproject, uv_map
 from ttt_lib.models.base import restore, select_parameters, snapshot, weights_checksum
 from ttt_lib.models.load import load_model
-from ttt_lib.models.preprocessing import resize_rounded, zoedepth_border
+from ttt_lib.models.preprocessing import resize_rounded
 from ttt_lib.models.transformers_models import DEPTH_RATIO, depth_from_disparity
 from ttt_lib.models.transformers_special import PROMPT_SIZE
 
@@ -373,28 +372,6 @@ def test_a_plane_under_a_known_camera_off_the_middle(load, monkeypatch, family):
     assert torch.allclose(final.points, unproject(final.depth, camera.intrinsics), equal_nan=True)
 
 
-@pytest.mark.parametrize("family", ["da_metric", "zoe_n", "glpn", "dpt_dinov2"])
-def test_metric_depth_is_rescaled_by_the_ratio_of_focal_lengths(load, family):
-    plain, image = load(family), _batch(_pictures(1, (60, 84)))
-    wide, tele = (intrinsics_from_fov(fov, 84 / 60)[None] for fov in (90.0, 36.0))
-    seen = plain.pixel_values(image).shape[-1]
-    if family.startswith("zoe"):
-        seen *= 84 / (84 + 2 * zoedepth_border(60, 84)[1])
-    same = load(family, canonical_focal=0.5 * seen)  # at 90 degrees
-    before = plain.predict(image, wide).depth
-    _close(same.predict(image, wide).depth, before)
-    ratio = float(tele[0, 0, 0] / wide[0, 0, 0])
-    _close(same.predict(image, tele).depth, ratio * before)
-    _close(same.forward(image, tele)["points"][..., 2], ratio * before)
-    assert ratio > 3 and "rescaled" in same.predict(image, tele).note
-
-
-@pytest.mark.parametrize("family", ["da_relative", "pro", "prompt"])
-def test_where_no_camera_is_canonical_that_is_said(load, family):
-    with pytest.raises(UserError, match="model.canonical_focal: .* belongs to one camera; leave it out"):
-        load(family, canonical_focal=400.0)
-
-
 @pytest.mark.parametrize("mode, number", [("bilinear", 2), ("bicubic", 3)])
 @pytest.mark.parametrize("old, new", [((60, 82), (42, 56)), ((33, 70), (98, 126)), ((120, 90), (64, 90))])
 def test_resizing_is_that_of_pillow_up_to_its_rounding(mode, number, old, new):
@@ -675,56 +652,7 @@ def test_damaged_files(copy, file, damage, says):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-@pytest.mark.parametrize(
-    ("family", "key", "value", "says"),
-    [
-        ("da_relative", "num_hidden_layers", 10**12, "config.json says num_hidden_layers 1000000000000, more than"),
-        ("da_relative", "hidden_size", 10**9, "hidden_size 1000000000, more than"),
-        ("da_relative", "fusion_hidden_size", 8192, "asks for [0-9]{9,} weights and the file holds [0-9]{4,6}"),
-        ("dpt", "image_size", 60000, "asks for [0-9]{9,} weights"),
-        ("dpt", "neck_hidden_sizes", [30000] * 4, "asks for [0-9]{9,} weights"),
-        ("dpt_hybrid", "depths", [10**9, 1, 1], "depths 1000000000, more than"),
-        ("zoe_n", "num_patch_transformer_layers", 10**9, "num_patch_transformer_layers 1000000000, more than"),
-    ],
-)
-def test_a_huge_configuration_is_refused_before_anything_is_built(copy, monkeypatch, family, key, value, says):
-    path = copy(family)
-
-    def put(content):
-        return {k: value if k == key else put(v) if isinstance(v, dict) else v for k, v in content.items()}
-
-    content = put(json.loads((path / "config.json").read_text()))
-    (path / "config.json").write_text(json.dumps(content))
-    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("it was built"))
-    with pytest.raises(UserError, match=says) as caught:
-        load_model(str(path), "cpu")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("rules", [{"size": {"height": 10**9, "width": 10}}, {"ensure_multiple_of": 1e12}])
-def test_pictures_are_not_resized_without_end(copy, rules):
-    path = copy("da_relative")
-    content = json.loads((path / "preprocessor_config.json").read_text())
-    (path / "preprocessor_config.json").write_text(json.dumps(content | rules))
-    with pytest.raises(UserError, match="preprocessor_config.json says .*, more than 16384"):
-        load_model(str(path), "cpu")
-
-
-def test_shapes_that_a_file_only_says_it_has_allow_nothing(copy):
-    path = copy("da_relative")
-    data = (path / "model.safetensors").read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["big"] = {"dtype": "F32", "shape": [10**15], "data_offsets": [0, 4]}
-    new = json.dumps(header).encode()
-    (path / "model.safetensors").write_bytes(len(new).to_bytes(8, "little") + new + data[8 + length :])
-    content = json.loads((path / "config.json").read_text()) | {"fusion_hidden_size": 8192}
-    (path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="asks for [0-9]{9,} weights and the file holds [0-9]{4,7}"):
-        load_model(str(path), "cpu")
-
-
-def test_weights_of_the_older_kind_are_measured_too(copy):
+def test_weights_of_the_older_kind_are_read_too(copy):
     from safetensors.torch import load_file
 
     path = copy("da_relative")
@@ -732,10 +660,6 @@ def test_weights_of_the_older_kind_are_measured_too(copy):
     torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
     assert weights_checksum(load_model(str(path), "cpu")) == before
-    with zipfile.ZipFile(path / "pytorch_model.bin", "a", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data/more", bytes(1 << 26))
-    with pytest.raises(UserError, match="it would unpack to 64 MiB from 0"):
-        load_model(str(path), "cpu")
 
 
 def test_missing_weights(copy):

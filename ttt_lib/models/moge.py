@@ -19,7 +19,7 @@ from ttt_lib.core.registry import MODELS
 from ttt_lib.core.types import Kind, Prediction
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.models.edge_padding import keep_layout
-from ttt_lib.models.moge_checkpoint import HUB_NAMES, download_checkpoint, load_network, refuse_moge_3
+from ttt_lib.models.moge_checkpoint import HUB_NAMES, download_checkpoint, load_network
 
 # The bundled model was trained with neither; what is measured of it, and its gate, is with the study's.
 OWN_LOSSES = {"moge.model.v1": "moge1", "moge.model.v2": "moge2"}
@@ -144,7 +144,8 @@ def _is_checkpoint(name: str) -> bool:
 @MODELS.register("moge", matches=_is_checkpoint, listed=HUB_NAMES)
 def load_moge(name: str, device: torch.device, num_tokens: int | None, autocast: str, fov_x: float | None) -> MoGe:
     """A checkpoint of MoGe: a file, a folder that holds `model.pt`, or a name of the hub."""
-    refuse_moge_3(name)
+    if "moge-3" in name.lower():
+        raise ModelError(f"model {name!r}: the installed moge has no MoGe-3; use a MoGe-2 such as {HUB_NAMES[-1]!r}.")
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
         path = path / "model.pt"

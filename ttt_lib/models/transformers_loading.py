@@ -19,7 +19,6 @@ from torch import nn
 from ttt_lib.core.errors import ModelError, UserError, reason
 from ttt_lib.core.files import read_json
 from ttt_lib.core.registry import MODELS
-from ttt_lib.models.bounds import check_folder
 from ttt_lib.models.hub import NotHeld, fetch
 from ttt_lib.models.preprocessing import read_rules
 from ttt_lib.models.transformers_models import TransformersModel
@@ -102,7 +101,6 @@ def _network(folder: Path, family: str, name: str) -> nn.Module:
     try:
         with _quietly():
             kind = getattr(transformers, FAMILIES[family][0])
-            check_folder(folder, kind)
             network, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except Exception as error:  # damaged weights and wrong configurations end in nearly any exception
         # PyTorch's advice would run the code in the file.
