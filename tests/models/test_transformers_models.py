@@ -35,13 +35,12 @@ from ttt_lib.models.transformers_special import PROMPT_SIZE
 TRANSFORMER = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
 NECK = {"neck_hidden_sizes": [8, 12, 16, 24], "fusion_hidden_size": 16}
 ALL_STAGES = ["stage1", "stage2", "stage3", "stage4"]
-FAMILIES = ("da_relative", "da_metric", "zoe_n", "zoe_nk", "dpt", "dpt_hybrid", "dpt_beit", "dpt_dinov2", "pro", "prompt",
-            "glpn")  # fmt: skip
+FAMILIES = ("da_relative", "da_metric", "zoe_n", "zoe_nk", "dpt", "dpt_hybrid", "dpt_beit", "pro", "prompt", "glpn")  # fmt: skip
 KINDS = {"da": "DepthAnything", "zo": "ZoeDepth", "dp": "DPT", "pr": "DepthPro", "gl": "GLPN"}
 LEVELS = (
     2  # of 255: half one through Pillow's rounding between the passes (bicubic rows weigh it by 1.4), half at each end
 )
-METRIC = ("da_metric", "zoe_n", "zoe_nk", "dpt_dinov2", "pro", "prompt", "glpn")
+METRIC = ("da_metric", "zoe_n", "zoe_nk", "pro", "prompt", "glpn")
 
 
 def _dinov2(**more):
@@ -126,16 +125,9 @@ def _config(family: str):
             backbone_out_indices=[0, 1, 2, 3],
         )  # fmt: skip
         return config, dpt_file | half | {"size": {"height": 64, "width": 64}, "keep_aspect_ratio": False}
-    if family == "dpt_beit":
-        config = transformers.DPTConfig(backbone_config=_beit(), **NECK)
-        rules = {"size": {"height": 64, "width": 64}, "keep_aspect_ratio": True, "ensure_multiple_of": 32}
-        return config, dpt_file | half | rules
-    # As facebook/dpt-dinov2-*: no resizing, padding to the patch, means and deviations for 0 ... 255.
-    config = transformers.DPTConfig(backbone_config=_dinov2(reshape_hidden_states=False), **NECK)
-    rules = {"do_resize": False, "do_rescale": False, "do_pad": True, "size_divisor": 14,
-             "size": {"height": 64, "width": 64}, "image_mean": [123.675, 116.28, 103.53],
-             "image_std": [58.395, 57.12, 57.375]}  # fmt: skip
-    return config, dpt_file | rules
+    config = transformers.DPTConfig(backbone_config=_beit(), **NECK)
+    rules = {"size": {"height": 64, "width": 64}, "keep_aspect_ratio": True, "ensure_multiple_of": 32}
+    return config, dpt_file | half | rules
 
 
 @pytest.fixture(scope="session")
@@ -271,7 +263,7 @@ def test_prediction_is_that_of_transformers_called_directly(folder, load, family
     prepared = [processor(images=Image.fromarray(picture), return_tensors="pt")["pixel_values"] for picture in pictures]
     found = model.pixel_values(_batch(pictures))
     level = model.rules.scale / min(model.rules.std)  # one of 255, as the network sees it
-    exact = family in ("zoe_n", "zoe_nk", "pro") or not model.rules.resize  # nothing is rounded
+    exact = family in ("zoe_n", "zoe_nk", "pro")  # nothing is rounded
     assert (found - torch.cat(prepared)).abs().max() <= (1e-5 if exact else LEVELS) * level
     own = model.predict(_batch(pictures))
     monkeypatch.setattr(model, "pixel_values", lambda images: torch.cat(prepared))
@@ -398,7 +390,7 @@ def test_sizes_are_those_of_the_processors(folder, load, family):
 
 
 def test_num_tokens_sets_the_processed_size(load):
-    for family, patch, step in (("da_relative", 14, 14), ("zoe_n", 16, 32), ("dpt", 16, 16), ("dpt_dinov2", 14, 14)):
+    for family, patch, step in (("da_relative", 14, 14), ("zoe_n", 16, 32), ("dpt", 16, 16)):
         model = load(family, num_tokens=48)
         rows, columns = model.pixel_values(torch.rand(1, 3, 60, 120)).shape[-2:]
         assert rows % step == 0 and columns % step == 0
@@ -589,9 +581,7 @@ def test_mixed_precision_rounds_the_training_pass_only(load, family):
 def test_features_are_those_of_the_patches(load, family):
     model, images = load(family), _batch(_pictures())
     pixels = model.pixel_values(images)
-    patch = {"glpn": 32, "pro": 32}.get(
-        family, 14 if family in ("da_relative", "da_metric", "dpt_dinov2", "prompt") else 16
-    )
+    patch = {"glpn": 32, "pro": 32}.get(family, 14 if family in ("da_relative", "da_metric", "prompt") else 16)
     rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch  # Depth Pro's encoder sees a quarter of them
     select_parameters(model, ["encoder"])
     features = model.features(images)
@@ -637,6 +627,8 @@ def test_a_folder_of_another_model(tmp_path):
         ("config.json", lambda p: p.write_text("{"), "config.json: is not a JSON file that can be read"),
         ("preprocessor_config.json", lambda p: p.write_text('{"size": 3.5}'), "preprocessor_config.json is not one of"),
         ("preprocessor_config.json", lambda p: p.write_text('{"resample": 1}'), "resample 1; known are 2"),
+        ("preprocessor_config.json", lambda p: p.write_text('{"do_resize": false}'), "no resizing, which is not known"),
+        ("preprocessor_config.json", lambda p: p.unlink(), "preprocessor_config.json is not one of depth_anything"),
         (
             "config.json",
             lambda p: p.write_text(p.read_text().replace('"fusion_hidden_size": 16', '"fusion_hidden_size": 8')),
@@ -682,22 +674,6 @@ def test_missing_weights(copy):
         load_model(str(path), "cpu")
 
 
-@pytest.mark.parametrize(
-    "family, size",
-    [("da_relative", (518, 686)), ("zoe_n", (384, 512)), ("dpt", (384, 384)), ("dpt_hybrid", (64, 64)),
-     ("pro", (1536, 1536)), ("prompt", (560, 756)), ("glpn", (480, 640))],
-)  # fmt: skip
-def test_without_preprocessor_file_the_published_rules_apply(copy, family, size):
-    path = copy(family)
-    (path / "preprocessor_config.json").unlink()
-    model = load_model(str(path), "cpu")
-    assert model.pixel_values(torch.rand(1, 3, 480, 640)).shape[-2:] == size
-    if family == "pro":  # a picture of that size takes long here, and its note is that of the others
-        return
-    model.num_tokens = None if family == "dpt_hybrid" else 12
-    assert "preprocessor_config.json is missing" in model.predict(torch.rand(3, 48, 64)).note
-
-
 def _elsewhere(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -723,7 +699,7 @@ except UserError as error: print(error, time.monotonic() - start < 15)
 
 
 def test_a_cached_model_loads_offline(folder, tmp_path):
-    """The hub's cache as its client lays it out, with and without the optional file."""
+    """The hub's cache as its client lays it out."""
     repository = tmp_path / "hub" / "models--depth-anything--Tiny-hf"
     commit = "0" * 40
     shutil.copytree(folder("da_relative"), repository / "snapshots" / commit)
@@ -735,17 +711,14 @@ from ttt_lib.core.errors import UserError
 from pathlib import Path
 import sys, torch
 model = load_model("depth-anything/Tiny-hf", "cpu")
-print(model.kind, model.rules.size, model.predict(torch.rand(3, 40, 50)).note.count("missing"))
-(Path(sys.argv[1]) / "preprocessor_config.json").unlink()
-model = load_model("depth-anything/Tiny-hf", "cpu", num_tokens=9)
-print(model.rules.size, model.predict(torch.rand(3, 40, 50)).note.count("missing"))
+print(model.kind, model.rules.size, model.predict(torch.rand(3, 40, 50)).depth.shape)
 (Path(sys.argv[1]) / "model.safetensors").unlink()
 try: load_model("depth-anything/Tiny-hf", "cpu")
 except UserError as error: print(error)
 """.replace("sys.argv[1]", repr(str(repository / "snapshots" / commit)))
     lines = _elsewhere(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)).splitlines()
-    assert lines[:2] == ["disparity (70, 70) 0", "(518, 518) 1"]
-    assert "HF_HUB_OFFLINE is set) and no copy of model.safetensors is cached" in lines[2] and len(lines) == 3
+    assert lines[0] == "disparity (70, 70) torch.Size([40, 50])"
+    assert "HF_HUB_OFFLINE is set) and no copy of model.safetensors is cached" in lines[1] and len(lines) == 2
 
 
 def test_transformers_does_not_need_torchvision(folder):

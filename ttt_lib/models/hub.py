@@ -13,7 +13,7 @@ TIMEOUT = 5.0  # seconds; a hub that has not answered a HEAD request by then cou
 
 
 class NotHeld(ModelError):
-    """The repository, or offline its copy in the cache, lacks a file; `about["file"]` names it."""
+    """The repository, or offline its copy in the cache, lacks a file."""
 
 
 def hub_answers() -> bool:
@@ -34,7 +34,7 @@ def hub_answers() -> bool:
     return True
 
 
-def fetch(name: str, files: tuple[str, ...], advice: str, optional: tuple[str, ...] = ()) -> Path:
+def fetch(name: str, files: tuple[str, ...], advice: str) -> Path:
     """The folder, in the hub's cache, that holds files of the repository `name`; downloaded if need be.
 
     Offline only the cache is looked into. advice: what to do when the hub cannot be reached. Raises `NotHeld`, or
@@ -45,31 +45,21 @@ def fetch(name: str, files: tuple[str, ...], advice: str, optional: tuple[str, .
     known, online, folder = f"model {name!r}:", hub_answers(), None
     log.info("%s %s, hub %s", known, ", ".join(files), "answers" if online else "does not answer")
     try:
-        folder = snapshot_download(
-            name, allow_patterns=[*files, *optional], local_files_only=not online, etag_timeout=TIMEOUT
-        )
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{known} its authors must grant access first; ask on its page, then `hf auth login`."
-        ) from error
+        folder = snapshot_download(name, allow_patterns=files, local_files_only=not online, etag_timeout=TIMEOUT)
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
-            f"{known} the hub has no such repository (or it is private); `ttt-depth models` lists known names."
+            f"{known} the hub has no such repository (`ttt-depth models` lists known names), or it is private, or its"
+            " authors must grant access first: ask on its page, then `hf auth login`."
         ) from error
-    except errors.HFValidationError as error:
-        raise ModelError(f"{known} is neither a file or folder that exists nor a valid hub name.") from error
-    except errors.LocalEntryNotFoundError as error:
-        if online:
-            raise ModelError(f"{known} the hub stopped answering; {advice}.") from error
-    except Exception as error:  # full disk, broken connection, a proxy's page: not to be had from here
-        raise ModelError(f"{known} the download failed ({type(error).__name__}: {reason(error)}); {advice}.") from error
+    except Exception as error:  # full disk, broken connection, a proxy's page, a name that is none
+        if online or not isinstance(error, errors.LocalEntryNotFoundError):
+            raise ModelError(f"{known} it cannot be downloaded ({reason(error)}); {advice}.") from error
     for file in files:
         if folder is None or not (Path(folder) / file).is_file():
             cause = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
             raise NotHeld(
                 f"{known} the repository holds no {file}; `ttt-depth models` lists known names."
                 if online
-                else f"{known} the hub cannot be reached{cause} and no copy of {file} is cached; {advice}.",
-                file=file,
+                else f"{known} the hub cannot be reached{cause} and no copy of {file} is cached; {advice}."
             )
     return Path(folder)

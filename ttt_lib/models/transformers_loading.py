@@ -8,15 +8,13 @@ Prompt Depth Anything (`depth-anything/prompt-depth-anything-*-hf`), ZoeDepth (`
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from ttt_lib.core.errors import ModelError, UserError, reason
+from ttt_lib.core.errors import ModelError, reason
 from ttt_lib.core.files import read_json
 from ttt_lib.core.registry import MODELS
 from ttt_lib.models.hub import NotHeld, fetch
@@ -24,13 +22,13 @@ from ttt_lib.models.preprocessing import read_rules
 from ttt_lib.models.transformers_models import TransformersModel
 from ttt_lib.models.transformers_special import DepthProModel, PromptedModel, ZoeDepthModel
 
-FAMILIES: dict[str, tuple[str, type[TransformersModel]]] = {
-    "depth_anything": ("DepthAnythingForDepthEstimation", TransformersModel),
-    "zoedepth": ("ZoeDepthForDepthEstimation", ZoeDepthModel),
-    "dpt": ("DPTForDepthEstimation", TransformersModel),
-    "depth_pro": ("DepthProForDepthEstimation", DepthProModel),
-    "prompt_depth_anything": ("PromptDepthAnythingForDepthEstimation", PromptedModel),
-    "glpn": ("GLPNForDepthEstimation", TransformersModel),
+FAMILIES: dict[str, type[TransformersModel]] = {
+    "depth_anything": TransformersModel,
+    "zoedepth": ZoeDepthModel,
+    "dpt": TransformersModel,
+    "depth_pro": DepthProModel,
+    "prompt_depth_anything": PromptedModel,
+    "glpn": TransformersModel,
 }
 ALWAYS_METRIC = ("zoedepth", "depth_pro", "prompt_depth_anything", "glpn")
 
@@ -58,50 +56,23 @@ PUBLISHED = (
 def _fetch(name: str) -> Path:
     """The folder, in the hub's cache, with the files of the repository `name`. Raises `ModelError`."""
     advice = f"download the files of https://huggingface.co/{name} on a machine with access and pass their folder"
+    described = "config.json", "preprocessor_config.json"
     try:
-        return fetch(name, ("config.json", "model.safetensors"), advice, optional=("preprocessor_config.json",))
-    except NotHeld as error:
-        if error.about["file"] != "config.json":
-            with suppress(NotHeld):  # older repositories
-                return fetch(name, ("pytorch_model.bin",), advice)
+        return fetch(name, (*described, "model.safetensors"), advice)
+    except NotHeld:
+        with suppress(NotHeld):  # older repositories
+            return fetch(name, (*described, "pytorch_model.bin"), advice)
         raise
-
-
-def _model_type(folder: Path, name: str) -> Any:
-    """What `config.json` of a folder says."""
-    try:
-        content = read_json(folder / "config.json")
-    except UserError as error:
-        raise ModelError(f"model {name!r}: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"model {name!r}: {folder / 'config.json'} holds no dictionary.")
-    return content.get("model_type")
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bar and no report of transformers; what matters in it is checked here."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _network(folder: Path, family: str, name: str) -> nn.Module:
     """The network of a folder, float32, with every weight that it uses. Raises `ModelError`."""
-    import transformers
+    from transformers import AutoModelForDepthEstimation
 
     try:
-        with _quietly():
-            kind = getattr(transformers, FAMILIES[family][0])
-            network, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        network, report = AutoModelForDepthEstimation.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
     except Exception as error:  # damaged weights and wrong configurations end in nearly any exception
         # PyTorch's advice would run the code in the file.
         why = "its weights are no plain tensors" if "weights_only" in str(error) else reason(error)
@@ -134,31 +105,24 @@ def load_transformers_model(
     reached, the folder holds another kind of model, or damaged or incomplete files.
     """
     try:
-        import transformers  # noqa: F401
+        from transformers.utils import logging
     except ImportError as error:
         raise ModelError(f"model {name!r}: transformers is not installed; run `pip install -e '.[hf]'`.") from error
+    logging.set_verbosity_error()  # what matters in its reports is checked here
+    logging.disable_progress_bar()
     folder = Path(os.path.expanduser(name))
     if not (folder / "config.json").is_file():
         folder = _fetch(name)
-    family = _model_type(folder, name)
+    config = read_json(folder / "config.json")
+    family = config.get("model_type") if isinstance(config, dict) else None
     if family not in FAMILIES:
         raise ModelError(
             f"model {name!r}: its config.json says model type {family!r}; known are {', '.join(FAMILIES)}."
         )
     network = _network(folder, family, name)
-    notes = ()
-    if not (folder / "preprocessor_config.json").is_file():
-        notes = (f"preprocessor_config.json is missing, so pictures are prepared as the published {family} models do",)
-    with _quietly():
-        rules = read_rules(folder, family, network, name)
-    if rules.fixed and num_tokens is not None:
+    if num_tokens is not None and (family == "depth_pro" or getattr(network.config, "is_hybrid", False)):
         raise ModelError(f"model {name!r}: {family} takes pictures of one size; leave model.num_tokens out.")
-    backbone = getattr(getattr(network.config, "backbone_config", None), "model_type", None)
-    # The DPT models on DINOv2 (facebook/dpt-dinov2-*) are the only ones of their family with depth in metres.
-    metric = (
-        family in ALWAYS_METRIC
-        or (family == "depth_anything" and getattr(network.config, "depth_estimation_type", "") == "metric")
-        or (family == "dpt" and backbone == "dinov2")
-    )
+    rules = read_rules(folder, family, network, name)
+    metric = family in ALWAYS_METRIC or getattr(network.config, "depth_estimation_type", "") == "metric"
     network = network.to(device).requires_grad_(False)
-    return FAMILIES[family][1](network, name, metric, rules, num_tokens, autocast, notes)
+    return FAMILIES[family](network, name, metric, rules, num_tokens, autocast)

@@ -41,10 +41,9 @@ def depth_from_disparity(disparity: Tensor) -> Tensor:
 class TransformersModel(GeometryModel):
     """Depth Anything, DPT/MiDaS or GLPN: disparity up to scale and shift, or metric depth; no camera.
 
-    Where no camera is known, its field of view is taken as `ASSUMED_FOV` degrees across. notes:
-    assumptions that hold for every picture. The parts are the library's: `backbone` (or `dpt`, `glpn`, `depth_pro`) is
-    the encoder, `neck`, `decoder` and `fusion_stage` are the neck, and `head`, `relative_head`, `metric_head` and
-    `fov_model` are the heads.
+    Where no camera is known, its field of view is taken as `ASSUMED_FOV` degrees across. The parts are the library's:
+    `backbone` (or `dpt`, `glpn`, `depth_pro`) is the encoder, `neck`, `decoder` and `fusion_stage` are the neck, and
+    `head`, `relative_head`, `metric_head` and `fov_model` are the heads.
     """
 
     part_of: ClassVar[dict[str, str]] = {
@@ -60,25 +59,15 @@ class TransformersModel(GeometryModel):
         rules: Rules,
         num_tokens: int | None = None,
         autocast: str = "none",
-        notes: tuple[str, ...] = (),
     ) -> None:
         super().__init__(network, name, "metric" if metric else "disparity", num_tokens, autocast)
         self.output: Literal["points", "depth", "disparity"] = "depth" if metric else "disparity"
-        self.rules, self.notes = rules, notes
+        self.rules = rules
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """The network's input (B,3,H',W') of images (B,3,H,W) in [0,1], by the model's own rules."""
-        rules = self.rules
-        size = rules.processed_size(*images.shape[-2:], self.num_tokens)
-        values = images * 255
-        if rules.resize or self.num_tokens is not None:
-            values = resize_rounded(values, size, rules.mode)
-        values = self._normalised((values * rules.scale).float())
-        if rules.divisor:
-            above, left = (-side % rules.divisor // 2 for side in size)
-            below, right = (-side % rules.divisor - -side % rules.divisor // 2 for side in size)
-            values = F.pad(values, (left, right, above, below))
-        return values
+        size = self.rules.processed_size(*images.shape[-2:], self.num_tokens)
+        return self._normalised(resize_rounded(images * 255, size, self.rules.mode) * self.rules.scale)
 
     def _normalised(self, values: Tensor) -> Tensor:
         mean, std = (values.new_tensor(v)[:, None, None] for v in (self.rules.mean, self.rules.std))
@@ -135,11 +124,10 @@ class TransformersModel(GeometryModel):
             tokens = self._tokens(pixels)
         if tokens.ndim == 4:  # (B,C,h,w) of encoders that reshape
             return tokens.flatten(2).mT.float()
-        patches = (pixels.shape[-2] // self.rules.patch) * (pixels.shape[-1] // self.rules.patch)
-        return tokens[:, -patches:].float()
+        return tokens[:, 1:].float()  # behind the class token
 
     def _tokens(self, pixels: Tensor) -> Tensor:
-        """The encoder's last output, (B,C,h,w) or (B,n,C) with the patches at the end."""
+        """The encoder's last output, (B,C,h,w) or (B,n,C) with the class token before the patches."""
         if getattr(self.network, "backbone", None) is not None:
             return self.network.backbone(pixels).feature_maps[-1]
         return getattr(self.network, "glpn" if hasattr(self.network, "glpn") else "dpt")(pixels).last_hidden_state
@@ -154,7 +142,7 @@ class TransformersModel(GeometryModel):
         """
         batch = images if images.ndim == 4 else images[None]
         output, cameras, said = self._maps(batch, intrinsics, exact=True)
-        notes, extra = list(self.notes), {}
+        notes, extra = [], {}
         if intrinsics is None and self.fov_x is not None:
             notes.append(f"the field of view is taken as known, {self.fov_x:.4g} degrees across")
         elif intrinsics is None and "fov_x" not in said:

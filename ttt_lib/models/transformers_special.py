@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_lib.core.errors import UserError
 from ttt_lib.data.known_distances import References, spread_distances
-from ttt_lib.models.preprocessing import zoedepth_border
 from ttt_lib.models.transformers_models import TransformersModel
 
 INVERSE_DEPTHS = (1e-4, 1e4)  # per metre, between which Depth Pro's post-processing keeps them
 FOV = (1.0, 179.0)  # degrees that a camera can have, whatever the head of Depth Pro says
 PROMPT_SIZE = (192, 256)  # of the LiDAR maps that Prompt Depth Anything was published for
+
+
+def _border(height: int, width: int) -> tuple[int, int]:
+    """ZoeDepth's border in pixels of the picture, (above and below, left and right)."""
+    return int(math.sqrt(height / 2) * 3), int(math.sqrt(width / 2) * 3)
 
 
 class ZoeDepthModel(TransformersModel):
@@ -26,35 +31,25 @@ class ZoeDepthModel(TransformersModel):
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """The network's input (B,3,H',W'): a reflected border, resizing with aligned corners, normalisation."""
-        rules, values = self.rules, images * (255 * self.rules.scale)
-        if rules.border:
-            above, beside = zoedepth_border(*images.shape[-2:])
-            if above >= images.shape[-2] or beside >= images.shape[-1]:
-                raise UserError(f"model {self.name!r}: a picture of {tuple(images.shape[-2:])} pixels is too small.")
-            values = F.pad(values, (beside, beside, above, above), mode="reflect")
-        if rules.resize or self.num_tokens is not None:
-            size = rules.processed_size(*values.shape[-2:], self.num_tokens)
-            values = F.interpolate(values, size, mode=rules.mode, align_corners=True)
-        return self._normalised(values)
+        above, beside = _border(*images.shape[-2:])
+        values = F.pad(images * (255 * self.rules.scale), (beside, beside, above, above), mode="reflect")
+        size = self.rules.processed_size(*values.shape[-2:], self.num_tokens)
+        return self._normalised(F.interpolate(values, size, mode=self.rules.mode, align_corners=True))
 
     def _at_size(self, output: Tensor, height: int, width: int) -> Tensor:
-        above, beside = zoedepth_border(height, width) if self.rules.border else (0, 0)
+        above, beside = _border(height, width)
         bordered = super()._at_size(output, height + 2 * above, width + 2 * beside)
         return bordered[:, above : above + height, beside : beside + width]
 
     def _run(self, pixels: Tensor, whole: bool = True) -> tuple[Tensor, dict[str, Any]]:
         """Depth, and the name of the head that gave it to each picture, where there are several."""
-        output = self.network(pixels)
-        depth, logits = output.predicted_depth, output.domain_logits
-        if logits is None:
-            return depth, {}
-        # The library lets a batch vote for one head; a picture that was outvoted goes through the one of its own.
-        domain, voted = logits.argmax(-1), int(logits.sum(0).argmax())
-        for other in set(domain.tolist()) - {voted}:
-            chosen = (domain == other).nonzero()[:, 0]
-            depth = depth.index_copy(0, chosen, self.network(pixels[chosen]).predicted_depth)
-        names = [head["name"] for head in self.network.config.bin_configurations]
-        return depth, {"domain": [names[index] for index in domain.tolist()]}
+        heads = self.network.config.bin_configurations
+        if len(heads) == 1:
+            return self.network(pixels).predicted_depth, {}
+        # The library lets a batch vote for one head: each picture goes through by itself.
+        alone = [self.network(picture) for picture in pixels.split(1)]
+        names = [heads[int(output.domain_logits.argmax())]["name"] for output in alone]
+        return torch.cat([output.predicted_depth for output in alone]), {"domain": names}
 
 
 class DepthProModel(TransformersModel):
@@ -67,10 +62,10 @@ class DepthProModel(TransformersModel):
     def pixel_values(self, images: Tensor) -> Tensor:
         """The network's input (B,3,S,S): normalised, then stretched to a square without smoothing."""
         values = self._normalised(images * (255 * self.rules.scale))
-        return F.interpolate(values, self.rules.size, mode=self.rules.mode, align_corners=False)
+        return F.interpolate(values, self.rules.size, mode="bilinear")
 
     def _at_size(self, output: Tensor, height: int, width: int) -> Tensor:
-        return F.interpolate(output[:, None], (height, width), mode=self.rules.mode)[:, 0]
+        return F.interpolate(output[:, None], (height, width), mode="bilinear")[:, 0]
 
     def _run(self, pixels: Tensor, whole: bool = True) -> tuple[Tensor, dict[str, Any]]:
         """Canonical inverse depth, and the field of view of each picture, where the network has a head for it."""
@@ -82,8 +77,8 @@ class DepthProModel(TransformersModel):
         return 1 / (output / cameras[:, 0, 0, None, None]).clamp(*INVERSE_DEPTHS)
 
     def _tokens(self, pixels: Tensor) -> Tensor:
-        """Of the encoder that sees the whole picture, without class token."""
-        return self.network.depth_pro.encoder.image_encoder(pixels).last_hidden_state[:, 1:]
+        """Of the encoder that sees the whole picture."""
+        return self.network.depth_pro.encoder.image_encoder(pixels).last_hidden_state
 
 
 class PromptedModel(TransformersModel):
