@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +18,8 @@ from ttt_lib.core.files import replacing_file, to_json
 from ttt_lib.models.pretraining.loss import geometry_loss
 from ttt_lib.models.pretraining.pictures import ChunkSource, draw_batch
 from ttt_lib.models.tiny import TinyMoGe, default_config
+
+SAVE_EVERY = 250  # steps
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,7 @@ class Recipe:
     reuse: float = 3.0  # times that a picture is drawn, on average
     average_decay: float = 0.998  # of the weights that are saved
     autocast: bool = True  # bfloat16 in the network, float32 in the loss
-    effects: bool = True  # what cameras do to a picture; False: clean renderings only
     start: str = ""  # a checkpoint of `save_checkpoint` to go on from, as a second stage; "": ImageNet's encoder
-    scale: int = 1  # of the sides of the pictures
-    tokens: tuple[int, ...] | None = None  # one of these for each step; None: one for each 16 x 16 pixels
-    edges: float = 0.0  # weight of the steps across depth edges, which are few and count little elsewhere
-
-
-# For `seconds`: a schedule is fitted to the time. Larger pictures and edges in the second one are for the blur of the first
-# one's depth. On an H100 (2026-11-26) a step of it took 0.135 s with a twelfth of a chunk drawn beside it, and a size that is
-# new to cuDNN 0.4 to 1 s more: hence few token counts. What it gave is in the model card.
-RECIPES = {
-    "cpu_85min": Recipe(),
-    "gpu_10min": Recipe(
-        steps=4000, batch_size=32, learning_rate=2e-3, warmup=300, chunk_size=96, window=24, reuse=4.0, scale=2,
-        tokens=(192, 320, 480), edges=0.5,
-    ),
-}  # fmt: skip
 
 
 def rate_at(step: int, recipe: Recipe) -> float:
@@ -88,12 +72,6 @@ def save_tensors(path: Path, content: dict) -> None:
         torch.save(content, work)
 
 
-def _layout(device: torch.device) -> torch.memory_format:
-    """Of pictures and weights: what a CPU is faster with costs a GPU 8 to 15 s of planning for each new size (cuDNN on an
-    H100, bfloat16, a batch of 32; half a second so)."""
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
-
-
 @dataclass
 class Run:
     """A training as far as it has come: the network, its optimizer, the averaged weights by name, steps done, seconds spent."""
@@ -123,7 +101,7 @@ def _begin(recipe: Recipe, device: torch.device) -> Run:
     model = new_model(recipe.seed, imagenet=not recipe.start)
     if recipe.start:
         model.load_state_dict(torch.load(recipe.start, weights_only=True)["model"])
-    model = model.to(device, memory_format=_layout(device)).train()
+    model = model.to(device, memory_format=torch.channels_last).train()
     encoder = list(model.encoder.backbone.parameters())
     known = {id(p) for p in encoder}
     rest = [p for p in model.parameters() if id(p) not in known]
@@ -131,7 +109,6 @@ def _begin(recipe: Recipe, device: torch.device) -> Run:
         [{"params": rest, "factor": 1.0}, {"params": encoder, "factor": recipe.encoder_rate}],
         lr=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
-        fused=device.type == "cuda" or None,
     )
     return Run(model, optimizer, {k: v.detach().clone() for k, v in model.state_dict().items()})
 
@@ -155,15 +132,13 @@ def _resume(path: Path, recipe: Recipe, run: Run) -> None:
 def _step(run: Run, drawn: tuple[Tensor, Tensor, Tensor], recipe: Recipe, rate: float) -> dict[str, Tensor]:
     """One step on a batch of `draw_batch`; the loss and its terms. A gradient that is not finite moves nothing."""
     image, depth, rays = drawn
-    image = image.contiguous(memory_format=_layout(image.device))
+    image = image.contiguous(memory_format=torch.channels_last)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["factor"]
     tokens = round(image.shape[-2] / 16) * round(image.shape[-1] / 16)
-    if recipe.tokens is not None:
-        tokens = int(np.random.default_rng([recipe.seed, 30, run.step]).choice(recipe.tokens))
     with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=recipe.autocast):
         output = run.model(image, tokens)
-    loss, terms = geometry_loss(output, depth, rays, recipe.edges)
+    loss, terms = geometry_loss(output, depth, rays)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -175,17 +150,13 @@ def _step(run: Run, drawn: tuple[Tensor, Tensor, Tensor], recipe: Recipe, rate: 
 
 
 def train(
-    recipe: Recipe, folder: Path, device: str = "cpu", threads: int | None = None, seconds: float | None = None,
-    stop_at: int | None = None, evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
-    evaluate_seconds: float | None = None, save_every: int = 250,
-) -> TinyMoGe:  # fmt: skip
+    recipe: Recipe, folder: Path, device: str = "cpu", threads: int | None = None, seconds: float | None = None
+) -> TinyMoGe:
     """Train, or go on from `folder/state.pt` if it is there with the same recipe; returns the averaged model.
 
-    Writes `folder/log.jsonl` (a line every 25 steps, a line an evaluation) and `folder/state.pt` (atomic).
-    `seconds`: the rate still falls to its end, by turning time into steps after the first 300 steps; this makes the
-    run depend on the clock, so leave it out where the result must be the same twice. `stop_at`: stop early, to be
-    resumed. `evaluate` gets the averaged model at the end, and with `evaluate_seconds` so long after it had it last; it moves
-    nothing. Raises `ValueError` if the folder holds a run of another recipe.
+    Writes `folder/log.jsonl` (a line every 25 steps) and `folder/state.pt` (atomic). `seconds`: the rate still falls to
+    its end, by turning time into steps after the first 300 steps; this makes the run depend on the clock, so leave it
+    out where the result must be the same twice. Raises `ValueError` if the folder holds a run of another recipe.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,17 +166,17 @@ def train(
     run = _begin(recipe, target)
     if state_path.exists():
         _resume(state_path, recipe, run)
-    source = ChunkSource(recipe.seed, recipe.chunk_size, recipe.scale, device)
+    source = ChunkSource(recipe.seed, recipe.chunk_size)
     steps_a_chunk = max(1, round(recipe.reuse * recipe.chunk_size / recipe.batch_size))
-    begun, looked = time.perf_counter() - run.spent, time.perf_counter()
+    begun = time.perf_counter() - run.spent
     total = recipe.steps
     running: dict[str, Tensor] = {}
     try:
         with open(folder / "log.jsonl", "a", encoding="utf-8", buffering=1) as log:  # line by line
-            while run.step < min(total, stop_at or total):
+            while run.step < total:
                 newest = run.step // steps_a_chunk
                 chunks = source.window(max(0, newest - recipe.window + 1), newest)
-                drawn = draw_batch(chunks, recipe.seed, recipe.batch_size, run.step, target, recipe.effects)
+                drawn = draw_batch(chunks, recipe.seed, recipe.batch_size, run.step, target)
                 position = run.step if seconds is None else recipe.steps * run.step / total
                 terms = _step(run, drawn, recipe, rate_at(int(position), recipe))
                 step, run.spent = run.step, time.perf_counter() - begun
@@ -217,12 +188,8 @@ def train(
                     running = {}
                     if seconds is not None and step >= 300:
                         total = max(step + 1, int(step * seconds / run.spent))
-                if step % save_every == 0 or step == total:
+                if step % SAVE_EVERY == 0 or step == total:
                     _keep(state_path, recipe, run)
-                due = evaluate_seconds is not None and time.perf_counter() - looked >= evaluate_seconds
-                if evaluate is not None and (due or step == total):
-                    print(to_json({"step": step, **evaluate(run.averaged(), step)}), file=log)
-                    looked = time.perf_counter()
     finally:
         source.close()
     return run.averaged()
