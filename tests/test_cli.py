@@ -108,7 +108,8 @@ def test_completion_can_be_shown_and_installed(tmp_path):
 
 
 def test_parsing(tmp_path):
-    assert parse_set(["train.passes=4", "views.size=[8, 9]"]) == {"train": {"passes": 4}, "views": {"size": [8, 9]}}
+    found = parse_set(["train.passes=4", "train.parts=[neck, heads]"])
+    assert found == {"train": {"passes": 4, "parts": ["neck", "heads"]}}
     with pytest.raises(UserError, match="--set train"):
         parse_set(["train"])
     assert describe_sources(["motorcycle"]) == [{"kind": "motorcycle"}]

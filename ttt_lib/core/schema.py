@@ -191,12 +191,10 @@ class ViewConfig(Section):
     """What the student sees.
 
     `longest_side`: images are shrunk to this before views are made (the final prediction is at full size).
-    `size`: (height, width) of a view; None keeps the (shrunk) image's own.
     `cutmix`: chance that a rectangle of a view shows another view of the batch (which must hold two at least).
     """
 
     longest_side: Side | None = None
-    size: tuple[Side, Side] | None = None
     mirror: Probability = 0.5
     cutmix: Probability = 0.0
     crop: CropConfig = CropConfig()

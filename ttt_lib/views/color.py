@@ -7,48 +7,30 @@ more of the same changes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Strength:
-    """One row of the severity table.
-
-    brightness, contrast, saturation: factors drawn from 1 +- this; hue: +- this share of the colour circle; gamma: an
-    exponent from 1 / (1 + gamma) to 1 + gamma. The next ones are chances of an operation, with its strength after it:
-    sharpening by a factor up to 1 + sharpen_by; posterize to so many bits; solarize what is brighter than
-    solarize_above. blur_sigma: the largest standard deviation of the Gaussian blur, as a share of the image's width.
-    """
-
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    gamma: float
-    gray: float
-    autocontrast: float
-    sharpness: float
-    sharpen_by: float
-    posterize: float
-    posterize_bits: int
-    solarize: float
-    solarize_above: float
-    equalize: float
-    channel_shuffle: float
-    blur_sigma: float
-
-
-# Severity 5 reaches the colour distortion of Depth Anything (0.5, 0.5, 0.5, 0.25 and gray 0.2) on every column.
+# What severities 1 to 5 do. Severity 5 reaches the colour distortion of Depth Anything (0.5, 0.5, 0.5, 0.25 and gray 0.2)
+# on every column.
 SEVERITIES = {
-    #           bright contr satur hue   gamma gray  autoc sharpen    posterize solarize    equal shuff blur
-    1: Strength(0.08, 0.08, 0.10, 0.010, 0.10, 0.00, 0.02, 0.05, 0.4, 0.00, 7, 0.00, 1.00, 0.00, 0.00, 0.001),
-    2: Strength(0.15, 0.15, 0.20, 0.020, 0.20, 0.03, 0.05, 0.10, 0.6, 0.00, 6, 0.00, 1.00, 0.00, 0.00, 0.002),
-    3: Strength(0.25, 0.25, 0.35, 0.050, 0.30, 0.06, 0.10, 0.20, 1.0, 0.05, 5, 0.02, 0.90, 0.03, 0.00, 0.004),
-    4: Strength(0.35, 0.35, 0.50, 0.120, 0.45, 0.12, 0.15, 0.25, 1.5, 0.10, 4, 0.05, 0.80, 0.06, 0.05, 0.006),
-    5: Strength(0.50, 0.50, 0.70, 0.250, 0.60, 0.20, 0.20, 0.30, 2.0, 0.15, 3, 0.10, 0.70, 0.10, 0.10, 0.010),
+    "brightness": (0.08, 0.15, 0.25, 0.35, 0.50),  # a factor drawn from 1 +- this, as of the next two
+    "contrast": (0.08, 0.15, 0.25, 0.35, 0.50),
+    "saturation": (0.10, 0.20, 0.35, 0.50, 0.70),
+    "hue": (0.010, 0.020, 0.050, 0.120, 0.250),  # +- this share of the colour circle
+    "gamma": (0.10, 0.20, 0.30, 0.45, 0.60),  # an exponent from 1 / (1 + gamma) to 1 + gamma
+    "gray": (0.00, 0.03, 0.06, 0.12, 0.20),  # chance
+    "autocontrast": (0.02, 0.05, 0.10, 0.15, 0.20),  # chance
+    "sharpness": (0.05, 0.10, 0.20, 0.25, 0.30),  # chance
+    "sharpen_by": (0.4, 0.6, 1.0, 1.5, 2.0),  # by a factor up to 1 + this
+    "posterize": (0.00, 0.00, 0.05, 0.10, 0.15),  # chance
+    "posterize_bits": (7, 6, 5, 4, 3),
+    "solarize": (0.00, 0.00, 0.02, 0.05, 0.10),  # chance
+    "solarize_above": (1.00, 1.00, 0.90, 0.80, 0.70),  # of what is brighter
+    "equalize": (0.00, 0.00, 0.03, 0.06, 0.10),  # chance
+    "channel_shuffle": (0.00, 0.00, 0.00, 0.05, 0.10),  # chance
+    "blur_sigma": (0.001, 0.002, 0.004, 0.006, 0.010),  # largest deviation of the Gaussian, as a share of the width
 }
 DRAWS = 19  # uniform numbers an image takes
 
@@ -78,7 +60,7 @@ def recolour(images: Tensor, severity: int, draws: Tensor, probability: float = 
     from kornia.color import rgb_to_grayscale
     from kornia.filters import gaussian_blur2d
 
-    s = SEVERITIES[severity]
+    s = SimpleNamespace(**{name: row[severity - 1] for name, row in SEVERITIES.items()})
     equalized = torch.nonzero((draws[:, 0] < probability) & (draws[:, 11] < s.equalize))[:, 0]
     equalized = equalized.to(images.device, non_blocking=True)
     draws = draws.to(images, non_blocking=True)

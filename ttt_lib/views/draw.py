@@ -63,11 +63,10 @@ def _cameras(median_depth: Tensor | float, severity: int, draws: Tensor) -> Tens
     return look_at_transform(offset, target, roll=torch.deg2rad(signed[:, 3] * roll))
 
 
-def _crops(intrinsics: Tensor, config: CropConfig, draws: Tensor, aspect: float) -> tuple[Tensor, Tensor, Tensor]:
+def _crops(intrinsics: Tensor, config: CropConfig, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Crops: rotation (B,4,4), intrinsics (B,3,3) and, on the CPU, which are crops at all, (B,) bool; draws (B, `CROP_DRAWS`).
 
-    A crop's side is uniform in `config.scale` (of the image), its place uniform where it fits. aspect: width over height
-    of the crop, relative to the image's; the crop is narrowed about its centre to get there: pixels stay square.
+    A crop's side is uniform in `config.scale` (of the image), its place uniform where it fits.
     """
     low, high = config.scale
     decided, draws = draws, draws.to(intrinsics.device, non_blocking=True)
@@ -82,10 +81,7 @@ def _crops(intrinsics: Tensor, config: CropConfig, draws: Tensor, aspect: float)
         turn, cropped = recentred_crop(original, centre, scale)
         rotation[:, :3, :3] = torch.where(chosen[:, None, None], turn, rotation[:, :3, :3])
     cropped = torch.where(chosen[:, None, None], cropped, original)
-    zoom = torch.tensor([max(1.0, 1 / aspect), max(1.0, aspect)])
-    narrow = torch.diag(torch.cat([zoom, torch.ones(1)]))
-    narrow[:2, 2] = (1 - zoom) / 2
-    return rotation, narrow.to(draws.device, non_blocking=True) @ cropped, decided[:, 3] < config.probability
+    return rotation, cropped, decided[:, 3] < config.probability
 
 
 def fill_unknown(image: Tensor, mask: Tensor) -> Tensor:
@@ -201,12 +197,11 @@ class Plan(NamedTuple):
         return ["+".join(filter(None, words)) or "whole" for words in parts]
 
 
-def _plan(intrinsics: Tensor, config: ViewConfig, count: int, generator: torch.Generator, stretch: float) -> Plan:
-    """stretch: width to height of the views, relative to that of the image."""
+def _plan(intrinsics: Tensor, config: ViewConfig, count: int, generator: torch.Generator) -> Plan:
     parts = [CROP_DRAWS, FLAG_DRAWS, COLOUR_DRAWS, CAMERA_DRAWS * config.novel_view.tries]
     draws = torch.rand(count, sum(parts), generator=generator)
     crop_draws, flags, colour_draws, camera_draws = draws.split(parts, 1)
-    fixed, lens, cropped = _crops(intrinsics, config.crop, crop_draws, stretch)
+    fixed, lens, cropped = _crops(intrinsics, config.crop, crop_draws)
     mirrored = flags[:, 0] < config.mirror
     there = mirrored[:, None, None].to(fixed.device, non_blocking=True)
     return Plan(
@@ -243,11 +238,11 @@ def make_views(
     is drawn again, and its camera stays in place after `tries` attempts. Raises `ValueError` without a renderer.
     """
     device, novel, colour = image.device, config.novel_view, config.photometric
-    (height, width), size = image.shape[-2:], tuple(config.size or image.shape[-2:])
-    mask = torch.ones(height, width, dtype=torch.bool, device=device) if mask is None else mask
+    size = tuple(image.shape[-2:])
+    mask = torch.ones(size, dtype=torch.bool, device=device) if mask is None else mask
     target = Target(image, points, mask & in_front(points), ~mask, intrinsics)
 
-    plan = _plan(intrinsics, config, count, generator, (size[1] * height) / (size[0] * width))
+    plan = _plan(intrinsics, config, count, generator)
     fixed, lens, moved = plan.transform, plan.lens, plan.moved
     transform = fixed.clone()
     stats = {"drawn": count, "novel": int(moved.sum()), "redrawn": 0, "identity": 0}
