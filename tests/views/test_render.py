@@ -357,8 +357,11 @@ def test_no_window_toolkit_is_needed(tmp_path):
 def _in_child(queue, inherited):
     torch.set_num_threads(1)
     inherited.set_scene(*two_walls(2.0))
-    view = inherited.render(torch.eye(4)[None], two_walls(2.0)[-1][None], (60, 80))
-    queue.put((_draw_something("auto"), inherited.backend, inherited.reason, int(view.mask.sum())))
+    try:
+        said = int(inherited.render(torch.eye(4)[None], two_walls(2.0)[-1][None], (60, 80)).mask.sum())
+    except UserError as error:
+        said = str(error)
+    queue.put((_draw_something("auto"), NovelViewRenderer("auto").reason, said))
 
 
 def _draw_something(backend) -> int:
@@ -370,23 +373,21 @@ def _draw_something(backend) -> int:
 
 
 def test_a_forked_child_draws_without_its_parents_context():
-    """GL does not survive a fork: the child draws with the torch backend, says so, and the picture is the same."""
+    """GL does not survive a fork: the child draws with the torch backend, says so, and the picture is the same; a renderer
+    that it got from its parent is refused."""
     expected = _draw_something("auto")
     renderer = NovelViewRenderer("auto")
     renderer.set_scene(*two_walls(2.0))
-    twin = NovelViewRenderer("torch")
-    twin.set_scene(*two_walls(2.0))
-    known = int(twin.render(torch.eye(4)[None], two_walls(2.0)[-1][None], (60, 80)).mask.sum())
-    before = renderer.backend, renderer.reason
+    known = int(renderer.render(torch.eye(4)[None], two_walls(2.0)[-1][None], (60, 80)).mask.sum())
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue, renderer))
     child.start()
-    drawn, backend, reason, inherited = queue.get(timeout=60)
+    drawn, reason, inherited = queue.get(timeout=60)
     child.join(60)
-    assert child.exitcode == 0 and drawn == expected and inherited == known
-    assert backend == "torch" and reason.startswith("torch: ") and ("forked" in reason) == GL
-    assert (renderer.backend, renderer.reason) == before
+    assert child.exitcode == 0 and drawn == expected
+    assert reason.startswith("torch: ") and ("forked" in reason) == GL
+    assert "forked" in inherited if GL else inherited == known
     assert _draw_something("auto") == expected
 
 

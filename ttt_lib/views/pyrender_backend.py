@@ -182,10 +182,20 @@ class GLScene:
         self.camera = pyrender.IntrinsicsCamera(1, 1, 0, 0, znear=self.near, zfar=self.far)
         self.node = self.scene.add(self.camera)
 
-    def draw(
+    def draw(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """As `torch_backend.rasterise`: one view after the other, on the tensors' device."""
+        views = zip(transform.double().cpu().numpy(), intrinsics.double().cpu().numpy())
+        drawn = [self._draw(t, k, size) for t, k in views]
+        colour, buffer = (torch.from_numpy(np.stack(maps)).to(transform.device) for maps in zip(*drawn))
+        left = 1 - buffer  # exact, and no cancellation below: far things keep their digits
+        depth = torch.where(left > 0, self.near / (left + buffer * (self.near / self.far)), 0.0)
+        mask = (colour[..., 3] > 127) & (depth > 0)
+        return colour.permute(0, 3, 1, 2)[:, :3].contiguous().to(transform).div_(255), depth, mask
+
+    def _draw(
         self, transform: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Colour uint8 (h,w,4) and depth buffer (h,w) from one camera, OpenCV transform (4,4)."""
+        """Colour uint8 (h,w,4) and depth buffer (h,w), float32 in [0,1], from one camera, OpenCV transform (4,4)."""
         import pyrender
 
         height, width = size
@@ -199,11 +209,6 @@ class GLScene:
                 return self.renderer.render(self.scene, flags=pyrender.RenderFlags.FLAT | pyrender.RenderFlags.RGBA)
             finally:
                 _let_go(self.renderer)
-
-    def depth(self, buffer: Tensor) -> Tensor:
-        """Depth buffer, float32 in [0,1] -> depth, 0 where nothing is drawn."""
-        left = 1 - buffer  # exact, and no cancellation below: far things keep their digits
-        return torch.where(left > 0, self.near / (left + buffer * (self.near / self.far)), 0.0)
 
     def free(self) -> None:
         """Delete the mesh's buffers, unless this is a forked child, where they are the parent's."""

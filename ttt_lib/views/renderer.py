@@ -6,10 +6,8 @@ torch that needs no GL and stays on the tensors' device.
 
 from __future__ import annotations
 
-import os
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,11 +42,9 @@ def _place(depth: Tensor, intrinsics: Tensor) -> Tensor:
 class NovelViewRenderer:
     """Draws the scene of one target from other cameras.
 
-    backend: `pyrender`, `torch`, or `auto`: torch on a CUDA device (the views stay there) and where no GL context can
-    be made, else pyrender. `backend` is the one that draws, and `reason` says in one line why: in a child forked from
-    a process that draws through GL, torch, whatever was chosen before the fork. device: pyrender draws on that GPU.
-    edge_rtol: relative depth step that cuts the mesh. Raises `UserError` when `pyrender` is asked for and no GL is to
-    be had.
+    backend: `pyrender`, `torch`, or `auto`: torch where `device` is CUDA (the views stay there) and where no GL context
+    can be made, else pyrender. Then `backend` is the one that draws, and `reason` says in one line why. edge_rtol:
+    relative depth step that cuts the mesh. Raises `UserError` when `pyrender` is asked for and no GL is to be had.
     """
 
     def __init__(
@@ -57,39 +53,23 @@ class NovelViewRenderer:
         device: torch.device | str | None = None,
         edge_rtol: float = EDGE_RTOL,
     ) -> None:
-        self.device, self.edge_rtol = torch.device(device or "cpu"), edge_rtol
-        self._chosen, self._why = backend, f"{backend}: as asked for"
-        if backend == "auto":
-            if self.device.type == "cuda":
-                self._chosen, self._why = "torch", "torch: the tensors are on a GPU and the views stay there"
-            else:
-                try:
-                    gl_renderer()
-                    self._chosen, self._why = "pyrender", f"pyrender: drawing through {platform()}"
-                except UserError as error:
-                    self._chosen, self._why = "torch", f"torch: {error}"
-        elif backend == "pyrender":
+        self.edge_rtol = edge_rtol
+        self.backend, self.reason = backend, f"{backend}: as asked for"
+        if backend == "pyrender":
             gl_renderer()
+        elif backend == "auto" and torch.device(device or "cpu").type == "cuda":
+            self.backend, self.reason = "torch", "torch: the tensors are on a GPU and the views stay there"
+        elif backend == "auto":
+            try:
+                gl_renderer()
+                self.backend, self.reason = "pyrender", f"pyrender: drawing through {platform()}"
+            except UserError as error:
+                self.backend, self.reason = "torch", f"torch: {error}"
         elif backend != "torch":
             raise UserError(f"novel_view.backend {backend!r}: use 'auto', 'pyrender' or 'torch'.")
-        self.pid = os.getpid()
         self.mesh: Mesh | None = None
         self.made_from: tuple[Tensor, Tensor] | None = None  # image and points, for who would set the same scene again
         self._scene: GLScene | None = None
-
-    @property
-    def _forked(self) -> bool:
-        return self._chosen == "pyrender" and self.pid != os.getpid()
-
-    @property
-    def backend(self) -> str:
-        """What draws: `pyrender` or `torch`."""
-        return "torch" if self._forked else self._chosen
-
-    @property
-    def reason(self) -> str:
-        """Why it is that one, in one line."""
-        return "torch: this process was forked from one that draws through GL" if self._forked else self._why
 
     def set_scene(self, image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor | None = None) -> None:
         """Make the mesh of a target (it is uploaded once, at the first view): image (3,H,W), points (H,W,3) in the
@@ -112,26 +92,14 @@ class NovelViewRenderer:
         if self.backend == "torch":
             image, depth, mask = rasterise(self.mesh, proper, lens, size)
         else:
-            image, depth, mask = self._render_gl(proper, lens, size)
+            self._scene = self._scene or GLScene(self.mesh)
+            image, depth, mask = self._scene.draw(proper, lens, size)
         points = _place(torch.where(mask, depth, torch.nan), lens)
         flipped = mirrored[:, None, None]  # all are flipped, and some are taken: a GPU is not asked which
         image = torch.where(flipped[..., None], image.flip(-1), image)
         mask = torch.where(flipped, mask.flip(-1), mask)
         points = torch.where(flipped[..., None], mirror_points(points), points)
         return RenderedView(image, points, mask)
-
-    def _render_gl(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """As `torch_backend.rasterise`, through GL: one view after the other."""
-        if self._scene is None:
-            self._scene = GLScene(self.mesh)
-        drawn = [
-            self._scene.draw(t, k, size)
-            for t, k in zip(transform.double().cpu().numpy(), intrinsics.double().cpu().numpy())
-        ]
-        colour = torch.from_numpy(np.stack([c for c, _ in drawn])).to(transform.device)
-        depth = self._scene.depth(torch.from_numpy(np.stack([d for _, d in drawn])).to(transform))
-        mask = (colour[..., 3] > 127) & (depth > 0)
-        return colour.permute(0, 3, 1, 2)[:, :3].contiguous().to(transform).div_(255), depth, mask
 
     def free(self) -> None:
         """Forget the scene and free its buffers."""
