@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 import threading
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,37 +21,15 @@ INSTALL_GL = (
 )
 _drawing = threading.RLock()  # a context is bound to one thread at a time
 _context: dict[str, Any] = {}  # pid, platform, renderer
-
-# Unlit colours; alpha says whether the front of the surface is seen, so that no reversed copy of the mesh is drawn.
-SHADERS = {
-    "vertex": """#version 330 core
-        layout(location = 0) in vec3 position;
-        layout(location = 1) in vec4 colour;
-        uniform mat4 V;
-        uniform mat4 P;
-        out vec4 shade;
-        void main() { gl_Position = P * (V * vec4(position, 1.0)); shade = colour; }""",
-    "fragment": """#version 330 core
-        in vec4 shade;
-        out vec4 frag_color;
-        void main() { frag_color = gl_FrontFacing ? shade : vec4(0.0); }""",
-}
+ASSETS = Path(__file__).parents[1] / "assets"  # with flat.vert and flat.frag, the shaders that draw
 
 
 def _view_renderer(width: int, height: int) -> Any:
-    """pyrender's renderer with the shaders above, one sample a pixel (four mix colours and depths at silhouettes), and
+    """pyrender's renderer with shaders of our own, one sample a pixel (four mix colours and depths at silhouettes), and
     the depth buffer as it is, (h,w) in [0,1], so that one read of each buffer does."""
     import pyrender.renderer as base
     from OpenGL import GL
-    from pyrender.shader_program import ShaderProgram, ShaderProgramCache
-
-    class Program(ShaderProgram):
-        def _load(self, shader_filename: str) -> str:
-            return SHADERS[shader_filename]
-
-    class Programs(ShaderProgramCache):
-        def get_program(self, *_: Any, **__: Any) -> ShaderProgram:
-            return self._program_cache.setdefault("view", Program("vertex", "fragment"))
+    from pyrender.shader_program import ShaderProgramCache
 
     class ViewRenderer(base.Renderer):
         def _read_main_framebuffer(self, scene: Any, flags: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +47,7 @@ def _view_renderer(width: int, height: int) -> Any:
 
     base.glRenderbufferStorageMultisample = single_sample
     renderer = ViewRenderer(width, height)
-    renderer._program_cache = Programs()
+    renderer._program_cache = ShaderProgramCache(ASSETS)
     return renderer
 
 
@@ -135,14 +113,6 @@ def _first_that_works() -> dict[str, Any]:
             if asked is None:
                 os.environ.pop("PYOPENGL_PLATFORM", None)
     raise UserError(f"backend 'pyrender': no GL context could be made ({'; '.join(problems)}); {INSTALL_GL}.")
-
-
-@atexit.register
-def free_gl() -> None:
-    """Free this process's GL context, if it has one."""
-    if _context.get("pid") == os.getpid():
-        _context.pop("renderer").delete()
-        _context.clear()
 
 
 def platform() -> str:
