@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from itertools import count
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -55,25 +58,16 @@ def make_chunk(seed: int, number: int, count: int) -> Chunk:
     return Chunk(image.numpy(), depth.numpy(), intrinsics.numpy())
 
 
-class ChunkSource:
-    """Hands out chunks in order of number, a few made ahead in another process."""
-
-    def __init__(self, seed: int, size: int) -> None:
-        self.seed, self.size = seed, size
-        self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        self.chunks: dict[int, Future] = {}
-
-    def window(self, first: int, last: int) -> list[Chunk]:
-        """Chunks first..last (inclusive); waits for them, forgets those before, starts those after."""
-        for number in range(first, last + 1 + AHEAD):
-            if number not in self.chunks:
-                self.chunks[number] = self.pool.submit(make_chunk, self.seed, number, self.size)
-        self.chunks = {number: chunk for number, chunk in self.chunks.items() if number >= first}
-        return [self.chunks[number].result() for number in range(first, last + 1)]
-
-    def close(self) -> None:
-        """Stop the process."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+def chunks_in_order(seed: int, size: int) -> Iterator[Chunk]:
+    """Chunks of `size` pictures by number, a few made ahead in another process."""
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    try:
+        ahead = deque(pool.submit(make_chunk, seed, number, size) for number in range(AHEAD))
+        for number in count(AHEAD):
+            ahead.append(pool.submit(make_chunk, seed, number, size))
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def camera_effects(image: Tensor, generator: torch.Generator) -> Tensor:
@@ -113,7 +107,7 @@ def camera_effects(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw_batch(
-    chunks: list[Chunk], seed: int, batch_size: int, step: int, device: torch.device
+    chunks: Sequence[Chunk], seed: int, batch_size: int, step: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The batch of `step`: image (B,3,H,W), depth (B,H,W) (inf: sky), rays (B,H,W,2) = x/z, y/z."""
     rng = np.random.default_rng([seed, 20, step])

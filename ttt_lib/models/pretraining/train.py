@@ -1,30 +1,30 @@
 """Training of the bundled base model on procedural scenes: `notebooks/00_base_model.ipynb` drives it.
 
 Chunks of pictures are generated in another process, by number, from the seed; which pictures a step sees depends on
-the seed and the step alone, so a run is the same however fast the generator is, and can be resumed at any step.
+the seed and the step alone, so a run is the same however fast the generator is.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import asdict, dataclass
+from collections import deque
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ttt_lib.core.files import replacing_file, to_json
 from ttt_lib.models.pretraining.loss import geometry_loss
-from ttt_lib.models.pretraining.pictures import ChunkSource, draw_batch
+from ttt_lib.models.pretraining.pictures import Chunk, chunks_in_order, draw_batch
 from ttt_lib.models.tiny import TinyMoGe, default_config
-
-SAVE_EVERY = 250  # steps
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result. Times are not part of it; the device and thread count are."""
+    """Everything that decides the result, beside the device and the number of threads."""
 
     seed: int = 0
     steps: int = 6000
@@ -66,133 +66,62 @@ def new_model(seed: int, imagenet: bool = True) -> TinyMoGe:
     return model
 
 
-def save_tensors(path: Path, content: dict) -> None:
-    """`torch.save`, atomic."""
-    with replacing_file(path) as work:
-        torch.save(content, work)
+def _step(
+    model: TinyMoGe, optimizer: torch.optim.Optimizer, drawn: tuple[Tensor, ...], recipe: Recipe
+) -> dict[str, Tensor]:
+    """One step on a batch of `draw_batch`; the loss and its terms. A gradient that is not finite moves nothing."""
+    image, depth, rays = drawn
+    image = image.contiguous(memory_format=torch.channels_last)
+    tokens = round(image.shape[-2] / 16) * round(image.shape[-1] / 16)
+    with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=recipe.autocast):
+        output = model(image, tokens)
+    loss, terms = geometry_loss(output, depth, rays)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if torch.isfinite(norm):
+        optimizer.step()
+    return {"loss": loss.detach(), **terms}
 
 
-@dataclass
-class Run:
-    """A training as far as it has come: the network, its optimizer, the averaged weights by name, steps done, seconds spent."""
-
-    model: TinyMoGe
-    optimizer: torch.optim.Optimizer
-    average: dict[str, Tensor]
-    step: int = 0
-    spent: float = 0.0
-
-    @torch.no_grad()
-    def follow(self, decay: float) -> None:
-        """Move the averaged weights towards those of the network."""
-        for name, value in self.model.state_dict().items():
-            if value.dtype.is_floating_point:
-                self.average[name].lerp_(value, 1 - decay)
-
-    def averaged(self) -> TinyMoGe:
-        """A copy of the network with the averaged weights, on the CPU, in evaluation mode."""
-        result = TinyMoGe(**default_config())
-        result.load_state_dict({k: v.cpu() for k, v in self.average.items()})
-        return result.eval()
-
-
-def _begin(recipe: Recipe, device: torch.device) -> Run:
-    """A new run; its optimizer has a rate of its own for the encoder."""
+def train(recipe: Recipe, folder: Path, device: str = "cpu") -> TinyMoGe:
+    """Train; returns the averaged model, on the CPU in evaluation mode. Writes `folder/log.jsonl`, a line every 25 steps."""
     model = new_model(recipe.seed, imagenet=not recipe.start)
     if recipe.start:
         model.load_state_dict(torch.load(recipe.start, weights_only=True)["model"])
     model = model.to(device, memory_format=torch.channels_last).train()
-    encoder = list(model.encoder.backbone.parameters())
-    known = {id(p) for p in encoder}
-    rest = [p for p in model.parameters() if id(p) not in known]
-    optimizer = torch.optim.AdamW(
-        [{"params": rest, "factor": 1.0}, {"params": encoder, "factor": recipe.encoder_rate}],
-        lr=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-    )
-    return Run(model, optimizer, {k: v.detach().clone() for k, v in model.state_dict().items()})
+    encoder = {name for name, _ in model.named_parameters() if name.startswith("encoder.backbone.")}
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if name not in encoder], "factor": 1.0},
+        {"params": [p for name, p in model.named_parameters() if name in encoder], "factor": recipe.encoder_rate},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
+    def mean(kept: Tensor, new: Tensor, steps: Tensor) -> Tensor:
+        return kept.lerp(new, 1 - min(recipe.average_decay, int(steps) / (int(steps) + 9)))
 
-def _keep(path: Path, recipe: Recipe, run: Run) -> None:
-    """Write what `_resume` reads."""
-    state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "average": run.average}
-    save_tensors(path, {"recipe": asdict(recipe), **state, "step": run.step, "spent": run.spent})
-
-
-def _resume(path: Path, recipe: Recipe, run: Run) -> None:
-    """Put a run that was kept into a new one, which goes on. Raises `ValueError` where it had another recipe."""
-    state = torch.load(path, map_location=next(run.model.parameters()).device, weights_only=True)
-    if state["recipe"] != asdict(recipe):
-        raise ValueError(f"{path.parent} holds a run with another recipe; choose another folder or delete it")
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.average, run.step, run.spent = state["average"], state["step"], state["spent"]
-
-
-def _step(run: Run, drawn: tuple[Tensor, Tensor, Tensor], recipe: Recipe, rate: float) -> dict[str, Tensor]:
-    """One step on a batch of `draw_batch`; the loss and its terms. A gradient that is not finite moves nothing."""
-    image, depth, rays = drawn
-    image = image.contiguous(memory_format=torch.channels_last)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
-    tokens = round(image.shape[-2] / 16) * round(image.shape[-1] / 16)
-    with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=recipe.autocast):
-        output = run.model(image, tokens)
-    loss, terms = geometry_loss(output, depth, rays)
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    if torch.isfinite(norm):
-        run.optimizer.step()
-    run.step += 1
-    run.follow(min(recipe.average_decay, run.step / (run.step + 9)))
-    return {"loss": loss.detach(), **terms}
-
-
-def train(
-    recipe: Recipe, folder: Path, device: str = "cpu", threads: int | None = None, seconds: float | None = None
-) -> TinyMoGe:
-    """Train, or go on from `folder/state.pt` if it is there with the same recipe; returns the averaged model.
-
-    Writes `folder/log.jsonl` (a line every 25 steps) and `folder/state.pt` (atomic). `seconds`: the rate still falls to
-    its end, by turning time into steps after the first 300 steps; this makes the run depend on the clock, so leave it
-    out where the result must be the same twice. Raises `ValueError` if the folder holds a run of another recipe.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if threads:
-        torch.set_num_threads(threads)
-    target, state_path = torch.device(device), folder / "state.pt"
-    run = _begin(recipe, target)
-    if state_path.exists():
-        _resume(state_path, recipe, run)
-    source = ChunkSource(recipe.seed, recipe.chunk_size)
+    average = AveragedModel(model, avg_fn=mean)
+    average.n_averaged += 1  # of the weights that it begins with
     steps_a_chunk = max(1, round(recipe.reuse * recipe.chunk_size / recipe.batch_size))
-    begun = time.perf_counter() - run.spent
-    total = recipe.steps
+    chunks: deque[Chunk] = deque(maxlen=recipe.window)
     running: dict[str, Tensor] = {}
-    try:
-        with open(folder / "log.jsonl", "a", encoding="utf-8", buffering=1) as log:  # line by line
-            while run.step < total:
-                newest = run.step // steps_a_chunk
-                chunks = source.window(max(0, newest - recipe.window + 1), newest)
-                drawn = draw_batch(chunks, recipe.seed, recipe.batch_size, run.step, target)
-                position = run.step if seconds is None else recipe.steps * run.step / total
-                terms = _step(run, drawn, recipe, rate_at(int(position), recipe))
-                step, run.spent = run.step, time.perf_counter() - begun
-                for name, value in terms.items():
-                    running[name] = running.get(name, 0.0) + value / 25
-                if step % 25 == 0:
-                    means = {name: round(float(value), 5) for name, value in running.items()}
-                    print(to_json({"step": step, "seconds": round(run.spent, 1), **means}), file=log)
-                    running = {}
-                    if seconds is not None and step >= 300:
-                        total = max(step + 1, int(step * seconds / run.spent))
-                if step % SAVE_EVERY == 0 or step == total:
-                    _keep(state_path, recipe, run)
-    finally:
-        source.close()
-    return run.averaged()
+    source = chunks_in_order(recipe.seed, recipe.chunk_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    with closing(source), open(folder / "log.jsonl", "w", encoding="utf-8", buffering=1) as log:  # line by line
+        for step in range(recipe.steps):
+            if step % steps_a_chunk == 0:
+                chunks.append(next(source))
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step, recipe) * group["factor"]
+            drawn = draw_batch(chunks, recipe.seed, recipe.batch_size, step, torch.device(device))
+            for name, value in _step(model, optimizer, drawn, recipe).items():
+                running[name] = running.get(name, 0.0) + value / 25
+            average.update_parameters(model)
+            if (step + 1) % 25 == 0:
+                means = {name: round(float(value), 5) for name, value in running.items()}
+                print(to_json({"step": step + 1, **means}), file=log)
+                running = {}
+    return average.module.cpu().eval()
 
 
 def save_checkpoint(model: TinyMoGe, path: Path) -> None:
@@ -206,4 +135,5 @@ def save_checkpoint(model: TinyMoGe, path: Path) -> None:
         name: (value.half() if name in parameters else value).detach().cpu().contiguous()
         for name, value in model.state_dict().items()
     }
-    save_tensors(Path(path), {"model_config": default_config(), "model": weights})
+    with replacing_file(path) as work:
+        torch.save({"model_config": default_config(), "model": weights}, work)
