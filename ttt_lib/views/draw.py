@@ -102,15 +102,6 @@ def fill_unknown(image: Tensor, mask: Tensor) -> Tensor:
     return filled.clamp(0, 1)
 
 
-def _sky_seen(sky: Tensor, grid: Tensor) -> Tensor:
-    """Which places of a `sampling_grid` (B,h,w,2) are of the sky (H,W) bool: (B,h,w).
-
-    It is infinitely far, so only a camera's rotation counts, also where it moves: the grid is that of `places_seen`.
-    """
-    source = sky.float().expand(len(grid), 1, -1, -1)
-    return F.grid_sample(source, grid, mode="nearest", align_corners=False)[:, 0] > 0.5
-
-
 class Target(NamedTuple):
     """What views are made of: image (3,H,W), points (H,W,3), where they are a surface and where there is sky (H,W) bool, and
     intrinsics (3,3)."""
@@ -122,43 +113,32 @@ class Target(NamedTuple):
     intrinsics: Tensor
 
 
-def _render(
-    renderer: NovelViewRenderer, target: Target, transform: Tensor, lens: Tensor, size: tuple[int, int]
+def _views(
+    target: Target, transform: Tensor, lens: Tensor, renderer: NovelViewRenderer | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views from cameras that moved: image without holes, points, mask, and where the sky is seen."""
-    rendered = renderer.render(transform, lens, size)
-    seen, is_sky = rendered.image, torch.zeros_like(rendered.mask)
-    if bool(target.sky.any()):
-        n = len(transform)
-        grid = places_seen(transform, target.intrinsics.expand(n, 3, 3), lens, size)
-        is_sky = _sky_seen(target.sky, grid) & ~rendered.mask
-        colours = F.grid_sample(target.image.expand(n, -1, -1, -1), grid, align_corners=False)
-        seen = torch.where(is_sky[:, None], colours, seen)
-    return fill_unknown(seen, rendered.mask | is_sky), rendered.points, rendered.mask, is_sky
+    """Views from cameras that moved, drawn by the renderer, or by a warp from the camera's own place: image without holes,
+    points, mask, and where the sky is seen.
 
-
-def _warp(
-    target: Target, transform: Tensor, lens: Tensor, size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views from the camera's own place: image, points, mask, and where the sky is seen."""
-    image, points, surface, intrinsics = (
-        each.expand(len(transform), *each.shape)
-        for each in (target.image, target.points, target.surface, target.intrinsics)
-    )
-    warped = warp_view(image, points, surface, intrinsics, transform, lens, size)
-    if not target.sky.is_cuda and not bool(target.sky.any()):  # a GPU draws no sky faster than it can be asked
-        return *warped, torch.zeros_like(warped[2])
-    return *warped, _sky_seen(target.sky, places_seen(transform, intrinsics, lens, size)) & ~warped[2]
-
-
-def _set_scene(renderer: NovelViewRenderer | None, target: Target) -> None:
-    """Hand a target to the renderer, unless it holds that very one."""
-    if renderer is None:
-        raise ValueError("views from other cameras are asked for, but there is no renderer")
-    held = renderer.made_from
-    if held is None or held[0] is not target.image or held[1] is not target.points:
-        renderer.set_scene(target.image, target.points, target.surface, target.intrinsics)
-        renderer.made_from = target.image, target.points
+    The sky is infinitely far, so only a camera's rotation counts, also where it moves.
+    """
+    count, size = len(transform), target.image.shape[-2:]
+    pictures, intrinsics = target.image.expand(count, -1, -1, -1), target.intrinsics.expand(count, 3, 3)
+    if renderer is not None:
+        image, points, mask = renderer.render(transform, lens, size)
+    else:
+        points, surface = (each.expand(count, *each.shape) for each in (target.points, target.surface))
+        image, points, mask = warp_view(pictures, points, surface, intrinsics, transform, lens, size)
+    is_sky = torch.zeros_like(mask)
+    if target.sky.is_cuda or bool(target.sky.any()):  # a GPU draws no sky faster than it can be asked
+        grid = places_seen(transform, intrinsics, lens, size)
+        sky = target.sky.float().expand(count, 1, -1, -1)
+        is_sky = (F.grid_sample(sky, grid, mode="nearest", align_corners=False)[:, 0] > 0.5) & ~mask
+        if renderer is not None:
+            colours = F.grid_sample(pictures, grid, align_corners=False)
+            image = torch.where(is_sky[:, None], colours, image)
+    if renderer is not None:
+        image = fill_unknown(image, mask | is_sky)
+    return image, points, mask, is_sky
 
 
 def _shift(images: Tensor, depth: Tensor, config: ShiftConfig, draws: Tensor) -> tuple[Tensor, list[str]]:
@@ -216,12 +196,6 @@ def _plan(intrinsics: Tensor, config: ViewConfig, count: int, generator: torch.G
     )
 
 
-def _put(maps: tuple[Tensor, ...], rows: Tensor, values: tuple[Tensor, ...]) -> None:
-    """Values of some rows into the maps of all."""
-    for map_, value in zip(maps, values):
-        map_[rows] = value
-
-
 def make_views(
     image: Tensor, points: Tensor, mask: Tensor | None, intrinsics: Tensor, config: ViewConfig, count: int,
     generator: torch.Generator, renderer: NovelViewRenderer | None = None, mirror_keeps_x: bool = False,
@@ -249,9 +223,16 @@ def make_views(
 
     shapes = ((3, *size), image.dtype), ((*size, 3), points.dtype), (size, torch.bool), (size, torch.bool)
     out = tuple(torch.zeros(count, *shape, device=device, dtype=dtype) for shape, dtype in shapes)
+
+    def put(rows: Tensor, *drawn_by: NovelViewRenderer) -> None:
+        for map_, value in zip(out, _views(target, transform[rows], lens[rows], *drawn_by)):
+            map_[rows] = value
+
     waiting = torch.nonzero(moved)[:, 0]
     if waiting.numel():
-        _set_scene(renderer, target)
+        if renderer is None:
+            raise ValueError("views from other cameras are asked for, but there is no renderer")
+        renderer.set_scene(image, points, target.surface, intrinsics)
         depths = points[..., 2][target.surface]
         median = depths.median() if len(depths) else torch.ones(())
     for attempt, draw in enumerate(plan.camera_draws.split(CAMERA_DRAWS, 1)):
@@ -260,7 +241,7 @@ def make_views(
         stats["redrawn"] += int(waiting.numel()) if attempt else 0
         rows = waiting.to(device)
         transform[rows] = fixed[rows] @ _cameras(median, novel.severity, draw[waiting]).to(device)
-        _put(out, rows, _render(renderer, target, transform[rows], lens[rows], size))
+        put(rows, renderer)
         waiting = waiting[(out[2] | out[3])[rows].flatten(1).float().mean(1).cpu() < novel.minimum_known]
     if waiting.numel():
         stats["identity"] = int(waiting.numel())
@@ -268,7 +249,7 @@ def make_views(
 
     still = torch.nonzero(~moved)[:, 0].to(device, non_blocking=True)
     if still.numel():
-        _put(out, still, _warp(target, fixed[still], lens[still], size))
+        put(still)
 
     out_image, out_points, out_mask, negative = out
     out_points = torch.where(out_mask[..., None], out_points, torch.nan)

@@ -68,13 +68,17 @@ class NovelViewRenderer:
         elif backend != "torch":
             raise UserError(f"novel_view.backend {backend!r}: use 'auto', 'pyrender' or 'torch'.")
         self.mesh: Mesh | None = None
-        self.made_from: tuple[Tensor, Tensor] | None = None  # image and points, for who would set the same scene again
+        self._made_from: tuple[Tensor, Tensor] | None = None
         self._scene: GLScene | None = None
 
     def set_scene(self, image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor | None = None) -> None:
-        """Make the mesh of a target (it is uploaded once, at the first view): image (3,H,W), points (H,W,3) in the
-        original camera, mask (H,W) bool, intrinsics (3,3); without these, silhouettes against the sky stay open."""
+        """Make the mesh of a target (it is uploaded once, at the first view), unless it is held already: image (3,H,W),
+        points (H,W,3) in the original camera, mask (H,W) bool, intrinsics (3,3); without these, silhouettes against the
+        sky stay open."""
+        if self._made_from is not None and self._made_from[0] is image and self._made_from[1] is points:
+            return
         self.free()
+        self._made_from = image, points
         self.mesh = build_mesh(image, points, mask, intrinsics, self.edge_rtol)
 
     def render(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> RenderedView:
@@ -105,7 +109,7 @@ class NovelViewRenderer:
         """Forget the scene and free its buffers."""
         if self._scene is not None:
             self._scene.free()
-        self.mesh, self._scene, self.made_from = None, None, None
+        self.mesh, self._scene, self._made_from = None, None, None
 
     def __del__(self) -> None:
         try:
