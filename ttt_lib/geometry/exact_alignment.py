@@ -8,10 +8,8 @@ below. Anchors that cannot win are dropped, and MoGe's own `align` decides among
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from types import ModuleType
-from typing import Any
+from contextlib import AbstractContextManager
+from unittest import mock
 
 import torch
 from moge.test import metrics as moge_metrics
@@ -123,15 +121,8 @@ def align_affine_lstsq(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return scale.to(x), (y64.mean() - scale * x64.mean()).to(x)
 
 
-@contextmanager
-def replaced(module: ModuleType, **functions: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the module has these functions under these names; then its own again. It must have had the names."""
-    own = {name: getattr(module, name) for name in functions}
-    try:
-        vars(module).update(functions)
-        yield
-    finally:
-        vars(module).update(own)
+# Inside `replaced(module, name=function, ...)` the module has these functions, which it must have had; then its own again.
+replaced = mock.patch.multiple
 
 
 def fast_alignment() -> AbstractContextManager[None]:

@@ -156,7 +156,8 @@ def select_parameters(model: GeometryModel, parts: list[str]) -> list[tuple[str,
     Raises `UserError` for an entry that matches nothing.
     """
     groups = model.parameter_groups()
-    every = [name for name, _ in model.network.named_parameters()]
+    named = list(model.network.named_parameters())
+    every = [name for name, _ in named]
     wanted: set[str] = set()
     for part in parts:
         matched = [name for name, _ in groups[part]] if part in groups else fnmatch.filter(every, part)
@@ -167,12 +168,9 @@ def select_parameters(model: GeometryModel, parts: list[str]) -> list[tuple[str,
                 f"as {every[0]!r} (they begin with {', '.join(sorted({name.split('.')[0] for name in every}))})."
             )
         wanted.update(matched)
-    selected = []
-    for name, parameter in model.network.named_parameters():
+    for name, parameter in named:
         parameter.requires_grad_(name in wanted)
-        if name in wanted:
-            selected.append((name, parameter))
-    return selected
+    return [(name, parameter) for name, parameter in named if name in wanted]
 
 
 def snapshot(model: GeometryModel, parameters: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
