@@ -196,6 +196,12 @@ def _plan(intrinsics: Tensor, config: ViewConfig, count: int, generator: torch.G
     )
 
 
+def _put(maps: tuple[Tensor, ...], rows: Tensor, values: tuple[Tensor, ...]) -> None:
+    """Values of some rows into the maps of all."""
+    for map_, value in zip(maps, values):
+        map_[rows] = value
+
+
 def make_views(
     image: Tensor, points: Tensor, mask: Tensor | None, intrinsics: Tensor, config: ViewConfig, count: int,
     generator: torch.Generator, renderer: NovelViewRenderer | None = None, mirror_keeps_x: bool = False,
@@ -223,11 +229,6 @@ def make_views(
 
     shapes = ((3, *size), image.dtype), ((*size, 3), points.dtype), (size, torch.bool), (size, torch.bool)
     out = tuple(torch.zeros(count, *shape, device=device, dtype=dtype) for shape, dtype in shapes)
-
-    def put(rows: Tensor, *drawn_by: NovelViewRenderer) -> None:
-        for map_, value in zip(out, _views(target, transform[rows], lens[rows], *drawn_by)):
-            map_[rows] = value
-
     waiting = torch.nonzero(moved)[:, 0]
     if waiting.numel():
         if renderer is None:
@@ -241,7 +242,7 @@ def make_views(
         stats["redrawn"] += int(waiting.numel()) if attempt else 0
         rows = waiting.to(device)
         transform[rows] = fixed[rows] @ _cameras(median, novel.severity, draw[waiting]).to(device)
-        put(rows, renderer)
+        _put(out, rows, _views(target, transform[rows], lens[rows], renderer))
         waiting = waiting[(out[2] | out[3])[rows].flatten(1).float().mean(1).cpu() < novel.minimum_known]
     if waiting.numel():
         stats["identity"] = int(waiting.numel())
@@ -249,7 +250,7 @@ def make_views(
 
     still = torch.nonzero(~moved)[:, 0].to(device, non_blocking=True)
     if still.numel():
-        put(still)
+        _put(out, still, _views(target, fixed[still], lens[still]))
 
     out_image, out_points, out_mask, negative = out
     out_points = torch.where(out_mask[..., None], out_points, torch.nan)
