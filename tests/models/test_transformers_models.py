@@ -30,7 +30,7 @@ from ttt_lib.models.base import restore, select_parameters, snapshot, weights_ch
 from ttt_lib.models.load import load_model
 from ttt_lib.models.preprocessing import resize_rounded
 from ttt_lib.models.transformers_models import DEPTH_RATIO, depth_from_disparity
-from ttt_lib.models.transformers_special import PROMPT_SIZE
+from ttt_lib.models.transformers_special import PROMPT_SIZE, _border
 
 TRANSFORMER = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
 NECK = {"neck_hidden_sizes": [8, 12, 16, 24], "fusion_hidden_size": 16}
@@ -362,6 +362,28 @@ def test_a_plane_under_a_known_camera_off_the_middle(load, monkeypatch, family):
     on_plane = (final.points[there].double() @ plane - 1).abs()
     assert on_plane.mean() < 1e-3 and on_plane.max() < 1e-2
     assert torch.allclose(final.points, unproject(final.depth, camera.intrinsics), equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["da_metric", "zoe_n", "glpn"])
+def test_metric_depth_is_rescaled_by_the_ratio_of_focal_lengths(load, family):
+    plain, image = load(family), _batch(_pictures(1, (60, 84)))
+    wide, tele = (intrinsics_from_fov(fov, 84 / 60)[None] for fov in (90.0, 36.0))
+    seen = plain.pixel_values(image).shape[-1]
+    if family.startswith("zoe"):
+        seen *= 84 / (84 + 2 * _border(60, 84)[1])
+    same = load(family, canonical_focal=0.5 * seen)  # at 90 degrees
+    before = plain.predict(image, wide).depth
+    _close(same.predict(image, wide).depth, before)
+    ratio = float(tele[0, 0, 0] / wide[0, 0, 0])
+    _close(same.predict(image, tele).depth, ratio * before)
+    _close(same.forward(image, tele)["points"][..., 2], ratio * before)
+    assert ratio > 3 and "rescaled" in same.predict(image, tele).note
+
+
+@pytest.mark.parametrize("family", ["da_relative", "pro", "prompt"])
+def test_where_no_camera_is_canonical_that_is_said(load, family):
+    with pytest.raises(UserError, match="model.canonical_focal: .* belongs to one camera; leave it out"):
+        load(family, canonical_focal=400.0)
 
 
 @pytest.mark.parametrize("mode, number", [("bilinear", 2), ("bicubic", 3)])

@@ -63,6 +63,7 @@ class ModelConfig(Section):
     `num_tokens`: base tokens of a forward pass; None takes the model's own default.
     `autocast`: `bfloat16` runs the network's training passes (not losses, alignment and predictions) in mixed precision.
     `fov_x`: horizontal field of view in degrees, where it is known (None: as the model predicts it, else 60, and said).
+    `canonical_focal`: in pixels of the network's input, of the camera that a metric model is for; its depth is rescaled.
     `checkpointing`: keep fewer activations and compute them again in the backward pass: less memory, more time.
     """
 
@@ -71,6 +72,7 @@ class ModelConfig(Section):
     device: str = "auto"
     autocast: Literal["none", "bfloat16"] = "none"
     fov_x: Annotated[float, Field(ge=1.0, lt=180.0)] | None = None
+    canonical_focal: Positive | None = None
     checkpointing: bool = False
 
 

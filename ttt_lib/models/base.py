@@ -37,7 +37,8 @@ class GeometryModel(ABC):
     network's modules are, by the first name or the first two, those that it does not name being heads; losses: the set
     of terms that is its own (`adaptation/losses/presets.py`); fov_x: the horizontal field of view in degrees where it is
     known; known_references: known distances of the picture at hand (both: `knowing`); focal_deviation: of the logarithm
-    of the focal length that it predicts for photographs, where that is known to be poor.
+    of the focal length that it predicts for photographs, where that is known to be poor; canonical_focal: see
+    `load.load_model`, for families whose metric depth is right for one camera only (`of_one_camera`).
     """
 
     output: Literal["points", "depth", "disparity"] = "points"
@@ -46,6 +47,8 @@ class GeometryModel(ABC):
     fov_x: float | None = None
     focal_deviation: float = 0.0
     known_references: References | None = None
+    canonical_focal: float | None = None
+    of_one_camera: ClassVar[bool] = False
 
     def __init__(
         self, network: nn.Module, name: str, kind: Kind, num_tokens: int | None = None, autocast: str = "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 
@@ -32,6 +33,7 @@ def load_model(
     num_tokens: int | None = None,
     autocast: str = "none",
     fov_x: float | None = None,
+    canonical_focal: float | None = None,
 ) -> GeometryModel:
     """Load a geometry model, frozen and in evaluation mode.
 
@@ -45,6 +47,8 @@ def load_model(
         autocast: `none`, or `bfloat16` for mixed precision of training passes.
         fov_x: horizontal field of view in degrees, where it is known (None: as the model predicts it; 60 is assumed,
             and said, for models that do not).
+        canonical_focal: focal length, in pixels of the picture as the network gets it, of the camera that a metric
+            model was trained for: its depth is rescaled by the ratio of the focal lengths (None: it is not).
 
     Returns:
         A `GeometryModel`: `predict` for a prediction, `forward` for outputs with gradients.
@@ -64,12 +68,20 @@ def load_model(
         raise ModelError(f"model.num_tokens: {num_tokens} is less than one token.")
     if fov_x is not None and not 0 < fov_x < 180:
         raise ModelError(f"model.fov_x: {fov_x:g} is not a field of view in degrees; it lies between 0 and 180.")
+    if canonical_focal is not None and not 0 < canonical_focal < math.inf:
+        raise ModelError(f"model.canonical_focal: {canonical_focal:g} is no focal length in pixels; it is above 0.")
     target = _choose_device(device)
     family, rest = _family(name)
     log.info("model %s: family %s on %s", name, family, target)
     model = MODELS[family](rest, device=target, num_tokens=num_tokens, autocast=autocast, fov_x=fov_x)
     if fov_x is not None:
         model.fov_x = fov_x
+    if canonical_focal is not None:
+        if model.output != "depth" or not model.of_one_camera:
+            raise ModelError(
+                f"model.canonical_focal: {name} has no metric depth that belongs to one camera; leave it out."
+            )
+        model.canonical_focal = canonical_focal
     return model
 
 

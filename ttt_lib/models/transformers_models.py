@@ -50,6 +50,7 @@ class TransformersModel(GeometryModel):
         **GeometryModel.part_of, "dpt": "encoder", "glpn": "encoder", "depth_pro": "encoder", "depth_pro.neck": "neck",
         "decoder": "neck", "fusion_stage": "neck",
     }  # fmt: skip
+    of_one_camera: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -91,9 +92,20 @@ class TransformersModel(GeometryModel):
             intrinsics = intrinsics_from_fov(fov_x, images.shape[-1] / images.shape[-2])
         return intrinsics.to(images).expand(images.shape[0], 3, 3)
 
-    def _metres(self, output: Tensor, cameras: Tensor) -> Tensor:
-        """Depth (B,H,W) of a metric network's map at the pictures' size."""
-        return output
+    def _seen_width(self, images: Tensor) -> float:
+        """How many pixels of the network's input the pictures span."""
+        return self.rules.processed_size(*images.shape[-2:], self.num_tokens)[1]
+
+    def _metres(self, output: Tensor, images: Tensor, cameras: Tensor) -> Tensor:
+        """Depth (B,H,W) of a metric network's map at the pictures' size; times focal / canonical focal, where that is given.
+
+        Who sees a picture of twice the focal length sees things twice as large, and a network that knows one camera
+        only takes them for half as far (Metric3D, Yin et al. 2023, section 3.1). ZoeDepth for NYU: 415, the 519 pixels
+        of that camera at a width of 640, which the network gets at 512.
+        """
+        if self.canonical_focal is None:
+            return output
+        return output * (cameras[:, 0, 0] * (self._seen_width(images) / self.canonical_focal))[:, None, None]
 
     def _maps(self, images: Tensor, intrinsics: Tensor | None, exact: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Disparity or depth (B,H,W), cameras (B,3,3), and what else the network says."""
@@ -101,7 +113,7 @@ class TransformersModel(GeometryModel):
             output, said = self._run(self.pixel_values(images), whole=intrinsics is None)
         output = self._at_size(output.float(), *images.shape[-2:])
         cameras = self._cameras(images, intrinsics, said)
-        return output if self.output == "disparity" else self._metres(output, cameras), cameras, said
+        return output if self.output == "disparity" else self._metres(output, images, cameras), cameras, said
 
     def forward(self, images: Tensor, intrinsics: Tensor | None = None) -> dict[str, Tensor]:
         """Maps with gradients, float32, at the size of images (B,3,H,W) in [0,1].
@@ -148,6 +160,8 @@ class TransformersModel(GeometryModel):
         elif intrinsics is None and "fov_x" not in said:
             extra["assumed_fov"] = ASSUMED_FOV
             notes.append(f"a field of view of {ASSUMED_FOV:g} degrees across and square pixels are assumed")
+        if self.canonical_focal is not None:
+            notes.append(f"depth is rescaled from a focal length of {self.canonical_focal:g} pixels")
         if "domain" in said:
             extra["domain"] = said["domain"] if images.ndim == 4 else said["domain"][0]
         kind = said.get("kind", self.kind)

@@ -41,6 +41,12 @@ class ZoeDepthModel(TransformersModel):
         bordered = super()._at_size(output, height + 2 * above, width + 2 * beside)
         return bordered[:, above : above + height, beside : beside + width]
 
+    def _seen_width(self, images: Tensor) -> float:
+        height, width = images.shape[-2:]
+        above, beside = _border(height, width)
+        bordered = width + 2 * beside
+        return self.rules.processed_size(height + 2 * above, bordered, self.num_tokens)[1] * width / bordered
+
     def _run(self, pixels: Tensor, whole: bool = True) -> tuple[Tensor, dict[str, Any]]:
         """Depth, and the name of the head that gave it to each picture, where there are several."""
         heads = self.network.config.bin_configurations
@@ -59,6 +65,8 @@ class DepthProModel(TransformersModel):
     known, or else by its own, that becomes metres (`post_process_depth_estimation` of the library).
     """
 
+    of_one_camera = False
+
     def pixel_values(self, images: Tensor) -> Tensor:
         """The network's input (B,3,S,S): normalised, then stretched to a square without smoothing."""
         values = self._normalised(images * (255 * self.rules.scale))
@@ -73,7 +81,7 @@ class DepthProModel(TransformersModel):
         fov_x = output.field_of_view
         return output.predicted_depth, {} if fov_x is None else {"fov_x": fov_x.float().clamp(*FOV)}
 
-    def _metres(self, output: Tensor, cameras: Tensor) -> Tensor:
+    def _metres(self, output: Tensor, images: Tensor, cameras: Tensor) -> Tensor:
         return 1 / (output / cameras[:, 0, 0, None, None]).clamp(*INVERSE_DEPTHS)
 
     def _tokens(self, pixels: Tensor) -> Tensor:
@@ -88,6 +96,7 @@ class PromptedModel(TransformersModel):
     go without. Where nothing is known, its depth is relative.
     """
 
+    of_one_camera = False
     _prompt: tuple[References, Tensor] | None = None
 
     def __init__(self, *settings: Any) -> None:
