@@ -24,6 +24,7 @@ from ttt_lib.models.load import list_models, load_model
 from ttt_lib.models.moge import MoGe
 from ttt_lib.models.pretraining.stand_in import write_stand_in
 from ttt_lib.models.prompts import prompt_tokens
+from ttt_lib.models.tiny import TinyMoGe
 
 
 def stack(first: int, out: int | None):
@@ -228,6 +229,32 @@ def test_prefixes_of_parallel_and_compiled_training_are_stripped(tmp_path, untra
     torch.save(content, tmp_path / "prefixed.pt")
     found, plain = load_model(str(tmp_path / "prefixed.pt"), "cpu"), load_model(str(untrained_checkpoint), "cpu")
     assert weights_checksum(found) == weights_checksum(plain)
+
+
+@pytest.mark.parametrize(
+    "size", [("dim_res_blocks", [10**6] * 5), ("num_res_blocks", [10**9] * 5), ("dim_in", [1 << 40] * 5)]
+)
+def test_a_huge_configuration_is_refused_before_anything_is_built(tmp_path, untrained_checkpoint, size, monkeypatch):
+    content = torch.load(untrained_checkpoint, weights_only=True)
+    content["model_config"]["neck"][size[0]] = size[1]
+    torch.save(content, tmp_path / "huge.pt")
+    monkeypatch.setattr("ttt_lib.models.tiny.TinyMoGe.__init__", lambda *_, **__: pytest.fail("a network was built"))
+    with pytest.raises(UserError, match=f"its configuration says {size[0]} .*more than .*which there can be"):
+        load_model(str(tmp_path / "huge.pt"), "cpu")
+
+
+def test_weights_that_a_file_only_says_it_has_are_refused(tmp_path, untrained_checkpoint):
+    content = torch.load(untrained_checkpoint, weights_only=True)
+    config = content["model_config"]
+    config["neck"]["dim_res_blocks"] = [8192] * 5
+    with torch.device("meta"):
+        content["model"] = {
+            name: torch.zeros((), device="cpu").expand(value.shape)
+            for name, value in TinyMoGe(**config).state_dict().items()
+        }
+    torch.save(content, tmp_path / "hollow.pt")
+    with pytest.raises(UserError, match="its configuration asks for [0-9]{9,} weights and the file holds [0-9]{4,6}"):
+        load_model(str(tmp_path / "hollow.pt"), "cpu")
 
 
 def test_moge_3_is_named_while_it_is_lacking(tmp_path):

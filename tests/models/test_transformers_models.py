@@ -666,7 +666,56 @@ def test_damaged_files(copy, file, damage, says):
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-def test_weights_of_the_older_kind_are_read_too(copy):
+@pytest.mark.parametrize(
+    ("family", "key", "value", "says"),
+    [
+        ("da_relative", "num_hidden_layers", 10**12, "config.json says num_hidden_layers 1000000000000, more than"),
+        ("da_relative", "hidden_size", 10**9, "hidden_size 1000000000, more than"),
+        ("da_relative", "fusion_hidden_size", 8192, "asks for [0-9]{9,} weights and the file holds [0-9]{4,6}"),
+        ("dpt", "image_size", 60000, "asks for [0-9]{9,} weights"),
+        ("dpt", "neck_hidden_sizes", [30000] * 4, "asks for [0-9]{9,} weights"),
+        ("dpt_hybrid", "depths", [10**9, 1, 1], "depths 1000000000, more than"),
+        ("zoe_n", "num_patch_transformer_layers", 10**9, "num_patch_transformer_layers 1000000000, more than"),
+    ],
+)
+def test_a_huge_configuration_is_refused_before_anything_is_built(copy, monkeypatch, family, key, value, says):
+    path = copy(family)
+
+    def put(content):
+        return {k: value if k == key else put(v) if isinstance(v, dict) else v for k, v in content.items()}
+
+    content = put(json.loads((path / "config.json").read_text()))
+    (path / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("it was built"))
+    with pytest.raises(UserError, match=says) as caught:
+        load_model(str(path), "cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rules", [{"size": {"height": 10**9, "width": 10}}, {"ensure_multiple_of": 1e12}])
+def test_pictures_are_not_resized_without_end(copy, rules):
+    path = copy("da_relative")
+    content = json.loads((path / "preprocessor_config.json").read_text())
+    (path / "preprocessor_config.json").write_text(json.dumps(content | rules))
+    with pytest.raises(UserError, match="preprocessor_config.json says .*, more than 16384"):
+        load_model(str(path), "cpu")
+
+
+def test_shapes_that_a_file_only_says_it_has_allow_nothing(copy):
+    path = copy("da_relative")
+    data = (path / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["big"] = {"dtype": "F32", "shape": [10**15], "data_offsets": [0, 4]}
+    new = json.dumps(header).encode()
+    (path / "model.safetensors").write_bytes(len(new).to_bytes(8, "little") + new + data[8 + length :])
+    content = json.loads((path / "config.json").read_text()) | {"fusion_hidden_size": 8192}
+    (path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="cannot be loaded as depth_anything .*deserializing header"):
+        load_model(str(path), "cpu")
+
+
+def test_weights_of_the_older_kind_are_measured_too(copy, monkeypatch):
     from safetensors.torch import load_file
 
     path = copy("da_relative")
@@ -674,6 +723,11 @@ def test_weights_of_the_older_kind_are_read_too(copy):
     torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
     assert weights_checksum(load_model(str(path), "cpu")) == before
+    content = json.loads((path / "config.json").read_text()) | {"fusion_hidden_size": 8192}
+    (path / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("it was built"))
+    with pytest.raises(UserError, match="asks for [0-9]{9,} weights and the file holds [0-9]{4,7}"):
+        load_model(str(path), "cpu")
 
 
 def test_missing_weights(copy):

@@ -10,6 +10,7 @@ from moge.model import import_model_class_by_version
 from torch import nn
 
 from ttt_lib.core.errors import ModelError, reason
+from ttt_lib.models.bounds import build_empty
 from ttt_lib.models.hub import fetch
 from ttt_lib.models.tiny import TinyMoGe
 
@@ -48,15 +49,17 @@ def _read_checkpoint(path: Path, name: str) -> dict[str, Any]:
     return checkpoint
 
 
-def _build(config: dict[str, Any], weights: dict[str, Any]) -> nn.Module:
-    """MoGe-1, MoGe-2 or the small one with the weights of its file. Raises what a wrong configuration leads to."""
-    if config.get("architecture") == "tiny":
-        network = TinyMoGe(**config)
-    else:
-        network = import_model_class_by_version("v2" if "neck" in config else "v1")(**config)
+def _build(config: dict[str, Any], weights: dict[str, Any], size: int) -> nn.Module:
+    """MoGe-1, MoGe-2 or the small one with the weights of its file of so many bytes. Raises what a wrong configuration
+    leads to."""
+    version = "v2" if "neck" in config else "v1"
+    kind = TinyMoGe if config.get("architecture") == "tiny" else import_model_class_by_version(version)
+    shapes = [value.shape for value in weights.values() if isinstance(value, torch.Tensor)]
+    sizes = {key: value for key, value in config.items() if key not in ("num_tokens_range", "trained_area_range")}
+    network = build_empty(lambda: kind(**config), sizes, shapes, size, "its configuration")
     # Without what data-parallel training (`module.`) and `torch.compile` (`_orig_mod.`) put before a name.
     plain = {str(key).replace("_orig_mod.", "").removeprefix("module."): value for key, value in weights.items()}
-    if missing := network.load_state_dict(plain, strict=False).missing_keys:
+    if missing := network.load_state_dict(plain, strict=False, assign=True).missing_keys:
         raise ValueError(f"it lacks {len(missing)} of its weights, first {missing[0]!r}")
     for key, value in network.state_dict().items():
         if not torch.isfinite(value).all():
@@ -64,7 +67,7 @@ def _build(config: dict[str, Any], weights: dict[str, Any]) -> nn.Module:
     low, high = network.num_tokens_range
     if not 0 < low <= high <= 1e5:
         raise ValueError("its `num_tokens_range` is not two numbers of tokens, the lower one first")
-    return network
+    return network.float()
 
 
 def load_network(path: Path, name: str) -> nn.Module:
@@ -74,7 +77,7 @@ def load_network(path: Path, name: str) -> nn.Module:
     """
     checkpoint = _read_checkpoint(path, name)
     try:
-        return _build(checkpoint["model_config"], checkpoint["model"])
+        return _build(checkpoint["model_config"], checkpoint["model"], path.stat().st_size)
     except Exception as error:  # whatever a network's constructor makes of a wrong configuration
         raise ModelError(
             f"model {name!r}: {path} is not a MoGe checkpoint that can be used ({reason(error)})."

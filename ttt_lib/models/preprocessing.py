@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_lib.core.errors import ModelError, reason
+from ttt_lib.models.bounds import LARGEST_SIDE, check_numbers
 
 MODES = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers, which the files use
 
@@ -68,6 +69,7 @@ def read_rules(folder: Path, family: str, network: nn.Module, name: str) -> Rule
     seen_by = getattr(network.config, "backbone_config", None) or network.config
     try:
         processor = kind.from_pretrained(folder, local_files_only=True)
+        check_numbers(processor.to_dict(), LARGEST_SIDE, LARGEST_SIDE, "preprocessor_config.json")
         if int(processor.resample) not in MODES:
             raise ValueError(f"resample {int(processor.resample)}; known are 2 (bilinear) and 3 (bicubic)")
         if not processor.do_resize:  # DPT's that are trained on DINOv2

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torch import nn
 from ttt_lib.core.errors import ModelError, reason
 from ttt_lib.core.files import read_json
 from ttt_lib.core.registry import MODELS
+from ttt_lib.models.bounds import build_empty
 from ttt_lib.models.hub import NotHeld, fetch
 from ttt_lib.models.preprocessing import read_rules
 from ttt_lib.models.transformers_models import TransformersModel
@@ -65,11 +67,34 @@ def _fetch(name: str) -> Path:
         raise
 
 
-def _network(folder: Path, family: str, name: str) -> nn.Module:
+def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
+    """Whether `config.json` of a folder asks for no more than its tensors show. Raises what damaged files lead to."""
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForDepthEstimation
+
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    shapes: list[tuple[int, ...]] = []
+    for path in files:
+        if path.suffix == ".bin":
+            weights = torch.load(path, map_location="meta", weights_only=True)
+            shapes += [tensor.shape for tensor in weights.values()]
+            continue
+        with safe_open(path, "pt") as stored:
+            shapes += [stored.get_slice(key).get_shape() for key in stored.keys()]  # noqa: SIM118  (it is no dictionary)
+
+    def build() -> nn.Module:
+        return AutoModelForDepthEstimation.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+
+    build_empty(build, config, shapes, sum(path.stat().st_size for path in files), "config.json")
+
+
+def _network(folder: Path, config: dict[str, Any], name: str) -> nn.Module:
     """The network of a folder, float32, with every weight that it uses. Raises `ModelError`."""
     from transformers import AutoModelForDepthEstimation
 
+    family = config["model_type"]
     try:
+        _check_sizes(folder, config)
         network, report = AutoModelForDepthEstimation.from_pretrained(
             folder, local_files_only=True, output_loading_info=True
         )
@@ -119,7 +144,7 @@ def load_transformers_model(
         raise ModelError(
             f"model {name!r}: its config.json says model type {family!r}; known are {', '.join(FAMILIES)}."
         )
-    network = _network(folder, family, name)
+    network = _network(folder, config, name)
     if num_tokens is not None and (family == "depth_pro" or getattr(network.config, "is_hybrid", False)):
         raise ModelError(f"model {name!r}: {family} takes pictures of one size; leave model.num_tokens out.")
     rules = read_rules(folder, family, network, name)
