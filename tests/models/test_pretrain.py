@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from concurrent.futures import Future
 from dataclasses import replace
-from itertools import count
 
 import numpy as np
 import pytest
@@ -25,8 +25,9 @@ def plain_chunks(monkeypatch):
     """Chunks made in this process, small ones: training without waiting for another process to start."""
     monkeypatch.setattr(pretrain_data, "SIZES", ((48, 64), (64, 48)))
     monkeypatch.setattr(
-        pretrain, "chunks_in_order", lambda seed, size: (pretrain_data.make_chunk(seed, i, size) for i in count())
-    )
+        pretrain_data.ChunkSource, "window",
+        lambda self, first, last: [pretrain_data.make_chunk(self.seed, i, self.size) for i in range(first, last + 1)],
+    )  # fmt: skip
 
 
 def weights(model) -> torch.Tensor:
@@ -39,17 +40,17 @@ def test_chunks_depend_on_seed_and_number_alone():
     assert first.image.shape != other.image.shape or not np.array_equal(first.image, other.image)
 
 
-def test_a_run_is_reproducible_and_its_chunks_are_those_of_another_process(plain_chunks, tmp_path, monkeypatch):
+def test_a_run_is_reproducible_and_resumes_to_the_same_weights(plain_chunks, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "new_model", lambda seed, imagenet: _fresh(seed))
     recipe = pretrain.Recipe(steps=6, **SMALL)
     whole = pretrain.train(recipe, tmp_path / "a")
-    assert torch.equal(weights(whole), weights(pretrain.train(recipe, tmp_path / "b"))) and not whole.training
-    assert not torch.equal(weights(whole), weights(pretrain.train(replace(recipe, seed=1), tmp_path / "c")))
-    monkeypatch.undo()
-    source = pretrain_data.chunks_in_order(0, 1)
-    for number, chunk in zip(range(2), source):
-        assert np.array_equal(chunk.image, pretrain_data.make_chunk(0, number, 1).image)
-    source.close()
+    again = pretrain.train(recipe, tmp_path / "b")
+    assert torch.equal(weights(whole), weights(again))
+    pretrain.train(recipe, tmp_path / "c", stop_at=3, save_every=3)
+    resumed = pretrain.train(recipe, tmp_path / "c")
+    assert torch.equal(weights(whole), weights(resumed))
+    with pytest.raises(ValueError, match="another recipe"):
+        pretrain.train(pretrain.Recipe(steps=7, **SMALL), tmp_path / "a")
 
 
 _original_new_model = pretrain.new_model
@@ -112,12 +113,70 @@ def test_the_bundled_model_beats_a_constant_plane_on_the_motorcycle():
         assert found > guess + 0.1
 
 
-def test_without_effects_a_batch_is_the_clean_pictures(plain_chunks, monkeypatch):
+def test_without_effects_a_batch_is_the_clean_pictures(plain_chunks):
     chunk, cpu = pretrain_data.make_chunk(0, 0, 3), torch.device("cpu")
+    clean, depth, rays = pretrain_data.draw_batch([chunk], 0, 2, 5, cpu, effects=False)
     changed, same_depth, same_rays = pretrain_data.draw_batch([chunk], 0, 2, 5, cpu)
-    monkeypatch.setattr(pretrain_data, "camera_effects", lambda image, generator: image)
-    clean, depth, rays = pretrain_data.draw_batch([chunk], 0, 2, 5, cpu)
     assert torch.equal(depth, same_depth) and torch.equal(rays, same_rays) and not torch.equal(clean, changed)
     pictures = torch.from_numpy(chunk.image).float() / 255
     known = torch.cat([pictures, pictures.flip(-1)])
     assert all(any(torch.equal(one, other) for other in known) for one in clean)
+
+
+class AtOnce:
+    """A pool that draws in this process when asked: the pretended GPU is here alone."""
+
+    def submit(self, function, *arguments):
+        done = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+def test_a_gpu_draws_the_same_pictures(monkeypatch):
+    from pretend import GPU, pretended_gpu
+
+    small = pretrain_data.draw_chunk(0, 2, 2, 1, torch.device("cpu"))
+    with pretended_gpu() as gpu:
+        source = pretrain_data.ChunkSource(0, 2, 1, str(GPU))
+        monkeypatch.setattr(source, "pool", AtOnce())
+        (there,) = source.window(2, 2)
+        assert there.image.device == GPU and source.window(2, 3)[0] is there
+        assert set(source.pending) == {4, 5, 6} and set(source.ready) == {2, 3}
+        assert torch.equal(there.image.cpu(), small.image) and torch.equal(there.depth.cpu(), small.depth)
+        gpu.waits.clear()
+        image, depth, rays = pretrain_data.draw_batch([there], 0, 2, 5, GPU, effects=False)
+        assert image.device == depth.device == rays.device == GPU
+    large = pretrain_data.draw_chunk(0, 2, 1, 2, torch.device("cpu"))
+    assert large.depth.shape[1:] == tuple(2 * side for side in small.depth.shape[1:])
+
+
+def test_edges_count_where_depth_jumps(picture):
+    depth = torch.where(picture.mask, picture.points[..., 2], torch.inf)
+    rays = torch.where(picture.mask[..., None], picture.points[..., :2] / picture.points[..., 2:], 0.0)
+    sharp = {"points": picture.points.nan_to_num(1.0), "mask": picture.mask.float(), "metric_scale": torch.ones(2)}
+    blurred = torch.nn.functional.avg_pool2d(sharp["points"].permute(0, 3, 1, 2), 5, 1, 2, count_include_pad=False)
+    soft = dict(sharp, points=blurred.permute(0, 2, 3, 1))
+    plain = [float(pretrain.geometry_loss(output, depth, rays)[0]) for output in (sharp, soft)]
+    edged = [float(pretrain.geometry_loss(output, depth, rays, 0.5)[0]) for output in (sharp, soft)]
+    assert edged[0] < 1e-3 and edged[1] > plain[1] + 0.02
+
+
+def test_the_recipe_of_a_gpu_resumes_and_tells_its_scores(plain_chunks, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "new_model", lambda seed, imagenet: _fresh(seed))
+    monkeypatch.setattr(
+        pretrain_data.ChunkSource, "window",
+        lambda self, first, last: [
+            pretrain_data.make_chunk(self.seed, i, self.size, self.scale) for i in range(first, last + 1)
+        ],
+    )  # fmt: skip
+    recipe = replace(pretrain.RECIPES["gpu_10min"], steps=4, tokens=(12, 24), **SMALL)
+    seen = []
+    score = lambda model, step: seen.append(step) or {"held_out": float(step)}  # noqa: E731
+    whole = pretrain.train(recipe, tmp_path / "a", evaluate=score, evaluate_seconds=0.0)
+    assert seen == [1, 2, 3, 4]
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["held_out"] for line in lines if "held_out" in line] == [1.0, 2.0, 3.0, 4.0]
+    pretrain.train(recipe, tmp_path / "b", stop_at=2, save_every=2)
+    assert torch.equal(weights(whole), weights(pretrain.train(recipe, tmp_path / "b")))
+    with pytest.raises(ValueError, match="another recipe"):
+        pretrain.train(replace(recipe, edges=0.0), tmp_path / "a")

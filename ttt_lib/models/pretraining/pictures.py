@@ -1,14 +1,12 @@
-"""Pictures for training the base model: chunks of procedural scenes made in another process, and what cameras do to them."""
+"""Pictures for training the base model: chunks of procedural scenes made in another process or on a GPU, and what cameras
+do to them."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
 from multiprocessing import get_context
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,50 +22,99 @@ SIZES = ((192, 256), (192, 256), (256, 192), (160, 320), (128, 384), (224, 224))
 SHARES = {"room": 0.4, "street": 0.25, "ground": 0.2, "table": 0.15}
 ATLAS_EVERY = 8  # chunks that share one set of textures
 AHEAD = 3  # chunks made before they are asked for
+TOGETHER = 32  # scenes drawn at once on a GPU; the largest tensor is then half a gigabyte at `scale` 2
 assert set(SHARES) == set(KINDS)
 
 
-class Chunk(NamedTuple):
-    """Pictures of one size: image uint8 (N,3,H,W), depth float32 (N,H,W) with inf at the sky, intrinsics (N,3,3)."""
+@dataclass
+class Chunk:
+    """Pictures of one size: image uint8 (N,3,H,W), depth float32 (N,H,W) with inf at the sky, intrinsics (N,3,3).
 
-    image: np.ndarray
-    depth: np.ndarray
-    intrinsics: np.ndarray
+    Arrays from another process, tensors where they lie on a GPU.
+    """
+
+    image: np.ndarray | Tensor
+    depth: np.ndarray | Tensor
+    intrinsics: np.ndarray | Tensor
 
 
 @lru_cache(1)
-def _atlas(seed: int, family: int) -> list[Tensor]:
-    return make_atlas(make_textures(int(np.random.default_rng([seed, 11, family]).integers(2**31))))
+def _atlas(seed: int, family: int, device: torch.device) -> list[Tensor]:
+    textures = make_textures(int(np.random.default_rng([seed, 11, family]).integers(2**31)))
+    return [level.to(device) for level in make_atlas(textures)]
 
 
-def make_chunk(seed: int, number: int, count: int) -> Chunk:
-    """Chunk `number` of the training set of `seed`; runs in the generating process."""
+def make_chunk(seed: int, number: int, count: int, scale: int = 1, device: str = "cpu") -> Chunk:
+    """Chunk `number` of the training set of `seed`, sides times `scale`, as arrays; runs in the generating process."""
     torch.set_num_threads(1)
+    chunk = draw_chunk(seed, number, count, scale, torch.device(device))
+    return Chunk(chunk.image.cpu().numpy(), chunk.depth.cpu().numpy(), chunk.intrinsics.cpu().numpy())
+
+
+def draw_chunk(seed: int, number: int, count: int, scale: int, device: torch.device) -> Chunk:
+    """The same chunk, drawn on a device and left there (on a GPU textures are laid otherwise on some solids).
+
+    A picture is some 3,000 small operations. A GPU does them for many scenes in the time of one; a CPU is faster with one
+    scene at a time, which stays in its cache.
+    """
     rng = np.random.default_rng([seed, 10, number])
-    atlas = _atlas(seed, number // ATLAS_EVERY)
-    height, width = SIZES[number % len(SIZES)]
-    pictures = []
-    for kind in map(str, rng.choice(list(SHARES), count, p=list(SHARES.values()))):
-        seeds, shadows = [int(rng.integers(2**31))], bool(rng.random() < 0.8)
-        scenes, places = make_scenes([kind], seeds, atlas)
-        cameras = place_cameras([kind], places, seeds, width / height)
-        pictures.append(draw(scenes, *cameras, (height, width), shadows))
-    image = torch.cat([(picture.image * 255).round().byte() for picture in pictures])
-    depth = torch.cat([torch.where(picture.mask, picture.points[..., 2], torch.inf) for picture in pictures])
-    intrinsics = torch.cat([picture.intrinsics for picture in pictures])
-    return Chunk(image.numpy(), depth.numpy(), intrinsics.numpy())
+    atlas = _atlas(seed, number // ATLAS_EVERY, device)
+    height, width = (side * scale for side in SIZES[number % len(SIZES)])
+    kinds = rng.choice(list(SHARES), count, p=list(SHARES.values()))
+    scenes = [(str(kind), int(rng.integers(2**31)), bool(rng.random() < 0.8)) for kind in kinds]
+    image = torch.empty(count, 3, height, width, dtype=torch.uint8, device=device)
+    depth, intrinsics = torch.empty(count, height, width, device=device), torch.empty(count, 3, 3, device=device)
+    for alike in _alike(scenes, TOGETHER if device.type == "cuda" else 1):
+        (kind, _, shadows), seeds = scenes[alike[0]], [scenes[i][1] for i in alike]
+        there, places = make_scenes([kind] * len(alike), seeds, atlas)
+        cameras = place_cameras([kind] * len(alike), places, seeds, width / height)
+        picture = draw(there.to(device), *(part.to(device) for part in cameras), (height, width), shadows)
+        image[alike] = (picture.image * 255).round().byte()
+        depth[alike] = torch.where(picture.mask, picture.points[..., 2], torch.inf)
+        intrinsics[alike] = picture.intrinsics
+    return Chunk(image, depth, intrinsics)
 
 
-def chunks_in_order(seed: int, size: int) -> Iterator[Chunk]:
-    """Chunks of `size` pictures by number, a few made ahead in another process."""
-    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    try:
-        ahead = deque(pool.submit(make_chunk, seed, number, size) for number in range(AHEAD))
-        for number in count(AHEAD):
-            ahead.append(pool.submit(make_chunk, seed, number, size))
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+def _alike(scenes: list[tuple[str, int, bool]], most: int) -> list[list[int]]:
+    """Places of scenes of one kind and both with or without shadows, at most so many together."""
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for i, (kind, _, shadows) in enumerate(scenes):
+        groups.setdefault((kind, shadows), []).append(i)
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
+
+
+class ChunkSource:
+    """Hands out chunks in order of number, a few made ahead in another process.
+
+    On a GPU three processes draw there too, beside the steps, and chunks lie on it as tensors.
+    """
+
+    def __init__(self, seed: int, size: int, scale: int = 1, device: str = "cpu") -> None:
+        self.seed, self.size, self.scale, self.device = seed, size, scale, device
+        self.pool = ProcessPoolExecutor(1 if device == "cpu" else 3, mp_context=get_context("spawn"))
+        self.pending: dict[int, Future] = {}
+        self.ready: dict[int, Chunk] = {}
+
+    def window(self, first: int, last: int) -> list[Chunk]:
+        """Chunks first..last (inclusive); waits for them, forgets those before, starts those after."""
+        for number in range(first, last + 1 + AHEAD):
+            if number not in self.pending and number not in self.ready:
+                what = (self.seed, number, self.size, self.scale, self.device)
+                self.pending[number] = self.pool.submit(make_chunk, *what)
+        for number in range(first, last + 1):
+            if number in self.pending:
+                self.ready[number] = self._placed(self.pending.pop(number).result())
+        self.ready = {number: chunk for number, chunk in self.ready.items() if number >= first}
+        return [self.ready[number] for number in range(first, last + 1)]
+
+    def _placed(self, chunk: Chunk) -> Chunk:
+        if self.device == "cpu":
+            return chunk
+        return Chunk(*(torch.as_tensor(part).to(self.device) for part in (chunk.image, chunk.depth, chunk.intrinsics)))
+
+    def close(self) -> None:
+        """Stop the processes."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 def camera_effects(image: Tensor, generator: torch.Generator) -> Tensor:
@@ -107,17 +154,20 @@ def camera_effects(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw_batch(
-    chunks: Sequence[Chunk], seed: int, batch_size: int, step: int, device: torch.device
+    chunks: list[Chunk], seed: int, batch_size: int, step: int, device: torch.device, effects: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The batch of `step`: image (B,3,H,W), depth (B,H,W) (inf: sky), rays (B,H,W,2) = x/z, y/z."""
+    """The batch of `step`: image (B,3,H,W), depth (B,H,W) (inf: sky), rays (B,H,W,2) = x/z, y/z; effects: `camera_effects`."""
     rng = np.random.default_rng([seed, 20, step])
     chunk = chunks[int(rng.integers(len(chunks)))]
     chosen = rng.choice(len(chunk.image), batch_size, replace=len(chunk.image) < batch_size)
-    image, depth, intrinsics = (torch.from_numpy(part[chosen]).to(device) for part in chunk)
+    image, depth, intrinsics = (
+        torch.as_tensor(part[chosen]).to(device) for part in (chunk.image, chunk.depth, chunk.intrinsics)
+    )
     image = image.float() / 255
     focal = intrinsics.diagonal(dim1=1, dim2=2)[:, None, None, :2]
     rays = (uv_map(*image.shape[-2:], device=device) - 0.5) / focal
     if rng.random() < 0.5:  # centred cameras: a mirrored picture has mirrored depth and the very same rays
         image, depth = image.flip(-1), depth.flip(-1)
     noise = int(rng.integers(2**62))  # drawn on the device: on a CPU grain would take longer than a GPU's whole step
-    return camera_effects(image, torch.Generator(device).manual_seed(noise)), depth, rays
+    image = camera_effects(image, torch.Generator(device).manual_seed(noise)) if effects else image
+    return image, depth, rays

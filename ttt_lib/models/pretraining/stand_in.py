@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from moge.model.v2 import MoGeModel
 
-from ttt_lib.core.files import replacing_file
+from ttt_lib.models.pretraining.train import save_tensors
 
 WIDTHS = [384, 256, 128, 64, 32]
 FIT_SIZE, FIT_TOKENS, FIT_RATE = (96, 144), 160, 3e-4
@@ -62,5 +62,4 @@ def write_stand_in(path: Path, steps: int = 120, device: str = "cpu") -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-    with replacing_file(path) as work:
-        torch.save({"model_config": config, "model": network.state_dict()}, work)
+    save_tensors(Path(path), {"model_config": config, "model": network.state_dict()})
