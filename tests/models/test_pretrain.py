@@ -7,6 +7,7 @@ import json
 import re
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -24,10 +25,11 @@ SMALL = dict(batch_size=2, chunk_size=2, window=2, reuse=2.0, warmup=2, learning
 def plain_chunks(monkeypatch):
     """Chunks made in this process, small ones: training without waiting for another process to start."""
     monkeypatch.setattr(pretrain_data, "SIZES", ((48, 64), (64, 48)))
-    monkeypatch.setattr(
-        pretrain_data.ChunkSource, "window",
-        lambda self, first, last: [pretrain_data.make_chunk(self.seed, i, self.size) for i in range(first, last + 1)],
-    )  # fmt: skip
+
+    def chunks_here(seed, first, size, scale, device):
+        return (pretrain_data.make_chunk(seed, number, size, scale) for number in count(first))
+
+    monkeypatch.setattr(pretrain, "chunks_in_order", chunks_here)
 
 
 def weights(model) -> torch.Tensor:
@@ -46,11 +48,26 @@ def test_a_run_is_reproducible_and_resumes_to_the_same_weights(plain_chunks, tmp
     whole = pretrain.train(recipe, tmp_path / "a")
     again = pretrain.train(recipe, tmp_path / "b")
     assert torch.equal(weights(whole), weights(again))
-    pretrain.train(recipe, tmp_path / "c", stop_at=3, save_every=3)
+    _interrupted_at(3, recipe, tmp_path / "c", monkeypatch)
     resumed = pretrain.train(recipe, tmp_path / "c")
     assert torch.equal(weights(whole), weights(resumed))
     with pytest.raises(ValueError, match="another recipe"):
         pretrain.train(pretrain.Recipe(steps=7, **SMALL), tmp_path / "a")
+
+
+def _interrupted_at(step, recipe, folder, monkeypatch):
+    """A run that is stopped right after it was kept at a step."""
+    keep = pretrain._keep
+
+    def keep_and_stop(*run):
+        keep(*run)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as here, pytest.raises(KeyboardInterrupt):
+        here.setattr(pretrain, "SAVE_EVERY", step)
+        here.setattr(pretrain, "_keep", keep_and_stop)
+        pretrain.train(recipe, folder)
+    assert torch.load(folder / "state.pt", weights_only=True)["step"] == step
 
 
 _original_new_model = pretrain.new_model
@@ -113,10 +130,11 @@ def test_the_bundled_model_beats_a_constant_plane_on_the_motorcycle():
         assert found > guess + 0.1
 
 
-def test_without_effects_a_batch_is_the_clean_pictures(plain_chunks):
+def test_without_effects_a_batch_is_the_clean_pictures(plain_chunks, monkeypatch):
     chunk, cpu = pretrain_data.make_chunk(0, 0, 3), torch.device("cpu")
-    clean, depth, rays = pretrain_data.draw_batch([chunk], 0, 2, 5, cpu, effects=False)
     changed, same_depth, same_rays = pretrain_data.draw_batch([chunk], 0, 2, 5, cpu)
+    monkeypatch.setattr(pretrain_data, "camera_effects", lambda image, generator: image)
+    clean, depth, rays = pretrain_data.draw_batch([chunk], 0, 2, 5, cpu)
     assert torch.equal(depth, same_depth) and torch.equal(rays, same_rays) and not torch.equal(clean, changed)
     pictures = torch.from_numpy(chunk.image).float() / 255
     known = torch.cat([pictures, pictures.flip(-1)])
@@ -126,27 +144,39 @@ def test_without_effects_a_batch_is_the_clean_pictures(plain_chunks):
 class AtOnce:
     """A pool that draws in this process when asked: the pretended GPU is here alone."""
 
+    asked: list = []
+
+    def __init__(self, *_, **__):
+        pass
+
     def submit(self, function, *arguments):
+        self.asked.append(arguments[1])
         done = Future()
         done.set_result(function(*arguments))
         return done
+
+    def shutdown(self, **_):
+        self.asked.append("closed")
 
 
 def test_a_gpu_draws_the_same_pictures(monkeypatch):
     from pretend import GPU, pretended_gpu
 
-    small = pretrain_data.draw_chunk(0, 2, 2, 1, torch.device("cpu"))
+    monkeypatch.setattr(pretrain_data, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(pretrain_data, "camera_effects", lambda image, generator: image)
+    small = pretrain_data.make_chunk(0, 2, 2)
     with pretended_gpu() as gpu:
-        source = pretrain_data.ChunkSource(0, 2, 1, str(GPU))
-        monkeypatch.setattr(source, "pool", AtOnce())
-        (there,) = source.window(2, 2)
-        assert there.image.device == GPU and source.window(2, 3)[0] is there
-        assert set(source.pending) == {4, 5, 6} and set(source.ready) == {2, 3}
-        assert torch.equal(there.image.cpu(), small.image) and torch.equal(there.depth.cpu(), small.depth)
+        source = pretrain_data.chunks_in_order(0, 2, 2, 1, str(GPU))
+        there = next(source)
+        assert there.image.device == GPU and AtOnce.asked == [2, 3, 4, 5]  # made ahead
+        assert np.array_equal(there.image.cpu(), small.image) and np.array_equal(there.depth.cpu(), small.depth)
         gpu.waits.clear()
-        image, depth, rays = pretrain_data.draw_batch([there], 0, 2, 5, GPU, effects=False)
+        monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)  # a GPU's needs a GPU
+        image, depth, rays = pretrain_data.draw_batch([there], 0, 2, 5, GPU)
         assert image.device == depth.device == rays.device == GPU
-    large = pretrain_data.draw_chunk(0, 2, 1, 2, torch.device("cpu"))
+        source.close()
+    assert AtOnce.asked[-1] == "closed"
+    large = pretrain_data.make_chunk(0, 2, 1, 2)
     assert large.depth.shape[1:] == tuple(2 * side for side in small.depth.shape[1:])
 
 
@@ -163,20 +193,14 @@ def test_edges_count_where_depth_jumps(picture):
 
 def test_the_recipe_of_a_gpu_resumes_and_tells_its_scores(plain_chunks, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "new_model", lambda seed, imagenet: _fresh(seed))
-    monkeypatch.setattr(
-        pretrain_data.ChunkSource, "window",
-        lambda self, first, last: [
-            pretrain_data.make_chunk(self.seed, i, self.size, self.scale) for i in range(first, last + 1)
-        ],
-    )  # fmt: skip
     recipe = replace(pretrain.RECIPES["gpu_10min"], steps=4, tokens=(12, 24), **SMALL)
     seen = []
-    score = lambda model, step: seen.append(step) or {"held_out": float(step)}  # noqa: E731
+    score = lambda model: seen.append(model.training) or {"held_out": float(len(seen))}  # noqa: E731
     whole = pretrain.train(recipe, tmp_path / "a", evaluate=score, evaluate_seconds=0.0)
-    assert seen == [1, 2, 3, 4]
+    assert seen == [False] * 4
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert [line["held_out"] for line in lines if "held_out" in line] == [1.0, 2.0, 3.0, 4.0]
-    pretrain.train(recipe, tmp_path / "b", stop_at=2, save_every=2)
+    _interrupted_at(2, recipe, tmp_path / "b", monkeypatch)
     assert torch.equal(weights(whole), weights(pretrain.train(recipe, tmp_path / "b")))
     with pytest.raises(ValueError, match="another recipe"):
         pretrain.train(replace(recipe, edges=0.0), tmp_path / "a")

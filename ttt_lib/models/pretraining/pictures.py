@@ -3,10 +3,13 @@ do to them."""
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +29,7 @@ TOGETHER = 32  # scenes drawn at once on a GPU; the largest tensor is then half 
 assert set(SHARES) == set(KINDS)
 
 
-@dataclass
-class Chunk:
+class Chunk(NamedTuple):
     """Pictures of one size: image uint8 (N,3,H,W), depth float32 (N,H,W) with inf at the sky, intrinsics (N,3,3).
 
     Arrays from another process, tensors where they lie on a GPU.
@@ -45,33 +47,28 @@ def _atlas(seed: int, family: int, device: torch.device) -> list[Tensor]:
 
 
 def make_chunk(seed: int, number: int, count: int, scale: int = 1, device: str = "cpu") -> Chunk:
-    """Chunk `number` of the training set of `seed`, sides times `scale`, as arrays; runs in the generating process."""
-    torch.set_num_threads(1)
-    chunk = draw_chunk(seed, number, count, scale, torch.device(device))
-    return Chunk(chunk.image.cpu().numpy(), chunk.depth.cpu().numpy(), chunk.intrinsics.cpu().numpy())
+    """Chunk `number` of the training set of `seed`, sides times `scale`, as arrays; runs in a generating process.
 
-
-def draw_chunk(seed: int, number: int, count: int, scale: int, device: torch.device) -> Chunk:
-    """The same chunk, drawn on a device and left there (on a GPU textures are laid otherwise on some solids).
-
-    A picture is some 3,000 small operations. A GPU does them for many scenes in the time of one; a CPU is faster with one
-    scene at a time, which stays in its cache.
+    A picture is some 3,000 small operations. A GPU does them for many scenes in the time of one (and lays textures otherwise
+    on some solids); a CPU is faster with one scene at a time, which stays in its cache.
     """
+    torch.set_num_threads(1)
     rng = np.random.default_rng([seed, 10, number])
-    atlas = _atlas(seed, number // ATLAS_EVERY, device)
+    target = torch.device(device)
+    atlas = _atlas(seed, number // ATLAS_EVERY, target)
     height, width = (side * scale for side in SIZES[number % len(SIZES)])
     kinds = rng.choice(list(SHARES), count, p=list(SHARES.values()))
     scenes = [(str(kind), int(rng.integers(2**31)), bool(rng.random() < 0.8)) for kind in kinds]
-    image = torch.empty(count, 3, height, width, dtype=torch.uint8, device=device)
-    depth, intrinsics = torch.empty(count, height, width, device=device), torch.empty(count, 3, 3, device=device)
-    for alike in _alike(scenes, TOGETHER if device.type == "cuda" else 1):
+    image = np.empty((count, 3, height, width), np.uint8)
+    depth, intrinsics = np.empty((count, height, width), np.float32), np.empty((count, 3, 3), np.float32)
+    for alike in _alike(scenes, 1 if target.type == "cpu" else TOGETHER):
         (kind, _, shadows), seeds = scenes[alike[0]], [scenes[i][1] for i in alike]
         there, places = make_scenes([kind] * len(alike), seeds, atlas)
         cameras = place_cameras([kind] * len(alike), places, seeds, width / height)
-        picture = draw(there.to(device), *(part.to(device) for part in cameras), (height, width), shadows)
-        image[alike] = (picture.image * 255).round().byte()
-        depth[alike] = torch.where(picture.mask, picture.points[..., 2], torch.inf)
-        intrinsics[alike] = picture.intrinsics
+        picture = draw(there.to(target), *(part.to(target) for part in cameras), (height, width), shadows)
+        image[alike] = (picture.image * 255).round().byte().cpu()
+        depth[alike] = torch.where(picture.mask, picture.points[..., 2], torch.inf).cpu()
+        intrinsics[alike] = picture.intrinsics.cpu()
     return Chunk(image, depth, intrinsics)
 
 
@@ -83,38 +80,20 @@ def _alike(scenes: list[tuple[str, int, bool]], most: int) -> list[list[int]]:
     return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
 
 
-class ChunkSource:
-    """Hands out chunks in order of number, a few made ahead in another process.
+def chunks_in_order(seed: int, first: int, size: int, scale: int, device: str) -> Iterator[Chunk]:
+    """Chunks from number `first` on, a few made ahead in another process.
 
     On a GPU three processes draw there too, beside the steps, and chunks lie on it as tensors.
     """
-
-    def __init__(self, seed: int, size: int, scale: int = 1, device: str = "cpu") -> None:
-        self.seed, self.size, self.scale, self.device = seed, size, scale, device
-        self.pool = ProcessPoolExecutor(1 if device == "cpu" else 3, mp_context=get_context("spawn"))
-        self.pending: dict[int, Future] = {}
-        self.ready: dict[int, Chunk] = {}
-
-    def window(self, first: int, last: int) -> list[Chunk]:
-        """Chunks first..last (inclusive); waits for them, forgets those before, starts those after."""
-        for number in range(first, last + 1 + AHEAD):
-            if number not in self.pending and number not in self.ready:
-                what = (self.seed, number, self.size, self.scale, self.device)
-                self.pending[number] = self.pool.submit(make_chunk, *what)
-        for number in range(first, last + 1):
-            if number in self.pending:
-                self.ready[number] = self._placed(self.pending.pop(number).result())
-        self.ready = {number: chunk for number, chunk in self.ready.items() if number >= first}
-        return [self.ready[number] for number in range(first, last + 1)]
-
-    def _placed(self, chunk: Chunk) -> Chunk:
-        if self.device == "cpu":
-            return chunk
-        return Chunk(*(torch.as_tensor(part).to(self.device) for part in (chunk.image, chunk.depth, chunk.intrinsics)))
-
-    def close(self) -> None:
-        """Stop the processes."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+    pool = ProcessPoolExecutor(1 if device == "cpu" else 3, mp_context=get_context("spawn"))
+    try:
+        ahead = deque(pool.submit(make_chunk, seed, first + i, size, scale, device) for i in range(AHEAD))
+        for number in itertools.count(first + AHEAD):
+            ahead.append(pool.submit(make_chunk, seed, number, size, scale, device))
+            chunk = ahead.popleft().result()
+            yield chunk if device == "cpu" else Chunk(*(torch.as_tensor(part).to(device) for part in chunk))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def camera_effects(image: Tensor, generator: torch.Generator) -> Tensor:
@@ -154,20 +133,17 @@ def camera_effects(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw_batch(
-    chunks: list[Chunk], seed: int, batch_size: int, step: int, device: torch.device, effects: bool = True
+    chunks: Sequence[Chunk], seed: int, batch_size: int, step: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The batch of `step`: image (B,3,H,W), depth (B,H,W) (inf: sky), rays (B,H,W,2) = x/z, y/z; effects: `camera_effects`."""
+    """The batch of `step`: image (B,3,H,W), depth (B,H,W) (inf: sky), rays (B,H,W,2) = x/z, y/z."""
     rng = np.random.default_rng([seed, 20, step])
     chunk = chunks[int(rng.integers(len(chunks)))]
     chosen = rng.choice(len(chunk.image), batch_size, replace=len(chunk.image) < batch_size)
-    image, depth, intrinsics = (
-        torch.as_tensor(part[chosen]).to(device) for part in (chunk.image, chunk.depth, chunk.intrinsics)
-    )
+    image, depth, intrinsics = (torch.as_tensor(part[chosen]).to(device) for part in chunk)
     image = image.float() / 255
     focal = intrinsics.diagonal(dim1=1, dim2=2)[:, None, None, :2]
     rays = (uv_map(*image.shape[-2:], device=device) - 0.5) / focal
     if rng.random() < 0.5:  # centred cameras: a mirrored picture has mirrored depth and the very same rays
         image, depth = image.flip(-1), depth.flip(-1)
     noise = int(rng.integers(2**62))  # drawn on the device: on a CPU grain would take longer than a GPU's whole step
-    image = camera_effects(image, torch.Generator(device).manual_seed(noise)) if effects else image
-    return image, depth, rays
+    return camera_effects(image, torch.Generator(device).manual_seed(noise)), depth, rays

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import closing
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ttt_lib.core.files import replacing_file, to_json
 from ttt_lib.models.pretraining.loss import geometry_loss
-from ttt_lib.models.pretraining.pictures import ChunkSource, draw_batch
+from ttt_lib.models.pretraining.pictures import Chunk, chunks_in_order, draw_batch
 from ttt_lib.models.tiny import TinyMoGe, default_config
+
+SAVE_EVERY = 250  # steps
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,6 @@ class Recipe:
     reuse: float = 3.0  # times that a picture is drawn, on average
     average_decay: float = 0.998  # of the weights that are saved
     autocast: bool = True  # bfloat16 in the network, float32 in the loss
-    effects: bool = True  # what cameras do to a picture; False: clean renderings only
     start: str = ""  # a checkpoint of `save_checkpoint` to go on from, as a second stage; "": ImageNet's encoder
     scale: int = 1  # of the sides of the pictures
     tokens: tuple[int, ...] | None = None  # one of these for each step; None: one for each 16 x 16 pixels
@@ -49,7 +54,6 @@ class Recipe:
 # one's depth. On an H100 (2026-11-26) a step of it took 0.135 s with a twelfth of a chunk drawn beside it, and a size that is
 # new to cuDNN 0.4 to 1 s more: hence few token counts. What it gave is in the model card.
 RECIPES = {
-    "cpu_85min": Recipe(),
     "gpu_10min": Recipe(
         steps=4000, batch_size=32, learning_rate=2e-3, warmup=300, chunk_size=96, window=24, reuse=4.0, scale=2,
         tokens=(192, 320, 480), edges=0.5,
@@ -96,26 +100,17 @@ def _layout(device: torch.device) -> torch.memory_format:
 
 @dataclass
 class Run:
-    """A training as far as it has come: the network, its optimizer, the averaged weights by name, steps done, seconds spent."""
+    """A training as far as it has come: the network, its optimizer, the mean of the weights, steps done, seconds spent."""
 
     model: TinyMoGe
     optimizer: torch.optim.Optimizer
-    average: dict[str, Tensor]
+    average: AveragedModel
     step: int = 0
     spent: float = 0.0
 
-    @torch.no_grad()
-    def follow(self, decay: float) -> None:
-        """Move the averaged weights towards those of the network."""
-        for name, value in self.model.state_dict().items():
-            if value.dtype.is_floating_point:
-                self.average[name].lerp_(value, 1 - decay)
-
     def averaged(self) -> TinyMoGe:
         """A copy of the network with the averaged weights, on the CPU, in evaluation mode."""
-        result = TinyMoGe(**default_config())
-        result.load_state_dict({k: v.cpu() for k, v in self.average.items()})
-        return result.eval()
+        return deepcopy(self.average.module).cpu().eval()
 
 
 def _begin(recipe: Recipe, device: torch.device) -> Run:
@@ -124,32 +119,37 @@ def _begin(recipe: Recipe, device: torch.device) -> Run:
     if recipe.start:
         model.load_state_dict(torch.load(recipe.start, weights_only=True)["model"])
     model = model.to(device, memory_format=_layout(device)).train()
-    encoder = list(model.encoder.backbone.parameters())
-    known = {id(p) for p in encoder}
-    rest = [p for p in model.parameters() if id(p) not in known]
+    encoder = {name for name, _ in model.named_parameters() if name.startswith("encoder.backbone.")}
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if name not in encoder], "factor": 1.0},
+        {"params": [p for name, p in model.named_parameters() if name in encoder], "factor": recipe.encoder_rate},
+    ]
     optimizer = torch.optim.AdamW(
-        [{"params": rest, "factor": 1.0}, {"params": encoder, "factor": recipe.encoder_rate}],
-        lr=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        fused=device.type == "cuda" or None,
+        groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=device.type == "cuda" or None
     )
-    return Run(model, optimizer, {k: v.detach().clone() for k, v in model.state_dict().items()})
+
+    def follow(kept: list[Tensor], new: list[Tensor], steps: Tensor) -> None:
+        torch._foreach_lerp_(kept, new, 1 - min(recipe.average_decay, int(steps) / (int(steps) + 9)))
+
+    average = AveragedModel(model, multi_avg_fn=follow)
+    average.n_averaged += 1  # of the weights that it begins with
+    return Run(model, optimizer, average)
 
 
 def _keep(path: Path, recipe: Recipe, run: Run) -> None:
     """Write what `_resume` reads."""
-    state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "average": run.average}
-    save_tensors(path, {"recipe": asdict(recipe), **state, "step": run.step, "spent": run.spent})
+    parts = {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "average")}
+    save_tensors(path, {"recipe": asdict(recipe), **parts, "step": run.step, "spent": run.spent})
 
 
 def _resume(path: Path, recipe: Recipe, run: Run) -> None:
     """Put a run that was kept into a new one, which goes on. Raises `ValueError` where it had another recipe."""
-    state = torch.load(path, map_location=next(run.model.parameters()).device, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     if state["recipe"] != asdict(recipe):
         raise ValueError(f"{path.parent} holds a run with another recipe; choose another folder or delete it")
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.average, run.step, run.spent = state["average"], state["step"], state["spent"]
+    for name in ("model", "optimizer", "average"):
+        getattr(run, name).load_state_dict(state[name])
+    run.step, run.spent = state["step"], state["spent"]
 
 
 def _step(run: Run, drawn: tuple[Tensor, Tensor, Tensor], recipe: Recipe, rate: float) -> dict[str, Tensor]:
@@ -169,62 +169,54 @@ def _step(run: Run, drawn: tuple[Tensor, Tensor, Tensor], recipe: Recipe, rate: 
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     if torch.isfinite(norm):
         run.optimizer.step()
+    run.average.update_parameters(run.model)
     run.step += 1
-    run.follow(min(recipe.average_decay, run.step / (run.step + 9)))
     return {"loss": loss.detach(), **terms}
 
 
 def train(
-    recipe: Recipe, folder: Path, device: str = "cpu", threads: int | None = None, seconds: float | None = None,
-    stop_at: int | None = None, evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
-    evaluate_seconds: float | None = None, save_every: int = 250,
+    recipe: Recipe, folder: Path, device: str = "cpu", seconds: float | None = None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None, evaluate_seconds: float = 60.0,
 ) -> TinyMoGe:  # fmt: skip
     """Train, or go on from `folder/state.pt` if it is there with the same recipe; returns the averaged model.
 
     Writes `folder/log.jsonl` (a line every 25 steps, a line an evaluation) and `folder/state.pt` (atomic).
     `seconds`: the rate still falls to its end, by turning time into steps after the first 300 steps; this makes the
-    run depend on the clock, so leave it out where the result must be the same twice. `stop_at`: stop early, to be
-    resumed. `evaluate` gets the averaged model at the end, and with `evaluate_seconds` so long after it had it last; it moves
-    nothing. Raises `ValueError` if the folder holds a run of another recipe.
+    run depend on the clock, so leave it out where the result must be the same twice. `evaluate` gets the averaged model so
+    long after it had it last, and at the end; it moves nothing. Raises `ValueError` if the folder holds a run of another recipe.
     """
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if threads:
-        torch.set_num_threads(threads)
     target, state_path = torch.device(device), folder / "state.pt"
     run = _begin(recipe, target)
     if state_path.exists():
         _resume(state_path, recipe, run)
-    source = ChunkSource(recipe.seed, recipe.chunk_size, recipe.scale, device)
     steps_a_chunk = max(1, round(recipe.reuse * recipe.chunk_size / recipe.batch_size))
-    begun, looked = time.perf_counter() - run.spent, time.perf_counter()
-    total = recipe.steps
+    number = max(0, run.step // steps_a_chunk - recipe.window + 1)  # of the next chunk
+    source = chunks_in_order(recipe.seed, number, recipe.chunk_size, recipe.scale, device)
+    chunks: deque[Chunk] = deque(maxlen=recipe.window)
+    begun, looked, total = time.perf_counter() - run.spent, time.perf_counter(), recipe.steps
     running: dict[str, Tensor] = {}
-    try:
-        with open(folder / "log.jsonl", "a", encoding="utf-8", buffering=1) as log:  # line by line
-            while run.step < min(total, stop_at or total):
-                newest = run.step // steps_a_chunk
-                chunks = source.window(max(0, newest - recipe.window + 1), newest)
-                drawn = draw_batch(chunks, recipe.seed, recipe.batch_size, run.step, target, recipe.effects)
-                position = run.step if seconds is None else recipe.steps * run.step / total
-                terms = _step(run, drawn, recipe, rate_at(int(position), recipe))
-                step, run.spent = run.step, time.perf_counter() - begun
-                for name, value in terms.items():
-                    running[name] = running.get(name, 0.0) + value / 25
-                if step % 25 == 0:
-                    means = {name: round(float(value), 5) for name, value in running.items()}
-                    print(to_json({"step": step, "seconds": round(run.spent, 1), **means}), file=log)
-                    running = {}
-                    if seconds is not None and step >= 300:
-                        total = max(step + 1, int(step * seconds / run.spent))
-                if step % save_every == 0 or step == total:
-                    _keep(state_path, recipe, run)
-                due = evaluate_seconds is not None and time.perf_counter() - looked >= evaluate_seconds
-                if evaluate is not None and (due or step == total):
-                    print(to_json({"step": step, **evaluate(run.averaged(), step)}), file=log)
-                    looked = time.perf_counter()
-    finally:
-        source.close()
+    with closing(source), open(folder / "log.jsonl", "a", encoding="utf-8", buffering=1) as log:  # line by line
+        while run.step < total:
+            while number <= run.step // steps_a_chunk:
+                chunks.append(next(source))
+                number += 1
+            drawn = draw_batch(chunks, recipe.seed, recipe.batch_size, run.step, target)
+            terms = _step(run, drawn, recipe, rate_at(int(recipe.steps * run.step / total), recipe))
+            step, run.spent = run.step, time.perf_counter() - begun
+            for name, value in terms.items():
+                running[name] = running.get(name, 0.0) + value / 25
+            if step % 25 == 0:
+                means = {name: round(float(value), 5) for name, value in running.items()}
+                print(to_json({"step": step, "seconds": round(run.spent, 1), **means}), file=log)
+                running = {}
+                if seconds is not None and step >= 300:
+                    total = max(step + 1, int(step * seconds / run.spent))
+            if step % SAVE_EVERY == 0 or step == total:
+                _keep(state_path, recipe, run)
+            if evaluate is not None and (step == total or time.perf_counter() - looked >= evaluate_seconds):
+                print(to_json({"step": step, **evaluate(run.averaged())}), file=log)
+                looked = time.perf_counter()
     return run.averaged()
 
 
