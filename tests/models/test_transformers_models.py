@@ -35,12 +35,13 @@ from ttt_lib.models.transformers_special import PROMPT_SIZE, _border
 TRANSFORMER = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
 NECK = {"neck_hidden_sizes": [8, 12, 16, 24], "fusion_hidden_size": 16}
 ALL_STAGES = ["stage1", "stage2", "stage3", "stage4"]
-FAMILIES = ("da_relative", "da_metric", "zoe_n", "zoe_nk", "dpt", "dpt_hybrid", "dpt_beit", "pro", "prompt", "glpn")  # fmt: skip
+FAMILIES = ("da_relative", "da_metric", "zoe_n", "zoe_nk", "dpt", "dpt_hybrid", "dpt_beit", "dpt_dinov2", "pro", "prompt",
+            "glpn")  # fmt: skip
 KINDS = {"da": "DepthAnything", "zo": "ZoeDepth", "dp": "DPT", "pr": "DepthPro", "gl": "GLPN"}
 LEVELS = (
     2  # of 255: half one through Pillow's rounding between the passes (bicubic rows weigh it by 1.4), half at each end
 )
-METRIC = ("da_metric", "zoe_n", "zoe_nk", "pro", "prompt", "glpn")
+METRIC = ("da_metric", "zoe_n", "zoe_nk", "dpt_dinov2", "pro", "prompt", "glpn")
 
 
 def _dinov2(**more):
@@ -125,9 +126,16 @@ def _config(family: str):
             backbone_out_indices=[0, 1, 2, 3],
         )  # fmt: skip
         return config, dpt_file | half | {"size": {"height": 64, "width": 64}, "keep_aspect_ratio": False}
-    config = transformers.DPTConfig(backbone_config=_beit(), **NECK)
-    rules = {"size": {"height": 64, "width": 64}, "keep_aspect_ratio": True, "ensure_multiple_of": 32}
-    return config, dpt_file | half | rules
+    if family == "dpt_beit":
+        config = transformers.DPTConfig(backbone_config=_beit(), **NECK)
+        rules = {"size": {"height": 64, "width": 64}, "keep_aspect_ratio": True, "ensure_multiple_of": 32}
+        return config, dpt_file | half | rules
+    # As facebook/dpt-dinov2-*: no resizing, padding to the patch, means and deviations for 0 ... 255.
+    config = transformers.DPTConfig(backbone_config=_dinov2(reshape_hidden_states=False), **NECK)
+    rules = {"do_resize": False, "do_rescale": False, "do_pad": True, "size_divisor": 14,
+             "size": {"height": 64, "width": 64}, "image_mean": [123.675, 116.28, 103.53],
+             "image_std": [58.395, 57.12, 57.375]}  # fmt: skip
+    return config, dpt_file | rules
 
 
 @pytest.fixture(scope="session")
@@ -263,7 +271,7 @@ def test_prediction_is_that_of_transformers_called_directly(folder, load, family
     prepared = [processor(images=Image.fromarray(picture), return_tensors="pt")["pixel_values"] for picture in pictures]
     found = model.pixel_values(_batch(pictures))
     level = model.rules.scale / min(model.rules.std)  # one of 255, as the network sees it
-    exact = family in ("zoe_n", "zoe_nk", "pro")  # nothing is rounded
+    exact = family in ("zoe_n", "zoe_nk", "pro") or family == "dpt_dinov2"  # nothing is rounded
     assert (found - torch.cat(prepared)).abs().max() <= (1e-5 if exact else LEVELS) * level
     own = model.predict(_batch(pictures))
     monkeypatch.setattr(model, "pixel_values", lambda images: torch.cat(prepared))
@@ -364,7 +372,7 @@ def test_a_plane_under_a_known_camera_off_the_middle(load, monkeypatch, family):
     assert torch.allclose(final.points, unproject(final.depth, camera.intrinsics), equal_nan=True)
 
 
-@pytest.mark.parametrize("family", ["da_metric", "zoe_n", "glpn"])
+@pytest.mark.parametrize("family", ["da_metric", "zoe_n", "glpn", "dpt_dinov2"])
 def test_metric_depth_is_rescaled_by_the_ratio_of_focal_lengths(load, family):
     plain, image = load(family), _batch(_pictures(1, (60, 84)))
     wide, tele = (intrinsics_from_fov(fov, 84 / 60)[None] for fov in (90.0, 36.0))
@@ -412,7 +420,7 @@ def test_sizes_are_those_of_the_processors(folder, load, family):
 
 
 def test_num_tokens_sets_the_processed_size(load):
-    for family, patch, step in (("da_relative", 14, 14), ("zoe_n", 16, 32), ("dpt", 16, 16)):
+    for family, patch, step in (("da_relative", 14, 14), ("zoe_n", 16, 32), ("dpt", 16, 16), ("dpt_dinov2", 14, 14)):
         model = load(family, num_tokens=48)
         rows, columns = model.pixel_values(torch.rand(1, 3, 60, 120)).shape[-2:]
         assert rows % step == 0 and columns % step == 0
@@ -603,7 +611,9 @@ def test_mixed_precision_rounds_the_training_pass_only(load, family):
 def test_features_are_those_of_the_patches(load, family):
     model, images = load(family), _batch(_pictures())
     pixels = model.pixel_values(images)
-    patch = {"glpn": 32, "pro": 32}.get(family, 14 if family in ("da_relative", "da_metric", "prompt") else 16)
+    patch = {"glpn": 32, "pro": 32}.get(
+        family, 14 if family in ("da_relative", "da_metric", "dpt_dinov2", "prompt") else 16
+    )
     rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch  # Depth Pro's encoder sees a quarter of them
     select_parameters(model, ["encoder"])
     features = model.features(images)
@@ -649,7 +659,6 @@ def test_a_folder_of_another_model(tmp_path):
         ("config.json", lambda p: p.write_text("{"), "config.json: is not a JSON file that can be read"),
         ("preprocessor_config.json", lambda p: p.write_text('{"size": 3.5}'), "preprocessor_config.json is not one of"),
         ("preprocessor_config.json", lambda p: p.write_text('{"resample": 1}'), "resample 1; known are 2"),
-        ("preprocessor_config.json", lambda p: p.write_text('{"do_resize": false}'), "no resizing, which is not known"),
         ("preprocessor_config.json", lambda p: p.unlink(), "preprocessor_config.json is not one of depth_anything"),
         (
             "config.json",

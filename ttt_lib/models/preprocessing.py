@@ -22,10 +22,10 @@ MODES = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers, which the files us
 
 class Rules(NamedTuple):
     """How pictures become a network's input. size (height, width) asked for before `keep_aspect_ratio` and `multiple`;
-    None: a picture's own, rounded down to the multiple (GLPN).
+    None: a picture's own, rounded down to the multiple (GLPN; DPT on DINOv2, where that is 1).
 
-    mode: `bilinear` or `bicubic`; scale: what values in [0, 255] are multiplied by; patch: side of what becomes one
-    token, in pixels of the network's input.
+    mode: `bilinear` or `bicubic`; scale: what values in [0, 255] are multiplied by; divisor: padding to a multiple of it;
+    patch: side of what becomes one token, in pixels of the network's input.
     """
 
     size: tuple[int, int] | None
@@ -35,6 +35,7 @@ class Rules(NamedTuple):
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    divisor: int
     patch: int
 
     def processed_size(self, height: int, width: int, num_tokens: int | None) -> tuple[int, int]:
@@ -72,17 +73,17 @@ def read_rules(folder: Path, family: str, network: nn.Module, name: str) -> Rule
         check_numbers(processor.to_dict(), LARGEST_SIDE, LARGEST_SIDE, "preprocessor_config.json")
         if int(processor.resample) not in MODES:
             raise ValueError(f"resample {int(processor.resample)}; known are 2 (bilinear) and 3 (bicubic)")
-        if not processor.do_resize:  # DPT's that are trained on DINOv2
-            raise ValueError("it asks for no resizing, which is not known here")
-        sized, normalised = family != "glpn", processor.do_normalize
+        glpn, normalised = family == "glpn", processor.do_normalize
+        own = glpn or not processor.do_resize
         return Rules(
-            size=(int(processor.size["height"]), int(processor.size["width"])) if sized else None,
+            size=None if own else (int(processor.size["height"]), int(processor.size["width"])),
             mode=MODES[int(processor.resample)],
             keep_aspect_ratio=bool(getattr(processor, "keep_aspect_ratio", False)),
-            multiple=max(1, int(processor.ensure_multiple_of if sized else processor.size_divisor)),
-            scale=float(processor.rescale_factor),
+            multiple=max(1, int(processor.size_divisor if glpn else processor.ensure_multiple_of)),
+            scale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
             mean=tuple(processor.image_mean) if normalised else (0.0,) * 3,
             std=tuple(processor.image_std) if normalised else (1.0,) * 3,
+            divisor=int(processor.size_divisor) if family == "dpt" and processor.do_pad else 1,
             patch=getattr(seen_by, "patch_size", 32),  # 32: GLPN's last stage
         )
     except Exception as error:  # transformers raises what the damage of the file leads to

@@ -148,6 +148,8 @@ def load_transformers_model(
     if num_tokens is not None and (family == "depth_pro" or getattr(network.config, "is_hybrid", False)):
         raise ModelError(f"model {name!r}: {family} takes pictures of one size; leave model.num_tokens out.")
     rules = read_rules(folder, family, network, name)
+    backbone = getattr(getattr(network.config, "backbone_config", None), "model_type", None)
     metric = family in ALWAYS_METRIC or getattr(network.config, "depth_estimation_type", "") == "metric"
+    metric = metric or (family == "dpt" and backbone == "dinov2")  # facebook/dpt-dinov2-*: depth in metres
     network = network.to(device).requires_grad_(False)
     return FAMILIES[family](network, name, metric, rules, num_tokens, autocast)

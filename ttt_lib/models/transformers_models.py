@@ -68,7 +68,9 @@ class TransformersModel(GeometryModel):
     def pixel_values(self, images: Tensor) -> Tensor:
         """The network's input (B,3,H',W') of images (B,3,H,W) in [0,1], by the model's own rules."""
         size = self.rules.processed_size(*images.shape[-2:], self.num_tokens)
-        return self._normalised(resize_rounded(images * 255, size, self.rules.mode) * self.rules.scale)
+        values = self._normalised(resize_rounded(images * 255, size, self.rules.mode) * self.rules.scale)
+        rows, columns = (-side % self.rules.divisor for side in size)  # of padding, half on each side
+        return F.pad(values, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
     def _normalised(self, values: Tensor) -> Tensor:
         mean, std = (values.new_tensor(v)[:, None, None] for v in (self.rules.mean, self.rules.std))
