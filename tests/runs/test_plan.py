@@ -58,3 +58,10 @@ def test_a_profile_of_ones_own_may_be_named_from_anywhere(tmp_path, monkeypatch)
     shutil.copy(ASSETS.parents[1] / "notebooks" / "overview.jpg", tmp_path / "photos")
     (job,) = make_jobs(choose_experiments("original"), "mine.yaml", {}, 1, None, False)
     assert job.parameters["data"][0]["path"] == str(tmp_path / "photos") and job.samples == 1
+
+
+def test_shaders_are_code_and_what_only_shows_is_not(monkeypatch):
+    monkeypatch.setattr(plan, "file_hash", lambda path: path.name)
+    monkeypatch.setattr(plan, "fingerprint", set)
+    counted = plan._code()
+    assert {"flat.vert", "flat.frag", "draw.py", "plan.py"} <= counted and not {"cli.py", "benchmark.py"} & counted

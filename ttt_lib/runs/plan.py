@@ -26,6 +26,7 @@ SHOWING = (
     "runs/jobs", "runs/notebook", "runs/progress", "runs/protocol", "runs/results",
     "runs/scene_study",
 )  # fmt: skip
+CODE = (".py", ".vert", ".frag")  # what code is, with the shaders that draw views
 
 
 def parse_set(entries: list[str]) -> dict[str, Any]:
@@ -78,8 +79,9 @@ def _calibration(config: ExperimentConfig) -> str:
 def _code() -> str:
     """Hash of the code that decides numbers: the package's but for `SHOWING`, and that of installed plugins."""
     package, showing = Path(__file__).parents[1], tuple(f"{name}/" for name in SHOWING)
-    files = {path.relative_to(package).with_suffix("").as_posix(): path for path in sorted(package.rglob("*.py"))}
-    hashes = [file_hash(path) for name, path in files.items() if not f"{name}/".startswith(showing)]
+    files = [path for path in sorted(package.rglob("*")) if path.suffix in CODE]
+    names = [path.relative_to(package).with_suffix("").as_posix() for path in files]
+    hashes = [file_hash(path) for name, path in zip(names, files) if not f"{name}/".startswith(showing)]
     return fingerprint(hashes + list(load_installed()))
 
 
