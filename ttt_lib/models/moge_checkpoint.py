@@ -61,6 +61,8 @@ def _build(config: dict[str, Any], weights: dict[str, Any], size: int) -> nn.Mod
     plain = {str(key).replace("_orig_mod.", "").removeprefix("module."): value for key, value in weights.items()}
     if missing := network.load_state_dict(plain, strict=False, assign=True).missing_keys:
         raise ValueError(f"it lacks {len(missing)} of its weights, first {missing[0]!r}")
+    if not hasattr(network, "points_head") and not hasattr(network, "head"):
+        raise ValueError("it has no points head")
     for key, value in network.state_dict().items():
         if not torch.isfinite(value).all():
             raise ValueError(f"it holds numbers that are not finite, first in {key!r}")
