@@ -290,13 +290,12 @@ def benchmark(
         bool | None, typer.Option("--quick/--published", help="Bundled model, or published size. Default: by the GPU.")
     ] = None,
     passes: Annotated[int, typer.Option(min=1, max=512, help="Of a loop.")] = 8,
-    minutes: Annotated[float, typer.Option(min=0.0, help="No further round begins that would end later.")] = 8.0,
-    rounds: Annotated[int, typer.Option(min=1, help="At most so many.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Images of each loop, whose median counts.")] = 3,
 ) -> None:
-    """Time and peak memory of the published loop beside ours on this machine, by rounds in processes of their own."""
+    """Time and peak memory of the published loop beside ours on this machine, each in a process of its own."""
     from ttt_lib.runs.loops import benchmark as measure
 
-    print(measure(Path(absolute(output)), quick, passes, minutes, rounds))
+    print(measure(Path(absolute(output)), quick, passes, repeats))
 
 
 @app.command(epilog="Example: ttt-depth models")

@@ -28,6 +28,7 @@ from ttt_lib.core.config import ExperimentConfig, build_experiment
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.geometry.warp import in_front
 from ttt_lib.models.base import GeometryModel, training
+from ttt_lib.runs.experiment import open_model
 from ttt_lib.runs.plan import put
 
 
@@ -128,27 +129,21 @@ def _of_one_pass(clock: _Clock, config: ExperimentConfig) -> dict[str, float]:
     }  # fmt: skip
 
 
-def growth(model: GeometryModel, image: Tensor, config: ExperimentConfig, key: str, values: list[Any]) -> pd.DataFrame:
+def growth(image: Tensor, config: ExperimentConfig, key: str, values: list[Any]) -> pd.DataFrame:
     """Seconds of adapting to one image as one setting grows: columns key, seconds, images_a_minute.
 
-    key: a dotted setting (`train.passes`), or `model.num_tokens` or `images` (how many are adapted one after the other).
+    key: a dotted setting (`train.passes`), or `images` (how many are adapted one after the other).
     """
     rows = []
-    own = model.num_tokens
     for value in values:
-        changed, count = config, 1
-        if key == "images":
-            count = int(value)
-        elif key == "model.num_tokens":
-            model.num_tokens = int(value)
-        else:
-            overrides: dict[str, Any] = {}
+        overrides: dict[str, Any] = {}
+        if key != "images":
             put(overrides, key, value)
-            changed = build_experiment(config.as_parameters(), overrides=overrides)
+        changed = build_experiment(config.as_parameters(), overrides=overrides)
+        model, count = open_model(changed), value if key == "images" else 1
         begun = now(model.device)
         for i in range(count):
             Adapter(model, changed).adapt(image, str(i))
         seconds = now(model.device) - begun
         rows.append({key: value, "seconds": seconds, "images_a_minute": 60 * count / seconds})
-        model.num_tokens = own
     return pd.DataFrame(rows)
