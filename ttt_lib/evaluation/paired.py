@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -46,6 +48,14 @@ def paired_summary(gain: np.ndarray, tolerance: float = 1e-3, samples: int = 200
     }
 
 
+def in_order(table: pd.DataFrame, keys: list[str], experiments: Iterable[str]) -> pd.DataFrame:
+    """The rows sorted by these columns, experiments as they are given."""
+    place = {name: i for i, name in enumerate(experiments)}
+    return table.sort_values(
+        keys, key=lambda column: column.map(place) if column.name == "experiment" else column, ignore_index=True
+    )
+
+
 def paired_gains(metrics: pd.DataFrame, metric: str, score: str) -> pd.DataFrame:
     """Per-sample gain of every experiment over `original`, both by their final predictions.
 
@@ -58,9 +68,7 @@ def paired_gains(metrics: pd.DataFrame, metric: str, score: str) -> pd.DataFrame
     joined = rows.rename(columns={"value": "after"}).merge(before, on=["dataset", "sample"])
     joined["gain"] = SCORES[score].gain(joined["before"], joined["after"])
     columns = ["experiment", "dataset", "sample", "before", "after", "gain"]
-    place = {name: i for i, name in enumerate(metrics["experiment"].unique())}
-    rank = lambda keys: keys.map(place) if keys.name == "experiment" else keys  # noqa: E731
-    return joined[columns].dropna(subset=["gain"]).sort_values(columns[:3], key=rank).reset_index(drop=True)
+    return in_order(joined[columns].dropna(subset=["gain"]), columns[:3], metrics["experiment"].unique())
 
 
 def summarise(

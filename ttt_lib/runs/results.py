@@ -12,7 +12,6 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -20,6 +19,7 @@ from ttt_lib.core.errors import RunError
 from ttt_lib.core.files import absolute
 from ttt_lib.core.schema import RESERVED
 from ttt_lib.core.types import IDENTITY, KEYS
+from ttt_lib.evaluation.paired import in_order
 from ttt_lib.evaluation.scores import TABLE1_COLUMNS
 from ttt_lib.runs.catalog import table_places
 from ttt_lib.runs.manifest import read_manifest
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 SELECTION = "selection.csv"  # of a study of hard, random and easy samples: which are which
 COMPARABLE = ("data", "limit", "model", "code", "torch")  # parts of an identity that experiments have in common
 SHARD = re.compile(r"(\d+)-of-(0*[1-9]\d*)", re.ASCII)
-Shards = dict[Path, dict[str, Any]]  # finished ones of an experiment: manifest by folder
 
 
 @dataclass
@@ -80,81 +79,66 @@ def read_runs(folder: str | Path) -> Runs:
     """
     folder = Path(absolute(folder))
     finished, notes = _finished_shards(folder)
-    if not finished:
+    if finished.empty:
         raise RunError(f"{folder}: holds no finished run; run `ttt-depth ablation` first or name another folder.")
-    chosen: dict[str, Shards] = {}
-    for experiment, shards in finished.items():
+    chosen = []
+    for experiment, shards in finished.groupby("experiment", sort=False):
         log.debug("%s: %d finished shards", experiment, len(shards))
-        chosen[experiment], said = _one_set(experiment, shards)
+        used, said = _one_set(experiment, shards, folder)
+        chosen.append(used)
         notes += said
-    chosen = dict(sorted(chosen.items(), key=lambda item: (_place_in_table(*item), item[0])))
-    places = [place for shards in chosen.values() for place in shards]
-    tables = {}
-    for name in KEYS:
-        tables[name], repeated = _table(name, places, list(chosen))
-        if repeated and name == "metrics":
-            notes.append(f"{repeated} scores are there twice (two data sets or samples of one name); the first counts")
-    runs = Runs(folder, **tables, shards=places, experiments=list(chosen))
+    used = pd.concat(chosen)
+    experiments, places = list(used["experiment"].unique()), list(used["place"])
+    tables = {name: _table(name, places, experiments) for name in KEYS}
+    runs = Runs(folder, **tables, shards=places, experiments=experiments)
     if (folder / SELECTION).is_file():
         selection = _read(folder / SELECTION)
         runs.selection = selection if len(selection) else None
-    runs.notes = notes + _incomparable(chosen) + _missing(runs)
+    runs.notes = notes + _incomparable(used) + _missing(runs)
     return runs
 
 
-def _place_in_table(experiment: str, shards: Shards) -> float:
-    """`order` of the settings that an experiment ran with; of those without, as older ones are, that of its file."""
-    settings = next(iter(shards.values())).get("settings")
-    told = settings.get("order") if isinstance(settings, dict) else None
-    return float(told) if isinstance(told, int | float) else float(table_places().get(experiment, math.inf))
-
-
-def _finished_shards(folder: Path) -> tuple[dict[str, Shards], list[str]]:
-    """Manifests by experiment and shard folder; a line for each experiment that was begun and has none."""
-    finished, notes = {}, []
-    begun = {p.parent.name for p in folder.glob("failed/*/*")}
-    for place in sorted(p for p in folder.glob("*") if p.is_dir() and p.name not in RESERVED):
-        if place.name.startswith("."):  # .work holds unfinished ones
+def _finished_shards(folder: Path) -> tuple[pd.DataFrame, list[str]]:
+    """A row a finished shard (experiment, place, count of shards, identity, seconds when it ended), experiments in the
+    order of the table, which is `order` of the settings that ran; and a line for each experiment that has none."""
+    rows, begun = [], {place.parent.name for place in folder.glob("failed/*/*")}
+    for experiment in folder.glob("[!.]*/"):  # .work holds unfinished ones
+        if experiment.name in RESERVED or not experiment.is_dir():
             continue
-        shards = {
-            p: m for p in sorted(place.iterdir()) if SHARD.fullmatch(p.name) and (m := read_manifest(p)) is not None
-        }
-        if shards:
-            finished[place.name] = shards
-        elif not any(place.iterdir()) or any(SHARD.fullmatch(p.name) for p in place.iterdir()):
-            begun.add(place.name)
-    for name in sorted(begun - set(finished)):
-        kept = folder / "failed" / name
-        notes.append(f"{name}: no finished shard" + (f"; what failed is in {kept}" if kept.exists() else ""))
-    return finished, notes
+        shards = [place for place in experiment.iterdir() if SHARD.fullmatch(place.name)]
+        if len(shards) == len(list(experiment.iterdir())):
+            begun.add(experiment.name)
+        default = table_places().get(experiment.name, math.inf)
+        for place in shards:
+            if (manifest := read_manifest(place)) is not None:
+                order, count = manifest.get("settings", {}).get("order", default), int(place.name.partition("-of-")[2])
+                identity, ended = manifest.get("identity", {}), manifest.get("finished")
+                rows.append((order, experiment.name, place, count, identity, ended))
+    table = pd.DataFrame(rows, columns=["order", "experiment", "place", "count", "identity", "ended"])
+    table["ended"] = pd.to_numeric(table["ended"], errors="coerce").fillna(0.0)
+    without = sorted(begun - set(table["experiment"]))
+    notes = [f"{name}: no finished shard{_what_failed(folder, name)}" for name in without]
+    return table.sort_values(["order", "experiment", "place"]), notes
 
 
-def _finished(manifest: dict[str, Any]) -> float:
-    value = manifest.get("finished")
-    return float(value) if isinstance(value, int | float) else 0.0
+def _what_failed(folder: Path, experiment: str) -> str:
+    kept = folder / "failed" / experiment
+    return f"; what failed is in {kept}" if kept.exists() and any(kept.iterdir()) else ""
 
 
-def _one_set(experiment: str, shards: Shards) -> tuple[Shards, list[str]]:
+def _one_set(experiment: str, shards: pd.DataFrame, folder: Path) -> tuple[pd.DataFrame, list[str]]:
     """The shards of one run: the newest complete set, or else the fullest one. What it leaves alone is said."""
-    sets: dict[tuple[int, str], Shards] = {}
-    for place, manifest in shards.items():
-        count = int(SHARD.fullmatch(place.name).group(2))
-        sets.setdefault((count, json.dumps(manifest.get("identity"), sort_keys=True)), {})[place] = manifest
-
-    def rank(key: tuple[int, str]) -> tuple:
-        share = len(sets[key]) / key[0]
-        return share >= 1, share, max(_finished(m) for m in sets[key].values()), key
-
-    best = max(sets, key=rank)
-    notes = []
+    told = shards["identity"].map(lambda identity: json.dumps(identity, sort_keys=True))
+    sets = [part for _, part in shards.groupby(["count", told])]
+    best = max(sets, key=lambda part: (len(part) / part["count"].iloc[0], part["ended"].max()))
+    count, notes = best["count"].iloc[0], []
     if len(sets) > 1:
-        others = ", ".join(place.name for place in shards if place not in sets[best])
+        others = ", ".join(place.name for place in shards["place"].drop(best.index))
         notes.append(f"{experiment}: results of {len(sets)} different runs lie in one folder; not used: {others}")
-    if len(sets[best]) < best[0]:
-        kept = next(iter(shards)).parent.parent / "failed" / experiment
-        failed = f"; what failed is in {kept}" if kept.exists() and any(kept.iterdir()) else ""
-        notes.append(f"{experiment}: {len(sets[best])} of {best[0]} shards are finished{failed}")
-    return sets[best], notes
+    if len(best) < count:
+        failed = _what_failed(folder, experiment)
+        notes.append(f"{experiment}: {len(best)} of {count} shards are finished{failed}")
+    return best, notes
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -168,29 +152,23 @@ def _read(path: Path) -> pd.DataFrame:
         raise RunError(f"{path}: cannot be read as a table ({' '.join(str(error).split())[:200]}).") from error
 
 
-def _table(name: str, shards: list[Path], experiments: list[str]) -> tuple[pd.DataFrame, int]:
-    """One table of all shards, sorted (experiments as they are given), every row once; how many repeated were dropped."""
+def _table(name: str, shards: list[Path], experiments: list[str]) -> pd.DataFrame:
+    """One table of all shards, sorted (experiments as they are given), every row once."""
     keys, values = KEYS[name]
-    parts = [_read(path) for shard in shards if (path := shard / f"{name}.csv").exists() and path.stat().st_size > 1]
-    parts = [part for part in parts if len(part)]
+    parts = [_read(path) for shard in shards if (path := shard / f"{name}.csv").exists()]
     if not parts:
-        return pd.DataFrame(columns=[*keys, *values]), 0
+        return pd.DataFrame(columns=[*keys, *values])
     joined = pd.concat(parts, ignore_index=True)
     joined = joined.reindex(columns=[*joined.columns, *(c for c in [*keys, *values] if c not in joined)])
-    place = {experiment: i for i, experiment in enumerate(experiments)}
-    once = joined.drop_duplicates(keys).sort_values(keys, kind="stable")
-    if "experiment" in keys:
-        once = once.sort_values("experiment", key=lambda names: names.map(place), kind="stable")
-    once = once.reset_index(drop=True)
-    return once, len(joined) - len(once)
+    return in_order(joined.drop_duplicates(keys), keys, experiments)
 
 
-def _incomparable(chosen: dict[str, Shards]) -> list[str]:
+def _incomparable(used: pd.DataFrame) -> list[str]:
     """A line for each experiment that ran on other data, another model or other code than the reference."""
-    identities = {name: next(iter(shards.values())).get("identity") or {} for name, shards in chosen.items()}
-    reference = "original" if "original" in identities else next(iter(identities))
+    identities = used.groupby("experiment")["identity"].first().to_dict()
+    reference = "original" if "original" in identities else used["experiment"].iloc[0]
     notes = []
-    for name, identity in sorted(identities.items()):
+    for name, identity in identities.items():
         other = [key for key in COMPARABLE if identity.get(key) != identities[reference].get(key)]
         if other:
             notes.append(f"{name}: ran with other {', '.join(other)} than {reference}; compare them with care")
