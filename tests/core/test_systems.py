@@ -15,7 +15,6 @@ from ttt_lib.core import memory
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.provenance import cores, environment
 from ttt_lib.models.load import load_model
-from ttt_lib.runs import jobs
 
 ELSEWHERE = """
 import builtins, json, os, sys
@@ -80,23 +79,6 @@ def test_memory_without_proc_is_the_peak_since_the_start(monkeypatch, platform, 
     monkeypatch.setattr(memory, "resource", None)  # Windows
     assert str(memory.peak_memory_mb(torch.device("cpu"))) == "nan"
     memory.reset_peak_memory(torch.device("cpu"))
-
-
-def test_a_folder_that_the_system_does_not_open_is_not_forced_to_the_disk(tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir()
-    for name in ("a/b", "z"):
-        (tmp_path / name).write_text("x")
-    forced, whole = [], os.open
-
-    def windows(path, flags):
-        if os.path.isdir(path) or not flags & os.O_RDWR:
-            raise PermissionError(13, "Permission denied", str(path))
-        return whole(path, flags)
-
-    monkeypatch.setattr(jobs.os, "open", windows)
-    monkeypatch.setattr(jobs.os, "fsync", forced.append)
-    jobs._sync(tmp_path)
-    assert len(forced) == 2
 
 
 def test_the_gpu_of_apple_is_not_chosen_and_refused_in_a_sentence(monkeypatch):

@@ -7,14 +7,14 @@ settings is moved aside, never mixed and never deleted.
 
 from __future__ import annotations
 
-import errno
+import json
 import logging
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,7 @@ from filelock import FileLock, Timeout
 from ttt_lib.core.errors import RunError, UserError, reason
 from ttt_lib.core.files import absolute, first_repeated, write_json
 from ttt_lib.core.provenance import environment
-from ttt_lib.core.schema import RESERVED
 from ttt_lib.runs.cluster import open_client
-from ttt_lib.runs.manifest import MANIFEST, read_manifest
 from ttt_lib.runs.notebook import Kernel, kept_kernel, one_line
 from ttt_lib.runs.progress import Progress
 
@@ -35,6 +33,9 @@ log = logging.getLogger(__name__)
 # Sums over another number of threads differ in the last bits, so the count is part of what a result depends on: not
 # that of the workers, and one fits any number of them.
 THREADS = 1
+
+
+MANIFEST = "manifest.json"  # of a finished job
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,16 @@ class Outcome:
     seconds: float = 0.0
 
 
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished job; None if there is none, or none that can be read."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    usable = isinstance(content, dict) and isinstance(content.get("identity", {}), dict)
+    return content if usable else None
+
+
 def is_done(job: Job, runs: Path) -> bool:
     """Whether this very job (same identity) has finished."""
     manifest = read_manifest(runs / job.experiment / job.shard)
@@ -80,19 +91,11 @@ def is_done(job: Job, runs: Path) -> bool:
 
 
 def set_aside(folder: Path, runs: Path) -> None:
-    """Move results of other settings out of the way: `runs/superseded/<experiment>/<shard>.<n>`."""
-    for n in range(10_000):
-        target = runs / "superseded" / folder.parent.name / f"{folder.name}.{n}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if not target.exists():
-                os.rename(folder, target)
-                return
-        except FileNotFoundError:
-            return  # another run has moved it
-        except OSError as error:  # another run has taken this number
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
+    """Move results of other settings out of the way: `runs/superseded/<experiment>/<shard>.<time>`."""
+    target = runs / "superseded" / folder.parent.name / f"{folder.name}.{time.time_ns()}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):  # another run has moved it
+        os.rename(folder, target)
 
 
 def clear_outdated(jobs: Iterable[Job], runs: Path) -> None:
@@ -112,18 +115,15 @@ def job_lock(path: Path) -> Iterator[bool]:
     The system frees it when its holder ends, however it ends, so there is no stale lock to take over.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    except (OSError, NotImplementedError) as error:
-        raise RunError(f"{path.parent}: this file system has no locks ({reason(error)}).") from error
-    try:
-        yield True
-    finally:
-        lock.release()
+    lock = FileLock(path, timeout=0)
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock)
+        except Timeout:
+            pass
+        except (OSError, NotImplementedError) as error:
+            raise RunError(f"{path.parent}: this file system has no locks ({reason(error)}).") from error
+        yield lock.is_locked
 
 
 def _lock_of(runs: Path, name: str) -> Path:
@@ -132,17 +132,10 @@ def _lock_of(runs: Path, name: str) -> Path:
 
 def _sync(folder: Path) -> None:
     """Force a folder's files to the disk, so that a power loss after the move cannot leave empty ones."""
-    for path in (*folder.rglob("*"), folder):
-        try:
-            descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # as Windows wants to have it
-        except PermissionError:
-            if not path.is_dir():
-                raise
-            continue  # Windows opens no folder
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
 
 
 def _keep(work: Path, kept: Path) -> str:
@@ -248,9 +241,6 @@ def run_jobs(
     names = [(job.experiment, job.shard) for job in jobs]
     if (twice := first_repeated(names)) is not None:
         raise UserError(f"experiment {twice[0]}: is there twice; give each a name of its own.")
-    for name in {job.experiment for job in jobs}:
-        if not name or name.startswith(".") or "/" in name or name in RESERVED:
-            raise UserError(f"experiment {name!r}: cannot be the name of a folder of results; choose another one.")
     try:
         runs = Path(absolute(runs)).resolve()
         runs.mkdir(parents=True, exist_ok=True)

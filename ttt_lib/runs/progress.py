@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -25,33 +26,34 @@ class Progress:
         self.over, self.busy = threading.Event(), threading.Lock()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
-    def _state(self) -> str:
-        """Jobs and samples done, and the time left at the pace so far. Notes how many samples were said."""
+    def _done(self) -> int:
+        """Samples of the jobs that have ended, and of those that are at work."""
         done = self.ended
         for path in self.work.glob("*/samples.csv"):
-            samples = self.open.get(path.parent.name.rpartition(".")[0], 0)
-            try:
-                done += min(samples, max(path.read_bytes().count(b"\n") - 1, 0))
-            except OSError:  # the job has just moved it
-                pass
+            with suppress(OSError):  # the job has just moved it
+                samples = max(path.read_bytes().count(b"\n") - 1, 0)
+                done += min(samples, self.open.get(path.parent.name.rpartition(".")[0], 0))
+        return done
+
+    def _say(self, done: int, before: str = "", after: str = "") -> None:
+        """A line with jobs and samples done, and the time left at the pace so far, between two texts."""
+        minutes = (time.time() - self.begun) / max(done, 1) * (self.total - done) / 60
+        left = f"about {minutes:.1f} min" if done else "unknown time"
+        jobs = f"[{self.jobs - len(self.open)}/{self.jobs}]"
+        self.announce(f"{jobs} {before}{done}/{self.total} samples, {left} left{after}")
         self.said = done
-        if not done:
-            return f"0/{self.total} samples, unknown time left"
-        minutes = (time.time() - self.begun) / done * (self.total - done) / 60
-        return f"{done}/{self.total} samples, about {minutes:.1f} min left"
 
     def job_ended(self, name: str, before: str, after: str) -> None:
         """Announce a job's end, with the state of the run between two texts."""
         with self.busy:
             self.ended += self.open.pop(name)
-            self.announce(f"[{self.jobs - len(self.open)}/{self.jobs}] {before}{self._state()}{after}")
+            self._say(self._done(), before, after)
 
     def _watch(self) -> None:
         while not self.over.wait(self.every):
             with self.busy:
-                said, state = self.said, self._state()
-                if self.said > said:
-                    self.announce(f"[{self.jobs - len(self.open)}/{self.jobs}] {state}")
+                if (done := self._done()) > self.said:
+                    self._say(done)
 
     def __enter__(self) -> Progress:
         self.thread.start()

@@ -22,7 +22,7 @@ from ttt_lib.core.types import IDENTITY, KEYS
 from ttt_lib.evaluation.paired import in_order
 from ttt_lib.evaluation.scores import TABLE1_COLUMNS
 from ttt_lib.runs.catalog import table_places
-from ttt_lib.runs.manifest import read_manifest
+from ttt_lib.runs.jobs import read_manifest
 
 log = logging.getLogger(__name__)
 
