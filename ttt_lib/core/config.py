@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError, PydanticSerializationError
+from pydantic_core import PydanticSerializationError
 
 from ttt_lib.core import schema
 from ttt_lib.core.errors import UserError, printable
 from ttt_lib.core.files import read_yaml
 from ttt_lib.core.registry import LOSSES, SUPERVISIONS, Registry
 from ttt_lib.core.schema import Section
-
-COMPLAINTS = 5  # of one file in one sentence; the others follow when these are mended
 
 
 class ExperimentConfig(Section):
@@ -91,20 +89,17 @@ def _by_registry(value: Any, registry: Registry, default: type[Section]) -> Any:
     """`{name: settings}`, each validated by the class that the name was registered with (else `default`)."""
     if not isinstance(value, dict):
         return value  # pydantic says what is wrong
-    result, problems = {}, []
+    result = {}
     for name, given in value.items():
         if not registry.knows(str(name)):
             said = f"there is no such {registry.what}; there are {', '.join(registry)}"
-            problems.append({"loc": (name, "[key]"), "type": "value_error", "msg": said, "input": name})
-            continue
+            raise schema.complaint((str(name),), said, name)
         kind = registry.about.get(name, {}).get("settings", default)
         try:
-            given = given.model_dump(exclude_unset=True) if isinstance(given, Section) else given
             result[name] = kind.model_validate({} if given is None else given)
         except ValidationError as error:
-            problems += [{**each, "loc": (name, *each["loc"]), "kind": kind} for each in error.errors()]
-    if problems:
-        raise PydanticCustomError("by_registry", "see the parts", {"problems": problems})
+            first = error.errors()[0]
+            raise schema.complaint((name, *first["loc"]), first["msg"], first["input"]) from error
     return result
 
 
@@ -157,48 +152,19 @@ def _validate(kind: type[Section], content: dict[str, Any], source: str) -> Any:
     except PydanticSerializationError as error:
         raise UserError(f"{source}: holds a name or text that is not Unicode; rename the file or folder.") from error
     except ValidationError as error:
-        parts, found = [], _unfolded(error.errors())
-        for item in found[:COMPLAINTS]:
+        parts = []
+        for item in error.errors():
             key = printable(".".join(str(place) for place in item["loc"]) or "(top level)", 100)
-            if item["type"] == "extra_forbidden":
-                allowed = sorted(item["kind"].model_fields) if "kind" in item else _keys_beside(kind, item["loc"])
-                parts.append(f"{key}: unknown key; allowed here: {', '.join(allowed)}")
-            else:
-                parts.append(f"{key}: {item['msg']} (got {_shown(item['input'])})")
-        more = f"; and {len(found) - COMPLAINTS} more" if len(found) > COMPLAINTS else ""
-        raise UserError(f"{source}: " + "; ".join(parts) + f"{more}.") from error
-
-
-def _unfolded(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Complaints of `_by_registry` each for itself, at their places."""
-    result: list[dict[str, Any]] = []
-    for item in found:
-        if item["type"] == "by_registry":
-            result += [{**each, "loc": (*item["loc"], *each["loc"])} for each in item["ctx"]["problems"]]
-        else:
-            result.append(item)
-    return result
+            parts.append(f"{key}: {item['msg']} (got {_shown(item['input'])})")
+        raise UserError(f"{source}: {'; '.join(parts)}.") from error
 
 
 def _shown(value: Any) -> str:
     """A value as the user wrote it, the first parts of a large one (which YAML's references can make without end)."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 100
-    short.maxlevel = 3
     try:
-        return printable(short.repr(value), 120)
+        return printable(reprlib.repr(value), 120)
     except ValueError:  # a number of more digits than Python writes
         return "a number of thousands of digits"
-
-
-def _keys_beside(kind: type[Section], place: tuple) -> list[str]:
-    """The keys that are allowed where an unknown one was found."""
-    current: Any = kind
-    for key in place[:-1]:
-        annotation = current.model_fields[key].annotation if key in getattr(current, "model_fields", {}) else current
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), current)
-    return sorted(getattr(current, "model_fields", {}))
 
 
 def load_profile(path: str | Path) -> ProfileConfig:
@@ -207,11 +173,12 @@ def load_profile(path: str | Path) -> ProfileConfig:
     return _validate(ProfileConfig, {"name": path.stem, **_read_yaml(path)}, str(path))
 
 
-def _given(config: ExperimentConfig) -> dict[str, Any]:
-    """What was set, for others to be laid over it. The terms of the loss are there also where they are the defaults,
+def _laid(over: dict[str, Any], config: ExperimentConfig, source: str) -> ExperimentConfig:
+    """What was set, with other settings laid over it. The terms of the loss are there also where they are the defaults,
     so that `losses.normal.weight=1` adds a term and leaves the others."""
-    values = config.model_dump(exclude_unset=True)
-    return {**values, "losses": {name: term.model_dump(exclude_unset=True) for name, term in config.losses.items()}}
+    terms = {name: term.model_dump(exclude_unset=True) for name, term in config.losses.items()}
+    values = {**config.model_dump(exclude_unset=True), "losses": terms}
+    return _validate(ExperimentConfig, merge(values, over), source)
 
 
 def build_experiment(
@@ -226,22 +193,17 @@ def build_experiment(
     """
     config = _validate(ExperimentConfig, content, source)
     if profile is not None:
-        values = merge(merge(_given(config), profile.set), profile.rows.get(config.name, {}))
-        config = _validate(ExperimentConfig, values, f"{source} with profile {profile.name}")
+        own = merge(profile.set, profile.rows.get(config.name, {}))
+        config = _laid(own, config, f"{source} with profile {profile.name}")
         train = config.train
         scale = profile.scale if train.profiled else ScaleConfig()
         scaled = {
-            "train": {
-                "passes": max(1, round(train.passes * scale.passes)) if train.passes else 0,
-                "accumulation": max(1, round(train.accumulation * scale.accumulation)),
-                "optimizer": {"learning_rate": train.optimizer.learning_rate * scale.learning_rate},
-            }
+            "passes": max(1, round(train.passes * scale.passes)) if train.passes else 0,
+            "accumulation": max(1, round(train.accumulation * scale.accumulation)),
+            "optimizer": {"learning_rate": train.optimizer.learning_rate * scale.learning_rate},
         }
-        config = _validate(ExperimentConfig, merge(_given(config), scaled), source)
-    if overrides:
-        values = merge(_given(config), overrides)
-        config = _validate(ExperimentConfig, values, f"{source} with the given overrides")
-    return config
+        config = _laid({"train": scaled}, config, source)
+    return _laid(overrides, config, f"{source} with the given overrides") if overrides else config
 
 
 def load_experiment(

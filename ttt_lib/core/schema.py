@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ttt_lib.core.files import absolute
 from ttt_lib.core.registry import DATASETS, MODELS, SHIFTS, Registry
@@ -26,10 +28,29 @@ Side = Annotated[int, Field(ge=16, le=16384)]  # pixels that a network can make 
 RESERVED = ("summary", "superseded", "failed", "scored")  # folders of a folder of runs that are no experiment's
 
 
+def complaint(place: tuple, said: str, value: Any) -> ValidationError:
+    """An error at a place below the one that is validated."""
+    kind = PydanticCustomError("setting", "{said}", {"said": said})
+    return ValidationError.from_exception_data("settings", [InitErrorDetails(type=kind, loc=place, input=value)])
+
+
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values do not change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
+
+    @classmethod
+    def keys(cls, given: dict[str, Any]) -> Iterable[str]:
+        """Those that this section takes, beside others that are given."""
+        return cls.model_fields
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_unknown_key(cls, given: Any) -> Any:
+        for key in given if isinstance(given, dict) else ():
+            if key not in (taken := cls.keys(given)):
+                raise complaint((str(key),), f"unknown key; allowed here: {', '.join(sorted(taken))}", given[key])
+        return given
 
 
 def _known(registry: Registry, what: str) -> AfterValidator:
@@ -283,15 +304,13 @@ class DataConfig(Section):
     views: list[Annotated[int, Field(ge=1, le=1000)]] | None = None
     baselines: list[Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
 
-    @model_validator(mode="after")
-    def _no_unknown_key(self) -> DataConfig:
-        taken = inspect.signature(DATASETS[self.kind]).parameters if self.kind in DATASETS else {}
-        more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-        unknown = [key for key in self.model_extra or {} if key not in taken and not more]
-        if unknown:
-            allowed = sorted({*DataConfig.model_fields, *taken})
-            raise ValueError(f"{', '.join(unknown)}: unknown key; allowed here: {', '.join(allowed)}")
-        return self
+    @classmethod
+    def keys(cls, given: dict[str, Any]) -> Iterable[str]:
+        """Also the options of the kind of data."""
+        opener = DATASETS.get(str(given.get("kind", "moge")), DataConfig)
+        taken = inspect.signature(opener).parameters.values()
+        more = given if any(each.kind is each.VAR_KEYWORD for each in taken) else ()
+        return {*cls.model_fields, *(each.name for each in taken), *map(str, more)}
 
     def options(self) -> dict[str, Any]:
         """What differs from the defaults, as keyword arguments for `data.open_dataset`."""

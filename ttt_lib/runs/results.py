@@ -175,33 +175,20 @@ def _incomparable(used: pd.DataFrame) -> list[str]:
     return notes
 
 
-def score_counts(runs: Runs) -> pd.DataFrame:
-    """Over how many samples each mean of Table 1 is: a row an experiment, a column a score (`metric_score`)."""
+def _fewer(runs: Runs) -> list[str]:
+    """A line for each number of samples that a mean of Table 1 is over, where it is not that of all the row's samples."""
     final = runs.metrics[runs.metrics["prediction"] == "final"].dropna(subset=["value"])
     counts = final.groupby(["experiment", final["metric"] + "_" + final["score"]]).size().unstack(fill_value=0)
-    columns = [f"{metric}_{score}" for metric, score in TABLE1_COLUMNS]
-    return counts.reindex(index=runs.experiments, columns=columns, fill_value=0).astype(int)
-
-
-def _uneven(runs: Runs, told: list[str]) -> list[str]:
-    """A line where means that stand beside each other are over different numbers of samples. told: experiments of which
-    it is known that they lack samples as such."""
-    counts = score_counts(runs)
-    most, notes = counts.max(), []
-    for name, row in counts.drop(index=told).iterrows():
-        fewer = row[(row < most) & (row > 0)]
-        for number, columns in fewer.groupby(fewer):
-            others = "/".join(str(n) for n in sorted({most[column] for column in columns.index}))
-            notes.append(f"{name}: {', '.join(columns.index)} over {number} samples, elsewhere over {others}")
-    done = runs.samples.groupby("experiment").size().reindex(counts.index, fill_value=0)
-    if (done > counts.max(axis=1)).any():
-        notes.append("seconds are means over all samples, also those without truth, which n does not count")
-    partly = most[(most > 0) & (most < most.max())]
-    for number, columns in partly.groupby(partly):
-        notes.append(
-            f"{', '.join(columns.index)}: means over {number} of {most.max()} samples, which alone have such truth"
-        )
-    return notes
+    found: dict[tuple, list[str]] = {}
+    scores = [f"{metric}_{score}" for metric, score in TABLE1_COLUMNS if f"{metric}_{score}" in counts]
+    for experiment, row in counts[scores].iterrows():
+        done = int((runs.samples["experiment"] == experiment).sum())
+        for number, columns in row[(row > 0) & (row < done)].groupby(row):
+            found.setdefault((", ".join(columns.index), number, done), []).append(experiment)
+    return [
+        f"{columns}: means over {number} of {done} samples ({', '.join(experiments)})"
+        for (columns, number, done), experiments in found.items()
+    ]
 
 
 def _missing(runs: Runs) -> list[str]:
@@ -209,9 +196,9 @@ def _missing(runs: Runs) -> list[str]:
     notes = []
     done = runs.samples.groupby("experiment").size()
     everything = len(runs.samples.drop_duplicates(["dataset", "sample"]))
-    told = [name for name in runs.experiments if done.get(name, 0) < everything]
-    for name in told:
-        notes.append(f"{name}: {done.get(name, 0)} of {everything} samples; its means are over fewer samples")
+    for name in runs.experiments:
+        if done.get(name, 0) < everything:
+            notes.append(f"{name}: {done.get(name, 0)} of {everything} samples; its means are over fewer samples")
     if "original" not in runs.experiments:
         notes.append("original: not run, so there are no paired differences")
     if "control_lr0" not in runs.experiments:
@@ -223,7 +210,7 @@ def _missing(runs: Runs) -> list[str]:
         absent = [m for m in dict.fromkeys(metric for metric, _ in TABLE1_COLUMNS) if m not in known]
         if absent:
             notes.append(f"no scores for {', '.join(absent)}: the samples' truth does not allow them")
-        notes += _uneven(runs, told)
+        notes += _fewer(runs)
     if not len(runs.history):
         notes.append("no experiment trained, so there are no loss curves")
     return notes
