@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -20,9 +19,6 @@ from ttt_lib.models.base import GeometryModel
 from ttt_lib.runs.result_tables import scores_of_result
 
 SCORES = {"depth": "depth_affine_invariant", "points": "points_affine_invariant"}
-REMEMBERED = 8  # reconstructions that are kept: an ablation has many rows of each scene
-SMALL = 10  # photographs of a scene, at most, that is kept
-_remembered: dict[str, Scene] = {}
 
 
 def reconstruct_samples(
@@ -30,21 +26,10 @@ def reconstruct_samples(
 ) -> Scene:
     """The scene of samples that are photographs of one, with the model's guess of the focal length.
 
-    They know nothing else of the truth. longest_side: pixels of the pictures that the model sees. The same pictures with
-    the same focal lengths are not reconstructed twice.
+    They know nothing else of the truth. longest_side: pixels of the pictures that the model sees.
     """
     guess = guess_focal(model, longest_side)
-    pictures = [Picture(sample.name, sample.image, guess(sample.image)) for sample in samples]
-    known = hashlib.sha256(repr([(seed, each.name, each.focal) for each in pictures]).encode())
-    for each in pictures:
-        known.update(each.source.cpu().numpy().tobytes())
-    key = known.hexdigest()
-    scene = _remembered.pop(key) if key in _remembered else reconstruct(pictures, seed)
-    if len(pictures) <= SMALL:
-        _remembered[key] = scene  # as the newest
-        for old in list(_remembered)[:-REMEMBERED]:
-            del _remembered[old]
-    return scene
+    return reconstruct([Picture(sample.name, sample.image, guess(sample.image)) for sample in samples], seed)
 
 
 def score_scene(adaptation: SceneAdaptation, samples: Iterable[Sample]) -> pd.DataFrame:

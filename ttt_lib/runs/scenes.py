@@ -28,7 +28,7 @@ class Scenes:
 
     def __init__(self, model: GeometryModel, config: ExperimentConfig) -> None:
         self.model, self.config = model, config
-        self._last: tuple[tuple[str, str], SceneAdaptation] | None = None
+        self._last: dict[tuple[str, str], SceneAdaptation] = {}
 
     def adapt(self, samples: SampleSet, sample: Sample) -> AdaptResult | None:
         """The result of one sample; None where the experiment is for a single photograph and the scene says nothing."""
@@ -46,11 +46,11 @@ class Scenes:
     def _adapted(self, samples: SampleSet, scene: str, names: list[str]) -> SceneAdaptation:
         """The scene of these samples, adapted to unless it is the last one."""
         key = (samples.name, scene)
-        if self._last is None or self._last[0] != key:
+        if key not in self._last:
             begun = time.perf_counter()
             members = (samples.load(name) for name in names)
             found = reconstruct_samples(self.model, members, self.config.seed, self.config.views.longest_side)
             adaptation = adapt_scene(self.model, found, self.config, "/".join(key))
             adaptation.seconds = time.perf_counter() - begun  # with the reconstruction: each photograph has its share
-            self._last = key, adaptation
-        return self._last[1]
+            self._last = {key: adaptation}
+        return self._last[key]
