@@ -138,7 +138,7 @@ def test_adapt_by_names_is_the_loop_with_those_settings(tiny, picture, tmp_path)
     from conftest import adapt as loop
 
     from ttt_lib.core.config import load_experiment
-    from ttt_lib.runs.experiment import NOTEBOOKS, resolve_profile
+    from ttt_lib.runs.catalog import NOTEBOOKS, resolve_profile
 
     sample = Sample("room", "set", picture.image[0])
     before = weights_checksum(tiny)

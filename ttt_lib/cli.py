@@ -6,6 +6,7 @@ Long: one command after the other, each hardly more than its options.
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import json
 import logging
@@ -18,12 +19,11 @@ from typing import Annotated
 
 import typer
 
-from ttt_lib.core.collector import collector_paused
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, printable, reason
 from ttt_lib.core.files import absolute, check_writable
 from ttt_lib.core.termination import ending_in_order
-from ttt_lib.runs.catalog import NOTEBOOKS, experiment_file, experiment_files, notebooks_folder
+from ttt_lib.runs.catalog import experiment_file, experiment_files, notebooks_folder, profile_files
 
 LOG = logging.getLogger("ttt_lib")
 HARD_BY = "points_scale_invariant/delta1"  # as the study's text says
@@ -57,7 +57,7 @@ def _complete_experiments(incomplete: str) -> list[str]:
 
 
 def _complete_profiles(incomplete: str) -> list[str]:
-    return [path.stem for path in sorted(NOTEBOOKS.glob("profiles/*.yaml")) if path.stem.startswith(incomplete)]
+    return [name for name in profile_files() if name.startswith(incomplete)]
 
 
 def default_workers() -> int:
@@ -213,11 +213,13 @@ def adapt(
     and the unit are in record.json (and near and far in the PNG). depth.npy is the depth itself. With a known camera
     whose principal point is off the middle, what it leaves unknown is 0 in the PNG and NaN in the NPY.
     """
-    with collector_paused():  # it would take a fifth of these imports, and find nothing to free
-        from ttt_lib.data.known_camera import parse_intrinsics
-        from ttt_lib.data.known_distances import parse_unit
-        from ttt_lib.report.photo_files import adapt_photos, find_photos, name_results
-        from ttt_lib.runs.experiment import open_model
+    gc.disable()  # it would take a fifth of these imports, and find nothing to free
+    from ttt_lib.data.known_camera import parse_intrinsics
+    from ttt_lib.data.known_distances import parse_unit
+    from ttt_lib.report.photo_files import adapt_photos, find_photos, name_results
+    from ttt_lib.runs.experiment import open_model
+
+    gc.enable()
 
     config, output = _settings(experiment, profile, model, set_), Path(absolute(output))
     photos = name_results(find_photos(images), output)
@@ -271,8 +273,10 @@ def scene(
     set_: Overrides = None,
 ) -> None:
     """Adapt to several photographs of one scene: depth in one scale, one point cloud, cameras, pictures and a record."""
-    with collector_paused():  # it would take a fifth of these imports, and find nothing to free
-        from ttt_lib.report.scene_files import adapt_photographs
+    gc.disable()  # it would take a fifth of these imports, and find nothing to free
+    from ttt_lib.report.scene_files import adapt_photographs
+
+    gc.enable()
 
     config = _settings(experiment, profile, model, set_)
     source = photographs[0] if len(photographs) == 1 else photographs

@@ -7,8 +7,9 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -164,16 +165,11 @@ def check_writable(folder: Path) -> None:
     """
     if os.path.ismount(folder):
         raise UserError(f"{folder}: is where a disk is mounted and cannot be replaced; name a folder in it.")
-    work = _unfinished(folder, os.getpid())
-    new = [work, *(path for path in work.parents if not os.path.lexists(path))]
+    there = next(path for path in folder.absolute().parents if os.path.lexists(path))
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({reason(error)}).") from error
-    finally:
-        for path in new:
-            with suppress(OSError):
-                path.rmdir()
 
 
 @contextmanager

@@ -57,11 +57,25 @@ def table_places() -> dict[str, int]:
     return {name: content.get("order", default) for name, content in contents.items()}
 
 
+def profile_files() -> dict[str, Path]:
+    """The package's profiles by name."""
+    return {path.stem: path for path in sorted((NOTEBOOKS / "profiles").glob("*.yaml"))}
+
+
 def experiment_file(name: str | Path, where: str = "experiment") -> Path:
     """The file of an experiment given by name or path. where: begins the sentence of the `ConfigError`."""
-    files = experiment_files()
+    return _named(name, experiment_files(), where, "experiment")
+
+
+def resolve_profile(profile: str | Path | None) -> Path | None:
+    """The file of a profile given by name or path; None for an empty one. Raises `ConfigError`."""
+    return _named(profile, profile_files(), "profile", "profile") if profile else None
+
+
+def _named(name: str | Path, files: dict[str, Path], where: str, what: str) -> Path:
     if str(name) in files:
         return files[str(name)]
     if Path(name).suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"{where} {str(name)!r}: there is no such experiment; there are {', '.join(files)}.")
+        known = ", ".join(files)
+        raise ConfigError(f"{where} {str(name)!r}: there is no such {what}; there are {known}, or name a YAML file.")
     return Path(absolute(name))

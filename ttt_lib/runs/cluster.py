@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -9,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ttt_lib.core.collector import collector_paused
 from ttt_lib.core.errors import NotSupported, RunError, UserError, reason
 from ttt_lib.core.files import read_yaml
 
@@ -32,18 +32,14 @@ def _batch_system(description: str) -> Any:
         import dask_jobqueue
     except ImportError as error:
         raise NotSupported("--cluster: needs dask-jobqueue; `pip install dask-jobqueue`.") from error
-    settings = read_yaml(description)
-    where, known = f"--cluster {description}", sorted(name for name in dir(dask_jobqueue) if name.endswith("Cluster"))
-    if not isinstance(settings, dict) or not isinstance(settings.get("options", {}), dict):
-        raise UserError(f"{where}: must hold `class` and `options`.")
-    kind = settings.pop("class", "SLURMCluster")
+    settings, known = read_yaml(description), [name for name in dir(dask_jobqueue) if name.endswith("Cluster")]
+    kind = settings.get("class") if isinstance(settings, dict) else None
     if kind not in known:
-        raise UserError(f"{where}: class {kind!r} is not known; use one of {', '.join(known)}.")
+        raise UserError(f"--cluster {description}: must hold `options` and `class`, one of {', '.join(known)}.")
     try:
-        cluster = getattr(dask_jobqueue, kind)(**settings.get("options", settings))
+        return getattr(dask_jobqueue, kind)(**settings.get("options", {}))
     except Exception as error:  # whatever the batch system's class makes of the options
-        raise UserError(f"{where}: {kind} does not start with these options ({reason(error)}).") from error
-    return cluster
+        raise UserError(f"--cluster {description}: {kind} does not start so ({reason(error)}).") from error
 
 
 def _existing(scheduler: str) -> Any:
@@ -88,7 +84,9 @@ def open_client(
     with ExitStack() as opened:  # what was started is closed, whatever fails after it
         # Dask closes a forgotten client when it is collected, which takes the lock that starting and stopping hold: the
         # process would wait for itself for ever. Clients that failed earlier are collected before.
-        with collector_paused():
+        gc.collect()
+        gc.disable()
+        try:
             if scheduler:
                 client = _existing(scheduler)
             else:
@@ -96,6 +94,8 @@ def open_client(
                 opened.callback(cluster.close)
                 client = _connect(cluster, cluster_file, workers)
             opened.callback(client.close)
+        finally:
+            gc.enable()
         if scheduler:
             _require_single_threads(client, scheduler)
         announce(f"dashboard: {client.dashboard_link}")

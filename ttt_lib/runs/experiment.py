@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from ttt_lib.data.samples import SampleSet
 from ttt_lib.evaluation.scores import MINIMUM_TRUTH, tidy_rows
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.models.load import load_model
-from ttt_lib.runs.catalog import NOTEBOOKS
+from ttt_lib.runs.catalog import resolve_profile
 from ttt_lib.runs.gallery import gallery_content, write_gallery_file
 from ttt_lib.runs.result_tables import ResultTables, scores_of_result
 from ttt_lib.runs.scenes import Scenes
@@ -49,22 +47,6 @@ class RunSummary:
     history: pd.DataFrame
     left_out: pd.DataFrame
     last: dict[str, Any] = field(default_factory=dict)  # sample and AdaptResult of the last sample, for a picture
-
-
-def resolve_profile(profile: str | None) -> Path | None:
-    """Path of a profile given by name (a file of `notebooks/profiles`) or by path; None for an empty one."""
-    if not profile:
-        return None
-    path = Path(profile)
-    if path.suffix in (".yaml", ".yml"):
-        return Path(absolute(path))
-    path = NOTEBOOKS / "profiles" / f"{profile}.yaml"
-    if not os.path.isfile(path):  # also answers for names that no file system takes
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise ConfigError(
-            f"profile {profile!r}: there is no such profile; there are {known}, or give the path of a file."
-        )
-    return path
 
 
 def default_profile(model_name: str) -> str | None:
@@ -112,12 +94,6 @@ def open_samples(config: ExperimentConfig, shard: tuple[int, int] = (0, 1)) -> l
     if twice is not None:
         raise DataError(f"data: two samples are called {'/'.join(twice)}; give each set a `name` of its own.")
     return [s.shard(*shard) for s in sets]
-
-
-def iterate(sets: list[SampleSet]) -> Iterator[Sample]:
-    """All readable samples of all sets, in order."""
-    for sample_set in sets:
-        yield from sample_set.readable()
 
 
 def open_model(config: ExperimentConfig) -> GeometryModel:

@@ -29,8 +29,8 @@ from ttt_lib.core.memory import memory_mb, peak_memory_mb, reset_peak_memory
 from ttt_lib.data.catalog import open_dataset
 from ttt_lib.models.pretraining.stand_in import write_stand_in
 from ttt_lib.runs.benchmark import machine, now
-from ttt_lib.runs.catalog import experiment_file
-from ttt_lib.runs.experiment import open_model, resolve_profile
+from ttt_lib.runs.catalog import experiment_file, resolve_profile
+from ttt_lib.runs.experiment import open_model
 
 log = logging.getLogger(__name__)
 NO_PATCHES = {"losses": {f"local_{level}": {"weight": 0.0} for level in (4, 16, 64)}}
