@@ -12,7 +12,7 @@ from ttt_lib.core.at_work import at_work
 
 def test_the_time_is_counted_while_something_works_and_nothing_is_left(capsys, monkeypatch):
     monkeypatch.setattr(module, "EVERY", 0.01)
-    with pytest.raises(KeyError), at_work("comparing", shown=True):  # what is raised comes through
+    with pytest.raises(KeyError), at_work("comparing", disabled=False):  # what is raised comes through
         time.sleep(0.3)
         raise KeyError
     shown = capsys.readouterr().err

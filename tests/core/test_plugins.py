@@ -19,7 +19,7 @@ from ttt_lib.views.draw import make_views
 
 
 def test_a_name_belongs_to_one_function_and_may_be_registered_again():
-    registry = Registry("loss", reserved=("global",))
+    registry = Registry("loss")
 
     def define(value):
         @registry.register("mine")
@@ -31,8 +31,6 @@ def test_a_name_belongs_to_one_function_and_may_be_registered_again():
     assert registry["mine"]() == 2
     with pytest.raises(UserError, match="'mine'.*taken"):
         registry.register("mine")(len)
-    with pytest.raises(UserError, match="'global'.*taken"):
-        registry.register("global")(len)
 
 
 def test_the_package_s_own_losses_are_registered_as_yours_are():

@@ -12,12 +12,11 @@ EVERY = 1.0  # seconds
 
 
 @contextmanager
-def at_work(what: str, shown: bool | None = None) -> Iterator[None]:
+def at_work(what: str, disabled: bool | None = None) -> Iterator[None]:
     """Inside, a line on stderr that says what is done and counts the time; it is gone at the end.
 
-    shown: None: on a terminal only, so that it fills no log.
+    disabled: None: shown on a terminal only, so that it fills no log.
     """
-    disabled = None if shown is None else not shown
     with tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=disabled) as bar:
         ended = Event()
 
@@ -26,11 +25,9 @@ def at_work(what: str, shown: bool | None = None) -> Iterator[None]:
                 bar.refresh()
 
         counting = Thread(target=count, daemon=True)
-        if not bar.disable:
-            counting.start()
+        counting.start()
         try:
             yield
         finally:
             ended.set()
-            if not bar.disable:
-                counting.join()
+            counting.join()

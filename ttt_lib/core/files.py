@@ -56,21 +56,17 @@ def absolute(path: str | Path) -> str:
 class _UniqueKeys(yaml.SafeLoader):
     """Plain values only, and a key that is there twice is a mistake: YAML itself would silently take the last."""
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise yaml.constructor.ConstructorError(problem=f"{key.value!r} is there twice, {key.start_mark}")
-            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
-        return node
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        twice = first_repeated(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(problem=f"{twice!r} is there twice, {node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError(f"{first_repeated(key for key, _ in pairs)!r} is there twice")
-    return result
+    if (twice := first_repeated(key for key, _ in pairs)) is not None:
+        raise ValueError(f"{twice!r} is there twice")
+    return dict(pairs)
 
 
 def read_text(path: str | Path) -> str:
@@ -84,9 +80,7 @@ def read_text(path: str | Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file; check the name.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read (it is not text in UTF-8).") from error
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a name with a zero byte
         raise UserError(f"{path}: cannot be read ({reason(error)}).") from error
 
 
@@ -94,10 +88,8 @@ def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text without tags for Python objects. where: begins the sentence of the `UserError`."""
     try:
         return yaml.load(text, Loader=_UniqueKeys)  # a subclass of the safe loader
-    except yaml.YAMLError as error:
+    except Exception as error:  # also of dates that are none, numbers without end, lists nested without end
         raise UserError(f"{where}: is not valid YAML ({' '.join(str(error).split())[:300]}).") from error
-    except Exception as error:  # dates that are none, numbers without end, lists nested without end
-        raise UserError(f"{where}: is not valid YAML ({reason(error)}).") from error
 
 
 def read_yaml(path: str | Path) -> Any:

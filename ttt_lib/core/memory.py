@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,16 +14,14 @@ try:
 except ImportError:  # Windows
     resource = None
 
-OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
 PROCESS = Path("/proc/self")  # Linux; elsewhere only the peak since the start is known
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out: the GPU's, Python's, or that of PyTorch's CPU allocator."""
-    said = isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("out of memory", "can't allocate memory")
-    )
-    return isinstance(error, OUT_OF_MEMORY) or said
+    if isinstance(error, RuntimeError):
+        return "out of memory" in str(error) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError)
 
 
 def _resident_mb(key: str) -> float:
@@ -71,7 +70,5 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with suppress(OSError):
         (PROCESS / "clear_refs").write_text("5", encoding="utf-8")
-    except OSError:
-        pass

@@ -57,13 +57,12 @@ def environment() -> dict[str, Any]:
     import torch
 
     cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     short = cuda and torch.backends.cudnn.allow_tf32 and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
     return {
         "packages": {name: version_of(name) or "absent" for name in PACKAGES},
         "python": platform.python_version(),
         "git_revision": git_revision(),
-        "device": device,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "tf32": short,  # convolutions with 10 bits after the point, as torch sets it: training goes elsewhere (gpu_servers.md)
         "cores": cores(),
         "host": socket.gethostname(),

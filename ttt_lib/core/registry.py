@@ -31,7 +31,6 @@ class Registry(dict[str, Callable[..., Any]]):
     Args:
         what: what one of them is called in a sentence.
         home: the module that registers the package's own.
-        reserved: names that are taken otherwise.
 
     Raises:
         UserError: by `register`, for a name that something else has.
@@ -47,9 +46,9 @@ class Registry(dict[str, Callable[..., Any]]):
         (True, True)
     """
 
-    def __init__(self, what: str, home: str = "", reserved: tuple[str, ...] = ()) -> None:
+    def __init__(self, what: str, home: str = "") -> None:
         super().__init__()
-        self.what, self.home, self.reserved = what, home, reserved
+        self.what, self.home = what, home
         self.about: dict[str, dict[str, Any]] = defaultdict(dict)
 
     def load_home(self) -> None:
@@ -77,9 +76,7 @@ class Registry(dict[str, Callable[..., Any]]):
         def keep(function: Function) -> Function:
             if self.home and not _place(function)[0].startswith("ttt_lib."):
                 import_module(self.home)  # so that no name of the package's own is free
-            held = self.get(name)
-            same = held is function or (held is not None and _place(held) == _place(function) != ("", ""))
-            if name in self.reserved or (held is not None and not same):
+            if name in self and _place(self[name]) != _place(function):
                 raise UserError(f"{self.what} {name!r}: this name is taken; choose another one.")
             self[name], self.about[name] = function, about
             return function
@@ -119,6 +116,6 @@ SUPERVISIONS = Registry("supervision", home="ttt_lib.adaptation.methods")
 SHIFTS = Registry("shift", home="ttt_lib.data.shifts")
 # Families of models: `loader(name, device=..., num_tokens=..., autocast=..., fov_x=...)` -> `GeometryModel`. matches: whether
 # a name is the family's; without it those that begin with `FAMILY:` are, and the loader gets what follows. listed: names.
-MODELS = Registry("model", home="ttt_lib.models.load", reserved=("http", "https", "file"))
+MODELS = Registry("model", home="ttt_lib.models.load")
 # Kinds of data: an opener with options by name -> `SampleSet`. `needs`: options without which there is no such set.
 DATASETS = Registry("data set", home="ttt_lib.data.catalog")

@@ -15,7 +15,7 @@ from ttt_lib.core.registry import load_installed
 from ttt_lib.data.samples import files_fingerprint
 from ttt_lib.models.base import weights_checksum
 from ttt_lib.models.load import load_model
-from ttt_lib.runs.catalog import experiment_file, experiment_files, list_experiments, notebooks_folder
+from ttt_lib.runs.catalog import experiment_file, list_experiments, notebooks_folder
 from ttt_lib.runs.experiment import load_with_profile, open_samples
 from ttt_lib.runs.jobs import Job
 
@@ -57,8 +57,7 @@ def choose_experiments(names: str | None) -> list[Path]:
         if not wanted:
             raise UserError(f"--experiments {names!r}: names no experiment; leave it out for all.")
         return [experiment_file(name, "--experiments") for name in wanted]
-    files = experiment_files(more=False)
-    return [files[name] for name in list_experiments(more=False)]
+    return [experiment_file(name) for name in list_experiments(more=False)]
 
 
 def _model_files(name: str) -> str:
