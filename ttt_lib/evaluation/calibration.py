@@ -58,9 +58,8 @@ def _signals(table: pd.DataFrame) -> pd.DataFrame:
 
 def _ridge(z: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
     centre, bias = z.mean(0), y.mean()
-    weights = np.linalg.solve(
-        (z - centre).T @ (z - centre) + strength * np.eye(z.shape[1]), (z - centre).T @ (y - bias)
-    )
+    squares = (z - centre).T @ (z - centre) + strength * np.eye(z.shape[1])
+    weights = np.linalg.solve(squares, (z - centre).T @ (y - bias))
     return weights, float(bias - centre @ weights)
 
 
@@ -91,19 +90,14 @@ def calibrate(table: pd.DataFrame, allowed: float = 0.02) -> Calibration:
     if CALM in names:  # nothing is fitted to this one, so it is its own out-of-fold estimate
         alone = -np.eye(len(names))[names.index(CALM)]
         estimates[f"small {CALM}"] = (z @ alone, alone, 0.0)
-    best = None
+    candidates, correlation = [], float(np.corrcoef(estimates["estimated gain"][0], y)[0, 1])
     for order, (estimate, weights, bias) in estimates.items():
-        accept, blend = _thresholds(table, estimate, allowed)
-        found = outcome(apply_thresholds(table, estimate, accept, blend))
-        if best is None or found["gain"] > best.about["gain"]:
-            about = {
-                "samples": len(table), "order": order, "ridge": strength, "allowed": allowed,
-                "correlation_out_of_fold": _correlation(estimates["estimated gain"][0], y), **found,
-            }  # fmt: skip
-            best = Calibration(
-                names, mean.tolist(), deviation.tolist(), weights.tolist(), bias, float(accept), float(blend), about
-            )
-    return best
+        found, accept, blend = _thresholds(table, estimate, allowed)
+        about = {"samples": len(table), "order": order, "ridge": strength, "allowed": allowed}
+        about |= {"correlation_out_of_fold": correlation, **found}
+        scale = mean.tolist(), deviation.tolist()
+        candidates.append(Calibration(names, *scale, weights.tolist(), bias, float(accept), float(blend), about))
+    return max(candidates, key=lambda each: each.about["gain"])
 
 
 def is_safe(found: dict[str, float], count: int, allowed: float) -> bool:
@@ -115,22 +109,17 @@ def is_safe(found: dict[str, float], count: int, allowed: float) -> bool:
     return found["worst"] >= -FORBIDDEN and (found["worse"] * count + 1) / (count + 1) <= allowed
 
 
-def _thresholds(table: pd.DataFrame, estimate: np.ndarray, allowed: float) -> tuple[float, float]:
-    """Accept and blend with the largest mean gain of those that are safe; what nothing reaches, where none is."""
+def _thresholds(table: pd.DataFrame, estimate: np.ndarray, allowed: float) -> tuple[dict[str, float], float, float]:
+    """Outcome, accept and blend with the largest mean gain of those that are safe; what nothing reaches, where none is."""
     above = float(estimate.max()) + 1.0
-    levels = np.unique(np.quantile(estimate, np.linspace(0, 1, 41)))
-    best, chosen = 0.0, (above, above)
-    for blend in [*levels, above]:
-        for accept in [level for level in [*levels, above] if level >= blend]:
-            found = outcome(apply_thresholds(table, estimate, accept, blend))
-            if is_safe(found, len(table), allowed) and found["gain"] > best:
-                best, chosen = found["gain"], (accept, blend)
-    return chosen
-
-
-def apply_thresholds(table: pd.DataFrame, estimate: np.ndarray, accept: float, blend: float) -> pd.DataFrame:
-    """Gain and loss of each sample (columns gain, loss) after decisions by these estimates and thresholds."""
-    return _by_decision(table, estimate >= accept, estimate >= blend)
+    levels = [*np.unique(np.quantile(estimate, np.linspace(0, 1, 41))), above]
+    pairs = [(accept, blend) for blend in levels for accept in levels if accept >= blend]
+    nothing, *found = [
+        (outcome(_by_decision(table, estimate >= accept, estimate >= blend)), accept, blend)
+        for accept, blend in [(above, above), *pairs]
+    ]
+    safe = [each for each in found if is_safe(each[0], len(table), allowed)]
+    return max([nothing, *safe], key=lambda each: each[0]["gain"])
 
 
 def _by_decision(table: pd.DataFrame, accepted: np.ndarray, mixed: np.ndarray) -> pd.DataFrame:
@@ -138,7 +127,7 @@ def _by_decision(table: pd.DataFrame, accepted: np.ndarray, mixed: np.ndarray) -
     return pd.DataFrame({
         kind: np.where(accepted, table[f"{kind}_adapted"], np.where(mixed, table[f"{kind}_blended"], 0.0))
         for kind in ("gain", "loss")
-    })  # fmt: skip
+    }, index=table.index)  # fmt: skip
 
 
 def decide(table: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
@@ -148,22 +137,15 @@ def decide(table: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
     """
     signals = _signals(table).to_dict("records")
     decision = np.array([calibration.decide(row) for row in signals])
-    chosen = _by_decision(table, decision == "accept", decision == "blend")
-    return table.assign(
-        decision=decision,
-        signal_estimate=[calibration.estimate(row) for row in signals],
-        gain_final=chosen.gain.to_numpy(),
-        loss_final=chosen.loss.to_numpy(),
-    )
+    final = _by_decision(table, decision == "accept", decision == "blend").add_suffix("_final")
+    estimates = [calibration.estimate(row) for row in signals]
+    return table.assign(decision=decision, signal_estimate=estimates, **final)
 
 
 def outcome(decided: pd.DataFrame) -> dict[str, float]:
     """Mean gain, share of samples that lose more than `TOLERANCE` in depth or points, and the worst loss."""
-    return {
-        "gain": float(decided.gain.mean()),
-        "worse": float((decided.loss < -TOLERANCE).mean()),
-        "worst": float(decided.loss.min()),
-    }
+    worse, worst = (decided.loss < -TOLERANCE).mean(), decided.loss.min()
+    return {"gain": float(decided.gain.mean()), "worse": float(worse), "worst": float(worst)}
 
 
 def compare_policies(table: pd.DataFrame) -> pd.DataFrame:
@@ -173,12 +155,11 @@ def compare_policies(table: pd.DataFrame) -> pd.DataFrame:
     oracle's mean gain.
     """
     none, every = np.zeros(len(table), bool), np.ones(len(table), bool)
-    decided = table[["gain_final", "loss_final"]].set_axis(["gain", "loss"], axis=1)
     choices = {
         "never": _by_decision(table, none, none),
         "always": _by_decision(table, every, none),
         "blend always": _by_decision(table, none, every),
-        "gate": decided,
+        "gate": table[["gain_final", "loss_final"]].set_axis(["gain", "loss"], axis=1),
         "oracle": _by_decision(table, table.gain_adapted > 0, none),
     }
     rng = np.random.default_rng(0)
@@ -190,10 +171,6 @@ def compare_policies(table: pd.DataFrame) -> pd.DataFrame:
     best = float(result.gain[result.policy == "oracle"].iloc[0])
     result["kept"] = result.gain / best if best > 0 else np.nan
     return result[["policy", "samples", "gain", "low", "high", "worse", "worst", "kept"]]
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else float("nan")
 
 
 def area_under_roc(score: np.ndarray, positive: np.ndarray) -> float:

@@ -31,25 +31,6 @@ def with_controls(files: list[Path]) -> list[Path]:
     return files + [experiment_file(name) for name in CONTROLS if name not in there]
 
 
-def ranked(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Samples by their score, hardest first: tidy metric rows in, rows (dataset, sample, value) out.
-
-    metric as `points_scale_invariant/delta1`; ties by (dataset, sample), so the order is not that of the input.
-    Raises `UserError` for a metric that is not there, or that is an error, of which the lowest are easy.
-    """
-    name, _, score = metric.partition("/")
-    rows = scores[(scores["metric"] == name) & (scores["score"] == score)]
-    if rows.empty:
-        known = sorted({f"{m}/{s}" for m, s in zip(scores["metric"], scores["score"])})
-        raise UserError(f"--metric {metric!r}: was not measured; there are {', '.join(known)}.")
-    if not SCORES[score].higher_is_better:
-        raise UserError(
-            f"--metric {metric!r}: is lower for better predictions; choose by a score such as {name}/delta1."
-        )
-    rows = rows.dropna(subset=["value"]).sort_values(["value", "dataset", "sample"])
-    return rows[["dataset", "sample", "value"]].reset_index(drop=True)
-
-
 def choose_groups(
     scores: pd.DataFrame, metric: str, count: int, below: float | None = None, seed: int = 0
 ) -> pd.DataFrame:
@@ -57,7 +38,7 @@ def choose_groups(
 
     Args:
         scores: tidy metric rows of one prediction a sample.
-        metric: as `points_scale_invariant/delta1`.
+        metric: as `points_scale_invariant/delta1`; no error, of which the lowest are easy.
         count: samples of each group. A random one may be hard or easy too: they stand for the whole set.
         below: the hard ones must score lower.
         seed: of the random ones. Nothing depends on the order of `scores`.
@@ -74,22 +55,23 @@ def choose_groups(
         >>> choose_groups(scores, "depth/delta1", 1).query("group != 'random'")["sample"].tolist()
         ['b', 'c']
     """
-    rows = ranked(scores, metric)
+    known = scores["metric"] + "/" + scores["score"]
+    if metric not in set(known):
+        raise UserError(f"--metric {metric!r}: was not measured; there are {', '.join(sorted(set(known)))}.")
+    if not SCORES[metric.partition("/")[2]].higher_is_better:
+        raise UserError(f"--metric {metric!r}: is lower for better predictions; choose by a score such as delta1.")
+    order = ["value", "dataset", "sample"]
+    rows = scores[known == metric].dropna(subset=["value"]).sort_values(order, ignore_index=True)
     if len(rows) < 2 * count:
-        raise UserError(
-            f"--hardest {count}: {len(rows)} samples have a score, and as many hard and easy ones are {2 * count}; name "
-            f"more data or a lower number."
-        )
+        said = f"{len(rows)} samples have a score, and as many hard and easy ones are {2 * count}"
+        raise UserError(f"--hardest {count}: {said}; name more data or a lower number.")
     hard = rows if below is None else rows[rows["value"] < below]
     if len(hard) < count:
-        raise UserError(
-            f"--below {below}: {len(hard)} of {len(rows)} samples score lower in {metric}, not {count}; raise it, or "
-            f"lower --hardest."
-        )
-    parts = {"hard": hard.head(count), "random": rows.sample(count, random_state=seed), "easy": rows.tail(count)}
-    return pd.concat([parts[group].assign(group=group) for group in GROUPS], ignore_index=True)[
-        ["group", "dataset", "sample", "value"]
-    ]
+        said = f"{len(hard)} of {len(rows)} samples score lower in {metric}, not {count}"
+        raise UserError(f"--below {below}: {said}; raise it, or lower --hardest.")
+    parts = hard.head(count), rows.sample(count, random_state=seed), rows.tail(count)
+    chosen = pd.concat([part.assign(group=group) for group, part in zip(GROUPS, parts)], ignore_index=True)
+    return chosen[["group", "dataset", "sample", "value"]]
 
 
 def choose_samples(
@@ -113,9 +95,8 @@ def choose_samples(
     scored = read_runs(runs / SCORED)
     if not len(scored.metrics):
         raise UserError(f"--hardest {count}: none of the samples could be read and scored.")
-    chosen = choose_groups(
-        scored.metrics[scored.metrics["prediction"] == "final"], metric, count, below, seed=config.seed
-    )
+    final = scored.metrics[scored.metrics["prediction"] == "final"]
+    chosen = choose_groups(final, metric, count, below, seed=config.seed)
     chosen.assign(metric=metric).to_csv(runs / SELECTION, index=False)
     for group, part in chosen.groupby("group", sort=False):
         print(f"{group}: {len(part)} samples, {metric} {part['value'].min():.3f} to {part['value'].max():.3f}")
