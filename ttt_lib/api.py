@@ -28,10 +28,10 @@ from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Scene
 from ttt_lib.data.samples import SampleSet
 from ttt_lib.evaluation import scores as metrics
+from ttt_lib.evaluation.scores import scores_of_result
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.runs.catalog import experiment_file
 from ttt_lib.runs.experiment import default_profile, load_with_profile
-from ttt_lib.runs.result_tables import scores_of_result
 
 Source = str | Path
 Evaluated = Prediction | AdaptResult | GeometryModel

@@ -20,9 +20,8 @@ from ttt_lib.core.errors import DataError
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.types import Sample
 from ttt_lib.runs import experiment as experiment_module
-from ttt_lib.runs.experiment import experiment_from_parameters, load_with_profile, run_experiment
+from ttt_lib.runs.experiment import _append, experiment_from_parameters, load_with_profile, run_experiment
 from ttt_lib.runs.gallery import gallery_content, prediction_name
-from ttt_lib.runs.result_tables import _append
 
 BASE = {
     "name": "test",

@@ -14,8 +14,7 @@ from ttt_lib.data.samples import SampleSet
 from ttt_lib.evaluation.calibration import signal_quality
 from ttt_lib.runs import scene_study
 from ttt_lib.runs.experiment import Adaptations, run_experiment
-from ttt_lib.runs.scene_study import control_scenes, scene_signals, study
-from ttt_lib.runs.scenes import ALONE, Scenes
+from ttt_lib.runs.scene_study import ALONE, Scenes, control_scenes, scene_signals, study
 
 experiment = small_experiment(supervision={"photographs": {}}, train={"method": "none", "passes": 0})
 

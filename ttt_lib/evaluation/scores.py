@@ -17,6 +17,7 @@ from moge.test.metrics import compute_metrics
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.types import Prediction, Sample
 from ttt_lib.geometry.exact_alignment import align_affine_lstsq, fast_alignment
 
@@ -230,6 +231,14 @@ def disparity_aligned_metrics(disparity: Tensor, truth: Tensor) -> dict[str, flo
     depth = 1 / (disparity * scale + shift).clamp_min(float(1 / truth.max()))
     scores = zoedepth_metrics(depth, truth)
     return {"abs_rel": scores["abs_rel"], "delta1": scores["delta1"]}
+
+
+def scores_of_result(result: AdaptResult, sample: Sample) -> dict[str, Scores]:
+    """Scores of what a result holds of `original`, `final`, `adapted` and `blended`; of the same prediction the same object."""
+    held = {kind: getattr(result, kind) for kind in ("original", "final", "adapted", "blended")}
+    different = {id(each): each for each in held.values() if each is not None}
+    scores = {key: scores_of(each, sample) for key, each in different.items()}
+    return {kind: scores[id(each)] for kind, each in held.items() if each is not None}
 
 
 def tidy_rows(scores: Scores) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,19 @@ from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment, load_profile
 from ttt_lib.core.errors import ConfigError, DataError, NumericalError, UserError, reason
-from ttt_lib.core.files import absolute, first_repeated
+from ttt_lib.core.files import absolute, first_repeated, replacing_file
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import KEYS, Sample
 from ttt_lib.data.catalog import open_dataset
 from ttt_lib.data.known_distances import sample_references
 from ttt_lib.data.samples import SampleSet
-from ttt_lib.evaluation.scores import MINIMUM_TRUTH, tidy_rows
+from ttt_lib.evaluation.scores import MINIMUM_TRUTH, scores_of_result, tidy_rows
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.models.load import load_model
 from ttt_lib.runs.catalog import resolve_profile
 from ttt_lib.runs.gallery import gallery_content, write_gallery_file
-from ttt_lib.runs.result_tables import ResultTables, scores_of_result
-from ttt_lib.runs.scenes import Scenes
+from ttt_lib.runs.scene_study import Scenes
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +141,41 @@ def _rows(config: ExperimentConfig, sample: Sample, result: AdaptResult) -> dict
     }
 
 
+def _append(rows: pd.DataFrame, path: Path | None, before: list[pd.DataFrame]) -> None:
+    """Add rows to a CSV at once, so that a run that ends early keeps what it has.
+
+    A sample may bring columns that none had before (signals after one that failed): then the file is written again.
+    """
+    if path is None or not len(rows):
+        return
+    known = list(dict.fromkeys(column for table in before for column in table.columns)) if path.exists() else []
+    if not known or set(rows.columns) <= set(known):
+        rows.reindex(columns=known or rows.columns).to_csv(path, mode="a", header=not known, index=False)
+        return
+    with replacing_file(path) as work:
+        pd.concat([*before, rows], ignore_index=True).to_csv(work, index=False)
+
+
+class ResultTables:
+    """The tables of `core.types.KEYS`, in memory and, as they grow, as CSV files of a folder (None: no files)."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.parts = folder, {name: [] for name in KEYS}
+
+    def add(self, **tables: pd.DataFrame) -> None:
+        """Rows at the end of the tables of these names."""
+        for name, rows in tables.items():
+            _append(rows, self.folder / f"{name}.csv" if self.folder else None, self.parts[name])
+            if len(rows):
+                self.parts[name].append(rows)
+
+    def joined(self) -> dict[str, pd.DataFrame]:
+        """Whole tables by name, empty ones without columns."""
+        return {
+            name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame() for name, parts in self.parts.items()
+        }
+
+
 class Adaptations:
     """An experiment's model, opened, and what it hands from one sample to the next.
 
@@ -162,8 +197,7 @@ class Adaptations:
             result = self.scenes.adapt(samples, sample)
             if result is not None:
                 return sample, result
-        config, reset, number = self.config, self.config.train.reset, self.seen
-        self.seen += 1
+        config, reset = self.config, self.config.train.reset
         name, supervision = f"{sample.dataset}/{sample.name}", []
         if config.references:
             if not (sample.is_metric and sample.depth is not None):
@@ -173,11 +207,13 @@ class Adaptations:
             supervision.append(KnownDistances(references, config))
         if config.released.reload_model:
             self.model = open_model(config)
-        if reset == "per_image" or (reset != "never" and number % reset == 0):
+        every = {"per_image": 1, "never": math.inf}.get(reset, reset)
+        if self.seen % every == 0:
             self.weights = None
+        self.seen += 1
         adapter = Adapter(self.model, config, self.calibration)
         result = adapter.adapt(sample.image, name, supervision, start=self.weights)
-        self.weights = result.weights if reset != "per_image" else None
+        self.weights = result.weights if every > 1 else None
         return sample, result
 
 
@@ -243,7 +279,8 @@ def run_experiment(
             rows = _rows(config, sample, result)
             kept = gallery_content(sample, result) if folder is not None else {}
         except Exception as error:
-            tables.leave_out(sample_set.name, name, why_left_out(f"{sample_set.name}/{name}", error))
+            why = why_left_out(f"{sample_set.name}/{name}", error)
+            tables.add(left_out=pd.DataFrame([{"dataset": sample_set.name, "sample": name, "reason": why}]))
             continue
         log.info("%s/%s: %s in %.1f s", sample_set.name, name, result.decision, result.seconds)
         if kept:
