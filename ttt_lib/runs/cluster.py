@@ -42,30 +42,6 @@ def _batch_system(description: str) -> Any:
         raise UserError(f"--cluster {description}: {kind} does not start so ({reason(error)}).") from error
 
 
-def _existing(scheduler: str) -> Any:
-    from distributed import Client
-
-    try:
-        return Client(scheduler, timeout=f"{ANSWER_WITHIN}s")
-    except Exception as error:  # an address of any shape ends in nearly any exception
-        raise UserError(f"--scheduler {scheduler}: no scheduler answers there ({reason(error)}).") from error
-
-
-def _connect(cluster: Any, description: str | None, workers: int) -> Any:
-    """A client of a cluster that was just started; one of a batch system gets its workers now."""
-    from distributed import Client
-
-    where = f"--cluster {description}" if description else f"--workers {workers}"
-    try:
-        if description:
-            cluster.scale(jobs=workers)
-        return Client(cluster)
-    except Exception as error:  # of the batch system, of the network, of dask
-        raise RunError(
-            f"{where}: no client can connect to what was started, and it is closed ({reason(error)})."
-        ) from error
-
-
 def _require_single_threads(client: Any, scheduler: str) -> None:
     """A job sets its process's environment (threads, GPU); two in one process would run with each other's."""
     threads = max((worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()), default=1)
@@ -81,6 +57,12 @@ def open_client(
     workers: int, scheduler: str | None, cluster_file: str | None, announce: Callable[[str], None]
 ) -> Iterator[Any]:
     """A dask client of `scheduler` (an address), of the cluster that `cluster_file` describes, or of local processes."""
+    from distributed import Client
+
+    where, said = f"--scheduler {scheduler}", "no scheduler answers there"
+    if not scheduler:
+        where = f"--cluster {cluster_file}" if cluster_file else f"--workers {workers}"
+        said = "no client can connect to what was started, and it is closed"
     with ExitStack() as opened:  # what was started is closed, whatever fails after it
         # Dask closes a forgotten client when it is collected, which takes the lock that starting and stopping hold: the
         # process would wait for itself for ever. Clients that failed earlier are collected before.
@@ -88,12 +70,18 @@ def open_client(
         gc.disable()
         try:
             if scheduler:
-                client = _existing(scheduler)
+                client = Client(scheduler, timeout=f"{ANSWER_WITHIN}s")
             else:
                 cluster = _batch_system(cluster_file) if cluster_file else _local(workers)
                 opened.callback(cluster.close)
-                client = _connect(cluster, cluster_file, workers)
+                if cluster_file:
+                    cluster.scale(jobs=workers)
+                client = Client(cluster)
             opened.callback(client.close)
+        except UserError:
+            raise
+        except Exception as error:  # of the batch system, of the network, of dask, which knows addresses of any shape
+            raise RunError(f"{where}: {said} ({reason(error)}).") from error
         finally:
             gc.enable()
         if scheduler:

@@ -36,6 +36,7 @@ THREADS = 1
 
 
 MANIFEST = "manifest.json"  # of a finished job
+WORK, LOCKS = ".work", ".locks"  # folders of what is not finished
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,10 @@ def set_aside(folder: Path, runs: Path) -> None:
 
 def clear_outdated(jobs: Iterable[Job], runs: Path) -> None:
     """Set aside finished shards of these experiments that do not belong to these jobs (other settings or shards)."""
-    wanted = {(job.experiment, job.shard): job for job in jobs}
+    wanted = {runs / job.experiment / job.shard: job for job in jobs}
     for experiment in {job.experiment for job in wanted.values()}:
         for folder in sorted((runs / experiment).glob("*-of-*")):
-            job = wanted.get((experiment, folder.name))
-            if job is None or not is_done(job, runs):
+            if folder not in wanted or not is_done(wanted[folder], runs):
                 set_aside(folder, runs)
 
 
@@ -126,10 +126,6 @@ def job_lock(path: Path) -> Iterator[bool]:
         yield lock.is_locked
 
 
-def _lock_of(runs: Path, name: str) -> Path:
-    return runs / ".locks" / name
-
-
 def _sync(folder: Path) -> None:
     """Force a folder's files to the disk, so that a power loss after the move cannot leave empty ones."""
     for path in folder.rglob("*"):
@@ -138,21 +134,10 @@ def _sync(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _keep(work: Path, kept: Path) -> str:
-    """Move what a failed job left to `kept`; says where it is."""
-    try:
-        shutil.rmtree(kept, ignore_errors=True)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(work, kept)
-        return f" (what it left is in {kept})"
-    except OSError:  # the disk is full, or there is nothing
-        return ""
-
-
 def _clean_work(runs: Path) -> None:
     """Remove what killed runs left: work folders whose lock nobody holds."""
-    for folder in (runs / ".work").glob("*"):
-        with job_lock(_lock_of(runs, folder.name.rpartition(".")[0])) as abandoned:
+    for folder in (runs / WORK).glob("*"):
+        with job_lock(runs / LOCKS / folder.name.rpartition(".")[0]) as abandoned:
             if abandoned:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -163,13 +148,13 @@ def run_job(job: Job, runs: str | Path, keep: bool = False) -> Outcome:
     What a failed job had produced is kept in `runs/failed/<experiment>/<shard>`, its notebook with the error in it.
     keep: its kernel stays for the next job of this process (`kept_kernel`), with what is loaded by then.
     """
-    runs, begun, status = Path(runs), time.time(), "failed"
+    runs, begun, status, why = Path(runs), time.time(), "failed", ""
     try:
-        with job_lock(_lock_of(runs, job.name)) as mine:
+        with job_lock(runs / LOCKS / job.name) as mine:
             if not mine:
                 why = "another run is working on it; run the same command again when that has ended"
             elif is_done(job, runs):
-                status, why = "skipped", ""
+                status = "skipped"
             else:
                 why = _try(job, runs, keep)
                 status = "failed" if why else "done"
@@ -181,7 +166,7 @@ def run_job(job: Job, runs: str | Path, keep: bool = False) -> Outcome:
 def _try(job: Job, runs: Path, keep: bool) -> str:
     """Work in a folder of its own and move it to its place; says why that failed, nothing where it did not."""
     final, kept = (folder / job.experiment / job.shard for folder in (runs, runs / "failed"))
-    work = runs / ".work" / f"{job.name}.{uuid.uuid4().hex}"  # nobody else's, not even an orphaned kernel's
+    work = runs / WORK / f"{job.name}.{uuid.uuid4().hex}"  # nobody else's, not even an orphaned kernel's
     try:
         log.info("%s: begins in %s", job.name, work)
         with nullcontext(kept_kernel(job.threads)) if keep else closing(Kernel(job.threads)) as kernel:
@@ -194,10 +179,13 @@ def _try(job: Job, runs: Path, keep: bool) -> str:
         return ""
     except BaseException as error:
         log.info("%s: failed", job.name, exc_info=error)
-        left = _keep(work, kept)
+        with suppress(OSError):  # the disk is full, or there is nothing to keep
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(work, kept)
         if not isinstance(error, Exception):
             raise
-        return one_line(error) + left
+        return one_line(error) + (f" (what it left is in {kept})" if kept.exists() else "")
 
 
 def _fill(job: Job, work: Path, kernel: Kernel) -> None:
@@ -254,7 +242,7 @@ def run_jobs(
         announce(f"{len(outcomes)} of {len(jobs)} jobs were done before and are skipped")
     if waiting:
         samples = {job.name: job.samples for job in waiting}
-        with Progress(samples, len(jobs), runs / ".work", announce, every) as progress:
+        with Progress(samples, len(jobs), runs / WORK, announce, every) as progress:
             for job, outcome in _finish(waiting, runs, workers, scheduler, cluster_file, announce):
                 outcomes[(job.experiment, job.shard)] = outcome
                 line = f"{outcome.status:7s} {job.experiment} {job.shard}: {outcome.seconds:.0f} s; "

@@ -12,6 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.utils import run_sync
+
 START_WITHIN = 300  # seconds
 KERNEL_OPTIONS = ["--IPKernelApp.log_level=ERROR", "--HistoryManager.hist_file=:memory:"]
 DASK_TRIM = {"MALLOC_TRIM_THRESHOLD_": "65536"}  # what a dask worker has in its environment, for its own sake
@@ -42,10 +46,6 @@ class Kernel:
 
     def _start(self) -> None:
         """Start a kernel of this very interpreter, whatever the installed kernel specs call `python3`."""
-        from jupyter_client import AsyncKernelManager
-        from jupyter_client.kernelspec import KernelSpecManager
-        from jupyter_client.utils import run_sync
-
         installed = KernelSpecManager(kernel_dirs=[])  # none; ipykernel's own is always there
         self.manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=installed)
         atexit.register(self.close)
@@ -81,8 +81,6 @@ class Kernel:
 
     def close(self) -> None:
         """End the kernel, if there is one; the next notebook gets a new one."""
-        from jupyter_client.utils import run_sync
-
         manager, self.manager, self.done = self.manager, None, 0
         atexit.unregister(self.close)
         if manager is not None and manager.has_kernel:
