@@ -52,6 +52,15 @@ def git_revision() -> str:
         return "unknown"
 
 
+def processor() -> str:
+    """What the system calls the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def environment() -> dict[str, Any]:
     """Versions, machine and device for the manifest."""
     import torch
@@ -62,7 +71,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: version_of(name) or "absent" for name in PACKAGES},
         "python": platform.python_version(),
         "git_revision": git_revision(),
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if cuda else processor(),
         "tf32": short,  # convolutions with 10 bits after the point, as torch sets it: training goes elsewhere (gpu_servers.md)
         "cores": cores(),
         "host": socket.gethostname(),

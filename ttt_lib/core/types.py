@@ -90,11 +90,9 @@ class Sample:
     def facts(self) -> list[str]:
         """Size, depth with its unit, camera: a phrase each."""
         height, width = self.image.shape[-2:]
-        facts = [f"{width} x {height} pixels"]
-        if self.depth is None:
-            facts.append("no truth")
-        else:
-            facts.append(f"true depth {_range(self.depth, self.mask, ' m' if self.is_metric else ' (no unit)')}")
+        unit = " m" if self.is_metric else " (no unit)"
+        depth = "no truth" if self.depth is None else f"true depth {_range(self.depth, self.mask, unit)}"
+        facts = [f"{width} x {height} pixels", depth]
         if self.mask is not None:
             facts.append(f"known in {float(self.mask.float().mean()):.0%}")
         if self.intrinsics is not None:
@@ -138,19 +136,16 @@ class Prediction:
 
     def facts(self) -> list[str]:
         """Kind, size, depth with its unit, camera, surface: a phrase each. Of a batch the numbers are the first's."""
-        map_ = self.depth if self.depth is not None else self.disparity
+        quantity = "disparity" if self.depth is None else "depth"
+        map_, mask = getattr(self, quantity), first_map(self.mask, 2)
         if map_ is None:
             return [self.kind, "empty"]
         height, width = map_.shape[-2:]
         facts = [self.kind, f"{width} x {height} pixels"]
         if map_.ndim == 3:
             facts.append(f"{len(map_)} images, of the first")
-        mask = first_map(self.mask, 2)
-        if self.depth is not None:
-            unit = " m" if self.kind == "metric" else " (no unit)"
-            facts.append(f"depth {_range(first_map(self.depth, 2), mask, unit)}")
-        else:
-            facts.append(f"disparity {_range(first_map(self.disparity, 2), mask, ' (no unit)')}")
+        unit = " m" if self.kind == "metric" and quantity == "depth" else " (no unit)"
+        facts.append(f"{quantity} {_range(first_map(map_, 2), mask, unit)}")
         if self.intrinsics is not None:
             facts.append(_field_of_view(first_map(self.intrinsics, 2)))
         if mask is not None:

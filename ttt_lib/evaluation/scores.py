@@ -35,10 +35,9 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Score:
-    """What a score means. unit: empty for shares and ratios. signed: zero is best, and either side is worse."""
+    """What a score means. signed: zero is best, and either side is worse."""
 
     higher_is_better: bool
-    unit: str = ""
     signed: bool = False
 
     def gain(self, before: Any, after: Any) -> Any:
@@ -54,13 +53,13 @@ class Score:
 
 
 # Every score of `scores_of`, whatever its metric.
+SHARES = ("delta1", "delta2", "delta3", "radius1_f1", "radius2_f1", "radius3_f1")
+ERRORS = ("rel", "abs_rel", "rmse", "log10", "rmse_log", "silog", "mae", "invalid")
 SCORES = {
-    **{f"delta{k}": Score(True) for k in (1, 2, 3)},
-    **{f"radius{k}_f1": Score(True) for k in (1, 2, 3)},
-    "rel": Score(False), "abs_rel": Score(False), "rmse": Score(False, "m, or the truth's unit"),
-    "log10": Score(False), "rmse_log": Score(False), "silog": Score(False),
-    "mae": Score(False, "degrees"), "deviation": Score(False, "degrees", signed=True), "invalid": Score(False),
-}  # fmt: skip
+    **dict.fromkeys(SHARES, Score(True)),
+    **dict.fromkeys(ERRORS, Score(False)),
+    "deviation": Score(False, signed=True),
+}
 
 
 def _sliding_window_2d(x: Tensor, window_size: int, stride: int, dim: tuple[int, int]) -> Tensor:

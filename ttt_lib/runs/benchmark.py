@@ -5,7 +5,6 @@ Nothing here is asserted in a test: times belong in `05_performance.ipynb`.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from ttt_lib.adaptation.losses.terms import needs_features
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.teacher import draw_views, make_renderer
 from ttt_lib.core.config import ExperimentConfig, build_experiment
+from ttt_lib.core.provenance import processor
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.geometry.warp import in_front
 from ttt_lib.models.base import GeometryModel, training
@@ -34,19 +34,10 @@ from ttt_lib.runs.plan import put
 
 def machine(device: torch.device) -> dict[str, str]:
     """What a table of times must say of where it was made."""
-    about = {"torch": torch.__version__, "threads": str(torch.get_num_threads()), "processor": _processor()}
+    about = {"torch": torch.__version__, "threads": str(torch.get_num_threads()), "processor": processor()}
     if device.type == "cuda":
-        about["device"] = torch.cuda.get_device_name(device)
-        about["driver"] = str(torch.version.cuda)
+        about |= {"device": torch.cuda.get_device_name(device), "driver": str(torch.version.cuda)}
     return about
-
-
-def _processor() -> str:
-    try:
-        lines = open("/proc/cpuinfo", encoding="utf-8").read().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def now(device: torch.device) -> float:
@@ -54,21 +45,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-class _Clock(defaultdict[str, float]):
-    """Seconds spent in each stage, once the device has done what it was given there."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(float)
-        self.device = device
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the seconds inside, or of each call of a function that this decorates."""
-        begun = now(self.device)
-        yield
-        self[name] += now(self.device) - begun
 
 
 def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, repeats: int = 5) -> pd.DataFrame:
@@ -80,36 +56,44 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
     """
     config = resolved(config, model)
     image = working_image(image.to(model.device), config.views.longest_side)
-    clock, rounds = _Clock(model.device), []
+    clock: dict[str, float] = defaultdict(float)
+    rounds = []
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:  # of what is inside, or of each call of a function that it decorates
+        begun = now(model.device)
+        yield
+        clock[name] += now(model.device) - begun
+
     with training(model, config.train.parts) as named:
         student = Student(model, named, config.train.lora_rank)
         optimizer = make_optimizer(student.leaves, config.train.optimizer)
         renderer, spare = make_renderer(config, model.device), make_renderer(config, model.device)
         if renderer is not None:
-            renderer.render = clock.stage("render")(renderer.render)
+            renderer.render = stage("render")(renderer.render)
         generator = sample_generator(0, "benchmark")
         target = model.predict(image)
         for _ in range(repeats + 1):
-            with clock.stage("augment"):
+            with stage("augment"):
                 view = draw_views(image, target, config, generator, renderer)
                 batch = loss_batch(view, config, generator)
             with student.attached():
-                with clock.stage("forward"):
+                with stage("forward"):
                     output = forward(model, view.image, view.intrinsics, config)
-                with clock.stage("loss"):
+                with stage("loss"):
                     features = (model.features(view.image),) * 2 if needs_features(config.losses) else None
                     loss, _ = loss_of(output, batch, config, features=features)
-                with clock.stage("backward"):
+                with stage("backward"):
                     gradients = torch.autograd.grad(loss, student.leaves, allow_unused=True)
-            with clock.stage("optimizer"):
+            with stage("optimizer"):
                 for leaf, gradient in zip(student.leaves, gradients):
                     leaf.grad = gradient
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            with clock.stage("teacher"):
+            with stage("teacher"):
                 fresh = model.predict(image)
             if spare is not None and clock["render"] > 0:
-                with clock.stage("scene"):
+                with stage("scene"):
                     surface = fresh.mask & in_front(fresh.points)
                     spare.set_scene(image, fresh.points, surface, fresh.intrinsics)
             rounds.append(_of_one_pass(clock, config))
@@ -118,7 +102,7 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
     return table.assign(share=table["seconds"] / table["seconds"].sum())
 
 
-def _of_one_pass(clock: _Clock, config: ExperimentConfig) -> dict[str, float]:
+def _of_one_pass(clock: dict[str, float], config: ExperimentConfig) -> dict[str, float]:
     """Seconds of each stage for one pass; what a step or a refresh does once, in parts."""
     steps = 1 / config.train.accumulation
     refreshes = steps / config.teacher.refresh_every if config.teacher.refresh_every else 0.0

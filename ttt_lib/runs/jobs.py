@@ -226,8 +226,7 @@ def run_jobs(
     same or the folder cannot be written.
     """
     jobs = [replace(job, threads=threads, identity={**job.identity, "threads": str(threads)}) for job in jobs]
-    names = [(job.experiment, job.shard) for job in jobs]
-    if (twice := first_repeated(names)) is not None:
+    if (twice := first_repeated((job.experiment, job.shard) for job in jobs)) is not None:
         raise UserError(f"experiment {twice[0]}: is there twice; give each a name of its own.")
     try:
         runs = Path(absolute(runs)).resolve()
@@ -236,20 +235,20 @@ def run_jobs(
         clear_outdated(jobs, runs)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise UserError(f"--runs {runs}: cannot be written ({reason(error)}).") from error
-    outcomes = {name: Outcome(*name, "skipped") for name, job in zip(names, jobs) if is_done(job, runs)}
-    waiting = [job for name, job in zip(names, jobs) if name not in outcomes]
+    outcomes = {job.name: Outcome(job.experiment, job.shard, "skipped") for job in jobs if is_done(job, runs)}
+    waiting = [job for job in jobs if job.name not in outcomes]
     if outcomes:
         announce(f"{len(outcomes)} of {len(jobs)} jobs were done before and are skipped")
     if waiting:
         samples = {job.name: job.samples for job in waiting}
         with Progress(samples, len(jobs), runs / WORK, announce, every) as progress:
             for job, outcome in _finish(waiting, runs, workers, scheduler, cluster_file, announce):
-                outcomes[(job.experiment, job.shard)] = outcome
+                outcomes[job.name] = outcome
                 line = f"{outcome.status:7s} {job.experiment} {job.shard}: {outcome.seconds:.0f} s; "
                 progress.job_ended(job.name, line, f"\n  {outcome.reason}" if outcome.reason else "")
     with suppress(OSError):  # of a disk that is full by now; the next run cleans up
         _clean_work(runs)
-    return [outcomes[name] for name in names]
+    return [outcomes[job.name] for job in jobs]
 
 
 def _finish(

@@ -83,9 +83,8 @@ def make_jobs(
     files: list[Path], profile: str, overrides: dict[str, Any], shards: int, limit: int | None, views: bool
 ) -> list[Job]:
     """One job an experiment and shard. Raises `UserError` for anything wrong in files, profile, data or model."""
-    folder = notebooks_folder()
-    wanted = [folder / "01_augmentation.ipynb"] * views + [folder / "02_adaptation.ipynb"]
-    notebooks = tuple(str(place) for place in wanted if place.is_file())
+    names = ["01_augmentation.ipynb"] * views + ["02_adaptation.ipynb"]
+    notebooks = tuple(str(notebooks_folder() / name) for name in names)
     code, packages = _code(), environment()["packages"]
     models: dict[str, str] = {}
     jobs = []
