@@ -140,7 +140,6 @@ def test_a_system_without_cores_to_ask_for_and_apples_gpu(monkeypatch):
     from ttt_lib.core import memory, provenance
 
     monkeypatch.delattr(provenance.os, "sched_getaffinity")
-    monkeypatch.setattr(memory, "resource", None)
     monkeypatch.setattr(memory, "PROCESS", Path("/nowhere"))
     assert provenance.cores() >= 1 and memory.peak_memory_mb(torch.device("cpu")) != memory.peak_memory_mb(
         torch.device("cpu")

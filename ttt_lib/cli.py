@@ -22,7 +22,7 @@ import typer
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, printable, reason
 from ttt_lib.core.files import absolute, check_writable
-from ttt_lib.core.termination import ending_in_order
+from ttt_lib.core.termination import end_in_order
 from ttt_lib.runs.catalog import experiment_file, experiment_files, notebooks_folder, profile_files
 
 LOG = logging.getLogger("ttt_lib")
@@ -188,7 +188,6 @@ def summarise(runs: Path, threads: int) -> None:
 
 
 @app.command(epilog="Example: ttt-depth adapt photo.jpg -o outputs --set train.passes=8")
-@ending_in_order()
 def adapt(
     images: Annotated[list[str], typer.Argument(help="Photographs of any size and kind, or folders of them.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the results.")] = Path("outputs"),
@@ -213,6 +212,7 @@ def adapt(
     and the unit are in record.json (and near and far in the PNG). depth.npy is the depth itself. With a known camera
     whose principal point is off the middle, what it leaves unknown is 0 in the PNG and NaN in the NPY.
     """
+    end_in_order()
     gc.disable()  # it would take a fifth of these imports, and find nothing to free
     from ttt_lib.data.known_camera import parse_intrinsics
     from ttt_lib.data.known_distances import parse_unit
@@ -247,7 +247,6 @@ def adapt(
 
 
 @app.command(epilog="Example: ttt-depth scene photo_1.jpg photo_2.jpg -o kitchen")
-@ending_in_order()
 def scene(
     photographs: Annotated[
         list[Path],
@@ -273,6 +272,7 @@ def scene(
     set_: Overrides = None,
 ) -> None:
     """Adapt to several photographs of one scene: depth in one scale, one point cloud, cameras, pictures and a record."""
+    end_in_order()
     gc.disable()  # it would take a fifth of these imports, and find nothing to free
     from ttt_lib.report.scene_files import adapt_photographs
 

@@ -9,7 +9,6 @@ import re
 import time
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -18,7 +17,6 @@ from conftest import adapt
 
 from ttt_lib.adaptation.adapter import Adapter
 from ttt_lib.adaptation.losses.presets import resolved
-from ttt_lib.core import memory
 from ttt_lib.core.config import build_experiment
 from ttt_lib.core.memory import memory_mb, peak_memory_mb, reset_peak_memory
 from ttt_lib.models.base import weights_checksum
@@ -80,17 +78,6 @@ def test_memory_is_of_this_process_and_its_peak_can_be_forgotten():
     assert peak_memory_mb(cpu) + 5 > with_it > memory_mb(cpu) + 50
     reset_peak_memory(cpu)
     assert peak_memory_mb(cpu) < with_it - 50
-
-
-def test_memory_where_the_system_says_little(monkeypatch, tmp_path):
-    cpu, megabyte = torch.device("cpu"), 2**20
-    monkeypatch.setattr(memory, "PROCESS", tmp_path / "none")
-    for platform, unit in (("linux", 2**10), ("darwin", 1)):
-        monkeypatch.setattr(memory.sys, "platform", platform)
-        usage = SimpleNamespace(ru_maxrss=300 * megabyte // unit)
-        monkeypatch.setattr(memory.resource, "getrusage", lambda who, usage=usage: usage)
-        reset_peak_memory(cpu)
-        assert memory_mb(cpu) == peak_memory_mb(cpu) == 300
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")

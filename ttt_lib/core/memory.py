@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-PROCESS = Path("/proc/self")  # Linux; elsewhere only the peak since the start is known
+PROCESS = Path("/proc/self")  # Linux; elsewhere nothing is known
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -25,19 +19,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _resident_mb(key: str) -> float:
-    """MiB of this process: `VmRSS` now, `VmHWM` at most. Where /proc does not say: the peak since the start, for both (NaN on
-    Windows).
-
-    That one, of `getrusage`, can begin with the peak of the process that started this one.
-    """
+    """MiB of this process: `VmRSS` now, `VmHWM` at most; NaN where the system does not say."""
     try:
         lines = (PROCESS / "status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 2**10
     except (OSError, StopIteration):
-        if resource is None:
-            return math.nan
-        unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+        return math.nan
 
 
 def memory_mb(device: torch.device) -> float:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 
@@ -13,19 +11,9 @@ def _end(number: int, _frame: Any) -> None:
     raise SystemExit(128 + number)  # as a shell says it; no `except Exception` keeps it
 
 
-@contextmanager
-def ending_in_order() -> Iterator[None]:
-    """Inside, SIGTERM (Slurm's time limit, `timeout`) ends the program by `SystemExit(143)`: what was begun is cleared away.
+def end_in_order() -> None:
+    """From now on SIGTERM (Slurm's time limit, `timeout`) ends the program by `SystemExit(143)`: what was begun is cleared away.
 
-    For commands that work in this process. What has workers and kernels is better ended at once. Outside of the main
-    thread, which alone receives signals, nothing changes.
+    For commands that work in this process. What has workers and kernels is better ended at once.
     """
-    try:
-        before = signal.signal(signal.SIGTERM, _end)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _end)

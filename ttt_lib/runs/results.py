@@ -92,8 +92,7 @@ def read_runs(folder: str | Path) -> Runs:
     tables = {name: _table(name, places, experiments) for name in KEYS}
     runs = Runs(folder, **tables, shards=places, experiments=experiments)
     if (folder / SELECTION).is_file():
-        selection = _read(folder / SELECTION)
-        runs.selection = selection if len(selection) else None
+        runs.selection = _read(folder / SELECTION)
     runs.notes = notes + _incomparable(used) + _missing(runs)
     return runs
 
