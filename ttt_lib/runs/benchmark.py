@@ -31,6 +31,8 @@ from ttt_lib.models.base import GeometryModel, training
 from ttt_lib.runs.experiment import open_model
 from ttt_lib.runs.plan import put
 
+STAGES = ["augment", "render", "forward", "loss", "backward", "optimizer", "teacher", "scene"]
+
 
 def machine(device: torch.device) -> dict[str, str]:
     """What a table of times must say of where it was made."""
@@ -96,21 +98,17 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
                 with stage("scene"):
                     surface = fresh.mask & in_front(fresh.points)
                     spare.set_scene(image, fresh.points, surface, fresh.intrinsics)
-            rounds.append(_of_one_pass(clock, config))
+            rounds.append(dict(clock))
             clock.clear()
-    table = pd.DataFrame(rounds[1:]).median().rename_axis("stage").reset_index(name="seconds")
-    return table.assign(share=table["seconds"] / table["seconds"].sum())
-
-
-def _of_one_pass(clock: dict[str, float], config: ExperimentConfig) -> dict[str, float]:
-    """Seconds of each stage for one pass; what a step or a refresh does once, in parts."""
-    steps = 1 / config.train.accumulation
+    steps = 1 / config.train.accumulation  # what a step or a refresh does once, counts for a pass in parts
     refreshes = steps / config.teacher.refresh_every if config.teacher.refresh_every else 0.0
-    return {
-        "augment": clock["augment"] - clock["render"], "render": clock["render"] + clock["scene"] * refreshes,
-        "forward": clock["forward"], "loss": clock["loss"], "backward": clock["backward"],
-        "optimizer": clock["optimizer"] * steps, "teacher": clock["teacher"] * refreshes,
-    }  # fmt: skip
+    times = pd.DataFrame(rounds[1:]).reindex(columns=STAGES, fill_value=0.0)
+    times["augment"] -= times["render"]
+    times["render"] += times.pop("scene") * refreshes
+    times["optimizer"] *= steps
+    times["teacher"] *= refreshes
+    table = times.median().rename_axis("stage").reset_index(name="seconds")
+    return table.assign(share=table["seconds"] / table["seconds"].sum())
 
 
 def growth(image: Tensor, config: ExperimentConfig, key: str, values: list[Any]) -> pd.DataFrame:

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from ttt_lib.adaptation.adapter import Adapter
-from ttt_lib.core.config import ExperimentConfig, build_experiment, load_experiment, merge
+from ttt_lib.core.config import ExperimentConfig, build_experiment, merge
 from ttt_lib.core.files import write_json, write_text
 from ttt_lib.core.memory import memory_mb, peak_memory_mb, reset_peak_memory
 from ttt_lib.data.catalog import open_dataset
 from ttt_lib.models.pretraining.stand_in import write_stand_in
 from ttt_lib.runs.benchmark import machine, now
-from ttt_lib.runs.catalog import experiment_file, resolve_profile
-from ttt_lib.runs.experiment import open_model
+from ttt_lib.runs.catalog import experiment_file
+from ttt_lib.runs.experiment import load_with_profile, open_model
 
 log = logging.getLogger(__name__)
 NO_PATCHES = {"losses": {f"local_{level}": {"weight": 0.0} for level in (4, 16, 64)}}
@@ -59,7 +59,7 @@ def loops_to_compare(model: dict[str, Any], longest_side: int, passes: int) -> d
     accumulation = max(1, passes // 4)
 
     def row(*over: dict[str, Any], profile: str | None = None, name: str = "unfreeze_encoder") -> ExperimentConfig:
-        return load_experiment(experiment_file(name), resolve_profile(profile), reduce(merge, over, size))
+        return load_with_profile(experiment_file(name), profile, reduce(merge, over, size))
 
     steps = {"train": {"passes": passes, "accumulation": accumulation}}
     together, one = ({"train": {"micro_batch": count}} for count in (2 * accumulation, 1))
