@@ -48,17 +48,12 @@ def gallery_content(sample: Sample, result: AdaptResult) -> dict[str, np.ndarray
     Empty for predictions without depth."""
     if result.original.depth is None:
         return {}
-    depth = _small(result.original.depth)
-    image = F.interpolate(sample.image[None], depth.shape, mode="area")[0]
-    content = {
-        "image": (image.permute(1, 2, 0).cpu().numpy() * 255).astype(np.uint8),
-        "depth_original": depth,
-        "depth_final": _small(result.final.depth),
-        "mask": _small(result.final.mask.float()) > 0.5,
-        "intrinsics": result.final.intrinsics.cpu().numpy(),
-    }
-    if sample.depth is not None:
-        content["depth_truth"] = _small(sample.depth)
+    maps = {"original": result.original.depth, "final": result.final.depth, "truth": sample.depth}
+    content = {f"depth_{name}": _small(depth) for name, depth in maps.items() if depth is not None}
+    image = F.interpolate(sample.image[None], content["depth_original"].shape, mode="area")[0]
+    content["image"] = (image.permute(1, 2, 0).cpu().numpy() * 255).astype(np.uint8)
+    content["mask"] = _small(result.final.mask.float()) > 0.5
+    content["intrinsics"] = result.final.intrinsics.cpu().numpy()
     return content
 
 

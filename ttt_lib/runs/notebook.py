@@ -95,17 +95,15 @@ def kept_kernel(threads: int) -> Kernel:
 
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], manager: Any) -> None:
-    """Run a notebook with those of the parameters that its parameters cell knows; the cell that fails raises.
+    """Run a notebook with these parameters, also those that its parameters cell does not know; the cell that fails raises.
 
     manager: of the running kernel, which is left running.
     """
     import papermill
 
-    logging.getLogger("papermill").setLevel(logging.WARNING)
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # below, it warns of those
     places = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output)]  # papermill formats them
-    asked = papermill.inspect_notebook(places[0])
-    known = {name: value for name, value in parameters.items() if name in asked}
-    papermill.execute_notebook(*places, parameters=known, kernel_name="python3", progress_bar=False, km=manager)
+    papermill.execute_notebook(*places, parameters=parameters, kernel_name="python3", progress_bar=False, km=manager)
 
 
 def kernel_environment(threads: int | None) -> dict[str, str]:

@@ -198,18 +198,14 @@ def _missing(runs: Runs) -> list[str]:
     for name in runs.experiments:
         if done.get(name, 0) < everything:
             notes.append(f"{name}: {done.get(name, 0)} of {everything} samples; its means are over fewer samples")
-    if "original" not in runs.experiments:
-        notes.append("original: not run, so there are no paired differences")
-    if "control_lr0" not in runs.experiments:
-        notes.append("control_lr0: not run, so the evaluation is not checked")
-    if not len(runs.metrics):
-        notes.append("no sample has a truth, so there are no scores")
-    else:
-        known = set(runs.metrics.dropna(subset=["value"])["metric"])
-        absent = [m for m in dict.fromkeys(metric for metric, _ in TABLE1_COLUMNS) if m not in known]
-        if absent:
-            notes.append(f"no scores for {', '.join(absent)}: the samples' truth does not allow them")
-        notes += _fewer(runs)
-    if not len(runs.history):
-        notes.append("no experiment trained, so there are no loss curves")
-    return notes
+    known = set(runs.metrics.dropna(subset=["value"])["metric"])
+    absent = [m for m in dict.fromkeys(metric for metric, _ in TABLE1_COLUMNS) if m not in known]
+    there = bool(len(runs.metrics))
+    lacking = {
+        "original: not run, so there are no paired differences": "original" not in runs.experiments,
+        "control_lr0: not run, so the evaluation is not checked": "control_lr0" not in runs.experiments,
+        "no sample has a truth, so there are no scores": not there,
+        f"no scores for {', '.join(absent)}: the samples' truth does not allow them": there and absent,
+        "no experiment trained, so there are no loss curves": not len(runs.history),
+    }
+    return notes + [said for said, lacks in lacking.items() if lacks] + _fewer(runs)
