@@ -135,13 +135,6 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold keys and values at its top level, not {type(content).__name__}.")
-    return content
-
-
 def _validate(kind: type[Section], content: dict[str, Any], source: str) -> Any:
     """Pydantic's list of complaints as one sentence a complaint: file, key, what is allowed."""
     try:
@@ -170,7 +163,7 @@ def _shown(value: Any) -> str:
 def load_profile(path: str | Path) -> ProfileConfig:
     """Read a profile file. Raises `UserError` naming file and key."""
     path = Path(path)
-    return _validate(ProfileConfig, {"name": path.stem, **_read_yaml(path)}, str(path))
+    return _validate(ProfileConfig, {"name": path.stem, **read_yaml(path)}, str(path))
 
 
 def _laid(over: dict[str, Any], config: ExperimentConfig, source: str) -> ExperimentConfig:
@@ -213,8 +206,7 @@ def load_experiment(
     path = Path(path)
     if profile is not None and not isinstance(profile, ProfileConfig):
         profile = load_profile(profile)
-    content = _read_yaml(path)
-    config = build_experiment(content, profile, overrides, source=str(path))
+    config = build_experiment(read_yaml(path), profile, overrides, source=str(path))
     if config.name != path.stem:
         raise UserError(f"{path}: name is {config.name!r} but the file is called {path.stem!r}; make them equal.")
     return config

@@ -92,9 +92,12 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: is not valid YAML ({' '.join(str(error).split())[:300]}).") from error
 
 
-def read_yaml(path: str | Path) -> Any:
-    """The value of a YAML file. Raises `UserError`."""
-    return parse_yaml(read_text(path), str(path))
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises `UserError`."""
+    content = parse_yaml(read_text(path), str(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold keys and values at its top level, not {type(content).__name__}.")
+    return content
 
 
 def read_json(path: str | Path) -> Any:

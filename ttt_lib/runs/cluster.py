@@ -33,7 +33,7 @@ def _batch_system(description: str) -> Any:
     except ImportError as error:
         raise NotSupported("--cluster: needs dask-jobqueue; `pip install dask-jobqueue`.") from error
     settings, known = read_yaml(description), [name for name in dir(dask_jobqueue) if name.endswith("Cluster")]
-    kind = settings.get("class") if isinstance(settings, dict) else None
+    kind = settings.get("class")
     if kind not in known:
         raise UserError(f"--cluster {description}: must hold `options` and `class`, one of {', '.join(known)}.")
     try:

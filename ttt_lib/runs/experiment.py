@@ -141,13 +141,11 @@ def _rows(config: ExperimentConfig, sample: Sample, result: AdaptResult) -> dict
     }
 
 
-def _append(rows: pd.DataFrame, path: Path | None, before: list[pd.DataFrame]) -> None:
+def _append(rows: pd.DataFrame, path: Path, before: list[pd.DataFrame]) -> None:
     """Add rows to a CSV at once, so that a run that ends early keeps what it has.
 
     A sample may bring columns that none had before (signals after one that failed): then the file is written again.
     """
-    if path is None or not len(rows):
-        return
     known = list(dict.fromkeys(column for table in before for column in table.columns)) if path.exists() else []
     if not known or set(rows.columns) <= set(known):
         rows.reindex(columns=known or rows.columns).to_csv(path, mode="a", header=not known, index=False)
@@ -165,7 +163,8 @@ class ResultTables:
     def add(self, **tables: pd.DataFrame) -> None:
         """Rows at the end of the tables of these names."""
         for name, rows in tables.items():
-            _append(rows, self.folder / f"{name}.csv" if self.folder else None, self.parts[name])
+            if len(rows) and self.folder is not None:
+                _append(rows, self.folder / f"{name}.csv", self.parts[name])
             if len(rows):
                 self.parts[name].append(rows)
 
