@@ -62,14 +62,8 @@ SCORES = {
 }
 
 
-def _sliding_window_2d(x: Tensor, window_size: int, stride: int, dim: tuple[int, int]) -> Tensor:
-    """(..., H, W) -> (..., H', W', k, k). MoGe's boundary score calls this; the packaged utils3d has lost it."""
-    first, second = (d % x.ndim for d in dim)
-    return x.unfold(first, window_size, stride).unfold(second, window_size, stride)
-
-
-if not hasattr(utils3d.pt, "sliding_window_2d"):
-    utils3d.pt.sliding_window_2d = _sliding_window_2d
+# MoGe's boundary score calls it by the name that it had before utils3d was packaged.
+utils3d.pt.sliding_window_2d = utils3d.pt.sliding_window
 
 
 def to_moge(prediction: Prediction, size: tuple[int, int]) -> dict[str, Tensor]:

@@ -13,17 +13,9 @@ from typing import Any
 from ttt_lib.core.errors import NotSupported, RunError, UserError, reason
 from ttt_lib.core.files import read_yaml
 
+# One process a worker; each job starts a kernel of its own, so the workers themselves stay small.
+LOCAL = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": 50, "memory_limit": 0}
 ANSWER_WITHIN = 20  # seconds for a scheduler that is said to run
-
-
-def _local(workers: int) -> Any:
-    """One process a worker; each job starts a kernel of its own, so the workers themselves stay small."""
-    from distributed import LocalCluster
-
-    return LocalCluster(
-        n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50,
-        memory_limit=0,
-    )  # fmt: skip
 
 
 def _batch_system(description: str) -> Any:
@@ -57,7 +49,7 @@ def open_client(
     workers: int, scheduler: str | None, cluster_file: str | None, announce: Callable[[str], None]
 ) -> Iterator[Any]:
     """A dask client of `scheduler` (an address), of the cluster that `cluster_file` describes, or of local processes."""
-    from distributed import Client
+    from distributed import Client, LocalCluster
 
     where, said = f"--scheduler {scheduler}", "no scheduler answers there"
     if not scheduler:
@@ -72,7 +64,7 @@ def open_client(
             if scheduler:
                 client = Client(scheduler, timeout=f"{ANSWER_WITHIN}s")
             else:
-                cluster = _batch_system(cluster_file) if cluster_file else _local(workers)
+                cluster = _batch_system(cluster_file) if cluster_file else LocalCluster(workers, **LOCAL)
                 opened.callback(cluster.close)
                 if cluster_file:
                     cluster.scale(jobs=workers)
