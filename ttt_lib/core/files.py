@@ -145,11 +145,10 @@ def _is_running(process: int) -> bool:
 
 def _clear_left_over(folder: Path) -> None:
     """Remove what processes of this machine left beside a folder that were killed while they made it."""
-    before, after = _unfinished(folder, "*").name.rsplit("*", 1)
+    before, after = map(re.escape, _unfinished(folder, "*").name.rsplit("*", 1))
     for path in folder.parent.iterdir():
-        process = path.name.removeprefix(before).removesuffix(after)
-        whole = path.name == f"{before}{process}{after}" and process.isdecimal()
-        if whole and not _is_running(int(process)):
+        left = re.fullmatch(f"{before}([0-9]+){after}", path.name)
+        if left and not _is_running(int(left[1])):
             shutil.rmtree(path, ignore_errors=True)
 
 

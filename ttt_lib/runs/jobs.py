@@ -240,8 +240,7 @@ def run_jobs(
     if outcomes:
         announce(f"{len(outcomes)} of {len(jobs)} jobs were done before and are skipped")
     if waiting:
-        samples = {job.name: job.samples for job in waiting}
-        with Progress(samples, len(jobs), runs / WORK, announce, every) as progress:
+        with Progress({job.name: job.samples for job in waiting}, len(jobs), runs / WORK, announce, every) as progress:
             for job, outcome in _finish(waiting, runs, workers, scheduler, cluster_file, announce):
                 outcomes[job.name] = outcome
                 line = f"{outcome.status:7s} {job.experiment} {job.shard}: {outcome.seconds:.0f} s; "
@@ -266,8 +265,8 @@ def _finish(
         futures = {client.submit(run_job, job, str(runs), ours, pure=False, retries=1): job for job in jobs}
         for future in as_completed(list(futures)):
             job, error = futures.pop(future), future.exception()
-            if error is None:
-                yield job, future.result()
-            else:
-                yield job, Outcome(job.experiment, job.shard, "failed", f"the worker died: {one_line(error)}")
+            died = (
+                Outcome(job.experiment, job.shard, "failed", f"the worker died: {one_line(error)}") if error else None
+            )
+            yield job, died or future.result()
             future.release()

@@ -111,11 +111,9 @@ def forget_choice(runs: Path) -> None:
 
 def data_of(config: ExperimentConfig, chosen: pd.DataFrame) -> list[dict[str, Any]]:
     """The sets of `config` with the chosen samples only, then all of them seen again."""
-    looks: list[list[dict[str, Any]]] = [[], []]
+    found = []
     for entry, samples in zip(config.data, open_samples(config)):
         wanted = set(chosen.loc[chosen["dataset"] == samples.name, "sample"])
-        names = [name for name in samples.names if name in wanted]
-        for draw, look in enumerate(looks):
-            if names:
-                look.append({"kind": entry.kind, **entry.options(), "names": names, "draw": entry.draw + draw})
-    return looks[0] + looks[1]
+        if names := [name for name in samples.names if name in wanted]:
+            found.append({"kind": entry.kind, **entry.options(), "names": names, "draw": entry.draw})
+    return found + [{**entry, "draw": entry["draw"] + 1} for entry in found]
