@@ -892,7 +892,7 @@ def test_a_scene_is_adapted_to_by_every_family(load, rendered, tmp_path, family)
 def test_the_notebook_takes_a_folder_as_the_model(folder, kernel, tmp_path, family):
     import pandas as pd
 
-    from ttt_lib.cli import NOTEBOOKS
+    from ttt_lib.runs.catalog import NOTEBOOKS
 
     experiment = "zoedepth" if family == "zoe_nk" else "relative_depth"
     import yaml

@@ -197,7 +197,7 @@ def test_the_memory_of_the_parent_is_not_the_loops(picture):
     ],
 )  # fmt: skip
 def test_the_notebook_runs_headless(kernel, tmp_path, notebook, parameters):
-    from ttt_lib.cli import NOTEBOOKS
+    from ttt_lib.runs.catalog import NOTEBOOKS
 
     parameters = {**parameters, "threads": 1}
     if notebook == "04_reliability":
