@@ -85,7 +85,7 @@ def test_every_command_is_looked_at_and_its_example_is_one_it_takes():
     ("words", "completion"),
     [
         ("ttt-depth ad", ["adapt"]),
-        ("ttt-depth doctor --js", ["--json"]),
+        ("ttt-depth benchmark --qui", ["--quick"]),
         ("ttt-depth adapt --experiment recom", ["recommended"]),
         ("ttt-depth ablation --experiments original,unfreeze_encoder_sh", ["original,unfreeze_encoder_shorter"]),
         ("ttt-depth ablation --profile as", ["as_released"]),
@@ -231,5 +231,5 @@ def test_verbose_says_what_is_done_and_debug_shows_the_cause(ttt, tmp_path, monk
     assert "Traceback" in said["--debug"] and "yaml" in said["--debug"] and "direct cause" in said["--debug"]
     assert all(text.splitlines()[-1].startswith("ttt-depth: ") for text in said.values())
     monkeypatch.setattr(doctor, "CHECKS", [check for check in doctor.CHECKS if check.name == "bundled model"])
-    done = ttt("-v", "doctor", "--json")
+    done = ttt("-v", "doctor")
     assert done.returncode == 0 and "ttt_lib.models.load: model tiny: family tiny on cpu" in done.stderr

@@ -101,7 +101,7 @@ COMMANDS = {
     "ablation": ["--experiments", "original,control_lr0", "--workers", "1", "--limit", "1", *SMALL,
                  "--set", "data=[{kind: synthetic, count: 2, width: 96, height: 64}]"],
     "adapt": ["photo.jpg", *SMALL],
-    "doctor": ["--json"],
+    "doctor": [],
 }  # fmt: skip
 # One process for all of them: what each gives, says and ends with.
 SCRIPT = """
@@ -176,7 +176,7 @@ def test_a_photograph_is_adapted_from_the_wheel(ran):
 @pytest.mark.slow
 def test_the_doctor_finds_the_wheel_complete(unpacked, ran):
     said = ran[1]["doctor"]
-    found = {finding["name"]: finding for finding in json.loads(said["out"])}
+    found = {line[9:23].strip(): line for line in said["out"].splitlines()}
     assert said["code"] == 0, said
-    assert found["notebooks"]["state"] == "ok" and str(unpacked) in found["notebooks"]["found"]
-    assert found["requirements"]["state"] == "ok"
+    assert found["notebooks"].startswith("ok") and str(unpacked) in found["notebooks"]
+    assert found["requirements"].startswith("ok")

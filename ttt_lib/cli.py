@@ -311,12 +311,12 @@ def models() -> None:
     print("PATH  (a MoGe-1 or MoGe-2 checkpoint file, or the folder of a transformers model)")
 
 
-@app.command(epilog="Example: ttt-depth doctor --json")
-def doctor(json_: Annotated[bool, typer.Option("--json", help="As a list of JSON objects.")] = False) -> None:
-    """Look at this machine: GL, GPU, torch, hub, assets, notebooks; and say what to do. Exit code 1: cannot work."""
+@app.command(epilog="Example: ttt-depth doctor")
+def doctor() -> None:
+    """Look at this machine: packages, torch, GPU, GL, hub, model, notebooks; and say what to do. Exit code 1: cannot work."""
     from ttt_lib.doctor import report
 
-    if not report(json_):
+    if not report():
         raise typer.Exit(1)
 
 

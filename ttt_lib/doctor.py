@@ -1,7 +1,7 @@
 """`ttt-depth doctor`: what this machine has, and what to do about what it lacks.
 
-`CHECKS` is the list: the checks of the machine are in `machine.py`, those of the package and its surroundings here. One
-that raises becomes a finding of its own, so that a broken installation still gives a whole list.
+`CHECKS` is the list. A check returns what it found, or raises: `Missing` for what the package works without, anything
+else for a problem, so that a broken installation still gives a whole list.
 """
 
 from __future__ import annotations
@@ -9,51 +9,53 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-import re
+import platform
 import shutil
+import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from ttt_lib import machine
-from ttt_lib.core.errors import UserError, reason
-from ttt_lib.core.files import to_json
+from ttt_lib.core.errors import reason
 from ttt_lib.core.provenance import version_of
-from ttt_lib.machine import Missing, Problem
 from ttt_lib.runs.catalog import experiment_files, notebooks_folder
 
-LEAST_SPACE = 1.0  # GiB; MoGe-2's largest checkpoint alone takes more
-REINSTALL = "install the package again in a fresh environment: `pip install .` in its checkout"
-ELSEWHERE = "name another folder with --runs or -o, or change to one"
-NEEDED = (
-    *(f"{name}.ipynb" for name in ("00_base_model", "01_augmentation", "02_adaptation", "03_ablation")),
-    *(f"profiles/{name}.yaml" for name in ("demo", "paper")),
-    *(f"experiments/{name}.yaml" for name in ("original", "recommended")),
-)
+GL_TIMEOUT = 120.0  # seconds, with the import of torch on a slow disk
+INSTALL_GL = "install a GL library (Debian: `apt-get install libegl1 libgl1-mesa-dri` or `libosmesa6`)"
+WITHOUT_GL = "set views.novel_view.backend=torch, or try PYOPENGL_PLATFORM=osmesa with `libosmesa6` installed"
+# What `NovelViewRenderer("auto")` does in a run: make the context, upload a mesh, draw it.
+DRAW = """
+import torch
+from ttt_lib.views.renderer import NovelViewRenderer
+renderer = NovelViewRenderer("auto")
+rows, columns = torch.meshgrid(torch.arange(16) / 16 - 0.47, torch.arange(16) / 16 - 0.47, indexing="ij")
+points = torch.stack([columns, rows, torch.ones(16, 16)], -1) * 2
+renderer.set_scene(torch.full((3, 16, 16), 0.5), points, torch.ones(16, 16, dtype=torch.bool))
+view = renderer.render(torch.eye(4)[None], torch.tensor([[[1.0, 0, 0.5], [0, 1.0, 0.5], [0, 0, 1]]]), (16, 16))
+if abs(view.points[0, 8, 8, 2] - 2) > 0.01:
+    raise RuntimeError(renderer.reason + "; the picture is wrong")
+print("FOUND", renderer.backend, renderer.reason)
+"""
 
 
-@dataclass
-class Finding:
-    """One line of the list. state: `ok`, `missing` (works without it) or `problem`; essential: nothing works without."""
+class Problem(Exception):
+    """What a check found wrong; advice, where the table's is not the right one."""
 
-    name: str
-    state: Literal["ok", "missing", "problem"]
+    def __init__(self, found: str, advice: str = "") -> None:
+        super().__init__(found)
+        self.advice = advice
+
+
+class Missing(Problem):
+    """What is not there, and the package works without."""
+
+
+class Finding(NamedTuple):
+    """What a check found. state: `ok`, `missing` (works without it) or `problem`."""
+
+    state: str
     found: str
     advice: str = ""
-    essential: bool = False
-
-    @property
-    def broken(self) -> bool:
-        """A problem without whose solution nothing works."""
-        return self.essential and self.state == "problem"
-
-    def __str__(self) -> str:
-        """State, name, what is there; on a second line what to do."""
-        line = f"{self.state:8} {self.name:14} {self.found}"
-        return f"{line}\n{'':8} {'':14} -> {self.advice}" if self.advice else line
 
 
 class Check(NamedTuple):
@@ -65,12 +67,15 @@ class Check(NamedTuple):
     look: Callable[[], str]
 
 
+def python_here() -> str:
+    """The interpreter, whose version pip has seen to, and the system."""
+    return f"{platform.python_version()}, {platform.system()} {platform.machine()}, {sys.executable}"
+
+
 def requirements() -> str:
     """The packages that this one requires, against the versions that its metadata asks for."""
     from packaging.requirements import Requirement
 
-    if version_of("ttt-depth") is None:
-        raise Missing("ttt-depth itself is not installed")
     wanted = [Requirement(line) for line in importlib.metadata.requires("ttt-depth") or []]
     wanted = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
     wrong = []
@@ -85,6 +90,61 @@ def requirements() -> str:
     return f"{len(wanted)} packages as required"
 
 
+def torch_here() -> str:
+    """PyTorch imports."""
+    import torch
+
+    return f"{torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def gpus() -> str:
+    """CUDA devices and their memory, or why torch sees none."""
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        try:
+            free, total = (n / 2**30 for n in torch.cuda.mem_get_info(index))
+        except RuntimeError as error:
+            raise Problem(f"cuda:{index} cannot be used ({reason(error)})") from error
+        found.append(f"cuda:{index} {torch.cuda.get_device_name(index)}, {free:.1f} of {total:.1f} GiB free")
+    if found:
+        return "; ".join(found)
+    if shutil.which("nvidia-smi") is None:
+        raise Missing("no NVIDIA driver", "everything also works on the CPU; for large models use a machine with a GPU")
+    lacks = "is built without CUDA" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) finds no device"
+    raise Problem(f"a driver is there, but torch {torch.__version__} {lacks}")
+
+
+def gl() -> str:
+    """What `auto` draws novel views through, found by drawing one in another process, because drivers can crash."""
+    try:
+        done = subprocess.run([sys.executable, "-c", DRAW], capture_output=True, text=True, timeout=GL_TIMEOUT)
+    except subprocess.TimeoutExpired as error:
+        raise Problem(f"no picture after {GL_TIMEOUT:.0f} s", f"the GL driver hangs; {WITHOUT_GL}") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        ended = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"failed: {last[:200]}"
+        raise Problem(f"drawing through GL {ended}")
+    backend, why = done.stdout.partition("FOUND ")[2].strip().split(" ", 1)
+    if backend != "pyrender":
+        raise Missing(why, f"torch draws the novel views instead; to have them drawn through GL, {INSTALL_GL}")
+    return why
+
+
+def hub() -> str:
+    """Whether models can be downloaded."""
+    from huggingface_hub import constants
+
+    from ttt_lib.models.hub import hub_answers
+
+    if constants.HF_HUB_OFFLINE:
+        raise Missing("switched off by HF_HUB_OFFLINE")
+    if not hub_answers():
+        raise Missing(f"{constants.ENDPOINT} does not answer")
+    return f"{constants.ENDPOINT} answers"
+
+
 def bundled_model() -> str:
     """It is the file that its card describes, loads, and predicts."""
     import torch
@@ -92,115 +152,71 @@ def bundled_model() -> str:
     from ttt_lib.models.load import load_model
     from ttt_lib.models.moge import ASSETS
 
-    path, card = ASSETS / "tiny.pt", ASSETS / "tiny.md"
-    if not path.is_file():
-        raise Problem(f"{path} is missing")
-    stated = re.search(r"\b[0-9a-f]{64}\b", card.read_text(encoding="utf-8")) if card.is_file() else None
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if stated is not None and stated.group() != digest:
-        raise Problem(f"{path} is not the file that its card describes")
-    try:
-        prediction = load_model("tiny", "cpu", num_tokens=48).predict(torch.rand(3, 48, 64))
-    except Exception as error:
-        raise Problem(f"cannot be used ({reason(error)})") from error
+    prediction = load_model("tiny", "cpu", num_tokens=48).predict(torch.rand(3, 48, 64))
     if not bool(torch.isfinite(prediction.depth).all()):
         raise Problem("its prediction is not finite")
+    digest = hashlib.sha256((ASSETS / "tiny.pt").read_bytes()).hexdigest()
+    if digest not in (ASSETS / "tiny.md").read_text(encoding="utf-8"):
+        raise Problem(f"{ASSETS / 'tiny.pt'} is not the file that its card describes")
     return f"loads and predicts, SHA-256 {digest[:12]}"
-
-
-def gate() -> str:
-    """The gate's bundled calibration."""
-    from ttt_lib.adaptation.gate.decision import read_calibration
-
-    about = read_calibration().about
-    return f"calibrated for {about.get('model')} on {about.get('samples')} samples"
 
 
 def notebooks() -> str:
     """Notebooks, experiments and profiles: the commands execute them."""
-    folder = notebooks_folder()
-    if absent := [name for name in NEEDED if not (folder / name).is_file()]:
-        raise Problem(f"{folder} lacks {', '.join(absent)}")
-    return f"{folder}, {len(experiment_files())} experiments"
+    return f"{notebooks_folder()}, {len(experiment_files())} experiments"
 
 
-def jupyter() -> str:
-    """JupyterLab, widgets, and a `python3` kernel that is this interpreter."""
-    if absent := [package for package in ("jupyterlab", "ipywidgets", "ipykernel") if version_of(package) is None]:
-        raise Problem(f"{', '.join(absent)} not installed", f"`pip install {' '.join(absent)}`")
-    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+def kernel() -> str:
+    """Whether notebooks that are opened in Jupyter run in this interpreter."""
+    from jupyter_client.kernelspec import KernelSpecManager
 
-    versions = ", ".join(f"{package} {version_of(package)}" for package in ("jupyterlab", "ipywidgets"))
-    try:
-        program = KernelSpecManager().get_kernel_spec("python3").argv[0]
-    except NoSuchKernel as error:
-        raise Problem(f"{versions}; no kernel is called python3") from error
-    own = re.fullmatch(r"python(3(\.\d+)?)?", program) is not None  # Jupyter puts its own interpreter in this place
-    if not own and os.path.realpath(os.path.dirname(program)) != os.path.realpath(os.path.dirname(sys.executable)):
-        raise Problem(f"{versions}; the kernel python3 is another Python, {program}")
-    return f"{versions}, kernel python3"
+    folder = os.path.dirname(KernelSpecManager().get_kernel_spec("python3").argv[0])
+    # Jupyter puts its own interpreter in the place of a bare `python`.
+    if folder and os.path.realpath(folder) != os.path.realpath(os.path.dirname(sys.executable)):
+        raise Problem(f"the kernel python3 is another Python, of {folder}")
+    return "the kernel python3 is this Python"
 
 
-def disk() -> str:
-    """The working folder, where results go by default."""
-    folder = Path.cwd()
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
-    except OSError as error:
-        raise Problem(f"{folder} cannot be written ({reason(error)})") from error
-    free = shutil.disk_usage(folder).free / 2**30
-    if free < LEAST_SPACE:
-        raise Problem(f"{free:.2f} GiB free in {folder}", f"free some, or {ELSEWHERE}")
-    return f"{free:.0f} GiB free in {folder}"
-
-
-HF = 'for Depth Anything, ZoeDepth and MiDaS: `pip install "transformers>=4.45"`'
+REINSTALL = "install the package again in a fresh environment: `pip install .` in its checkout"
+GPU = (
+    "everything also works on the CPU; for the GPU install a torch built for CUDA (environment.yml does), and see that "
+    "`nvidia-smi` lists a device that is free and CUDA_VISIBLE_DEVICES names it"
+)
+HUB = "use `tiny`, or the path of a `model.pt` that another machine downloaded; HF_ENDPOINT sets a mirror"
 KERNEL = f"`{sys.executable} -m ipykernel install --sys-prefix` (ttt-depth itself brings its own kernel)"
 CHECKS = (
-    Check("Python", True, REINSTALL, machine.python_here),
+    Check("Python", True, REINSTALL, python_here),
     Check("requirements", True, REINSTALL, requirements),
-    Check("torch", True, REINSTALL, machine.torch_computes),
-    Check("GPU", False, REINSTALL, machine.gpus),
-    Check("torchvision", False, "nothing needs it: `pip uninstall torchvision`", machine.torchvision),
-    Check("MoGe", True, "install it: `pip install dlr-moge==2.0.0`", machine.moge),
-    Check("transformers", False, HF, machine.transformers),
-    Check("GL", False, machine.WITHOUT_GL, machine.gl),
-    Check("hub", False, "use `tiny`, or the path of a `model.pt`", machine.hub),
+    Check("torch", True, REINSTALL, torch_here),
+    Check("GPU", False, GPU, gpus),
+    Check("GL", False, WITHOUT_GL, gl),
+    Check("hub", False, HUB, hub),
     Check("bundled model", True, REINSTALL, bundled_model),
-    Check("gate", False, f"{REINSTALL}; or set gate.mode=off", gate),
     Check("notebooks", True, REINSTALL, notebooks),
-    Check("Jupyter", False, KERNEL, jupyter),
-    Check("disk", False, ELSEWHERE, disk),
+    Check("Jupyter", False, KERNEL, kernel),
 )
 
 
 def look(check: Check) -> Finding:
     """Do one check; whatever it raises is a finding."""
-    name, essential, advice, found = check
     try:
-        return Finding(name, "ok", found(), essential=essential)
+        return Finding("ok", check.look())
     except Problem as error:
-        missing = isinstance(error, Missing)
-        state = "missing" if missing else "problem"
-        return Finding(name, state, str(error), error.advice or advice, essential and not missing)
-    except UserError as error:  # of this package: a whole sentence
-        return Finding(name, "problem", str(error), advice, essential)
+        state = "missing" if isinstance(error, Missing) else "problem"
+        return Finding(state, str(error), error.advice or check.advice)
     except Exception as error:  # an import that fails, mostly
-        return Finding(name, "problem", f"cannot be used ({type(error).__name__}: {reason(error)})", advice, essential)
+        return Finding("problem", f"cannot be used ({type(error).__name__}: {reason(error)})", check.advice)
 
 
-def report(as_json: bool) -> bool:
-    """Do all checks and print what they find, line by line or as JSON; whether the package can work here."""
-    findings = []
+def report() -> bool:
+    """Do all checks and print what they find, and below it what to do; whether the package can work here."""
+    wrong = []
     for check in CHECKS:
-        findings.append(look(check))
-        if not as_json:
-            print(findings[-1], flush=True)
-    wrong = [finding.name for finding in findings if finding.broken]
-    if as_json:
-        print(to_json(findings, indent=1))
-    elif wrong:
+        state, found, advice = look(check)
+        print(f"{state:8} {check.name:14} {found}" + (f"\n{'':23} -> {advice}" if advice else ""), flush=True)
+        if check.essential and state == "problem":
+            wrong.append(check.name)
+    if wrong:
         print(f"ttt-depth cannot work here before this is put right: {', '.join(wrong)}.")
     else:
         print("ttt-depth can work here.")
