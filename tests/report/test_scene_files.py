@@ -127,27 +127,20 @@ def test_only_the_nearest_photographs_are_asked_about_a_point(monkeypatch):
         assert (cloud.merged()[0][:, 2].min() < 3) == floats
 
 
-def test_cubes_hold_means_however_the_points_come_and_no_more_than_they_may(monkeypatch):
+def test_cubes_hold_means_and_there_are_no_more_than_may_be(monkeypatch):
     points, colours = torch.randn(900, 3, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 2700)
     colours = colours.view(900, 3)
     cube = {}
     for point, colour in zip(points, colours):
         cube.setdefault(tuple((point / 0.5).floor().tolist()), []).append(torch.cat([point, colour]))
     expected = torch.stack([torch.stack(cube[key]).mean(0) for key in sorted(cube)])
-    together, parts = scene_cloud._Cubes(0.5), scene_cloud._Cubes(0.5)
-    together.add(points, colours)
-    for part in (slice(0, 1), slice(1, 400), slice(400, 400), slice(400, 900)):
-        parts.add(points[part], colours[part])
-    for cubes in (together, parts):
-        assert torch.allclose(torch.cat(cubes.means(), 1), expected, atol=1e-5)
+    assert torch.allclose(torch.cat(scene_cloud.cube_means(points, colours, 0.5), 1), expected, atol=1e-5)
     monkeypatch.setattr(scene_cloud, "MOST", 40)
-    few = scene_cloud._Cubes(0.5)
-    for part in (slice(0, 450), slice(450, 900)):
-        few.add(points[part], colours[part])
-    assert 1 < len(few.keys) <= 40 and few.side > 0.5 and int(few.sums[:, 6].sum()) == 900
-    assert torch.allclose(
-        few.sums[:, :3].sum(0), points.sum(0), atol=1e-3
-    )  # larger cubes, the same means of the points
+    few = scene_cloud.cube_means(points, colours, 0.5)[0]
+    places = [(points / (0.5 * 1.5**k)).floor().unique(dim=0) for k in range(20)]
+    larger = next(k for k, place in enumerate(places) if len(place) <= 40)
+    assert 1 < len(few) <= 40 and torch.equal((few / (0.5 * 1.5**larger)).floor().unique(dim=0), places[larger])
+    assert len(scene_cloud.cube_means(points[:0], colours[:0], 0.5)[0]) == 0
 
 
 def _prediction(sample, depth):

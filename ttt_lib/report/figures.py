@@ -136,10 +136,13 @@ def point_cloud(image: Tensor, points: Tensor, mask: Tensor | None = None, most:
     return cloud_figure(cloud[keep].cpu().numpy(), (colour[keep].cpu().numpy() * 255).astype(int))
 
 
-def cloud_figure(cloud: np.ndarray, colour: np.ndarray) -> go.Figure:
-    """Points (N,3) in a camera's axes with colours (N,3) from 0 to 255 as an interactive plotly figure."""
+def cloud_figure(cloud: np.ndarray, colour: np.ndarray, most: int = 60_000) -> go.Figure:
+    """At most so many of the points (N,3), in a camera's axes with colours (N,3) from 0 to 255, as a plotly figure."""
     import plotly.graph_objects as go
 
+    if len(cloud) > most:
+        chosen = np.random.default_rng(0).choice(len(cloud), most, replace=False)
+        cloud, colour = cloud[chosen], colour[chosen]
     digits = 4 - int(np.floor(np.log10(np.abs(cloud).max()))) if len(cloud) and np.abs(cloud).max() > 0 else 3
     cloud = cloud.round(digits)
     marker = {"size": 2, "color": [f"rgb({r},{g},{b})" for r, g, b in colour]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -35,34 +34,17 @@ class _Surface(NamedTuple):
     pose: Tensor
 
 
-class _Cubes:
-    """Means of points and colours over cubes, as they come: what is held depends on the cubes, not on the points."""
-
-    def __init__(self, side: float) -> None:
-        self.side = side
-        self.keys = torch.zeros(0, dtype=torch.long)
-        self.sums = torch.zeros(0, 7)  # of points, colours and their number
-
-    def add(self, points: Tensor, colours: Tensor) -> None:
-        """Points (N,3) and colours (N,3); cubes grow until there are at most MOST of them."""
-        self._gather(torch.cat([points, colours, torch.ones(len(points), 1)], 1), points)
-        while len(self.keys) > MOST:
-            self.side *= 1.5
-            sums, points = self.sums, self.means()[0]
-            self.keys, self.sums = self.keys[:0], self.sums[:0]
-            self._gather(sums, points)
-
-    def _gather(self, sums: Tensor, points: Tensor) -> None:
-        cube = (points / self.side).floor().clamp(-CUBES, CUBES - 1).long() + CUBES
-        key = (cube[:, 0] * 2 * CUBES + cube[:, 1]) * 2 * CUBES + cube[:, 2]
-        self.keys, place = torch.cat([self.keys, key]).unique(return_inverse=True)
-        every = torch.cat([self.sums, sums])
-        self.sums = torch.zeros(len(self.keys), 7).index_add_(0, place, every)
-
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Points (M,3) and colours (M,3)."""
-        points, colours, count = self.sums.split([3, 3, 1], 1)
-        return points / count, colours / count
+def cube_means(points: Tensor, colours: Tensor, side: float) -> tuple[Tensor, Tensor]:
+    """Means of points (N,3) and colours (N,3) over cubes, which grow until there are at most `MOST` of them."""
+    while True:
+        cube = (points / side).floor().clamp(-CUBES, CUBES - 1).long() + CUBES
+        keys, place = ((cube[:, 0] * 2 * CUBES + cube[:, 1]) * 2 * CUBES + cube[:, 2]).unique(return_inverse=True)
+        if len(keys) <= MOST:
+            break
+        side *= 1.5
+    values = torch.cat([points, colours, torch.ones(len(points), 1)], 1)
+    points, colours, count = torch.zeros(len(keys), 7).index_add_(0, place, values).split([3, 3, 1], 1)
+    return points / count, colours / count
 
 
 @dataclass
@@ -84,18 +66,18 @@ class SceneCloud:
 
     def merged(self) -> tuple[np.ndarray, np.ndarray]:
         """Points (N,3) float32 in the frame of the scene's world, and colours (N,3) uint8; N may be 0."""
-        depths = torch.cat(
-            [surface.depth[torch.isfinite(surface.depth)] for surface in self.surfaces] or [torch.ones(0)]
-        )
-        cubes = _Cubes(float(depths.median()) / VOXELS)
+        points, colours, depths = [torch.zeros(0, 3)], [torch.zeros(0, 3)], [torch.zeros(0)]
         for number, surface in enumerate(self.surfaces):
             known = torch.isfinite(surface.depth)
             local = unproject(surface.depth, surface.intrinsics)[known]
             world = transform_points(local, torch.linalg.inv(surface.pose))
             kept = self._not_in_front(world, number)
-            cubes.add(world[kept], surface.colour[known][kept])
-        points, colours = cubes.means()
-        return points.numpy(), (colours.clamp(0, 1) * 255).round().byte().numpy()
+            points.append(world[kept])
+            colours.append(surface.colour[known][kept])
+            depths.append(surface.depth[known])
+        side = float(torch.cat(depths).median()) / VOXELS
+        means, colour = cube_means(torch.cat(points), torch.cat(colours), side)
+        return means.numpy(), (colour.clamp(0, 1) * 255).round().byte().numpy()
 
     def _not_in_front(self, world: Tensor, number: int) -> Tensor:
         """Which points (N,) hide nothing that more than half of the photographs nearby that look there show."""
@@ -125,11 +107,3 @@ def write_points(points: np.ndarray, colours: np.ndarray, *paths: Path) -> None:
     cloud = trimesh.PointCloud(points * np.array([1, -1, -1], np.float32), colours)
     for path in paths:
         path.write_bytes(cloud.export(file_type=path.suffix[1:]))
-
-
-def thinned(points: np.ndarray, colours: np.ndarray, most: int, seed: int = 0) -> Sequence[np.ndarray]:
-    """At most so many of the points, for a page."""
-    if len(points) <= most:
-        return points, colours
-    chosen = np.random.default_rng(seed).choice(len(points), most, replace=False)
-    return points[chosen], colours[chosen]

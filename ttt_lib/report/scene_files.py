@@ -36,7 +36,7 @@ from ttt_lib.report.photo_files import (
     surface_depth,
     write_depth,
 )
-from ttt_lib.report.scene_cloud import SceneCloud, thinned, write_points
+from ttt_lib.report.scene_cloud import SceneCloud, write_points
 from ttt_lib.runs.experiment import open_model
 
 ON_PAGE = 60_000  # points of the cloud on the page
@@ -215,5 +215,5 @@ def _page(record: dict[str, Any], points: np.ndarray, colours: np.ndarray) -> st
     """A page that shows the cloud, if there is one, the decisions and the pictures; it needs no network."""
     figure = ""
     if len(points):
-        figure = cloud_figure(*thinned(points, colours, ON_PAGE)).to_html(full_html=False, include_plotlyjs="inline")
+        figure = cloud_figure(points, colours, ON_PAGE).to_html(full_html=False, include_plotlyjs="inline")
     return PAGE.render(record, figure=Markup(figure))

@@ -8,7 +8,7 @@ from IPython.display import display
 from ttt_lib.adaptation.photographs.scene import SceneAdaptation
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.report.figures import cloud_figure, picture
-from ttt_lib.report.scene_cloud import SceneCloud, thinned
+from ttt_lib.report.scene_cloud import SceneCloud
 from ttt_lib.report.scene_figures import plot_scene
 
 
@@ -63,4 +63,4 @@ class SceneExplorer(ipywidgets.VBox):
             prediction = result.final if self.cloud.value == "after" else result.original
             cloud.add(known.photograph, result.image, prediction)
         with self.clouds:
-            display(cloud_figure(*thinned(*cloud.merged(), self.points)))
+            display(cloud_figure(*cloud.merged(), self.points))
