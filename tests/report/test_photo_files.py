@@ -19,7 +19,8 @@ from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.errors import DataError, NumericalError, UserError
 from ttt_lib.core.types import Prediction
 from ttt_lib.report import photo_files
-from ttt_lib.report.photo_files import SHOWN, adapt_photo, adapt_photos, find_photos, name_results, shown_result
+from ttt_lib.report.figures import SHOWN, plot_before_after, shown
+from ttt_lib.report.photo_files import adapt_photo, adapt_photos, find_photos, name_results
 
 experiment = small_experiment(train={"passes": 0, "method": "none"})
 
@@ -176,9 +177,11 @@ def test_a_figure_is_drawn_of_as_many_pixels_as_it_shows():
     mask = depth > 1.5
     before = Prediction(torch.zeros(900, 1400, 3), depth, mask, None, "metric")
     result = AdaptResult(before, None, replace(before, depth=2 * depth, mask=None), "adapted")
-    shown = shown_result(result)
-    assert max(shown.original.depth.shape) == SHOWN and shown.original.points is None and shown.final.mask is None
-    assert torch.allclose(shown.final.depth, 2 * shown.original.depth, equal_nan=True)
-    assert shown.original.depth[:100].isnan().all() and shown.original.depth.isnan().float().mean() < 0.34
-    assert torch.equal(shown.original.mask, shown.original.depth > 1.5)
+    small, small_mask = shown(depth), shown(mask)
+    assert max(small.shape) == SHOWN and torch.equal(small_mask, small > 1.5)
+    assert small[:100].isnan().all() and small.isnan().float().mean() < 0.34
+    drawn = [axis.images[0].get_array() for axis in plot_before_after(torch.zeros(3, 900, 1400), result).axes]
+    assert all(array.shape[:2] == small.shape for array in drawn)
+    assert np.array_equal(drawn[1].mask, ~small_mask.numpy()) and np.array_equal(drawn[2].mask, small.isnan().numpy())
+    assert np.allclose(drawn[3].compressed(), 2) and np.array_equal(drawn[3].mask, small.isnan().numpy())
     assert result.original.depth.shape == (900, 1400)

@@ -22,6 +22,7 @@ from ttt_lib.adaptation.photographs.scene import adapt_scene
 from ttt_lib.adaptation.saved_weights import save_weights, use_weights
 from ttt_lib.cli import app
 from ttt_lib.core.errors import ModelError, UserError
+from ttt_lib.core.files import to_json
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import Scene
@@ -58,7 +59,7 @@ def test_the_folder_holds_what_it_promises(written, rendered):
     done = [f"{k}/3 {name}" for k, name in enumerate(names, 1)]
     assert [line.split(":")[0] for line in lines] == [*done, "one cloud, cameras and page"]
     assert names == [row["name"] for row in record["photographs"]]
-    assert json.loads((folder / "record.json").read_text(encoding="utf-8")) == json.loads(json.dumps(record))
+    assert json.loads((folder / "record.json").read_text(encoding="utf-8")) == json.loads(to_json(record))
     for sample in rendered[1]:
         depth = np.load(folder / "depth" / f"{sample.name}.npy")
         png = moge_io.read_depth(folder / "depth" / f"{sample.name}.png")

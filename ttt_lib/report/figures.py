@@ -14,12 +14,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt_lib.geometry.cameras import shrunk
+
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
     from ttt_lib.adaptation.result import AdaptResult
 
+SHOWN = 640  # pixels of the longer side of pictures that are shown
 Panel = tuple[str, np.ndarray, dict[str, Any]]  # title, picture, options of `imshow`
 
 
@@ -90,20 +93,38 @@ def panels(
     return figure, axes
 
 
+def change_panel(title: str, before: Tensor, after: Tensor, mask: Tensor | None = None) -> Panel:
+    """How many times the depth `after` is the depth `before`: 0.8 and less is blue, 1.2 and more red."""
+    ratio = after / before if mask is None else (after / before).masked_fill(~mask.bool(), torch.nan)
+    return title, ratio.detach().cpu().numpy(), {"cmap": "coolwarm", "vmin": 0.8, "vmax": 1.2}
+
+
+def shown(map_: Tensor | None) -> Tensor | None:
+    """A map (H,W) at a size to be looked at: else most of the time for a photograph went into pixels that no figure shows."""
+    if map_ is None:
+        return None
+    smaller = F.interpolate(map_[None, None].float(), shrunk(map_.shape, SHOWN), mode="nearest-exact")[0, 0]
+    return smaller.to(map_.dtype)
+
+
 def plot_before_after(image: Tensor, result: AdaptResult, truth: Tensor | None = None) -> Figure:
-    """Image, inverse depth before and after, and their relative change; with truth also the truth and both errors."""
-    before, after = result.original, result.final
+    """Image, inverse depth before and after, and their relative change; with truth also the truth and both errors.
+
+    At most `SHOWN` pixels of each side are drawn.
+    """
+    image = F.interpolate(image[None], shrunk(image.shape[-2:], SHOWN), mode="area")[0]
+    before, after, truth = shown(result.original.depth), shown(result.final.depth), shown(truth)
     rows = [[
         ("image", to_array(image), {}),
-        depth_panel("before", before.depth, before.mask),
-        depth_panel(f"after ({result.decision})", after.depth, after.mask),
-        ("after / before", (after.depth / before.depth).cpu().numpy(), {"cmap": "coolwarm", "vmin": 0.8, "vmax": 1.2}),
+        depth_panel("before", before, shown(result.original.mask)),
+        depth_panel(f"after ({result.decision})", after, shown(result.final.mask)),
+        change_panel("after / before", before, after),
     ]]  # fmt: skip
     if truth is not None:
         rows.append([
             depth_panel("truth", truth),
-            error_panel("error before", before.depth, truth),
-            error_panel("error after", after.depth, truth),
+            error_panel("error before", before, truth),
+            error_panel("error after", after, truth),
         ])  # fmt: skip
     return finished(panels(rows, 3.2, 2.4)[0])
 

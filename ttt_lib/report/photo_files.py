@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 import utils3d
 from moge.utils import io as moge_io
 from PIL import Image
-from torch.nn import functional as F
 
 from ttt_lib.adaptation.known_camera import adapt_photograph, camera_of
 from ttt_lib.adaptation.result import AdaptResult
@@ -25,7 +23,6 @@ from ttt_lib.core.files import absolute, first_repeated, replacing, write_json
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import photographs_in, read_photo
 from ttt_lib.data.known_distances import read_references
-from ttt_lib.geometry.cameras import shrunk
 from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges, in_front
 from ttt_lib.models.base import GeometryModel, weights_checksum
 from ttt_lib.report.figures import plot_before_after
@@ -34,7 +31,6 @@ from ttt_lib.runs.experiment import why_left_out
 log = logging.getLogger(__name__)
 
 LONGEST_CLOUD = 1024  # pixels of the longer side from which the point cloud is made
-SHOWN = 640  # pixels of the pictures that are shown
 COMPRESSION = 3  # of PNG, lossless: a tenth larger than with the usual 6 or 7, in a third of the time
 DEPTH_ENCODING = "depth = near * (far / near) ** ((value - 1) / 65533); value 0: unknown, 65535: no surface"
 
@@ -59,32 +55,16 @@ def surface_depth(prediction: Prediction) -> np.ndarray:
     return torch.where(known, prediction.depth, torch.inf).cpu().numpy().astype(np.float32)
 
 
-def write_depth(path: Path, prediction: Prediction) -> None:
-    """`path` with .npy, and with .png (`DEPTH_ENCODING`) where any depth is finite."""
+def write_depth(path: Path, prediction: Prediction) -> dict[str, float]:
+    """`path` with .npy, and with .png (`DEPTH_ENCODING`) where any depth is finite; returns `near` and `far` of that."""
     depth = surface_depth(prediction)
     np.save(path.with_name(f"{path.name}.npy"), depth)
-    if np.isfinite(depth).any():
-        moge_io.write_depth(path.with_name(f"{path.name}.png"), depth, compression_level=COMPRESSION)
-
-
-def shown_image(image: torch.Tensor) -> torch.Tensor:
-    """The image (3,H,W) at a size to be looked at, at most SHOWN pixels long."""
-    return F.interpolate(image[None], shrunk(image.shape[-2:], SHOWN), mode="area")[0]
-
-
-def shown_result(result: AdaptResult) -> AdaptResult:
-    """The result with depth and masks of both predictions at the size of `shown_image`, for a figure: at the size of a
-    photograph most of the time for its files went into pixels that no figure shows."""
-
-    def small(prediction: Prediction) -> Prediction:
-        size = shrunk(prediction.depth.shape, SHOWN)
-        depth, mask = (
-            None if map_ is None else F.interpolate(map_[None, None].float(), size, mode="nearest-exact")[0, 0]
-            for map_ in (prediction.depth, prediction.mask)
-        )
-        return replace(prediction, depth=depth, mask=None if mask is None else mask > 0, points=None, normal=None)
-
-    return replace(result, original=small(result.original), final=small(result.final))
+    if not np.isfinite(depth).any():
+        return {}
+    png = path.with_name(f"{path.name}.png")
+    moge_io.write_depth(png, depth, compression_level=COMPRESSION)
+    with Image.open(png) as written:
+        return {key: float(written.info[key]) for key in ("near", "far")}
 
 
 def find_photos(entries: Sequence[str | Path]) -> list[Path]:
@@ -152,9 +132,16 @@ def adapt_photo(
     check_free(folder)
     with replacing(folder) as work:
         result = adapt_photograph(model, config, image, printable(Path(path).name), references, lens)
-        _write_result(work, image, result)
+        unit, final = "metre" if result.final.kind == "metric" else "arbitrary", result.final
+        span = write_depth(work / "depth", final)
+        np.save(work / "depth_original.npy", surface_depth(result.original))
+        write_cloud(work / "cloud.ply", image, final)
+        plot_before_after(image, result).savefig(work / "before_after.png", dpi=110)
         write_json(work / "record.json", {
-            "image": str(path), **_record(work, result, model, config),
+            "image": str(path), **about_result(result), **about_run(model, config), "unit": unit,
+            "depth_png": {"encoding": DEPTH_ENCODING, **span, "unit": unit} if span else None,
+            "peak_memory_mb": result.peak_memory_mb, "passes_done": result.passes_done, "views": result.view_stats,
+            "intrinsics": final.intrinsics, "history": result.history, "assumptions": result.original.note,
             "metric_points": absolute(metric_points) if metric_points else None,
             "metric_unit": references.unit if references is not None else None,
             "camera": lens.source if lens is not None else None,
@@ -171,14 +158,6 @@ def check_free(folder: Path) -> None:
             )
 
 
-def _write_result(work: Path, image: torch.Tensor, result: AdaptResult) -> None:
-    """Depth, cloud and figure of one photograph into the folder `work`."""
-    write_depth(work / "depth", result.final)
-    np.save(work / "depth_original.npy", surface_depth(result.original))
-    write_cloud(work / "cloud.ply", image, result.final)
-    plot_before_after(shown_image(image), shown_result(result)).savefig(work / "before_after.png", dpi=110)
-
-
 def about_run(model: GeometryModel, config: ExperimentConfig) -> dict[str, Any]:
     """What a record says of the model and the settings, and the date."""
     return {
@@ -192,18 +171,4 @@ def about_result(result: AdaptResult) -> dict[str, Any]:
     return {
         "width": result.image.shape[-1], "height": result.image.shape[-2], "decision": result.decision,
         "reason": result.reason, "seconds": result.seconds, "signals": result.signals,
-    }  # fmt: skip
-
-
-def _record(work: Path, result: AdaptResult, model: GeometryModel, config: ExperimentConfig) -> dict[str, Any]:
-    """What there is to know of a result, its files in `work` among it."""
-    unit, encoded = "metre" if result.final.kind == "metric" else "arbitrary", None
-    if (work / "depth.png").is_file():
-        with Image.open(work / "depth.png") as png:
-            near, far = float(png.info["near"]), float(png.info["far"])
-        encoded = {"encoding": DEPTH_ENCODING, "near": near, "far": far, "unit": unit}
-    return {
-        **about_result(result), **about_run(model, config), "unit": unit, "depth_png": encoded,
-        "peak_memory_mb": result.peak_memory_mb, "passes_done": result.passes_done, "views": result.view_stats,
-        "intrinsics": result.final.intrinsics, "history": result.history, "assumptions": result.original.note,
     }  # fmt: skip

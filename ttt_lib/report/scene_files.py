@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jinja2 import Environment
 from markupsafe import Markup
 from PIL import Image
@@ -19,27 +19,17 @@ from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.saved_weights import save_weights, use_weights
 from ttt_lib.core.at_work import at_work
 from ttt_lib.core.config import ExperimentConfig
-from ttt_lib.core.errors import UserError, printable
+from ttt_lib.core.errors import UserError
 from ttt_lib.core.files import check_writable, replacing, write_json
+from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.load import load_scene
-from ttt_lib.data.photographs.scene import Photograph
 from ttt_lib.data.photographs.sources import distinct_names
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
 from ttt_lib.report.figures import cloud_figure, plot_before_after
-from ttt_lib.report.photo_files import (
-    COMPRESSION,
-    about_result,
-    about_run,
-    check_free,
-    shown_image,
-    shown_result,
-    surface_depth,
-    write_depth,
-)
+from ttt_lib.report.photo_files import COMPRESSION, about_result, about_run, check_free, surface_depth, write_depth
 from ttt_lib.report.scene_cloud import SceneCloud, write_points
 from ttt_lib.runs.experiment import open_model
 
-ON_PAGE = 60_000  # points of the cloud on the page
 PAGE = Environment(autoescape=True).from_string("""<!doctype html><meta charset="utf-8"><title>scene</title>
 <style>body{font:15px sans-serif;max-width:70em;margin:2em auto}img{max-width:100%}</style>
 <h1>{{ photographs | length }} photographs, {{ cloud_points }} points</h1>{{ figure }}
@@ -73,9 +63,9 @@ def adapt_photographs(
     settings = config.supervision.get("photographs")
     if settings is None:
         raise UserError(f"--experiment {config.name}: knows nothing of several photographs; use scene.")
-    if save is not None and not (settings.train and config.train.method == "ttt" and config.train.passes):
-        raise UserError(f"--save-weights {save}: {config.name} trains nothing; use --experiment scene_trained.")
     if save is not None:
+        if not (settings.train and config.train.method == "ttt" and config.train.passes):
+            raise UserError(f"--save-weights {save}: {config.name} trains nothing; use --experiment scene_trained.")
         if save.is_dir():
             raise UserError(f"--save-weights {save}: is a folder; name a file in it.")
         check_writable(save)
@@ -90,13 +80,10 @@ def adapt_photographs(
         announce(f"left out: {name}: {why}")
     announce(f"refused: {scene.refused}" if scene.refused else repr(scene))
     if straight := scene.about.get("undistorted"):
-        announce(
-            f"{straight} photographs: the distortion of their lenses is removed; images/ holds them as a pinhole camera "
-            "sees them"
-        )
+        announce(f"{straight} photographs: the distortion of their lenses is removed; images/ holds them without it")
     if not scene.refused:
         announce("measuring depth between the photographs" + (" and training" if settings.train else ""))
-    with at_work("measuring" if not settings.train else "measuring and training"):
+    with at_work("measuring"):
         adaptation = adapt_scene(model, scene, config, progress=True)
     if save is not None and adaptation.weights:
         save_weights(save, model, adaptation.weights)
@@ -128,92 +115,64 @@ def write_scene(adaptation: SceneAdaptation, output: Path, announce: Announce = 
     `images`, from which the distortion of given lenses is removed.
     """
     check_free(output)
-    with replacing(output.absolute()) as work:
-        for folder in ("depth", "depth_original", "images", "before_after"):
-            (work / folder).mkdir()
-        return _write(adaptation, work, announce)
-
-
-def _write(adaptation: SceneAdaptation, work: Path, announce: Announce) -> dict[str, Any]:
     scene, cloud, rows = adaptation.scene, SceneCloud(), []
     evidence = {each.photograph.name: each for each in adaptation.evidence}
     names = [photograph.name for photograph in [*scene.photographs, *scene.rest]]
-    # COLMAP's text knows no spaces in names of files.
-    files = dict(zip(names, distinct_names([Path("_".join(name.replace("/", " ").split())) for name in names])))
-    results = adaptation.results()
-    for number, label in enumerate(names, 1):
-        name, known = files[label], evidence.get(label)
-        with at_work(f"{number}/{len(names)} {printable(label, 100)}"):
-            photograph, result = next(results)
+    files = dict(zip(names, distinct_names([Path(name.replace("/", "_")) for name in names])))
+    with replacing(output.absolute()) as work:
+        for folder in ("depth", "depth_original", "images", "before_after"):
+            (work / folder).mkdir()
+        for number, (photograph, result) in enumerate(adaptation.results(), 1):
+            known, name = evidence.get(photograph.name), photograph.name
             if known is not None:
                 if result.decision == "original":
                     result = replace(result, final=scaled(result.final, known.used))  # so that all have one scale
                 cloud.add(photograph, result.image, result.final)
-            _write_photograph(work, name, result, known is not None)
-        rows.append(_row(photograph, name, result))
-        # What holds for the scene, or keeps a photograph out of it, has been said.
-        why = f" ({result.reason})" if result.reason and known is not None else ""
-        announce(f"{number}/{len(names)} {label}: {result.decision}{why}")
-    if evidence:
-        announce("one cloud, cameras and page")
-    with at_work("cloud, cameras and page"):
+            _write_photograph(work, files[name], result, known is not None)
+            camera = {"intrinsics": photograph.intrinsics, "pose": photograph.pose}
+            rows.append({"name": name, "file": files[name], **about_result(result), **camera})
+            # What holds for the scene, or keeps a photograph out of it, has been said.
+            why = f" ({result.reason})" if result.reason and known is not None else ""
+            announce(f"{number}/{len(names)} {name}: {result.decision}{why}")
+        if evidence:
+            announce("one cloud, cameras and page")
         return _finish(adaptation, work, cloud, rows, files)
+
+
+def _write_photograph(work: Path, name: str, result: AdaptResult, in_scene: bool) -> None:
+    write_depth(work / "depth" / name, result.final)
+    np.save(work / "depth_original" / f"{name}.npy", surface_depth(result.original))
+    array = (result.image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
+    Image.fromarray(array).save(work / "images" / f"{name}.png", compress_level=COMPRESSION)
+    if in_scene:  # in the scale of the final prediction, so that their ratio says what changed
+        before = result.original.depth
+        factor = (result.final.depth / before).nanmedian().nan_to_num(1.0)
+        result = replace(result, original=replace(result.original, depth=before * factor))
+    figure = plot_before_after(result.image, result)
+    figure.savefig(work / "before_after" / f"{name}.jpg", dpi=100, pil_kwargs={"quality": 88})
 
 
 def _finish(
     adaptation: SceneAdaptation, work: Path, cloud: SceneCloud, rows: list[dict[str, Any]], files: dict[str, str]
 ) -> dict[str, Any]:
     """What is written once for all photographs; returns the record. files: name of a photograph -> of its files."""
-    scene = adaptation.scene
-    record, points, colours = _record(adaptation, rows), np.zeros((0, 3)), np.zeros((0, 3), np.uint8)
-    if adaptation.evidence:
-        points, colours = cloud.merged()
-        write_points(points, colours, work / "cloud.ply", work / "cloud.glb")
-        images = [f"{files[photograph.name]}.png" for photograph in scene.photographs]
-        write_colmap(work / "sparse" / "0", scene, images)
-        write_transforms(work / "transforms.json", scene, [f"images/{name}" for name in images])
-    record["cloud_points"] = len(points)
-    (work / "index.html").write_text(_page(record, points, colours), encoding="utf-8")
-    write_json(work / "record.json", record)
-    return record
-
-
-def _write_photograph(work: Path, name: str, result: AdaptResult, in_scene: bool) -> None:
-    image = result.image
-    write_depth(work / "depth" / name, result.final)
-    np.save(work / "depth_original" / f"{name}.npy", surface_depth(result.original))
-    array = (image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
-    Image.fromarray(array).save(work / "images" / f"{name}.png", compress_level=COMPRESSION)
-    shown = shown_result(result)
-    original, final = shown.original, shown.final
-    both = torch.isfinite(original.depth) & torch.isfinite(final.depth) & (original.depth > 0)
-    if in_scene and bool(both.any()):  # in the scale of the final prediction, so that their ratio says what changed
-        original = replace(original, depth=original.depth * (final.depth / original.depth)[both].median())
-    figure = plot_before_after(shown_image(image), replace(shown, original=original))
-    figure.savefig(work / "before_after" / f"{name}.jpg", dpi=100, pil_kwargs={"quality": 88})
-
-
-def _row(photograph: Photograph, name: str, result: AdaptResult) -> dict[str, Any]:
-    camera = {"intrinsics": photograph.intrinsics, "pose": photograph.pose}
-    poses = {key: None if value is None else value.tolist() for key, value in camera.items()}
-    return {"name": photograph.name, "file": name, **about_result(result), **poses}
-
-
-def _record(adaptation: SceneAdaptation, rows: list[dict[str, Any]]) -> dict[str, Any]:
     scene, model = adaptation.scene, adaptation.model
-    return {
+    points, colours = cloud.merged()
+    write_points(points, colours, work / "cloud.ply", work / "cloud.glb")
+    if adaptation.evidence:
+        places = [work / "images" / f"{files[photograph.name]}.png" for photograph in scene.photographs]
+        written = [replace(p, source=partial(read_photo, place)) for p, place in zip(scene.photographs, places)]
+        write_colmap(work / "sparse" / "0", replace(scene, photographs=written))
+        write_transforms(work / "transforms.json", scene, places)
+    record = {
         "refused": scene.refused, "left_out": [list(each) for each in scene.left_out], "scene": scene.about,
         "unit": "metre" if model.kind == "metric" else "arbitrary, one for all photographs of the scene",
         "depth_png": "16 bits, logarithmic; `near`, `far` in its own metadata (moge.utils.io.read_depth)",
         "photographs": rows, "seconds": sum((row["seconds"] for row in rows), 0.0), "failed": adaptation.failed,
         "peak_memory_mb": adaptation.peak_memory_mb, "history": adaptation.log.history,
-        **about_run(model, adaptation.config),
+        **about_run(model, adaptation.config), "cloud_points": len(points),
     }  # fmt: skip
-
-
-def _page(record: dict[str, Any], points: np.ndarray, colours: np.ndarray) -> str:
-    """A page that shows the cloud, if there is one, the decisions and the pictures; it needs no network."""
-    figure = ""
-    if len(points):
-        figure = cloud_figure(points, colours, ON_PAGE).to_html(full_html=False, include_plotlyjs="inline")
-    return PAGE.render(record, figure=Markup(figure))
+    figure = cloud_figure(points, colours).to_html(full_html=False, include_plotlyjs="inline") if len(points) else ""
+    (work / "index.html").write_text(PAGE.render(record, figure=Markup(figure)), encoding="utf-8")
+    write_json(work / "record.json", record)
+    return record
