@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ttt_lib import AdaptResult, Prediction, adapt, adapt_scene, load_model, load_samples
 from ttt_lib.core.schema import ViewConfig
-from ttt_lib.report.figures import finished, inverse_depth, to_array
-from ttt_lib.report.scene_figures import plot_scene
+from ttt_lib.report.figures import finished, inverse_depth, plot_scene, to_array
 from ttt_lib.report.view_figures import SKY, UNKNOWN, join
 from ttt_lib.runs.catalog import NOTEBOOKS
 from ttt_lib.runs.scene_study import reconstruct_samples

@@ -33,7 +33,7 @@ from ttt_lib.report import scene_cloud
 from ttt_lib.report.photo_files import surface_depth
 from ttt_lib.report.scene_cloud import SceneCloud
 from ttt_lib.report.scene_files import adapt_photographs, write_scene
-from ttt_lib.report.scene_widgets import SceneExplorer
+from ttt_lib.report.widgets import SceneExplorer
 
 experiment = small_experiment(supervision={"photographs": {}}, train={"method": "none", "passes": 0})
 

@@ -1,10 +1,11 @@
-"""Pictures of single results: before and after, loss curves, point clouds. A study's are in `study_figures.py`."""
+"""Pictures of single results: before and after, tracks, loss curves, point clouds. A study's are in `study_figures.py`."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+    from ttt_lib.adaptation.photographs.evidence import Evidence
     from ttt_lib.adaptation.result import AdaptResult
+    from ttt_lib.core.types import Sample
 
 SHOWN = 640  # pixels of the longer side of pictures that are shown
 Panel = tuple[str, np.ndarray, dict[str, Any]]  # title, picture, options of `imshow`
@@ -129,6 +132,29 @@ def plot_before_after(image: Tensor, result: AdaptResult, truth: Tensor | None =
     return finished(panels(rows, 3.2, 2.4)[0])
 
 
+def plot_scene(
+    evidence: Iterable[Evidence], results: Iterable[AdaptResult], samples: Iterable[Sample] | None = None
+) -> Figure:
+    """A row a photograph: tracks on it (near is bright), measured depth, before, after; with samples also both errors."""
+    rows, tracks = [], []
+    for known, result, sample in zip(evidence, results, samples if samples is not None else repeat(None)):
+        image, before, after = known.photograph.image, result.original.depth, result.final.depth
+        measured = known.measured and known.measured.depth
+        depths = {"measured between them": measured, "before": before, f"after ({result.decision})": after}
+        row = [("photograph and tracks", to_array(image), {})]
+        row += [depth_panel(title, depth) for title, depth in depths.items() if depth is not None]
+        if sample is not None and sample.depth is not None:
+            row.append(error_panel("error before", before, sample.depth))
+            row.append(error_panel("error after", after, sample.depth))
+        rows.append(row)
+        height, width = image.shape[-2:]
+        tracks.append((known.used.uv * torch.tensor([width, height]), 1 / known.used.depth))
+    figure, axes = panels(rows, 2.7, 2.1)
+    for axis, (place, nearness) in zip(axes[:, 0], tracks):
+        axis.scatter(place[:, 0], place[:, 1], c=nearness, s=3, cmap="autumn")
+    return finished(figure)
+
+
 def plot_history(history: pd.DataFrame) -> Figure:
     """The loss of each sample over the optimizer steps (`history.csv`); nothing of those that had no loss."""
     figure, axis = plt.subplots(figsize=(6, 3))
@@ -166,7 +192,7 @@ def cloud_figure(cloud: np.ndarray, colour: np.ndarray, most: int = 60_000) -> g
         cloud, colour = cloud[chosen], colour[chosen]
     digits = 4 - int(np.floor(np.log10(np.abs(cloud).max()))) if len(cloud) and np.abs(cloud).max() > 0 else 3
     cloud = cloud.round(digits)
-    marker = {"size": 2, "color": [f"rgb({r},{g},{b})" for r, g, b in colour]}
+    marker = {"size": 2, "color": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colour]}
     scatter = go.Scatter3d(x=cloud[:, 0], y=cloud[:, 2], z=-cloud[:, 1], mode="markers", marker=marker)
     figure = go.Figure(scatter)
     figure.update_layout(scene_aspectmode="data", margin={"l": 0, "r": 0, "t": 0, "b": 0}, height=380)

@@ -1,13 +1,15 @@
-"""Figures of a study: Figure 4, loss curves, gain against seconds, and the gallery of single samples."""
+"""Figures of studies: Figure 4, loss curves, gains against what they cost or were expected to be, and single samples."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ttt_lib.evaluation.paired import summarise
@@ -18,6 +20,8 @@ from ttt_lib.runs.results import Runs
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+COLOURS = {"accept": "tab:green", "blend": "tab:orange", "reject": "tab:red"}
 
 
 def figure4(gains: pd.DataFrame, tolerance: float = 1e-3, title: str = "") -> Figure:
@@ -168,3 +172,81 @@ def gallery_cloud(runs: Runs, row: Any) -> go.Figure | None:
         return None
     points = unproject(torch.from_numpy(data["depth_final"]), torch.from_numpy(data["intrinsics"]).float())
     return point_cloud(torch.from_numpy(data["image"]).permute(2, 0, 1).float() / 255, points)
+
+
+def _gain_over(label: str, of: str = "gain in delta1 (affine depth)") -> tuple[Figure, Axes]:
+    """Axes for true gains over something else."""
+    figure, axis = plt.subplots(figsize=(5, 3.3))
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.set(xlabel=label, ylabel=of)
+    return figure, axis
+
+
+def plot_held_back(table: pd.DataFrame) -> Figure:
+    """What the held-back tracks say (improvement of their error) against the true gain in delta1, a point a photograph.
+
+    table: of `runs.scene_study.study`.
+    """
+    known = table.dropna(subset=["held_back_original", "held_back_corrected"])
+    said = known["held_back_original"] - known["held_back_corrected"]
+    figure, axis = _gain_over("error taken away at held-back tracks")
+    axis.scatter(said, known["depth_final"] - known["depth_original"], s=12, alpha=0.6)
+    axis.set_title(f"{len(known)} photographs")
+    return finished(figure)
+
+
+def plot_gain(table: pd.DataFrame, by: str) -> Figure:
+    """Gain in delta1 of each photograph that was not refused over a column of `study`'s table, and the means."""
+    known = table[table["refused"] == ""]
+    gain = known["depth_final"] - known["depth_original"]
+    means = gain.groupby(known[by]).mean()
+    figure, axis = _gain_over(by)
+    axis.scatter(known[by], gain, s=12, alpha=0.6)
+    axis.plot(means.index, means.to_numpy(), color="black", marker="o", label="mean")
+    axis.set_title(f"{len(known)} photographs")
+    axis.legend()
+    return finished(figure)
+
+
+def plot_estimates(table: pd.DataFrame) -> Figure:
+    """The gate's estimate of each sample against the true gain of adapting, coloured by decision."""
+    figure, axis = _gain_over("estimate", "true gain of the adapted prediction")
+    for decision, part in table.groupby("decision"):
+        axis.scatter(part.signal_estimate, part.gain_adapted, s=14, label=decision, color=COLOURS.get(decision))
+    axis.axvline(0, color="gray", linewidth=0.8)
+    axis.legend()
+    return finished(figure)
+
+
+def plot_risk_coverage(curves: dict[str, pd.DataFrame]) -> Figure:
+    """Gain and harm against the share of samples that are adapted; curves: of `calibration.risk_coverage`, by name."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for axis, column, label in zip(axes, ("gain", "worse"), ("mean gain in delta1", "share losing more than 0.01")):
+        for name, curve in curves.items():
+            axis.plot(curve.coverage, curve[column], label=f"{name} (n = {len(curve) - 1})")
+        axis.set(xlabel="share adapted", ylabel=label)
+    last = next(iter(curves.values())).gain.iloc[-1]
+    axes[0].plot([0, 1], [0, last], color="0.7", ls=":", label="at random")
+    axes[0].legend()
+    return finished(figure)
+
+
+def plot_failures(rows: pd.DataFrame, shards: list[Path]) -> Figure:
+    """Image, original and adapted inverse depth and where they differ, of the samples in `rows` (dataset, sample).
+
+    shards: folders of results of runs that measured (`gate.mode: measure`), whose final prediction is the adapted one.
+    """
+    lines = []
+    for _, row in rows.iterrows():
+        with np.load(prediction_file(shards, row.dataset, row["sample"])) as content:
+            image, before, after = (content[key] for key in ("image", "depth_original", "depth_final"))
+        ratio = np.log(np.maximum(after, 1e-6) / np.maximum(before, 1e-6))
+        ratio -= np.nanmedian(ratio)
+        limit = max(float(np.nanquantile(np.abs(ratio), 0.99)), 1e-3)
+        lines.append([
+            ("image", image, {}),
+            depth_panel("original", before),
+            depth_panel(f"adapted (gate: {row.decision})", after),
+            (f"change of log depth, within {limit:.2f}", ratio, {"cmap": "RdBu", "vmin": -limit, "vmax": limit}),
+        ])  # fmt: skip
+    return finished(panels(lines, 2.75, 2.3)[0])

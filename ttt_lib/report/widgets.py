@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,12 @@ import torch
 from IPython.display import display
 from torch import Tensor
 
+from ttt_lib.adaptation.photographs.scene import SceneAdaptation
+from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.schema import ViewConfig
 from ttt_lib.core.types import Prediction
-from ttt_lib.report.figures import encoded, picture
+from ttt_lib.report.figures import cloud_figure, encoded, picture, plot_scene
+from ttt_lib.report.scene_cloud import SceneCloud
 from ttt_lib.report.view_figures import plot_views
 from ttt_lib.views.draw import make_views
 from ttt_lib.views.renderer import NovelViewRenderer
@@ -40,10 +42,9 @@ def show_cloud(figure: go.Figure) -> None:
     cloud = figure.data[0]
     figure.update_layout(scene_camera={"eye": {"x": 0.5, "y": -1.6, "z": 0.5}})
     points = [np.asarray(values, dtype=float) for values in (cloud.x, cloud.y, cloud.z)]
-    colours = [[int(part) / 255 for part in re.findall(r"\d+", text)] for text in cloud.marker.color]
     still = plt.figure(figsize=(6, 4))
     axis = still.add_subplot(projection="3d")
-    axis.scatter(*points, c=colours, s=6, linewidths=0, depthshade=False)
+    axis.scatter(*points, c=list(cloud.marker.color), s=6, linewidths=0, depthshade=False)
     axis.set_box_aspect([max(float(np.ptp(values)), 1e-6) for values in points])
     axis.set(xlabel="x", ylabel="z, forward", zlabel="up")
     axis.view_init(elev=15, azim=-75)
@@ -116,3 +117,57 @@ class ViewExplorer(ipywidgets.VBox):
             f"known: {known} of the pixels; {view.stats['redrawn']} drawn again, {view.stats['identity']} stayed in "
             f"place; {spent:.0f} ms a view; {self.renderer.reason}"
         )
+
+
+class SceneExplorer(ipywidgets.VBox):
+    """Pick a photograph of an adapted scene and see its tracks, its depth before and after, and what decided.
+
+    The last tab shows the clouds of all photographs, before and after. Predictions are made when they are first shown.
+    """
+
+    def __init__(self, adaptation: SceneAdaptation, points: int = 20_000) -> None:
+        self.adaptation, self.points = adaptation, points
+        self.evidence = {each.photograph.name: each for each in adaptation.evidence}
+        if not self.evidence:
+            super().__init__([ipywidgets.Label(adaptation.scene.refused or "there are no photographs")])
+            return
+        self.results: dict[str, AdaptResult] = {}
+        self.photograph = ipywidgets.Dropdown(options=list(self.evidence), description="photograph")
+        self.cloud = ipywidgets.ToggleButtons(options=["none", "before", "after"], description="cloud")
+        self.shown, self.said = ipywidgets.Image(format="jpeg"), ipywidgets.HTML()
+        # An Output that is written to while a cell runs makes nbclient (papermill, nbconvert) send on the socket whose next
+        # message it waits for, and miss that one: notebooks hung. This one is empty until somebody asks for a cloud.
+        self.clouds = ipywidgets.Output()
+        super().__init__([self.photograph, self.said, self.shown, self.cloud, self.clouds])
+        self.photograph.observe(lambda change: self.show(), "value")
+        self.cloud.observe(lambda change: self.show_cloud(), "value")
+        self.show()
+
+    def result(self, name: str) -> AdaptResult:
+        """The result of a photograph."""
+        if name not in self.results:
+            self.results[name] = self.adaptation.result(self.evidence[name])
+        return self.results[name]
+
+    def show(self) -> None:
+        """Draw the photograph that is chosen."""
+        name = self.photograph.value
+        result = self.result(name)
+        errors = {k.removeprefix("held_back_"): v for k, v in result.signals.items() if k.startswith("held_back_")}
+        count = errors.pop("tracks", 0)
+        said = ", ".join(f"{key} {value:.3f}" for key, value in errors.items())
+        self.said.value = f"<b>{result.decision}</b>; error at {count:.0f} held-back tracks: {said}. {result.reason}"
+        self.shown.value = picture(plot_scene([self.evidence[name]], [result]), "jpeg", dpi=85)
+
+    def show_cloud(self) -> None:
+        """Draw the cloud of all photographs, as the original or as the final predictions have it."""
+        self.clouds.clear_output(wait=True)
+        if self.cloud.value == "none":
+            return
+        cloud = SceneCloud()
+        for name, known in self.evidence.items():
+            result = self.result(name)
+            prediction = result.final if self.cloud.value == "after" else result.original
+            cloud.add(known.photograph, result.image, prediction)
+        with self.clouds:
+            display(cloud_figure(*cloud.merged(), self.points))
