@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ttt_lib.evaluation.paired import paired_gains, summarise
 from ttt_lib.evaluation.scores import TABLE1_COLUMNS
-from ttt_lib.evaluation.selection import GROUPS, certain_losses
+from ttt_lib.evaluation.selection import GROUPS
 from ttt_lib.report import study_figures, tables
 from ttt_lib.report.figures import encoded, picture
 from ttt_lib.runs.results import Runs
@@ -22,15 +22,14 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 FIGURES = ("chosen_samples", "loss_curves", "figure4", "pareto", "gallery")
-NOTHING = Markup("<p>nothing</p>")
 PAGE = Environment(autoescape=True).from_string("""<!doctype html><meta charset="utf-8"><title>Ablation</title>
 <style>
 body{font-family:sans-serif;margin:2em} table{border-collapse:collapse;font-size:12px}
-td,th{padding:2px 6px;border:1px solid #ccc} img{max-width:100%} li{font-size:13px}
+td,th{padding:2px 6px;border:1px solid #ccc} img{max-width:100%} div{margin:1em 0} li{font-size:13px}
 </style>
 <h1>Ablation</h1>
 {% if notes %}<h2>Missing</h2><ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
-{% for heading, content in sections.items() %}<h2>{{ heading }}</h2>{{ content }}
+{% for heading, content in sections.items() %}<h2>{{ heading }}</h2>{% for part in content %}<div>{{ part }}</div>{% endfor %}
 {% endfor %}""")
 VERDICTS = {
     True: "equals `original` to the last bit",
@@ -74,60 +73,51 @@ def write_report(
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    shown = runs.group("random")  # no score chose these
+    shown, title = runs.group("random"), f"{metric} {score}"  # no score chose these
     gains = paired_gains(shown.metrics, metric, score)
-    frames = _frames(shown, gains, tolerance, bootstrap_samples)
-    frames |= {"metrics": runs.metrics, "samples": runs.samples, "left_out": runs.left_out}
-    selected, of_chosen = _selection(runs, bootstrap_samples)
-    frames |= of_chosen
+    selected = tables.selection_table(runs, bootstrap_samples)
+    frames = _frames(runs, gains, selected is not None, tolerance, bootstrap_samples)
+    figures, clouds = _figures(shown, gains, tolerance, title)
+    if selected is not None:
+        figures["chosen_samples"] = study_figures.selection_figure(selected)
     files = {}
     for name, frame in frames.items():
         files[name] = output / f"{name}.csv"
         frame.to_csv(files[name], index=False)
-    files["markdown"], files["latex"] = output / "table1.md", output / "table1.tex"
-    table = tables.table1(shown)
-    files["markdown"].write_text(tables.to_markdown(table), encoding="utf-8")
-    files["latex"].write_text(tables.to_latex(table), encoding="utf-8")
-    figures, clouds = _figures(shown, gains, tolerance, f"{metric} {score}")
-    if selected is not None:
-        figures["chosen_samples"] = study_figures.selection_figure(selected)
     for name in FIGURES:
         path = output / f"{name}.png"
         path.unlink(missing_ok=True)  # of an earlier report, which may have had more to show
         if name in figures:
             figures[name].savefig(path, dpi=110, bbox_inches="tight")
             files[name] = path
-    files["html"] = output / "report.html"
-    files["html"].write_text(
-        _page(runs, table, frames, selected, f"{metric} {score}", figures, clouds), encoding="utf-8"
-    )
+    table = tables.table1(shown)
+    page = _page(runs, table, frames, selected, title, figures, clouds)
+    texts = {"markdown": tables.to_markdown(table), "latex": tables.to_latex(table), "html": page}
+    for name, place in (("markdown", "table1.md"), ("latex", "table1.tex"), ("html", "report.html")):
+        files[name] = output / place
+        files[name].write_text(texts[name], encoding="utf-8")
     return files
 
 
-def _frames(runs: Runs, gains: pd.DataFrame, tolerance: float, bootstrap_samples: int) -> dict[str, pd.DataFrame]:
-    """Every CSV of the report by its name."""
+def _frames(
+    runs: Runs, gains: pd.DataFrame, chosen: bool, tolerance: float, bootstrap_samples: int
+) -> dict[str, pd.DataFrame]:
+    """Every CSV of the report by its name; chosen: whether a score chose the samples."""
+    shown = runs.group("random")
     paired = [
-        summarise(paired_gains(runs.metrics, m, s), tolerance, bootstrap_samples).assign(metric=m, score=s)
+        summarise(paired_gains(shown.metrics, m, s), tolerance, bootstrap_samples).assign(metric=m, score=s)
         for m, s in TABLE1_COLUMNS
     ]
-    filled = [frame for frame in paired if len(frame)]
-    return {
-        "table1": tables.table1(runs).reset_index(),
-        "paired": pd.concat(filled) if filled else paired[0],
+    frames = {
+        "table1": tables.table1(shown).reset_index(),
+        "paired": pd.concat([frame for frame in paired if len(frame)] or paired[:1]),
         "paired_by_dataset": summarise(gains, tolerance, bootstrap_samples, ("experiment", "dataset")),
-        "gains": gains,
-    }
-
-
-def _selection(runs: Runs, bootstrap_samples: int) -> tuple[pd.DataFrame | None, dict[str, pd.DataFrame]]:
-    """What is left of the gains in the score that chose the samples, None where none did, and the tables about it."""
-    if runs.selection is None:
-        return None, {}
-    by = tables.chosen_by(runs)
-    losses = certain_losses(runs.metrics, runs.selection, bootstrap_samples)
-    every = {of: tables.selection_table(runs, bootstrap_samples, of, losses) for of in {by, *TABLE1_COLUMNS}}
-    groups = {f"table1_{name}": tables.table1(runs.group(name)).reset_index() for name in GROUPS}
-    return every[by], {"beyond_selection": pd.concat([every[of] for of in TABLE1_COLUMNS]), **groups}
+        "gains": gains, "metrics": runs.metrics, "samples": runs.samples, "left_out": runs.left_out,
+    }  # fmt: skip
+    if chosen:
+        frames["beyond_selection"] = tables.selection_table(runs, bootstrap_samples, TABLE1_COLUMNS)
+        frames |= {f"table1_{name}": tables.table1(runs.group(name)).reset_index() for name in GROUPS}
+    return frames
 
 
 def _figures(
@@ -154,31 +144,31 @@ def _page(
     runs: Runs, table: pd.DataFrame, frames: dict[str, pd.DataFrame], selected: pd.DataFrame | None, title: str,
     figures: dict[str, Figure], clouds: list[tuple[str, go.Figure]],
 ) -> str:  # fmt: skip
-    published = tables.published_table()
-    sections = {}
+    published, sections = tables.published_table(), {}
     if selected is not None:
-        sections["Chosen samples: what is left beyond selection"] = Markup(
-            "<p>{}</p>{}<p>All below is of the random samples, which no score chose.</p>"
-        ).format(tables.SELECTION_LEGEND, _html(tables.selection_cells(selected)))
+        sections["Chosen samples: what is left beyond selection"] = [
+            tables.SELECTION_LEGEND, _html(tables.selection_cells(selected)),
+            "All below is of the random samples, which no score chose.",
+        ]  # fmt: skip
     sections |= {
-        "Table 1": _table1(table),
-        "Published Table 1": Markup("<p>{}</p>{}").format(tables.PUBLISHED_SOURCE, _table1(published)),
-        "Paired differences to original (positive is better)": _html(frames["paired"].round(4)),
-        f"By data set: {title}": _html(frames["paired_by_dataset"].round(4)),
-        "Evaluation, not training": Markup("<p>control_lr0 {}.</p>{}").format(
-            VERDICTS[tables.control_is_exact(runs)], _html(tables.confound(published).round(3))
-        ),
-    }
-    sections |= {name: Markup(image_tag(figure)) for name, figure in figures.items()}
+        "Table 1": [_table1(table)],
+        "Published Table 1": [tables.PUBLISHED_SOURCE, _table1(published)],
+        "Paired differences to original (positive is better)": [_html(frames["paired"].round(4))],
+        f"By data set: {title}": [_html(frames["paired_by_dataset"].round(4))],
+        "Evaluation, not training": [
+            f"control_lr0 {VERDICTS[tables.control_is_exact(runs)]}.", _html(tables.confound(published).round(3))
+        ],
+    }  # fmt: skip
+    sections |= {name: [Markup(image_tag(figure))] for name, figure in figures.items()}
     for i, (heading, cloud) in enumerate(clouds):
-        sections[heading] = Markup(plotly.io.to_html(cloud, include_plotlyjs=i == 0, full_html=False))
-    sections["Left out"] = _html(runs.left_out)
+        sections[heading] = [Markup(plotly.io.to_html(cloud, include_plotlyjs=i == 0, full_html=False))]
+    sections["Left out"] = [_html(runs.left_out)]
     return PAGE.render(notes=runs.notes, sections=sections)
 
 
 def _table1(table: pd.DataFrame) -> Markup:
-    return Markup(tables.styled(table, "font-weight: bold", "html").to_html()) if len(table) else NOTHING
+    return Markup(tables.styled(table, "font-weight: bold", "html").to_html()) if len(table) else Markup("nothing")
 
 
 def _html(frame: pd.DataFrame) -> Markup:
-    return Markup(frame.to_html(na_rep="")) if len(frame) else NOTHING
+    return Markup(frame.to_html(na_rep="")) if len(frame) else Markup("nothing")

@@ -5,6 +5,7 @@ Everything is computed from the runs; nothing is remembered from elsewhere but t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,14 +141,10 @@ def control_is_exact(runs: Runs) -> bool | None:
     """Whether `control_lr0` gives exactly the numbers of `original` on the samples that both have; None if no such."""
     final = runs.metrics[runs.metrics.prediction == "final"]
     keys = ["dataset", "sample", "metric", "score"]
-    both = [final[final.experiment == name].set_index(keys)["value"] for name in ("original", "control_lr0")]
-    samples = [part.index.droplevel(["metric", "score"]) for part in both]
-    original, control = (part[own.isin(other)].sort_index() for part, own, other in zip(both, samples, samples[::-1]))
-    if not len(original):
-        return None
-    return original.index.equals(control.index) and np.array_equal(
-        original.to_numpy(float), control.to_numpy(float), equal_nan=True
-    )
+    wide = final.pivot(index=keys, columns="experiment", values="value").reindex(columns=["original", "control_lr0"])
+    seen = wide.notna().groupby(["dataset", "sample"]).transform("any")
+    wide = wide[seen.all(axis=1)]
+    return wide["original"].equals(wide["control_lr0"]) if len(wide) else None
 
 
 SELECTION_LEGEND = (
@@ -165,26 +162,25 @@ def chosen_by(runs: Runs) -> tuple[str, str]:
 
 
 def selection_table(
-    runs: Runs, bootstrap_samples: int = 2000, of: tuple[str, str] | None = None,
-    losses: dict[str, dict[tuple[str, str], float]] | None = None,
-) -> pd.DataFrame | None:  # fmt: skip
+    runs: Runs, bootstrap_samples: int = 2000, of: Sequence[tuple[str, str]] | None = None
+) -> pd.DataFrame | None:
     """`beyond_selection` of the runs; None where no score chose the samples.
 
-    of: metric and score; None: those that chose the samples. losses: their `certain_losses`, where tables of several
-    scores are made; None: computed here. `worse_in`: the other score that a row loses in (`worse_elsewhere`), which is
-    then no gain.
+    of: pairs of metric and score, one table below the other; None: those that chose the samples. `worse_in`: the other
+    score that a row loses in (`worse_elsewhere`), which is then no gain.
     """
     if runs.selection is None:
         return None
-    metric, score = of or chosen_by(runs)
-    gains = selection_gains(runs.metrics, runs.selection, metric, score, bootstrap_samples)
-    table = beyond_selection(gains).assign(metric=metric, score=score)
-    if losses is None:
-        losses = certain_losses(runs.metrics, runs.selection, bootstrap_samples)
-    worse = worse_elsewhere(losses, metric, score)
-    table["worse_in"] = [worse.get(key, "") for key in zip(table["group"], table["experiment"])]
-    table["gain"] &= table["worse_in"] == ""
-    return table
+    losses = certain_losses(runs.metrics, runs.selection, bootstrap_samples)
+    every = []
+    for metric, score in of or [chosen_by(runs)]:
+        gains = selection_gains(runs.metrics, runs.selection, metric, score, bootstrap_samples)
+        table = beyond_selection(gains).assign(metric=metric, score=score)
+        worse = worse_elsewhere(losses, metric, score)
+        table["worse_in"] = [worse.get(key, "") for key in zip(table["group"], table["experiment"])]
+        table["gain"] &= table["worse_in"] == ""
+        every.append(table)
+    return pd.concat(every)
 
 
 def selection_cells(table: pd.DataFrame) -> pd.DataFrame:
