@@ -85,7 +85,7 @@ def test_every_command_is_looked_at_and_its_example_is_one_it_takes():
     ("words", "completion"),
     [
         ("ttt-depth ad", ["adapt"]),
-        ("ttt-depth benchmark --qui", ["--quick"]),
+        ("ttt-depth benchmark --ou", ["--output"]),
         ("ttt-depth adapt --experiment recom", ["recommended"]),
         ("ttt-depth ablation --experiments original,unfreeze_encoder_sh", ["original,unfreeze_encoder_shorter"]),
         ("ttt-depth ablation --profile as", ["as_released"]),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import gc
 import io
-import json
 import logging
 import sys
 import traceback
@@ -60,15 +59,6 @@ def _complete_profiles(incomplete: str) -> list[str]:
     return [name for name in profile_files() if name.startswith(incomplete)]
 
 
-def default_workers() -> int:
-    """One worker a GPU, or one a core."""
-    import torch
-
-    from ttt_lib.core.provenance import cores
-
-    return torch.cuda.device_count() or cores()
-
-
 Profile = Annotated[
     str,
     typer.Option(
@@ -97,7 +87,7 @@ def ablation(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="MoGe-layout folder, JSON of sets, image or folder of images, or motorcycle | synthetic | shifted; may repeat. Default: the profile's."
+            help="Set in MoGe's layout, JSON of sets, image(s), motorcycle | synthetic | shifted; may repeat."
         ),
     ] = None,
     profile: Profile = "demo",
@@ -119,14 +109,16 @@ def ablation(
     hardest: Annotated[
         int | None,
         typer.Option(
-            min=2,
-            help="The published protocol: of all samples, scored first, the N hardest, N random, N easy ones, seen twice, beside controls. Default data: 1,000 scenes of shifted.",
+            min=2, help="The published protocol: the N hardest, random and easy samples, seen twice, and controls."
         ),
     ] = None,
     metric: Annotated[str, typer.Option(help="metric/score that --hardest chooses by.")] = HARD_BY,
     below: Annotated[float | None, typer.Option(help="--hardest takes only samples whose score is lower.")] = None,
 ) -> None:
     """Run every experiment through the notebooks, then make Table 1, the figures and the report."""
+    import torch
+
+    from ttt_lib.core.provenance import cores
     from ttt_lib.data.catalog import describe_sources
     from ttt_lib.runs.jobs import run_jobs
     from ttt_lib.runs.plan import choose_experiments, make_jobs, parse_set
@@ -138,7 +130,7 @@ def ablation(
     overrides = parse_set(set_ or [])
     if data:
         overrides["data"] = describe_sources(data, "--data")
-    workers = workers or default_workers()
+    workers = workers or torch.cuda.device_count() or cores()  # one a GPU, or one a core
     files, say = choose_experiments(experiments), partial(print, flush=True)
     do = partial(run_jobs, workers=workers, scheduler=scheduler, cluster_file=cluster, threads=threads, announce=say)
     if hardest:
@@ -162,10 +154,8 @@ def _end(outcomes: list, runs: Path, threads: int) -> None:
     for outcome in failed:
         print(f"failed: {outcome.experiment} {outcome.shard}: {outcome.reason}", file=sys.stderr)
     if failed:
-        print(
-            f"{len(failed)} of {len(outcomes)} jobs failed; the same command does only what is missing.",
-            file=sys.stderr,
-        )
+        say = f"{len(failed)} of {len(outcomes)} jobs failed; the same command does only what is missing."
+        print(say, file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -196,9 +186,7 @@ def adapt(
     model: Model = None,
     metric_points: Annotated[
         Path | None,
-        typer.Option(
-            help="Known distances: CSV with u,v,metres (pixels), or a sparse 16-bit depth PNG (see --metric-unit); one image."
-        ),
+        typer.Option(help="Known distances of one image: CSV of u,v,metres (pixels), or a sparse depth PNG."),
     ] = None,
     metric_unit: Annotated[str | None, typer.Option(help="Of that PNG: kitti (1/256 m), mm, or metres a unit.")] = None,
     intrinsics: Annotated[str | None, typer.Option(help="Known camera: fx,fy,cx,cy in pixels, upright.")] = None,
@@ -231,17 +219,13 @@ def adapt(
         raise UserError(f"--metric-unit {metric_unit}: is that of --metric-points, which is not given.")
     unit = parse_unit(metric_unit) if metric_unit is not None else None
     camera = {"intrinsics": parse_intrinsics(intrinsics) if intrinsics is not None else None, "fov": fov, "exif": exif}
-    failed = 0
-    for photo, folder, why in adapt_photos(photos, output, open_model(config), config, metric_points, unit, **camera):
+    failed = False
+    for photo, folder, said in adapt_photos(photos, output, open_model(config), config, metric_points, unit, **camera):
         if folder is None:
-            failed += 1
-            print(f"ttt-depth: {why}", file=sys.stderr, flush=True)
-            continue
-        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-        print(
-            f"{printable(photo)}: {record['decision']} in {record['seconds']:.1f} s -> {printable(folder, 1000)}",
-            flush=True,
-        )
+            failed = True
+            print(f"ttt-depth: {said}", file=sys.stderr, flush=True)
+        else:
+            print(f"{printable(photo)}: {said} -> {printable(folder, 1000)}", flush=True)
     if failed:
         raise typer.Exit(1)
 
@@ -250,23 +234,18 @@ def adapt(
 def scene(
     photographs: Annotated[
         list[Path],
-        typer.Argument(help="Two or more photographs of one scene, their folder, a clip, or a COLMAP model's folder."),
+        typer.Argument(help="Two or more photographs of one scene, their folder, a clip, or a COLMAP model."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the results.")] = Path("scene"),
     experiment: Experiment = "scene",
     profile: Profile = "auto",
     model: Model = None,
-    cameras: Annotated[
-        Path | None, typer.Option(help="Known cameras: transforms.json, or the folder of a COLMAP model.")
-    ] = None,
-    focal: Annotated[
-        float | None, typer.Option(help="Known focal length over the width of the picture; else EXIF's.")
-    ] = None,
+    cameras: Annotated[Path | None, typer.Option(help="Known cameras: transforms.json, or a COLMAP model.")] = None,
+    focal: Annotated[float | None, typer.Option(help="Known focal length over the width; else EXIF's.")] = None,
     every: Annotated[int | None, typer.Option(min=1, help="Each so many of the photographs or frames.")] = None,
     count: Annotated[int | None, typer.Option(min=2, help="So many, spread evenly (of a clip some 14).")] = None,
     save_weights: Annotated[
-        Path | None,
-        typer.Option(help="Keep the adapted weights for this place; needs an experiment that trains, scene_trained."),
+        Path | None, typer.Option(help="Keep the adapted weights for this place; needs scene_trained, which trains.")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Begin with weights that were kept for this place.")] = None,
     set_: Overrides = None,
@@ -281,10 +260,11 @@ def scene(
     config = _settings(experiment, profile, model, set_)
     source = photographs[0] if len(photographs) == 1 else photographs
     options = {"every": every, "count": count, "focal": focal, "cameras": cameras}
-    adapt_photographs(
-        source, Path(absolute(output)), config, options, save_weights, weights,
-        announce=lambda line: print(printable(line, 1000), flush=True),
-    )  # fmt: skip
+
+    def say(line: str) -> None:
+        print(printable(line, 1000), flush=True)
+
+    adapt_photographs(source, Path(absolute(output)), config, options, save_weights, weights, say)
 
 
 @app.command(epilog="Example: ttt-depth benchmark -o times")
@@ -294,12 +274,13 @@ def benchmark(
         bool | None, typer.Option("--quick/--published", help="Bundled model, or published size. Default: by the GPU.")
     ] = None,
     passes: Annotated[int, typer.Option(min=1, max=512, help="Of a loop.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Images of each loop, whose median counts.")] = 3,
+    minutes: Annotated[float, typer.Option(min=0.0, help="No further round begins that would end later.")] = 8.0,
+    rounds: Annotated[int, typer.Option(min=1, help="At most so many.")] = 3,
 ) -> None:
-    """Time and peak memory of the published loop beside ours on this machine, each in a process of its own."""
+    """Time and peak memory of the published loop beside ours on this machine, by rounds in processes of their own."""
     from ttt_lib.runs.loops import benchmark as measure
 
-    print(measure(Path(absolute(output)), quick, passes, repeats))
+    print(measure(Path(absolute(output)), quick, passes, minutes, rounds))
 
 
 @app.command(epilog="Example: ttt-depth models")

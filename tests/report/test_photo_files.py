@@ -20,9 +20,15 @@ from ttt_lib.core.errors import DataError, NumericalError, UserError
 from ttt_lib.core.types import Prediction
 from ttt_lib.report import photo_files
 from ttt_lib.report.figures import SHOWN, plot_before_after, shown
-from ttt_lib.report.photo_files import adapt_photo, adapt_photos, find_photos, name_results
+from ttt_lib.report.photo_files import adapt_photos, find_photos, name_results
 
 experiment = small_experiment(train={"passes": 0, "method": "none"})
+
+
+def adapt_photo(path, output, *rest, **camera):
+    """The folder in `output` that is named after the photograph."""
+    photo_files.adapt_photo(path, output / path.stem, *rest, **camera)
+    return output / path.stem
 
 
 def photograph(path, size=(64, 48)):

@@ -92,13 +92,16 @@ def adapt_photos(
     photos: dict[Path, str], output: Path, model: GeometryModel, config: ExperimentConfig,
     metric_points: Path | None = None, metric_unit: float | None = None, **camera: Any,
 ) -> Iterator[tuple[Path, Path | None, str]]:  # fmt: skip
-    """Adapt to each of the photographs (`name_results`); gives it, its folder, or None and in words why not.
+    """Adapt to each of the photographs (`name_results`); gives it, its folder or None, and in words what came of it.
 
     Whatever goes wrong with one costs no other (`why_left_out`). Only a device that has failed ends all of it.
     """
     for path, name in photos.items():
         try:
-            yield path, adapt_photo(path, output, model, config, metric_points, metric_unit, name, **camera), ""
+            if name in (".", ".."):
+                raise UserError(f"{path}: no folder can be named after it; rename the photograph.")
+            result = adapt_photo(path, output / name, model, config, metric_points, metric_unit, **camera)
+            yield path, output / name, f"{result.decision} in {result.seconds:.1f} s"
         except UserError as error:
             yield path, None, str(error)
         except Exception as error:
@@ -107,17 +110,17 @@ def adapt_photos(
 
 
 def adapt_photo(
-    path: Path, output: Path, model: GeometryModel, config: ExperimentConfig, metric_points: Path | None = None,
-    metric_unit: float | None = None, name: str | None = None, **camera: Any,
-) -> Path:  # fmt: skip
-    """Adapt `model` to one photograph; writes `output/<name>/` in one step and returns it.
+    path: Path, folder: Path, model: GeometryModel, config: ExperimentConfig, metric_points: Path | None = None,
+    metric_unit: float | None = None, **camera: Any,
+) -> AdaptResult:  # fmt: skip
+    """Adapt `model` to one photograph; writes the folder in one step.
 
     depth.png (16 bits, `DEPTH_ENCODING`), depth.npy (H,W) float32 (inf where there is no surface), and the same before
     adaptation in depth_original.npy, cloud.ply, before_after.png, record.json (settings, device, times, decision, how
     depth.png is encoded). Depth is in metres for metric models, and for all with `metric_points`, a file of known
-    distances of `metric_unit` metres (`data.known_distances.read_references`). name: default the photograph's stem.
+    distances of `metric_unit` metres (`data.known_distances.read_references`).
     camera: `intrinsics`, `fov` and `exif` of `adaptation.known_camera.camera_of`; depth is
-    NaN where a camera away from the middle leaves it unknown. An earlier result of this name is replaced. Raises
+    NaN where a camera away from the middle leaves it unknown. An earlier result is replaced. Raises
     `UserError` when the photograph or the file cannot be read, or the folder cannot be written or holds something else.
     """
     image = read_photo(path)
@@ -125,13 +128,9 @@ def adapt_photo(
     if references is not None and references.unit is not None and metric_unit is None:
         log.warning("%s: a unit is taken for 1/256 m, as KITTI has it; --metric-unit says another", metric_points)
     lens = camera_of(model, image, path, **camera)
-    name = name or Path(path).stem
-    if name in (".", ".."):
-        raise UserError(f"{path}: no folder can be named after it; rename the photograph.")
-    folder = Path(output) / name
     check_free(folder)
     with replacing(folder) as work:
-        result = adapt_photograph(model, config, image, printable(Path(path).name), references, lens)
+        result = adapt_photograph(model, config, image, printable(path.name), references, lens)
         unit, final = "metre" if result.final.kind == "metric" else "arbitrary", result.final
         span = write_depth(work / "depth", final)
         np.save(work / "depth_original.npy", surface_depth(result.original))
@@ -146,7 +145,7 @@ def adapt_photo(
             "metric_unit": references.unit if references is not None else None,
             "camera": lens.source if lens is not None else None,
         })  # fmt: skip
-    return folder
+    return result
 
 
 def check_free(folder: Path) -> None:

@@ -20,7 +20,7 @@ from ttt_lib.runs.experiment import load_with_profile, open_samples
 from ttt_lib.runs.jobs import Job
 
 # Rooms and modules that decide no number: a change in them does not make finished runs old.
-SHOWING = ("api", "cli", "doctor", "machine", "models/pretraining", "report", "runs/jobs", "runs/results")
+SHOWING = ("api", "cli", "doctor", "models/pretraining", "report", "runs/jobs", "runs/results")
 CODE = (".py", ".vert", ".frag")  # what code is, with the shaders that draw views
 
 
