@@ -257,13 +257,13 @@ def evaluate(what: Evaluated | Iterable[Prediction | AdaptResult], samples: Samp
     tables = [_scores(each, sample) for each, sample in zip(found, samples)]
     if not tables:
         raise UserError("evaluate: the list of samples is empty.")
-    keys = ["metric", "score"] if one else ["dataset", "sample", "metric", "score"]
-    table = pd.concat(tables, ignore_index=True).set_index(keys)
-    return table.drop(columns=["dataset", "sample"]) if one else table
+    if one:
+        return tables[0]
+    return pd.concat(tables, keys=[(sample.dataset, sample.name) for sample in samples], names=["dataset", "sample"])
 
 
 def _scores(what: Prediction | AdaptResult, sample: Sample) -> pd.DataFrame:
-    """The rows of one sample: dataset, sample, metric, score, and `value` or `before`, `after`, `better`."""
+    """The rows of one sample, by metric and score: `value`, or `before`, `after`, `better`, `adapted`."""
     if isinstance(what, Prediction):
         columns = {"value": metrics.scores_of(what, sample)}
     else:
@@ -271,17 +271,15 @@ def _scores(what: Prediction | AdaptResult, sample: Sample) -> pd.DataFrame:
         columns = {"before": found["original"], "after": found["final"]}
         if "adapted" in found and found["adapted"] is not found["final"]:
             columns["adapted"] = found["adapted"]
-    rows, *others = (metrics.tidy_rows(scores).rename(columns={"value": name}) for name, scores in columns.items())
+    values = [metrics.tidy_rows(scores).set_index(["metric", "score"])["value"] for scores in columns.values()]
+    rows = pd.DataFrame(dict(zip(columns, values)), index=values[0].index)
     if rows.empty:
         raise UserError(
             f"evaluate: sample {sample.name!r} has no true depth for at least {metrics.MINIMUM_TRUTH} pixels."
         )
-    for scores in others:
-        rows = rows.merge(scores, how="left", on=["metric", "score"])
     if "after" in rows:
-        gain = [metrics.SCORES[s].gain(b, a) for s, b, a in zip(rows["score"], rows["before"], rows["after"])]
+        pairs = zip(rows.index.get_level_values("score"), rows["before"], rows["after"])
+        gain = [metrics.SCORES[score].gain(before, after) for score, before, after in pairs]
         better = ["after" if g > 0 else "before" if g < 0 else "same" if g == 0 else "" for g in gain]
-        rows.insert(list(rows.columns).index("after") + 1, "better", better)
-    rows.insert(0, "dataset", sample.dataset)
-    rows.insert(1, "sample", sample.name)
+        rows.insert(2, "better", better)
     return rows
