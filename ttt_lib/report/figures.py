@@ -172,15 +172,13 @@ def point_cloud(image: Tensor, points: Tensor, mask: Tensor | None = None, most:
 
     Axes as the camera sees them: x right, z forward, -y up.
     """
-    height, width = points.shape[:2]
-    step = max(1, int(np.ceil((height * width / most) ** 0.5)))
-    image = F.interpolate(image[None], (height, width), mode="area")[0] if image.shape[1:] != (height, width) else image
-    cloud, colour = points[::step, ::step].reshape(-1, 3), image.permute(1, 2, 0)[::step, ::step].reshape(-1, 3)
-    keep = torch.isfinite(cloud).all(-1) & (cloud[:, 2] > 0)
-    keep &= cloud[:, 2] < 20 * cloud[keep][:, 2].median() if bool(keep.any()) else keep
+    image = F.interpolate(image[None], points.shape[:2], mode="area")[0].permute(1, 2, 0)
+    depth = points[..., 2]
+    keep = torch.isfinite(points).all(-1) & (depth > 0)
+    keep &= depth < 20 * depth[keep].median()
     if mask is not None:
-        keep &= mask[::step, ::step].reshape(-1)
-    return cloud_figure(cloud[keep].cpu().numpy(), (colour[keep].cpu().numpy() * 255).astype(int))
+        keep &= mask
+    return cloud_figure(points[keep].cpu().numpy(), (image[keep].cpu().numpy() * 255).astype(int), most)
 
 
 def cloud_figure(cloud: np.ndarray, colour: np.ndarray, most: int = 60_000) -> go.Figure:
@@ -190,7 +188,7 @@ def cloud_figure(cloud: np.ndarray, colour: np.ndarray, most: int = 60_000) -> g
     if len(cloud) > most:
         chosen = np.random.default_rng(0).choice(len(cloud), most, replace=False)
         cloud, colour = cloud[chosen], colour[chosen]
-    digits = 4 - int(np.floor(np.log10(np.abs(cloud).max()))) if len(cloud) and np.abs(cloud).max() > 0 else 3
+    digits = 4 - int(np.floor(np.log10(np.abs(cloud).max(initial=1e-6))))
     cloud = cloud.round(digits)
     marker = {"size": 2, "color": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colour]}
     scatter = go.Scatter3d(x=cloud[:, 0], y=cloud[:, 2], z=-cloud[:, 1], mode="markers", marker=marker)

@@ -174,12 +174,13 @@ def gallery_cloud(runs: Runs, row: Any) -> go.Figure | None:
     return point_cloud(torch.from_numpy(data["image"]).permute(2, 0, 1).float() / 255, points)
 
 
-def _gain_over(label: str, of: str = "gain in delta1 (affine depth)") -> tuple[Figure, Axes]:
-    """Axes for true gains over something else."""
-    figure, axis = plt.subplots(figsize=(5, 3.3))
+def _gain_over(table: pd.DataFrame, x: str, label: str) -> Axes:
+    """A point a photograph: the true gain in delta1 over the column x."""
+    table = table.assign(gain=table["depth_final"] - table["depth_original"])
+    axis = table.plot.scatter(x, "gain", s=12, alpha=0.6, figsize=(5, 3.3), title=f"{len(table)} photographs")
+    axis.set(xlabel=label, ylabel="gain in delta1 (affine depth)")
     axis.axhline(0, color="gray", linewidth=0.8)
-    axis.set(xlabel=label, ylabel=of)
-    return figure, axis
+    return axis
 
 
 def plot_held_back(table: pd.DataFrame) -> Figure:
@@ -188,32 +189,28 @@ def plot_held_back(table: pd.DataFrame) -> Figure:
     table: of `runs.scene_study.study`.
     """
     known = table.dropna(subset=["held_back_original", "held_back_corrected"])
-    said = known["held_back_original"] - known["held_back_corrected"]
-    figure, axis = _gain_over("error taken away at held-back tracks")
-    axis.scatter(said, known["depth_final"] - known["depth_original"], s=12, alpha=0.6)
-    axis.set_title(f"{len(known)} photographs")
-    return finished(figure)
+    known = known.assign(said=known["held_back_original"] - known["held_back_corrected"])
+    return finished(_gain_over(known, "said", "error taken away at held-back tracks").figure)
 
 
 def plot_gain(table: pd.DataFrame, by: str) -> Figure:
     """Gain in delta1 of each photograph that was not refused over a column of `study`'s table, and the means."""
     known = table[table["refused"] == ""]
-    gain = known["depth_final"] - known["depth_original"]
-    means = gain.groupby(known[by]).mean()
-    figure, axis = _gain_over(by)
-    axis.scatter(known[by], gain, s=12, alpha=0.6)
+    axis = _gain_over(known, by, by)
+    means = known["depth_final"].sub(known["depth_original"]).groupby(known[by]).mean()
     axis.plot(means.index, means.to_numpy(), color="black", marker="o", label="mean")
-    axis.set_title(f"{len(known)} photographs")
     axis.legend()
-    return finished(figure)
+    return finished(axis.figure)
 
 
 def plot_estimates(table: pd.DataFrame) -> Figure:
     """The gate's estimate of each sample against the true gain of adapting, coloured by decision."""
-    figure, axis = _gain_over("estimate", "true gain of the adapted prediction")
+    figure, axis = plt.subplots(figsize=(5.2, 4))
     for decision, part in table.groupby("decision"):
         axis.scatter(part.signal_estimate, part.gain_adapted, s=14, label=decision, color=COLOURS.get(decision))
-    axis.axvline(0, color="gray", linewidth=0.8)
+    axis.axhline(0, color="0.7", lw=0.8)
+    axis.axvline(0, color="0.7", lw=0.8)
+    axis.set(xlabel="estimate", ylabel="true gain of the adapted prediction")
     axis.legend()
     return finished(figure)
 

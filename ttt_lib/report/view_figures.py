@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -78,45 +79,38 @@ def paint_mask(image: Tensor, known: Tensor, negative: Tensor | None = None) -> 
 
 def plot_views(view: View, titles: list[str] | None = None, width: float = 2.4) -> Figure:
     """One column a view: image, inverse depth of the target, and known (as it is), sky (blue), unknown (magenta)."""
-    count, (height, wide) = len(view.image), view.image.shape[-2:]
-    figure, axes = plt.subplots(3, count, figsize=(width * count, 3 * width * height / wide + 0.4), squeeze=False)
-    for i in range(count):
-        axes[0, i].imshow(to_array(view.image[i]))
-        axes[1, i].imshow(inverse_depth(view.points[i, ..., 2], view.mask[i]), cmap="magma", vmin=0, vmax=1)
-        axes[1, i].set_facecolor("0.5")
-        axes[2, i].imshow(paint_mask(view.image[i], view.mask[i], view.negative[i]))
-        axes[0, i].set_title(titles[i] if titles else view.kind[i].replace("+photometric", "+colour"), fontsize=8)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    for axis, name in zip(axes[:, 0], ("the student sees", "target, 1 / depth", "known")):
-        axis.set_ylabel(name, fontsize=8)
-    return finished(figure, pad=0.3)
+    titles = titles or [kind.replace("+photometric", "+colour") for kind in view.kind]
+    near = {"cmap": matplotlib.colormaps["magma"].with_extremes(bad="0.5"), "vmin": 0, "vmax": 1}
+    depths, masks = view.points[..., 2], zip(view.image, view.mask, view.negative)
+    rows = [
+        [(title, to_array(image), {}) for title, image in zip(titles, view.image)],
+        [("target, 1 / depth", inverse_depth(depth, mask), near) for depth, mask in zip(depths, view.mask)],
+        [("known", paint_mask(*each), {}) for each in masks],
+    ]
+    height, wide = view.image.shape[-2:]
+    return finished(panels(rows, width, width * height / wide + 0.2, fontsize=8)[0], pad=0.3)
 
 
 def plot_from_above(clouds: dict[str, Tensor]) -> Figure:
     """Point maps (H,W,3) seen from above: x to the right, z away from the camera. Each under its own name."""
     figure, axis = plt.subplots(figsize=(4.5, 3.6))
-    for (name, points), colour in zip(clouds.items(), ("tab:blue", "tab:red", "tab:green")):
-        cloud = points.reshape(-1, 3)[torch.isfinite(points).all(-1).reshape(-1)]
-        cloud = cloud[:: max(1, len(cloud) // ABOVE)].cpu()
-        axis.scatter(cloud[:, 0], cloud[:, 2], s=0.6, color=colour)
-        axis.plot([], [], "o", markersize=4, color=colour, label=name)
-    axis.plot(0, 0, "k^", markersize=6, label="camera")
-    axis.set(xlabel="x", ylabel="z")
+    for name, points in clouds.items():
+        cloud = points[torch.isfinite(points).all(-1)].cpu()
+        cloud = cloud[:: max(1, len(cloud) // ABOVE)]
+        axis.scatter(cloud[:, 0], cloud[:, 2], s=0.6, label=name)
+    axis.legend(fontsize=8, loc="lower right", markerscale=6)
+    axis.plot(0, 0, "k^", markersize=6)
+    axis.set(xlabel="x", ylabel="z (the camera is the triangle)")
     axis.set_aspect("equal", adjustable="datalim")
-    axis.legend(fontsize=8, loc="lower right")
     return finished(figure)
 
 
 def plot_costs(costs: pd.DataFrame) -> Figure:
     """Mean over views of the loss of `exact_targets.compare_targets`, one bar a target; log scale."""
     groups = costs.groupby("target", sort=False)["loss"]
-    mean, counts = groups.mean(), groups.count()
-    figure, axis = plt.subplots(figsize=(6, 0.4 * len(mean) + 0.8))
-    wrong = [any(word in name for word in ("kept", "plain", "no mask")) for name in mean.index]
-    axis.barh(mean.index, mean.clip(lower=1e-8), color=["tab:red" if bad else "tab:blue" for bad in wrong])
-    axis.set(xscale="log", xlabel=f"loss of a perfect student, mean over views ({over(counts)})")
+    mean = groups.mean().clip(lower=1e-8)
+    wrong = ["tab:red" if any(w in name for w in ("kept", "plain", "no mask")) else "tab:blue" for name in mean.index]
+    axis = mean.plot.barh(logx=True, color=wrong, figsize=(6, 0.4 * len(mean) + 0.8), fontsize=8)
+    axis.set(xlabel=f"loss of a perfect student, mean over views ({over(groups.count())})", ylabel="")
     axis.invert_yaxis()
-    axis.tick_params(labelsize=8)
-    return finished(figure)
+    return finished(axis.figure)
