@@ -128,20 +128,29 @@ def test_only_the_nearest_photographs_are_asked_about_a_point(monkeypatch):
         assert (cloud.merged()[0][:, 2].min() < 3) == floats
 
 
-def test_cubes_hold_means_and_there_are_no_more_than_may_be(monkeypatch):
+def test_cubes_hold_means_however_the_points_come():
     points, colours = torch.randn(900, 3, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 2700)
     colours = colours.view(900, 3)
     cube = {}
     for point, colour in zip(points, colours):
         cube.setdefault(tuple((point / 0.5).floor().tolist()), []).append(torch.cat([point, colour]))
     expected = torch.stack([torch.stack(cube[key]).mean(0) for key in sorted(cube)])
-    assert torch.allclose(torch.cat(scene_cloud.cube_means(points, colours, 0.5), 1), expected, atol=1e-5)
-    monkeypatch.setattr(scene_cloud, "MOST", 40)
-    few = scene_cloud.cube_means(points, colours, 0.5)[0]
-    places = [(points / (0.5 * 1.5**k)).floor().unique(dim=0) for k in range(20)]
-    larger = next(k for k, place in enumerate(places) if len(place) <= 40)
-    assert 1 < len(few) <= 40 and torch.equal((few / (0.5 * 1.5**larger)).floor().unique(dim=0), places[larger])
-    assert len(scene_cloud.cube_means(points[:0], colours[:0], 0.5)[0]) == 0
+    sums = torch.cat([points, colours, torch.ones(900, 1)], 1)
+    parts = torch.zeros(0, 7)
+    for part in (slice(0, 1), slice(1, 400), slice(400, 400), slice(400, 900)):
+        parts = scene_cloud.gathered(torch.cat([parts, sums[part]]), 0.5)
+    for cubes in (scene_cloud.gathered(sums, 0.5), parts):
+        assert torch.allclose(cubes[:, :6] / cubes[:, 6:], expected, atol=1e-5)
+    larger = scene_cloud.gathered(parts, 4.0)  # of fewer cubes the sums are those of the points
+    assert 1 < len(larger) < len(parts) and torch.allclose(larger.sum(0), sums.sum(0), atol=1e-3)
+
+
+def test_a_cloud_has_no_more_points_than_it_may(rendered, monkeypatch):
+    monkeypatch.setattr(scene_cloud, "MOST", 400)
+    cloud = SceneCloud()
+    for photograph, sample in zip(rendered[0].photographs, rendered[1]):
+        cloud.add(photograph, sample.image, _prediction(sample, sample.depth * 0.2))
+    assert 1 < len(cloud.merged()[0]) <= 400
 
 
 def _prediction(sample, depth):
@@ -200,15 +209,15 @@ def test_the_explorer_shows_each_photograph_and_both_clouds(written, monkeypatch
     entered = []
     monkeypatch.setattr(ipywidgets.Output, "__enter__", lambda output: entered.append(output))
     explorer = SceneExplorer(written[0], points=500)
-    assert "held-back tracks" in explorer.said.value and len(explorer.results) == 1
-    first = explorer.shown.value
+    assert "held-back tracks" in explorer.status.value and explorer.result.cache_info().currsize == 1
+    first = explorer.image.value
     explorer.photograph.value = explorer.photograph.options[1]
-    assert len(explorer.results) == 2
-    assert first[:2] == explorer.shown.value[:2] == b"\xff\xd8" and first != explorer.shown.value
+    assert explorer.result.cache_info().currsize == 2
+    assert first[:2] == explorer.image.value[:2] == b"\xff\xd8" and first != explorer.image.value
     assert not entered  # else a notebook that is run headlessly may hang: three of three with many such cells did
     explorer.cloud.value = "after"
-    assert len(explorer.results) == 3 and set(entered) == {explorer.clouds}
-    assert "no." in SceneExplorer(replace(written[0], evidence=[], scene=Scene([], refused="no."))).children[0].value
+    assert explorer.result.cache_info().currsize == 3 and set(entered) == {explorer.clouds}
+    assert "no." in SceneExplorer(replace(written[0], evidence=[], scene=Scene([], refused="no."))).status.value
 
 
 def bent_model(folder: Path, scene: Scene, k: float) -> None:

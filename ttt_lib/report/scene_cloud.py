@@ -34,17 +34,11 @@ class _Surface(NamedTuple):
     pose: Tensor
 
 
-def cube_means(points: Tensor, colours: Tensor, side: float) -> tuple[Tensor, Tensor]:
-    """Means of points (N,3) and colours (N,3) over cubes, which grow until there are at most `MOST` of them."""
-    while True:
-        cube = (points / side).floor().clamp(-CUBES, CUBES - 1).long() + CUBES
-        keys, place = ((cube[:, 0] * 2 * CUBES + cube[:, 1]) * 2 * CUBES + cube[:, 2]).unique(return_inverse=True)
-        if len(keys) <= MOST:
-            break
-        side *= 1.5
-    values = torch.cat([points, colours, torch.ones(len(points), 1)], 1)
-    points, colours, count = torch.zeros(len(keys), 7).index_add_(0, place, values).split([3, 3, 1], 1)
-    return points / count, colours / count
+def gathered(sums: Tensor, side: float) -> Tensor:
+    """Sums (N,7) of points, their colours and their number, added up over the cubes that their means lie in: (M,7)."""
+    cube = (sums[:, :3] / sums[:, 6:] / side).floor().clamp(-CUBES, CUBES - 1).long() + CUBES
+    keys, place = ((cube[:, 0] * 2 * CUBES + cube[:, 1]) * 2 * CUBES + cube[:, 2]).unique(return_inverse=True)
+    return torch.zeros(len(keys), 7).index_add_(0, place, sums)
 
 
 @dataclass
@@ -66,18 +60,20 @@ class SceneCloud:
 
     def merged(self) -> tuple[np.ndarray, np.ndarray]:
         """Points (N,3) float32 in the frame of the scene's world, and colours (N,3) uint8; N may be 0."""
-        points, colours, depths = [torch.zeros(0, 3)], [torch.zeros(0, 3)], [torch.zeros(0)]
-        for number, surface in enumerate(self.surfaces):
+        depths = [surface.depth[torch.isfinite(surface.depth)] for surface in self.surfaces]
+        side = float(torch.cat([torch.zeros(0), *depths]).median()) / VOXELS
+        sums = torch.zeros(0, 7)
+        for number, surface in enumerate(self.surfaces):  # what is held depends on the cubes, not on the points
             known = torch.isfinite(surface.depth)
             local = unproject(surface.depth, surface.intrinsics)[known]
             world = transform_points(local, torch.linalg.inv(surface.pose))
-            kept = self._not_in_front(world, number)
-            points.append(world[kept])
-            colours.append(surface.colour[known][kept])
-            depths.append(surface.depth[known])
-        side = float(torch.cat(depths).median()) / VOXELS
-        means, colour = cube_means(torch.cat(points), torch.cat(colours), side)
-        return means.numpy(), (colour.clamp(0, 1) * 255).round().byte().numpy()
+            new = torch.cat([world, surface.colour[known], torch.ones(len(world), 1)], 1)
+            sums = gathered(torch.cat([sums, new[self._not_in_front(world, number)]]), side)
+            while len(sums) > MOST:
+                side *= 1.5
+                sums = gathered(sums, side)
+        points, colours, count = sums.split([3, 3, 1], 1)
+        return (points / count).numpy(), (colours / count * 255).clamp(0, 255).round().byte().numpy()
 
     def _not_in_front(self, world: Tensor, number: int) -> Tensor:
         """Which points (N,) hide nothing that more than half of the photographs nearby that look there show."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
@@ -11,10 +12,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import display
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ttt_lib.adaptation.photographs.scene import SceneAdaptation
-from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.schema import ViewConfig
 from ttt_lib.core.types import Prediction
 from ttt_lib.report.figures import cloud_figure, encoded, picture, plot_scene
@@ -56,11 +57,41 @@ def show_cloud(figure: go.Figure) -> None:
     display(bundle, raw=True)
 
 
-class ViewExplorer(ipywidgets.VBox):
+class Explorer(ipywidgets.VBox):
+    """Controls, a picture that is drawn anew when one of them changes, and below it what there is to say of it.
+
+    `draw` gives the figure and the words. An image, because an Output that is written to while a cell runs makes nbclient
+    (papermill, nbconvert) send on the socket whose next message it waits for, and miss that one: notebooks hung.
+    """
+
+    def __init__(self, *controls: ipywidgets.Widget) -> None:
+        self.image = ipywidgets.Image(format="jpeg", layout={"align_self": "flex-start"})  # at its own size
+        self.status = ipywidgets.HTML()
+        for control in controls:
+            control.observe(self.update, names="value")
+        columns = [ipywidgets.VBox(controls[:3]), ipywidgets.VBox(controls[3:])]
+        super().__init__([ipywidgets.HBox(columns, layout={"flex_flow": "row wrap"}), self.image, self.status])
+        self.update()
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        """With the picture as it is now, for viewers that run no scripts."""
+        return {**super()._repr_mimebundle_(**options), "image/jpeg": encoded(self.image.value)}
+
+    def draw(self) -> tuple[Figure, str]:
+        """What the controls ask for."""
+        raise NotImplementedError
+
+    def update(self, _change: dict | None = None) -> None:
+        """Draw what the controls ask for and show it."""
+        figure, self.status.value = self.draw()
+        self.image.value = picture(figure, "jpeg", dpi=85)
+
+
+class ViewExplorer(Explorer):
     """Pick a picture, a kind of view, severities and a seed, and see three views with targets and masks.
 
-    targets: name -> (image (3,H,W), prediction of it), e.g. `{"room": (image, model.predict(image))}`. The picture is
-    drawn anew when a control changes; `config` is what the controls say, to be copied into an experiment.
+    targets: name -> (image (3,H,W), prediction of it), e.g. `{"room": (image, model.predict(image))}`; `config` is what
+    the controls say, to be copied into an experiment.
     """
 
     def __init__(self, targets: dict[str, tuple[Tensor, Prediction]], count: int = 3) -> None:
@@ -75,18 +106,7 @@ class ViewExplorer(ipywidgets.VBox):
         self.camera = ipywidgets.IntSlider(3, 0, 5, description="camera severity", **slow)
         self.crop = ipywidgets.FloatSlider(0.6, min=0.2, max=1, step=0.05, description="smallest crop", **slow)
         self.seed = ipywidgets.IntSlider(0, 0, 99, description="seed", **slow)
-        self.image = ipywidgets.Image(format="jpeg", layout={"align_self": "flex-start"})  # at its own size
-        self.status = ipywidgets.HTML()
-        controls = [self.picture, self.view_type, self.seed, self.colour, self.blur, self.camera, self.crop]
-        for control in controls:
-            control.observe(self.update, names="value")
-        left, right = ipywidgets.VBox(controls[:3]), ipywidgets.VBox(controls[3:])
-        super().__init__([ipywidgets.HBox([left, right], layout={"flex_flow": "row wrap"}), self.image, self.status])
-        self.update()
-
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        """With the picture as it is now, for viewers that run no scripts."""
-        return {**super()._repr_mimebundle_(**options), "image/jpeg": encoded(self.image.value)}
+        super().__init__(self.picture, self.view_type, self.seed, self.colour, self.blur, self.camera, self.crop)
 
     @property
     def config(self) -> ViewConfig:
@@ -102,8 +122,8 @@ class ViewExplorer(ipywidgets.VBox):
             },
         )  # fmt: skip
 
-    def update(self, _change: dict | None = None) -> None:
-        """Draw the views that the controls ask for and show them."""
+    def draw(self) -> tuple[Figure, str]:
+        """The views that the controls ask for."""
         image, target = self.targets[self.picture.value]
         generator = torch.Generator().manual_seed(self.seed.value)
         begun = time.perf_counter()
@@ -111,63 +131,49 @@ class ViewExplorer(ipywidgets.VBox):
             image, target.points, target.mask, target.intrinsics, self.config, self.count, generator, self.renderer
         )
         spent = (time.perf_counter() - begun) * 1000 / self.count
-        self.image.value = picture(plot_views(view), "jpeg", dpi=85)
         known = ", ".join(f"{share:.0%}" for share in view.mask.flatten(1).float().mean(1).tolist())
-        self.status.value = (
+        return plot_views(view), (
             f"known: {known} of the pixels; {view.stats['redrawn']} drawn again, {view.stats['identity']} stayed in "
             f"place; {spent:.0f} ms a view; {self.renderer.reason}"
         )
 
 
-class SceneExplorer(ipywidgets.VBox):
+class SceneExplorer(Explorer):
     """Pick a photograph of an adapted scene and see its tracks, its depth before and after, and what decided.
 
-    The last tab shows the clouds of all photographs, before and after. Predictions are made when they are first shown.
+    At the end the clouds of all photographs, before or after. Predictions are made when they are first shown.
     """
 
     def __init__(self, adaptation: SceneAdaptation, points: int = 20_000) -> None:
         self.adaptation, self.points = adaptation, points
         self.evidence = {each.photograph.name: each for each in adaptation.evidence}
-        if not self.evidence:
-            super().__init__([ipywidgets.Label(adaptation.scene.refused or "there are no photographs")])
-            return
-        self.results: dict[str, AdaptResult] = {}
+        self.result = cache(lambda name: adaptation.result(self.evidence[name]))
         self.photograph = ipywidgets.Dropdown(options=list(self.evidence), description="photograph")
         self.cloud = ipywidgets.ToggleButtons(options=["none", "before", "after"], description="cloud")
-        self.shown, self.said = ipywidgets.Image(format="jpeg"), ipywidgets.HTML()
-        # An Output that is written to while a cell runs makes nbclient (papermill, nbconvert) send on the socket whose next
-        # message it waits for, and miss that one: notebooks hung. This one is empty until somebody asks for a cloud.
-        self.clouds = ipywidgets.Output()
-        super().__init__([self.photograph, self.said, self.shown, self.cloud, self.clouds])
-        self.photograph.observe(lambda change: self.show(), "value")
-        self.cloud.observe(lambda change: self.show_cloud(), "value")
-        self.show()
+        self.clouds = ipywidgets.Output()  # empty until somebody asks for a cloud
+        self.cloud.observe(self.show_cloud, "value")
+        super().__init__(self.photograph)
+        self.children += (self.cloud, self.clouds)
 
-    def result(self, name: str) -> AdaptResult:
-        """The result of a photograph."""
-        if name not in self.results:
-            self.results[name] = self.adaptation.result(self.evidence[name])
-        return self.results[name]
-
-    def show(self) -> None:
-        """Draw the photograph that is chosen."""
-        name = self.photograph.value
-        result = self.result(name)
+    def draw(self) -> tuple[Figure, str]:
+        """The photograph that is chosen."""
+        if not self.evidence:
+            return plot_scene([], []), self.adaptation.scene.refused or "there are no photographs"
+        result = self.result(self.photograph.value)
         errors = {k.removeprefix("held_back_"): v for k, v in result.signals.items() if k.startswith("held_back_")}
         count = errors.pop("tracks", 0)
         said = ", ".join(f"{key} {value:.3f}" for key, value in errors.items())
-        self.said.value = f"<b>{result.decision}</b>; error at {count:.0f} held-back tracks: {said}. {result.reason}"
-        self.shown.value = picture(plot_scene([self.evidence[name]], [result]), "jpeg", dpi=85)
+        said = f"<b>{result.decision}</b>; error at {count:.0f} held-back tracks: {said}. {result.reason}"
+        return plot_scene([self.evidence[self.photograph.value]], [result]), said
 
-    def show_cloud(self) -> None:
+    def show_cloud(self, _change: dict | None = None) -> None:
         """Draw the cloud of all photographs, as the original or as the final predictions have it."""
         self.clouds.clear_output(wait=True)
-        if self.cloud.value == "none":
+        if self.cloud.value == "none" or not self.evidence:
             return
         cloud = SceneCloud()
         for name, known in self.evidence.items():
             result = self.result(name)
-            prediction = result.final if self.cloud.value == "after" else result.original
-            cloud.add(known.photograph, result.image, prediction)
+            cloud.add(known.photograph, result.image, result.final if self.cloud.value == "after" else result.original)
         with self.clouds:
             display(cloud_figure(*cloud.merged(), self.points))
