@@ -230,6 +230,6 @@ def test_verbose_says_what_is_done_and_debug_shows_the_cause(ttt, tmp_path, monk
     assert said[""].count("\n") == 1 and "Traceback" not in said["--verbose"]
     assert "Traceback" in said["--debug"] and "yaml" in said["--debug"] and "direct cause" in said["--debug"]
     assert all(text.splitlines()[-1].startswith("ttt-depth: ") for text in said.values())
-    monkeypatch.setattr(doctor, "CHECKS", [check for check in doctor.CHECKS if check.name == "bundled model"])
+    monkeypatch.setattr(doctor, "CHECKS", [check for check in doctor.CHECKS if check.name == "assets"])
     done = ttt("-v", "doctor")
     assert done.returncode == 0 and "ttt_lib.models.load: model tiny: family tiny on cpu" in done.stderr

@@ -117,11 +117,21 @@ def test_a_gpu_and_one_that_is_full(monkeypatch):
     assert "\n" not in finding.found
 
 
+def test_torchvision_absent_broken_or_there_is_all_right(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    finding = look(check("torchvision"))
+    assert finding.state == "ok" and "counts as absent" in finding.found and "nothing needs it" in finding.found
+    monkeypatch.setattr(doctor, "version_of", lambda name: "0.1")
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    assert look(check("torchvision")).found == "0.1; nothing needs it"
+
+
 def test_a_system_without_cores_to_ask_for(monkeypatch):
     from ttt_lib.core import memory, provenance
 
     monkeypatch.delattr(provenance.os, "sched_getaffinity")
     monkeypatch.setattr(memory, "PROCESS", Path("/nowhere"))
+    assert "the tests run on Linux" in look(check("Python")).found
     assert provenance.cores() >= 1 and memory.peak_memory_mb(torch.device("cpu")) != memory.peak_memory_mb(
         torch.device("cpu")
     )
@@ -182,18 +192,28 @@ def test_the_hub_unreachable_or_there(monkeypatch):
 
 
 def test_assets_missing_damaged_or_replaced(tmp_path, monkeypatch, untrained_checkpoint):
-    assert look(check("bundled model")).state == "ok"
+    assert look(check("assets")).state == "ok"
     real = moge.ASSETS
     monkeypatch.setattr(moge, "ASSETS", tmp_path)
-    finding = look(check("bundled model"))
-    assert finding.state == "problem" and check("bundled model").essential and "pip install ." in finding.advice
+    finding = look(check("assets"))
+    assert finding.state == "problem" and check("assets").essential and "pip install ." in finding.advice
     (tmp_path / "tiny.pt").write_bytes((real / "tiny.pt").read_bytes()[:1000])
-    finding = look(check("bundled model"))
+    finding = look(check("assets"))
     assert finding.state == "problem" and "cannot be used" in finding.found
     shutil.copy(real / "tiny.md", tmp_path)
     shutil.copy(untrained_checkpoint, tmp_path / "tiny.pt")
-    finding = look(check("bundled model"))
+    finding = look(check("assets"))
     assert finding.state == "problem" and "not the file that its card describes" in finding.found
+
+
+def test_the_calibration_damaged(tmp_path, monkeypatch):
+    from ttt_lib.adaptation.gate import decision as gate
+
+    assert "calibrated on" in look(check("assets")).found
+    (tmp_path / "gate.json").write_text("{}")
+    monkeypatch.setattr(gate, "BUNDLED", tmp_path / "gate.json")
+    finding = look(check("assets"))
+    assert finding.state == "problem" and "gate.json" in finding.found and "pip install ." in finding.advice
 
 
 def test_notebooks_missing(tmp_path, monkeypatch):

@@ -131,8 +131,8 @@ def ablation(
     if data:
         overrides["data"] = describe_sources(data, "--data")
     workers = workers or torch.cuda.device_count() or cores()  # one a GPU, or one a core
-    files, say = choose_experiments(experiments), partial(print, flush=True)
-    do = partial(run_jobs, workers=workers, scheduler=scheduler, cluster_file=cluster, threads=threads, announce=say)
+    files = choose_experiments(experiments)
+    do = partial(run_jobs, workers=workers, scheduler=scheduler, cluster_file=cluster, threads=threads)
     if hardest:
         overrides["data"] = choose_samples(runs, profile, overrides, hardest, metric, below, shards, limit, do)
         files, limit = with_controls(files), None  # the limit was of the samples to choose from
@@ -140,7 +140,7 @@ def ablation(
     names = {job.parameters["model"]["name"] for job in jobs} - {"tiny"}
     if profile == "demo" and names:
         print(f"note: the profile demo (few tokens, low rates) is made for tiny; for {min(names)} try --profile paper.")
-    print(f"{len(jobs)} jobs, {jobs[0].samples} samples each; results go to {runs}", flush=True)
+    print(f"{len(jobs)} jobs, {jobs[0].samples} samples each; results go to {runs}")
     if not hardest:
         forget_choice(runs)
     _end(do(jobs, runs), runs, threads)
@@ -223,9 +223,9 @@ def adapt(
     for photo, folder, said in adapt_photos(photos, output, open_model(config), config, metric_points, unit, **camera):
         if folder is None:
             failed = True
-            print(f"ttt-depth: {said}", file=sys.stderr, flush=True)
+            print(f"ttt-depth: {said}", file=sys.stderr)
         else:
-            print(f"{printable(photo)}: {said} -> {printable(folder, 1000)}", flush=True)
+            print(f"{printable(photo)}: {said} -> {printable(folder, 1000)}")
     if failed:
         raise typer.Exit(1)
 
@@ -262,7 +262,7 @@ def scene(
     options = {"every": every, "count": count, "focal": focal, "cameras": cameras}
 
     def say(line: str) -> None:
-        print(printable(line, 1000), flush=True)
+        print(printable(line, 1000))
 
     adapt_photographs(source, Path(absolute(output)), config, options, save_weights, weights, say)
 
@@ -317,7 +317,7 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2, with `--debug` below its trace and cause."""
     for stream in (sys.stdout, sys.stderr):  # names of files hold more than some consoles can show
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a log shows each line at once
     try:
         app(prog_name="ttt-depth")
     except (UserError, OSError) as error:

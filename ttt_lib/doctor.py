@@ -69,7 +69,8 @@ class Check(NamedTuple):
 
 def python_here() -> str:
     """The interpreter, whose version pip has seen to, and the system."""
-    return f"{platform.python_version()}, {platform.system()} {platform.machine()}, {sys.executable}"
+    here = f"{platform.python_version()}, {platform.system()} {platform.machine()}, {sys.executable}"
+    return f"{here}; the tests run on Linux"
 
 
 def requirements() -> str:
@@ -116,6 +117,15 @@ def gpus() -> str:
     raise Problem(f"a driver is there, but torch {torch.__version__} {lacks}")
 
 
+def torchvision() -> str:
+    """Nothing needs it; one that cannot be imported beside this torch counts as absent."""
+    from ttt_lib.models.torchvision import hide_broken_torchvision
+
+    hide_broken_torchvision()
+    found = version_of("torchvision") if sys.modules.get("torchvision") else "counts as absent"
+    return f"{found}; nothing needs it"
+
+
 def gl() -> str:
     """What `auto` draws novel views through, found by drawing one in another process, because drivers can crash."""
     try:
@@ -145,10 +155,11 @@ def hub() -> str:
     return f"{constants.ENDPOINT} answers"
 
 
-def bundled_model() -> str:
-    """It is the file that its card describes, loads, and predicts."""
+def assets() -> str:
+    """It is the file that its card describes, loads, and predicts; the gate was calibrated for it."""
     import torch
 
+    from ttt_lib.adaptation.gate.decision import read_calibration
     from ttt_lib.models.load import load_model
     from ttt_lib.models.moge import ASSETS
 
@@ -158,7 +169,8 @@ def bundled_model() -> str:
     digest = hashlib.sha256((ASSETS / "tiny.pt").read_bytes()).hexdigest()
     if digest not in (ASSETS / "tiny.md").read_text(encoding="utf-8"):
         raise Problem(f"{ASSETS / 'tiny.pt'} is not the file that its card describes")
-    return f"loads and predicts, SHA-256 {digest[:12]}"
+    count = read_calibration().about["samples"]
+    return f"the model predicts, SHA-256 {digest[:12]}; the gate was calibrated on {count} samples"
 
 
 def notebooks() -> str:
@@ -189,9 +201,10 @@ CHECKS = (
     Check("requirements", True, REINSTALL, requirements),
     Check("torch", True, REINSTALL, torch_here),
     Check("GPU", False, GPU, gpus),
+    Check("torchvision", False, "nothing needs it: `pip uninstall torchvision`", torchvision),
     Check("GL", False, WITHOUT_GL, gl),
     Check("hub", False, HUB, hub),
-    Check("bundled model", True, REINSTALL, bundled_model),
+    Check("assets", True, REINSTALL, assets),
     Check("notebooks", True, REINSTALL, notebooks),
     Check("Jupyter", False, KERNEL, kernel),
 )

@@ -19,7 +19,7 @@ from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.saved_weights import save_weights, use_weights
 from ttt_lib.core.at_work import at_work
 from ttt_lib.core.config import ExperimentConfig
-from ttt_lib.core.errors import UserError
+from ttt_lib.core.errors import UserError, printable
 from ttt_lib.core.files import check_writable, replacing, write_json
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.load import load_scene
@@ -122,21 +122,24 @@ def write_scene(adaptation: SceneAdaptation, output: Path, announce: Announce = 
     with replacing(output.absolute()) as work:
         for folder in ("depth", "depth_original", "images", "before_after"):
             (work / folder).mkdir()
-        for number, (photograph, result) in enumerate(adaptation.results(), 1):
-            known, name = evidence.get(photograph.name), photograph.name
-            if known is not None:
-                if result.decision == "original":
+        results = adaptation.results()
+        for number, name in enumerate(names, 1):
+            known = evidence.get(name)
+            with at_work(f"{number}/{len(names)} {printable(name, 100)}"):
+                photograph, result = next(results)
+                if known is not None and result.decision == "original":
                     result = replace(result, final=scaled(result.final, known.used))  # so that all have one scale
-                cloud.add(photograph, result.image, result.final)
-            _write_photograph(work, files[name], result, known is not None)
+                if known is not None:
+                    cloud.add(photograph, result.image, result.final)
+                _write_photograph(work, files[name], result, known is not None)
             camera = {"intrinsics": photograph.intrinsics, "pose": photograph.pose}
             rows.append({"name": name, "file": files[name], **about_result(result), **camera})
-            # What holds for the scene, or keeps a photograph out of it, has been said.
-            why = f" ({result.reason})" if result.reason and known is not None else ""
+            why = f" ({result.reason})" if result.reason and known is not None else ""  # the others' has been said
             announce(f"{number}/{len(names)} {name}: {result.decision}{why}")
         if evidence:
             announce("one cloud, cameras and page")
-        return _finish(adaptation, work, cloud, rows, files)
+        with at_work("cloud, cameras and page"):
+            return _finish(adaptation, work, cloud, rows, files)
 
 
 def _write_photograph(work: Path, name: str, result: AdaptResult, in_scene: bool) -> None:
