@@ -86,9 +86,7 @@ def _settings(experiment: str, profile: str, model: str | None, overrides: list[
 def ablation(
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Set in MoGe's layout, JSON of sets, image(s), motorcycle | synthetic | shifted; may repeat."
-        ),
+        typer.Option(help="MoGe-layout folder, JSON of sets, images, motorcycle | synthetic | shifted; may repeat."),
     ] = None,
     profile: Profile = "demo",
     experiments: Annotated[
@@ -108,9 +106,7 @@ def ablation(
     views: Annotated[bool, typer.Option(help="Also run 01_augmentation for every experiment.")] = True,
     hardest: Annotated[
         int | None,
-        typer.Option(
-            min=2, help="The published protocol: the N hardest, random and easy samples, seen twice, and controls."
-        ),
+        typer.Option(min=2, help="The published protocol: N hardest, random, easy samples, seen twice, and controls."),
     ] = None,
     metric: Annotated[str, typer.Option(help="metric/score that --hardest chooses by.")] = HARD_BY,
     below: Annotated[float | None, typer.Option(help="--hardest takes only samples whose score is lower.")] = None,
