@@ -18,7 +18,7 @@ from torch import Tensor
 from ttt_lib.core.types import Sample
 from ttt_lib.data.samples import SampleSet
 from ttt_lib.data.scenes.layouts import LAYOUTS, Layout, tilt_matrix, yaw_matrix
-from ttt_lib.data.scenes.raycast import Lighting, Picture, Scenes, draw, make_atlas
+from ttt_lib.data.scenes.raycast import Picture, Scenes, draw, make_atlas
 from ttt_lib.data.scenes.solids import Solids
 from ttt_lib.data.scenes.textures import make_textures
 from ttt_lib.data.shifts import BUILT_IN, apply_shift, check_shifts
@@ -82,7 +82,7 @@ def make_scenes(
     _, *parts = (torch.from_numpy(np.array([[s[place] for s in row] for row in rows])).float() for place in range(8))
     parts[4] = parts[4].long()  # the texture
     solids = Solids(*parts, counts=counts)
-    lighting = Lighting(**{k: torch.from_numpy(np.stack([light[k] for light in lights])).float() for k in lights[0]})
+    lighting = {key: torch.from_numpy(np.stack([light[key] for light in lights])).float() for key in lights[0]}
     cameras = torch.from_numpy(np.stack([layout.camera for layout in layouts])).float()
     return Scenes(solids, lighting, atlas), cameras
 

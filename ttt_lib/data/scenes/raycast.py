@@ -21,30 +21,13 @@ from ttt_lib.geometry.cameras import uv_map
 
 
 @dataclass
-class Lighting:
-    """Light and air of B scenes: sky colours, sun, one lamp, ambient light, fog. Colours are linear RGB.
-
-    horizon, zenith (B,3); sun_direction (B,3) unit, towards the sun; sun (B,3); lamp_position (B,3); lamp (B,3);
-    ambient (B,3), and `evenness` (B,) of it over directions (1: the same from all sides); fog (B,) extinction a
-    metre; fog_colour (B,3); exposure (B,) the mean linear brightness that the camera aims at (0: none).
-    """
-
-    horizon: Tensor
-    zenith: Tensor
-    sun_direction: Tensor
-    sun: Tensor
-    lamp_position: Tensor
-    lamp: Tensor
-    ambient: Tensor
-    evenness: Tensor
-    fog: Tensor
-    fog_colour: Tensor
-    exposure: Tensor
-
-
-@dataclass
 class Scenes:
     """B scenes: solids, lighting, and the texture atlas they share, a mip pyramid of (T, 3, S, S), linear RGB.
+
+    `lighting`: light and air by name, colours are linear RGB: sky colours `horizon`, `zenith` (B,3); `sun_direction`
+    (B,3) unit, towards the sun; `sun` (B,3); one lamp, `lamp_position`, `lamp` (B,3); `ambient` light (B,3), and
+    `evenness` (B,) of it over directions (1: the same from all sides); `fog` (B,) extinction a metre; `fog_colour` (B,3);
+    `exposure` (B,), the mean linear brightness that the camera aims at (0: none).
 
     `detail`, where there is one, lays more onto the surfaces (`detail.py`): it takes the albedo (N,3), the solid's index
     (N,), the axis (N,) its face looks along, metres on the face (N,2), metres a pixel spans (N,), and the extent (N,) of
@@ -52,17 +35,15 @@ class Scenes:
     """
 
     solids: Solids
-    lighting: Lighting
+    lighting: dict[str, Tensor]
     atlas: list[Tensor]
     detail: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
     def _changed(self, change: Callable[[Tensor], Tensor], atlas: list[Tensor]) -> Scenes:
         """With every tensor of solids and lighting changed."""
-        solids, lighting = (
-            replace(part, **{k: change(v) for k, v in vars(part).items() if isinstance(v, Tensor)})
-            for part in (self.solids, self.lighting)
-        )
-        return replace(self, solids=solids, lighting=lighting, atlas=atlas)
+        solids = {key: change(value) for key, value in vars(self.solids).items() if isinstance(value, Tensor)}
+        lighting = {key: change(value) for key, value in self.lighting.items()}
+        return replace(self, solids=replace(self.solids, **solids), lighting=lighting, atlas=atlas)
 
     def select(self, index: list[int]) -> Scenes:
         """The scenes at `index`, the batch dimension kept."""
@@ -142,22 +123,22 @@ def _shade(scenes: Scenes, origin: Tensor, position: Tensor, index: Tensor, pixe
         flat = (x.flatten(0, 1) for x in (albedo, safe, dominant, uv, span, extent))
         albedo = scenes.detail(*flat).view_as(albedo)
 
-    sun_direction = light.sun_direction[:, None].expand_as(normal)
+    sun_direction = light["sun_direction"][:, None].expand_as(normal)
     sun = (normal * sun_direction).sum(-1).clamp_min(0)
-    to_lamp = light.lamp_position[:, None] - position
+    to_lamp = light["lamp_position"][:, None] - position
     lamp_distance = to_lamp.norm(dim=-1).clamp_min(0.3)
     lamp = (normal * to_lamp).sum(-1).clamp_min(0) / lamp_distance / (1 + 0.15 * lamp_distance.square())
     if shadows:
         start = position + 2e-3 * normal * (1 + pixel[..., None])
-        lit_by_sun = (light.sun.amax(-1) >= light.lamp.amax(-1))[:, None]
+        lit_by_sun = (light["sun"].amax(-1) >= light["lamp"].amax(-1))[:, None]
         ray = torch.where(lit_by_sun[..., None], sun_direction, to_lamp)
         reach = torch.where(lit_by_sun, FAR / 2, 0.98)
         blocked = intersect(solids, start, ray)[0] < reach
         sun = torch.where(blocked & lit_by_sun, 0.0, sun)
         lamp = torch.where(blocked & ~lit_by_sun, 0.15 * lamp, lamp)
-    sky_share = 0.65 - 0.35 * (1 - light.evenness[:, None, None]) * normal[..., 1:2]
-    received = light.ambient[:, None] * sky_share + light.sun[:, None] * sun[..., None]
-    return albedo * (received + light.lamp[:, None] * lamp[..., None]), normal
+    sky_share = 0.65 - 0.35 * (1 - light["evenness"][:, None, None]) * normal[..., 1:2]
+    received = light["ambient"][:, None] * sky_share + light["sun"][:, None] * sun[..., None]
+    return albedo * (received + light["lamp"][:, None] * lamp[..., None]), normal
 
 
 def draw(scenes: Scenes, transform: Tensor, intrinsics: Tensor, size: tuple[int, int], shadows: bool = True) -> Picture:
@@ -183,13 +164,13 @@ def draw(scenes: Scenes, transform: Tensor, intrinsics: Tensor, size: tuple[int,
 
     light = scenes.lighting
     upward = (-F.normalize(direction, dim=-1)[..., 1:2]).clamp(0, 1).sqrt()
-    sky = light.horizon[:, None] * (1 - upward) + light.zenith[:, None] * upward
+    sky = light["horizon"][:, None] * (1 - upward) + light["zenith"][:, None] * upward
     distance = (position - origin).norm(dim=-1)
-    seen = torch.exp(-light.fog[:, None] * distance)[..., None]
-    colour = colour * seen + light.fog_colour[:, None] * (1 - seen)
+    seen = torch.exp(-light["fog"][:, None] * distance)[..., None]
+    colour = colour * seen + light["fog_colour"][:, None] * (1 - seen)
     colour = torch.where(hit[..., None], colour, sky)
-    gain = light.exposure / colour.clamp_max(1.5).mean(dim=(1, 2)).clamp_min(1e-3)
-    colour = colour * torch.where(light.exposure > 0, gain.clamp(0.4, 4.0), 1.0)[:, None, None]
+    gain = light["exposure"] / colour.clamp_max(1.5).mean(dim=(1, 2)).clamp_min(1e-3)
+    colour = colour * torch.where(light["exposure"] > 0, gain.clamp(0.4, 4.0), 1.0)[:, None, None]
 
     def to_map(x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], height, width, *x.shape[2:])
