@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ttt_lib.core.types import Sample
 from ttt_lib.data.scenes.detail import Detail
-from ttt_lib.data.scenes.raycast import Scenes
+from ttt_lib.data.scenes.layouts import yaw_matrix
 from ttt_lib.data.scenes.tours import RAYS, SIZE, Tour, make_tour, photograph, plan_tour
 
 Trap = Callable[[int, tuple[int, int]], list[Sample]]
-FAR_WALL, FLOOR = 3, 4  # places of these two among the solids of a room
-WIDE = torch.tensor([[60.0, 40.0, 0.1], [60.0, 0.1, 60.0]])  # half extents (metres) of a wall and a floor without end
+# Of two of a room's solids, their place among these: half extents (metres) without end, and how far before the first camera.
+WALL, FLOOR = (3, [60.0, 40.0, 0.1], [0.0, 0.0, 3.1]), (4, [60.0, 0.1, 60.0], [0.0, 1.4, 0.0])
 
 
 def _moved(offsets: Tensor, poses: Tensor) -> Tensor:
@@ -39,8 +39,7 @@ def rotation(seed: int = 0, size: tuple[int, int] = SIZE) -> list[Sample]:
     plan = _plan("room", seed, size)
     turns = torch.eye(4).repeat(4, 1, 1)
     for number in range(4):
-        cosine, sine = math.cos(math.radians(8 * number)), math.sin(math.radians(8 * number))
-        turns[number, :3, :3] = torch.tensor([[cosine, 0, sine], [0, 1, 0], [-sine, 0, cosine]])
+        turns[number, :3, :3] = torch.from_numpy(yaw_matrix(math.radians(8 * number)))
     return photograph(plan.scenes, turns @ plan.poses[0], plan.intrinsics, size)
 
 
@@ -51,40 +50,35 @@ def copies(seed: int = 0, size: tuple[int, int] = SIZE) -> list[Sample]:
     return [replace(sample, name=f"view_{number}") for number in range(4)]
 
 
-def _walls(plan: Tour, slots: list[int], seed: int, repeat: float | None = None) -> Scenes:
-    """Only these solids of a room are left: a wall 3 m ahead of the first camera's place, a floor 1.3 m below it."""
-    solids = plan.scenes.solids
-    place = torch.linalg.inv(plan.poses[0])[:3, 3]
+def _facing(
+    solids_left: list[tuple], step: float, seed: int, size: tuple[int, int], repeat: float | None = None
+) -> list[Sample]:
+    """Only these solids of a room are left, before four cameras that look straight ahead, `step` metres apart."""
+    plan = _plan("room", seed, size)
+    solids, place = plan.scenes.solids, torch.linalg.inv(plan.poses[0])[:3, 3]
     half, centre, tile = torch.zeros_like(solids.half), solids.centre.clone(), solids.tile.clone()
-    for slot in slots:
-        half[:, slot] = WIDE[slot - FAR_WALL]
-        centre[:, slot] = place + (torch.tensor([0.0, 0.0, 3.1]) if slot == FAR_WALL else torch.tensor([0, 1.4, 0]))
-        tile[:, slot] = tile[:, slot] if repeat is None else repeat
+    for slot, extent, ahead in solids_left:
+        half[:, slot], centre[:, slot] = torch.tensor(extent), place + torch.tensor(ahead)
+        if repeat:
+            tile[:, slot] = repeat
     detail = Detail(seed, plan.scenes.atlas, repeat, RAYS)
-    return replace(plan.scenes, solids=replace(solids, half=half, centre=centre, tile=tile), detail=detail)
-
-
-def _facing(plan: Tour, offsets: np.ndarray) -> Tensor:
-    """Cameras that look straight ahead (+z of the world), `offsets` (V,3) metres from the first camera's place."""
+    scenes = replace(plan.scenes, solids=replace(solids, half=half, centre=centre, tile=tile), detail=detail)
     straight = torch.eye(4)
-    straight[:3, 3] = -torch.linalg.inv(plan.poses[0])[:3, 3]
-    return _moved(torch.from_numpy(offsets).float(), straight)
+    straight[:3, 3] = -place
+    offsets = torch.tensor([[step * number, 0, 0] for number in range(4)])
+    return photograph(scenes, _moved(offsets, straight), plan.intrinsics, size)
 
 
 def poster(seed: int = 0, size: tuple[int, int] = SIZE) -> list[Sample]:
     """A flat wall, full of print and pictures, from four places: homographies explain everything, for any focal
     length."""
-    plan = _plan("room", seed, size)
-    poses = _facing(plan, np.array([[0.35 * number, 0, 0] for number in range(4)]))
-    return photograph(_walls(plan, [FAR_WALL], seed), poses, plan.intrinsics, size)
+    return _facing([WALL], 0.35, seed, size)
 
 
 def repeated(seed: int = 0, size: tuple[int, int] = SIZE) -> list[Sample]:
     """A wall and a floor whose pattern comes again every 0.4 m, from places 0.3 m apart: matches that agree with each
     other and are wrong."""
-    plan = _plan("room", seed, size)
-    poses = _facing(plan, np.array([[0.3 * number, 0, 0] for number in range(4)]))
-    return photograph(_walls(plan, [FAR_WALL, FLOOR], seed, 0.4), poses, plan.intrinsics, size)
+    return _facing([WALL, FLOOR], 0.3, seed, size, repeat=0.4)
 
 
 def moving(seed: int = 0, size: tuple[int, int] = SIZE) -> list[Sample]:
