@@ -7,6 +7,7 @@ the scores are those of `evaluation.scores`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,12 @@ def load_samples(source: Source | Iterable[Source], **options: Any) -> SampleSet
         return sets[0]
     names = [s.name for s in sets]
     titles = [s.name if names.count(s.name) == 1 else f"{s.name}_{i}" for i, s in enumerate(sets)]
-    labels = [(f"{title}/{name}", (s, name)) for title, s in zip(titles, sets) for name in s.names]
+    labels = [(f"{title}/{name}", partial(s.load, name)) for title, s in zip(titles, sets) for name in s.names]
     if (twice := first_repeated(label for label, _ in labels)) is not None:
-        raise UserError(
-            f"load_samples: two samples are called {twice!r}; rename a folder, or name the sets in a JSON file."
-        )
-    places = dict(labels)
-
-    def load(label: str) -> Sample:
-        sample_set, name = places[label]
-        return sample_set.load(name)
-
-    return SampleSet("+".join(titles), list(places), load, "\n".join(s.data_hash() for s in sets))
+        raise UserError(f"load_samples: two samples are called {twice!r}; rename a folder, or use a JSON file of sets.")
+    load = dict(labels)
+    hashes = "\n".join(s.data_hash() for s in sets)
+    return SampleSet("+".join(titles), list(load), lambda label: load[label](), hashes)
 
 
 def load_experiment(
@@ -251,9 +246,8 @@ def evaluate(what: Evaluated | Iterable[Prediction | AdaptResult], samples: Samp
     else:
         found = [what] if isinstance(what, Prediction | AdaptResult) else list(what)
         if len(found) != len(samples):
-            raise UserError(
-                f"evaluate: {len(found)} predictions for {len(samples)} samples; give one of each, in the same order."
-            )
+            counts = f"{len(found)} predictions for {len(samples)} samples"
+            raise UserError(f"evaluate: {counts}; give one of each, in the same order.")
     tables = [_scores(each, sample) for each, sample in zip(found, samples)]
     if not tables:
         raise UserError("evaluate: the list of samples is empty.")
@@ -274,9 +268,8 @@ def _scores(what: Prediction | AdaptResult, sample: Sample) -> pd.DataFrame:
     values = [metrics.tidy_rows(scores).set_index(["metric", "score"])["value"] for scores in columns.values()]
     rows = pd.DataFrame(dict(zip(columns, values)), index=values[0].index)
     if rows.empty:
-        raise UserError(
-            f"evaluate: sample {sample.name!r} has no true depth for at least {metrics.MINIMUM_TRUTH} pixels."
-        )
+        least = metrics.MINIMUM_TRUTH
+        raise UserError(f"evaluate: sample {sample.name!r} has no true depth for at least {least} pixels.")
     if "after" in rows:
         pairs = zip(rows.index.get_level_values("score"), rows["before"], rows["after"])
         gain = [metrics.SCORES[score].gain(before, after) for score, before, after in pairs]

@@ -59,13 +59,8 @@ def _complete_profiles(incomplete: str) -> list[str]:
     return [name for name in profile_files() if name.startswith(incomplete)]
 
 
-Profile = Annotated[
-    str,
-    typer.Option(
-        help="demo, paper, as_released, or a YAML file; auto: demo for tiny, none for other models.",
-        autocompletion=_complete_profiles,
-    ),
-]
+PROFILES = "demo, paper, as_released, or a YAML file; auto: demo for tiny, none for other models."
+Profile = Annotated[str, typer.Option(help=PROFILES, autocompletion=_complete_profiles)]
 Experiment = Annotated[str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)]
 Model = Annotated[str | None, typer.Option(help="See `ttt-depth models`.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. train.passes=4.")]

@@ -48,20 +48,20 @@ def to_array(image: Tensor) -> np.ndarray:
 
 def inverse_depth(depth: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None) -> np.ndarray:
     """1/depth scaled to its 98th percentile, NaN where unknown: near is bright, and scale does not matter."""
-    depth = np.asarray(depth.detach().cpu() if isinstance(depth, Tensor) else depth, dtype=np.float32)
-    known = np.isfinite(depth) & (depth > 0)
+    depth = torch.as_tensor(depth).detach().float().cpu()
+    known = torch.isfinite(depth) & (depth > 0)
     if mask is not None:
-        known &= np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
-    values = np.where(known, 1 / np.where(known, depth, 1), np.nan)
+        known &= torch.as_tensor(mask).bool().cpu()
+    values = torch.where(known, 1 / depth, torch.nan).numpy()
     top = np.nanpercentile(values, 98) if known.any() else 1.0
     return np.clip(values / max(float(top), 1e-12), 0, 1)
 
 
 def relative_error(depth: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> np.ndarray:
     """|d - t| / t after scaling the prediction by the median ratio; NaN where the truth is unknown."""
-    depth, truth = (np.asarray(d.cpu() if isinstance(d, Tensor) else d, dtype=np.float32) for d in (depth, truth))
+    depth, truth = (torch.as_tensor(map_).float().cpu() for map_ in (depth, truth))
     ratio = np.nanmedian(truth / depth)
-    return np.abs(depth * ratio - truth) / truth
+    return ((depth * ratio - truth).abs() / truth).numpy()
 
 
 def depth_panel(title: str, depth: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None) -> Panel:
@@ -102,12 +102,9 @@ def change_panel(title: str, before: Tensor, after: Tensor, mask: Tensor | None 
     return title, ratio.detach().cpu().numpy(), {"cmap": "coolwarm", "vmin": 0.8, "vmax": 1.2}
 
 
-def shown(map_: Tensor | None) -> Tensor | None:
+def shown(map_: Tensor) -> Tensor:
     """A map (H,W) at a size to be looked at: else most of the time for a photograph went into pixels that no figure shows."""
-    if map_ is None:
-        return None
-    smaller = F.interpolate(map_[None, None].float(), shrunk(map_.shape, SHOWN), mode="nearest-exact")[0, 0]
-    return smaller.to(map_.dtype)
+    return F.interpolate(map_[None, None].float(), shrunk(map_.shape, SHOWN), mode="nearest-exact")[0, 0].to(map_.dtype)
 
 
 def plot_before_after(image: Tensor, result: AdaptResult, truth: Tensor | None = None) -> Figure:
@@ -116,14 +113,16 @@ def plot_before_after(image: Tensor, result: AdaptResult, truth: Tensor | None =
     At most `SHOWN` pixels of each side are drawn.
     """
     image = F.interpolate(image[None], shrunk(image.shape[-2:], SHOWN), mode="area")[0]
-    before, after, truth = shown(result.original.depth), shown(result.final.depth), shown(truth)
+    before, after = shown(result.original.depth), shown(result.final.depth)
+    masks = [None if each.mask is None else shown(each.mask) for each in (result.original, result.final)]
     rows = [[
         ("image", to_array(image), {}),
-        depth_panel("before", before, shown(result.original.mask)),
-        depth_panel(f"after ({result.decision})", after, shown(result.final.mask)),
+        depth_panel("before", before, masks[0]),
+        depth_panel(f"after ({result.decision})", after, masks[1]),
         change_panel("after / before", before, after),
     ]]  # fmt: skip
     if truth is not None:
+        truth = shown(truth)
         rows.append([
             depth_panel("truth", truth),
             error_panel("error before", before, truth),

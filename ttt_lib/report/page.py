@@ -38,12 +38,6 @@ VERDICTS = {
 }
 
 
-def image_tag(figure: Figure) -> str:
-    """A figure as an HTML image that needs no other file."""
-    content = encoded(picture(figure, "png", dpi=90, bbox_inches="tight"))
-    return f'<img src="data:image/png;base64,{content}">'
-
-
 def write_report(
     runs: Runs, output: str | Path, metric: str = "points_affine_invariant", score: str = "delta1",
     tolerance: float = 1e-3, bootstrap_samples: int = 2000,
@@ -159,11 +153,17 @@ def _page(
             f"control_lr0 {VERDICTS[tables.control_is_exact(runs)]}.", _html(tables.confound(published).round(3))
         ],
     }  # fmt: skip
-    sections |= {name: [Markup(image_tag(figure))] for name, figure in figures.items()}
+    sections |= {name: [_image(figure)] for name, figure in figures.items()}
     for i, (heading, cloud) in enumerate(clouds):
         sections[heading] = [Markup(plotly.io.to_html(cloud, include_plotlyjs=i == 0, full_html=False))]
     sections["Left out"] = [_html(runs.left_out)]
     return PAGE.render(notes=runs.notes, sections=sections)
+
+
+def _image(figure: Figure) -> Markup:
+    """A figure that needs no other file."""
+    content = encoded(picture(figure, "png", dpi=90, bbox_inches="tight"))
+    return Markup('<img src="data:image/png;base64,{}">').format(content)
 
 
 def _table1(table: pd.DataFrame) -> Markup:

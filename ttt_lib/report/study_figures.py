@@ -42,12 +42,8 @@ def figure4(gains: pd.DataFrame, tolerance: float = 1e-3, title: str = "") -> Fi
         axis.tick_params(labelsize=6)
     axis = figure.add_subplot(grid[rows, :])
     table = summarise(gains[gains.experiment != "original"], tolerance, samples=2).set_index("experiment")
-    table = table.reindex(experiments)
-    axis.bar(range(len(table)), table["improved"], color="tab:green", label="improved")
-    axis.bar(range(len(table)), -table["worse"], color="tab:red", label="worse")
-    axis.axhline(0, color="k", linewidth=0.6)
-    axis.set_xticks(range(len(table)), table.index, rotation=40, ha="right", fontsize=7)
-    axis.legend(fontsize=7)
+    bars = table.reindex(experiments)[["improved", "worse"]] * [1, -1]
+    bars.plot.bar(ax=axis, stacked=True, color=["tab:green", "tab:red"], rot=40, fontsize=7, xlabel="")
     figure.suptitle(title, fontsize=9)
     plt.close(figure)
     return figure
@@ -111,15 +107,11 @@ def pareto(gains: pd.DataFrame, samples: pd.DataFrame) -> tuple[Figure, pd.DataF
         "seconds": samples.groupby("experiment")["seconds"].mean(),
         "n": gains.groupby("experiment")["gain"].count(),
     }).astype(float).dropna()  # fmt: skip
-    beaten = [
-        ((table.gain >= row.gain) & (table.seconds <= row.seconds) & ((table.gain > row.gain) | (table.seconds < row.seconds))).any()
-        for row in table.itertuples()
-    ]  # fmt: skip
-    table["front"] = ~np.array(beaten, dtype=bool)
+    table = table.sort_values(["seconds", "gain"], ascending=[True, False])
+    table["front"] = table.gain > table.gain.cummax().shift(fill_value=-np.inf)
     figure, axis = plt.subplots(figsize=(7, 3.5))
     axis.scatter(table.seconds, table.gain, c=np.where(table.front, "tab:orange", "tab:gray"))
-    front = table[table.front].sort_values("seconds")
-    axis.plot(front.seconds, front.gain, "tab:orange", linewidth=1)
+    axis.plot(table.seconds[table.front], table.gain[table.front], "tab:orange", linewidth=1)
     for row in table.itertuples():
         label = row.Index if table.n.nunique() == 1 else f"{row.Index} (n = {row.n:.0f})"
         axis.annotate(label, (row.seconds, row.gain), fontsize=6)

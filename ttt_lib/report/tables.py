@@ -20,6 +20,12 @@ PUBLISHED = Path(__file__).parents[1] / "assets" / "published_table1.csv"
 PUBLISHED_SOURCE = (
     "Herald of Khmelnytskyi National University, 2025, issue 6 part 2 (MoGe-2 ViT-S, 50 samples, RTX 3080)"
 )
+LONG = {
+    "scale_invariant": "scale-inv.", "affine_invariant": "affine-inv.", "rel": "Rel ↓", "delta1": "δ1 ↑", "seconds": "s / image"
+}  # fmt: skip
+SHORT = {
+    "depth": "d", "points": "p", "metric": "met", "scale_invariant": "sc", "affine_invariant": "aff", "delta1": "d1"
+}  # fmt: skip
 COLUMN_NAMES = [f"{metric}_{score}" for metric, score in TABLE1_COLUMNS]
 
 
@@ -69,18 +75,16 @@ def best_cells(table: pd.DataFrame) -> pd.DataFrame:
     return best
 
 
-def _headers(table: pd.DataFrame) -> list[str]:
-    short = {"metric": "metric", "scale_invariant": "scale-inv.", "affine_invariant": "affine-inv."}
-    names = []
-    for metric, score in TABLE1_COLUMNS:
-        quantity, alignment = metric.split("_", 1)
-        names.append(f"{quantity} {short[alignment]} {'Rel ↓' if score == 'rel' else 'δ1 ↑'}")
-    return [*names, "s / image", *(["n"] if "n" in table else [])]
+def _headers(table: pd.DataFrame, words: dict[str, str], between: str) -> list[str]:
+    """Names of the columns, of these words."""
+    scores = [[*metric.split("_", 1), score] for metric, score in TABLE1_COLUMNS]
+    others = [[column] for column in table.columns[len(scores) :]]
+    return [between.join(words.get(part, part) for part in parts) for parts in scores + others]
 
 
 def styled(table: pd.DataFrame, bold: str, escape: str) -> Styler:
     """The table for pandas to write as `html` or `latex`, the best cells in `bold`, whatever that is there."""
-    shown = printed(table).set_axis(_headers(table), axis=1).rename_axis(None)
+    shown = printed(table).set_axis(_headers(table, LONG, " "), axis=1).rename_axis(None)
     best = best_cells(table).to_numpy()
     return shown.style.format_index(escape=escape).apply(lambda _: np.where(best, bold, ""), axis=None)
 
@@ -89,7 +93,7 @@ def to_markdown(table: pd.DataFrame) -> str:
     """The table with the best cells in bold."""
     text = printed(table)
     text = text.mask(best_cells(table), "**" + text + "**")
-    lines = [f"| experiment | {' | '.join(_headers(table))} |", "|---" * (len(text.columns) + 1) + "|"]
+    lines = [f"| experiment | {' | '.join(_headers(table, LONG, ' '))} |", "|---" * (len(text.columns) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(row)} |" for name, row in zip(text.index, text.to_numpy())]
     return "\n".join(lines) + "\n"
 
@@ -106,12 +110,7 @@ def to_latex(table: pd.DataFrame) -> str:
 
 def to_text(table: pd.DataFrame) -> str:
     """The table for a terminal: short column names, one row an experiment."""
-    short = table.copy()
-    alignments = {"metric": "met", "scale_invariant": "sc", "affine_invariant": "aff"}
-    short.columns = [
-        *(f"{m.split('_', 1)[0][0]}.{alignments[m.split('_', 1)[1]]}.{'rel' if s == 'rel' else 'd1'}" for m, s in TABLE1_COLUMNS),
-        *table.columns[len(TABLE1_COLUMNS) :],
-    ]  # fmt: skip
+    short = table.set_axis(_headers(table, SHORT, "."), axis=1)
     legend = (
         "d: depth, p: points; met: metric, sc: scale-invariant, aff: affine-invariant; rel: lower, d1: higher is better; "
         "n: samples with a score"

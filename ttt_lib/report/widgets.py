@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from IPython.display import display
 from matplotlib.figure import Figure
@@ -42,11 +41,10 @@ def show_cloud(figure: go.Figure) -> None:
     """Display a plotly point cloud, first seen from near its camera, with a picture for viewers that run no scripts."""
     cloud = figure.data[0]
     figure.update_layout(scene_camera={"eye": {"x": 0.5, "y": -1.6, "z": 0.5}})
-    points = [np.asarray(values, dtype=float) for values in (cloud.x, cloud.y, cloud.z)]
     still = plt.figure(figsize=(6, 4))
     axis = still.add_subplot(projection="3d")
-    axis.scatter(*points, c=list(cloud.marker.color), s=6, linewidths=0, depthshade=False)
-    axis.set_box_aspect([max(float(np.ptp(values)), 1e-6) for values in points])
+    axis.scatter(cloud.x, cloud.y, cloud.z, c=list(cloud.marker.color), s=6, linewidths=0, depthshade=False)
+    axis.set_aspect("equal")
     axis.set(xlabel="x", ylabel="z, forward", zlabel="up")
     axis.view_init(elev=15, azim=-75)
     bundle = {
@@ -76,10 +74,6 @@ class Explorer(ipywidgets.VBox):
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """With the picture as it is now, for viewers that run no scripts."""
         return {**super()._repr_mimebundle_(**options), "image/jpeg": encoded(self.image.value)}
-
-    def draw(self) -> tuple[Figure, str]:
-        """What the controls ask for."""
-        raise NotImplementedError
 
     def update(self, _change: dict | None = None) -> None:
         """Draw what the controls ask for and show it."""
