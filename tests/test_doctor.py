@@ -151,7 +151,7 @@ def test_gl_that_crashes_hangs_or_fails_does_not_end_the_doctor(monkeypatch):
     monkeypatch.setattr(doctor, "DRAW", "import time; time.sleep(60)")
     monkeypatch.setattr(doctor, "GL_TIMEOUT", 0.5)
     finding = look(check("GL"))
-    assert finding.state == "problem" and "hangs" in finding.advice
+    assert finding.state == "problem" and "hangs" in finding.found
 
 
 def test_a_wrong_picture_is_a_problem(monkeypatch):

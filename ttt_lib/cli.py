@@ -10,7 +10,6 @@ import gc
 import io
 import logging
 import sys
-import traceback
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -314,8 +313,7 @@ def main() -> None:
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and not _is_the_users(error):
             raise  # a mistake of this program: its trace says where
-        if LOG.isEnabledFor(logging.DEBUG):
-            traceback.print_exc()
+        LOG.debug("what happened:", exc_info=True)
         if isinstance(error, OSError):
             place = f"{printable(error.filename)}: " if error.filename else ""
             error = f"{place}{reason(error)}."

@@ -21,8 +21,6 @@ from ttt_lib.core.provenance import version_of
 from ttt_lib.runs.catalog import experiment_files, notebooks_folder
 
 GL_TIMEOUT = 120.0  # seconds, with the import of torch on a slow disk
-INSTALL_GL = "install a GL library (Debian: `apt-get install libegl1 libgl1-mesa-dri` or `libosmesa6`)"
-WITHOUT_GL = "set views.novel_view.backend=torch, or try PYOPENGL_PLATFORM=osmesa with `libosmesa6` installed"
 # What `NovelViewRenderer("auto")` does in a run: make the context, upload a mesh, draw it.
 DRAW = """
 import torch
@@ -39,11 +37,7 @@ print("FOUND", renderer.backend, renderer.reason)
 
 
 class Problem(Exception):
-    """What a check found wrong; advice, where the table's is not the right one."""
-
-    def __init__(self, found: str, advice: str = "") -> None:
-        super().__init__(found)
-        self.advice = advice
+    """What a check found wrong."""
 
 
 class Missing(Problem):
@@ -59,7 +53,7 @@ class Finding(NamedTuple):
 
 
 class Check(NamedTuple):
-    """A row of the table. advice: for whatever the check raises, unless that brings its own."""
+    """A row of the table. advice: for whatever the check raises."""
 
     name: str
     essential: bool
@@ -112,7 +106,7 @@ def gpus() -> str:
     if found:
         return "; ".join(found)
     if shutil.which("nvidia-smi") is None:
-        raise Missing("no NVIDIA driver", "everything also works on the CPU; for large models use a machine with a GPU")
+        raise Missing("no NVIDIA driver")
     lacks = "is built without CUDA" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) finds no device"
     raise Problem(f"a driver is there, but torch {torch.__version__} {lacks}")
 
@@ -131,14 +125,14 @@ def gl() -> str:
     try:
         done = subprocess.run([sys.executable, "-c", DRAW], capture_output=True, text=True, timeout=GL_TIMEOUT)
     except subprocess.TimeoutExpired as error:
-        raise Problem(f"no picture after {GL_TIMEOUT:.0f} s", f"the GL driver hangs; {WITHOUT_GL}") from error
+        raise Problem(f"no picture after {GL_TIMEOUT:.0f} s: the GL driver hangs") from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
         ended = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"failed: {last[:200]}"
         raise Problem(f"drawing through GL {ended}")
     backend, why = done.stdout.partition("FOUND ")[2].strip().split(" ", 1)
     if backend != "pyrender":
-        raise Missing(why, f"torch draws the novel views instead; to have them drawn through GL, {INSTALL_GL}")
+        raise Missing(why)
     return why
 
 
@@ -194,6 +188,10 @@ GPU = (
     "everything also works on the CPU; for the GPU install a torch built for CUDA (environment.yml does), and see that "
     "`nvidia-smi` lists a device that is free and CUDA_VISIBLE_DEVICES names it"
 )
+GL = (
+    "torch draws the novel views without it (or set views.novel_view.backend=torch); for GL install a library (Debian: "
+    "`apt-get install libegl1 libgl1-mesa-dri`, or `libosmesa6` with PYOPENGL_PLATFORM=osmesa)"
+)
 HUB = "use `tiny`, or the path of a `model.pt` that another machine downloaded; HF_ENDPOINT sets a mirror"
 KERNEL = f"`{sys.executable} -m ipykernel install --sys-prefix` (ttt-depth itself brings its own kernel)"
 CHECKS = (
@@ -202,7 +200,7 @@ CHECKS = (
     Check("torch", True, REINSTALL, torch_here),
     Check("GPU", False, GPU, gpus),
     Check("torchvision", False, "nothing needs it: `pip uninstall torchvision`", torchvision),
-    Check("GL", False, WITHOUT_GL, gl),
+    Check("GL", False, GL, gl),
     Check("hub", False, HUB, hub),
     Check("assets", True, REINSTALL, assets),
     Check("notebooks", True, REINSTALL, notebooks),
@@ -216,7 +214,7 @@ def look(check: Check) -> Finding:
         return Finding("ok", check.look())
     except Problem as error:
         state = "missing" if isinstance(error, Missing) else "problem"
-        return Finding(state, str(error), error.advice or check.advice)
+        return Finding(state, str(error), check.advice)
     except Exception as error:  # an import that fails, mostly
         return Finding("problem", f"cannot be used ({type(error).__name__}: {reason(error)})", check.advice)
 
