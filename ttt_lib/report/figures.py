@@ -6,24 +6,21 @@ import base64
 import io
 from collections.abc import Iterable, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt_lib.adaptation.photographs.evidence import Evidence
+from ttt_lib.adaptation.result import AdaptResult
+from ttt_lib.core.types import Sample
 from ttt_lib.geometry.cameras import shrunk
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-
-    from ttt_lib.adaptation.photographs.evidence import Evidence
-    from ttt_lib.adaptation.result import AdaptResult
-    from ttt_lib.core.types import Sample
 
 SHOWN = 640  # pixels of the longer side of pictures that are shown
 Panel = tuple[str, np.ndarray, dict[str, Any]]  # title, picture, options of `imshow`
@@ -182,8 +179,6 @@ def point_cloud(image: Tensor, points: Tensor, mask: Tensor | None = None, most:
 
 def cloud_figure(cloud: np.ndarray, colour: np.ndarray, most: int = 60_000) -> go.Figure:
     """At most so many of the points (N,3), in a camera's axes with colours (N,3) from 0 to 255, as a plotly figure."""
-    import plotly.graph_objects as go
-
     if len(cloud) > most:
         chosen = np.random.default_rng(0).choice(len(cloud), most, replace=False)
         cloud, colour = cloud[chosen], colour[chosen]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
-import plotly.io
+import plotly.graph_objects as go
 from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -17,9 +16,6 @@ from ttt_lib.evaluation.selection import GROUPS
 from ttt_lib.report import study_figures, tables
 from ttt_lib.report.figures import encoded, picture
 from ttt_lib.runs.results import Runs
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 FIGURES = ("chosen_samples", "loss_curves", "figure4", "pareto", "gallery")
 PAGE = Environment(autoescape=True).from_string("""<!doctype html><meta charset="utf-8"><title>Ablation</title>
@@ -155,7 +151,7 @@ def _page(
     }  # fmt: skip
     sections |= {name: [_image(figure)] for name, figure in figures.items()}
     for i, (heading, cloud) in enumerate(clouds):
-        sections[heading] = [Markup(plotly.io.to_html(cloud, include_plotlyjs=i == 0, full_html=False))]
+        sections[heading] = [Markup(cloud.to_html(include_plotlyjs=i == 0, full_html=False))]
     sections["Left out"] = [_html(runs.left_out)]
     return PAGE.render(notes=runs.notes, sections=sections)
 

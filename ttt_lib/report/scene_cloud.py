@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.scene import Photograph
-from ttt_lib.geometry.cameras import project, shrunk, transform_points, unproject
-from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges
+from ttt_lib.geometry.cameras import shrunk, transform_points, unproject
+from ttt_lib.geometry.warp import EDGE_RTOL, depth_edges, sampling_grid
 
 LONGEST_SIDE = 480  # pixels of the depth maps that are merged
 ASKED = 24  # photographs from the nearest places are asked about each other's points: all of a small scene
@@ -81,8 +81,7 @@ class SceneCloud:
         hides = torch.zeros(len(world))
         for surface in self._near(number):
             seen = transform_points(world, surface.pose)
-            uv = project(seen, surface.intrinsics)
-            grid = torch.where((seen[:, 2:] > 1e-6) & torch.isfinite(uv), 2 * uv - 1, 9.0)
+            grid = sampling_grid(seen, surface.intrinsics)
             depth = F.grid_sample(surface.depth.nan_to_num(0.0)[None, None], grid[None, None], mode="nearest",
                                   align_corners=False)[0, 0, 0]  # fmt: skip
             looks += depth > 0

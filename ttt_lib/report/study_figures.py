@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,9 +18,6 @@ from ttt_lib.geometry.cameras import unproject
 from ttt_lib.report.figures import depth_panel, error_panel, finished, panels, point_cloud
 from ttt_lib.runs.gallery import prediction_file
 from ttt_lib.runs.results import Runs
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 COLOURS = {"accept": "tab:green", "blend": "tab:orange", "reject": "tab:red"}
 
@@ -54,16 +52,14 @@ def selection_figure(table: pd.DataFrame) -> Figure:
     groups = table["group"].unique()
     figure, axes = plt.subplots(1, max(len(groups), 1), figsize=(11, 1.4 + 0.3 * table["experiment"].nunique()),
                                 sharex=True, sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+    looks = (("first", -0.15, "tab:gray", "as chosen"), ("again", 0.15, "tab:blue", "second look, over controls"))
     for axis, group in zip(axes[0], groups):
         rows = table[table["group"] == group].set_index("experiment")
-        for prefix, color, label in (
-            ("first", "tab:gray", "as chosen"),
-            ("again", "tab:blue", "second look, over controls"),
-        ):
+        for prefix, beside, color, label in looks:
             mean, low, high = (rows[f"{prefix}_{name}"].to_numpy(float) for name in ("mean", "low", "high"))
             bars = np.maximum(np.stack([mean - low, high - mean]), 0)  # of one sample the interval is unknown
-            place = np.arange(len(rows)) + (0.15 if prefix == "again" else -0.15)
-            axis.errorbar(mean, place, xerr=bars, fmt="o", color=color, markersize=4, linewidth=1, label=label)
+            style = {"fmt": "o", "color": color, "markersize": 4, "linewidth": 1, "label": label}
+            axis.errorbar(mean, np.arange(len(rows)) + beside, xerr=bars, **style)
         axis.axvline(0, color="k", linewidth=0.6)
         axis.set_title(f"{group}, {over(rows['count'])}", fontsize=8)
         axis.set_yticks(range(len(rows)), rows.index, fontsize=7)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets
 import matplotlib.pyplot as plt
+import plotly.graph_objects as go
 import torch
 from IPython.display import display
 from matplotlib.figure import Figure
@@ -22,9 +23,6 @@ from ttt_lib.report.scene_cloud import SceneCloud
 from ttt_lib.report.view_figures import plot_views
 from ttt_lib.views.draw import make_views
 from ttt_lib.views.renderer import NovelViewRenderer
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 # What a view type switches on: mirror, crop, novel view, photometric probabilities (the sliders say how much).
 VIEW_TYPES: dict[str, dict[str, Any]] = {
