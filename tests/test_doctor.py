@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ttt_lib import doctor
-from ttt_lib.doctor import CHECKS, Check, Finding, look
+from ttt_lib.doctor import CHECKS, Check, look
 from ttt_lib.models import moge
 
 
@@ -223,22 +223,3 @@ def test_notebooks_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "NOTEBOOKS", tmp_path)
     finding = look(check("notebooks"))
     assert finding.state == "problem" and check("notebooks").essential and "pip install ." in finding.advice
-
-
-def test_jupyter_with_another_kernel(monkeypatch):
-    from jupyter_client import kernelspec
-
-    def kernel(argv: list[str]) -> Finding:
-        spec = types.SimpleNamespace(argv=argv)
-        monkeypatch.setattr(kernelspec.KernelSpecManager, "get_kernel_spec", lambda self, name: spec)
-        return look(check("Jupyter"))
-
-    assert kernel(["/elsewhere/bin/python", "-m", "ipykernel_launcher"]).state == "problem"
-    assert "/elsewhere/bin" in kernel(["/elsewhere/bin/python"]).found
-    assert kernel([sys.executable, "-m"]).state == "ok" and kernel(["python", "-m"]).state == "ok"
-
-    def none(self: object, name: str) -> None:
-        raise kernelspec.NoSuchKernel(name)
-
-    monkeypatch.setattr(kernelspec.KernelSpecManager, "get_kernel_spec", none)
-    assert "ipykernel install" in look(check("Jupyter")).advice

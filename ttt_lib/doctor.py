@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
@@ -172,17 +171,6 @@ def notebooks() -> str:
     return f"{notebooks_folder()}, {len(experiment_files())} experiments"
 
 
-def kernel() -> str:
-    """Whether notebooks that are opened in Jupyter run in this interpreter."""
-    from jupyter_client.kernelspec import KernelSpecManager
-
-    folder = os.path.dirname(KernelSpecManager().get_kernel_spec("python3").argv[0])
-    # Jupyter puts its own interpreter in the place of a bare `python`.
-    if folder and os.path.realpath(folder) != os.path.realpath(os.path.dirname(sys.executable)):
-        raise Problem(f"the kernel python3 is another Python, of {folder}")
-    return "the kernel python3 is this Python"
-
-
 REINSTALL = "install the package again in a fresh environment: `pip install .` in its checkout"
 GPU = (
     "everything also works on the CPU; for the GPU install a torch built for CUDA (environment.yml does), and see that "
@@ -193,7 +181,6 @@ GL = (
     "`apt-get install libegl1 libgl1-mesa-dri`, or `libosmesa6` with PYOPENGL_PLATFORM=osmesa)"
 )
 HUB = "use `tiny`, or the path of a `model.pt` that another machine downloaded; HF_ENDPOINT sets a mirror"
-KERNEL = f"`{sys.executable} -m ipykernel install --sys-prefix` (ttt-depth itself brings its own kernel)"
 CHECKS = (
     Check("Python", True, REINSTALL, python_here),
     Check("requirements", True, REINSTALL, requirements),
@@ -204,7 +191,6 @@ CHECKS = (
     Check("hub", False, HUB, hub),
     Check("assets", True, REINSTALL, assets),
     Check("notebooks", True, REINSTALL, notebooks),
-    Check("Jupyter", False, KERNEL, kernel),
 )
 
 

@@ -66,7 +66,7 @@ def write_report(
     shown, title = runs.group("random"), f"{metric} {score}"  # no score chose these
     gains = paired_gains(shown.metrics, metric, score)
     selected = tables.selection_table(runs, bootstrap_samples)
-    frames = _frames(runs, gains, selected is not None, tolerance, bootstrap_samples)
+    frames = _frames(runs, gains, tolerance, bootstrap_samples)
     figures, clouds = _figures(shown, gains, tolerance, title)
     if selected is not None:
         figures["chosen_samples"] = study_figures.selection_figure(selected)
@@ -89,10 +89,8 @@ def write_report(
     return files
 
 
-def _frames(
-    runs: Runs, gains: pd.DataFrame, chosen: bool, tolerance: float, bootstrap_samples: int
-) -> dict[str, pd.DataFrame]:
-    """Every CSV of the report by its name; chosen: whether a score chose the samples."""
+def _frames(runs: Runs, gains: pd.DataFrame, tolerance: float, bootstrap_samples: int) -> dict[str, pd.DataFrame]:
+    """Every CSV of the report by its name."""
     shown = runs.group("random")
     paired = [
         summarise(paired_gains(shown.metrics, m, s), tolerance, bootstrap_samples).assign(metric=m, score=s)
@@ -104,7 +102,7 @@ def _frames(
         "paired_by_dataset": summarise(gains, tolerance, bootstrap_samples, ("experiment", "dataset")),
         "gains": gains, "metrics": runs.metrics, "samples": runs.samples, "left_out": runs.left_out,
     }  # fmt: skip
-    if chosen:
+    if runs.selection is not None:
         frames["beyond_selection"] = tables.selection_table(runs, bootstrap_samples, TABLE1_COLUMNS)
         frames |= {f"table1_{name}": tables.table1(runs.group(name)).reset_index() for name in GROUPS}
     return frames
