@@ -21,7 +21,8 @@ PUBLISHED_SOURCE = (
     "Herald of Khmelnytskyi National University, 2025, issue 6 part 2 (MoGe-2 ViT-S, 50 samples, RTX 3080)"
 )
 LONG = {
-    "scale_invariant": "scale-inv.", "affine_invariant": "affine-inv.", "rel": "Rel ↓", "delta1": "δ1 ↑", "seconds": "s / image"
+    "scale_invariant": "scale-inv.", "affine_invariant": "affine-inv.", "rel": "Rel ↓", "delta1": "δ1 ↑",
+    "seconds": "s / image",
 }  # fmt: skip
 SHORT = {
     "depth": "d", "points": "p", "metric": "met", "scale_invariant": "sc", "affine_invariant": "aff", "delta1": "d1"
