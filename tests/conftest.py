@@ -18,6 +18,7 @@ from ttt_lib.adaptation.known_distances import KnownDistances
 from ttt_lib.adaptation.losses.terms import LossInputs, draw_seeds
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
+from ttt_lib.adaptation.supervision import Supervision
 from ttt_lib.core.config import ExperimentConfig, build_experiment, merge
 from ttt_lib.models.base import GeometryModel, select_parameters
 from ttt_lib.models.load import load_model
@@ -35,10 +36,21 @@ SMALL = {
 }
 
 
-def adapt(model, image, config, name="image", references=None, calibration=None, **given) -> AdaptResult:
-    """`Adapter.adapt` in one call, with known distances where there are some."""
+class Watching(Supervision):
+    """Calls a function after each step of the training."""
+
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self.on_step = on_step
+
+    def after_step(self, student: Student, last: bool) -> None:
+        self.on_step()
+
+
+def adapt(model, image, config, name="image", references=None, on_step=None, **given) -> AdaptResult:
+    """`Adapter.adapt` in one call, with known distances where there are some; `on_step` is called after each step."""
     supervision = [KnownDistances(references, config)] if references is not None else []
-    return Adapter(model, config, calibration).adapt(image, name, supervision, **given)
+    supervision += [Watching(on_step)] if on_step is not None else []
+    return Adapter(model, config).adapt(image, name, supervision, **given)
 
 
 def loss_inputs(output, target, intrinsics, terms, generator=None, **options) -> LossInputs:

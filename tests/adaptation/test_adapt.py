@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_and_another_does_not(tiny, image):
 def test_weights_come_back_after_an_interruption(tiny, image, error):
     before = weights_checksum(tiny)
 
-    def stop(entry):
+    def stop():
         raise error
 
     with pytest.raises(error):
@@ -96,7 +96,7 @@ def trained_names(tiny, image, parts) -> set[str]:
     start = {name: p.detach().clone() for name, p in tiny.network.named_parameters()}
     changed: set[str] = set()
 
-    def look(entry):
+    def look():
         changed.update(name for name, p in tiny.network.named_parameters() if not torch.equal(p, start[name]))
 
     adapt(tiny, image, config(train={"parts": parts}), on_step=look)

@@ -367,7 +367,7 @@ def test_prompt_tokens_are_registers_that_train_alone_and_go(real_moge, picture)
     moved: set[str] = set()
     start = {name: value.clone() for name, value in model.network.named_parameters()}
 
-    def look(entry):
+    def look():
         now = model.network.named_parameters()
         moved.update(name for name, value in now if name not in start or not torch.equal(value, start[name]))
 

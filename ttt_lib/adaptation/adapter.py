@@ -1,15 +1,15 @@
 """One image in, an adapted prediction out, the model as it was before.
 
 A teacher (slow average of the student) predicts a target on the clean image; views of the image carry it; the student
-is trained on the views for a few passes (`loop.py`); then the adapted network predicts, and held-back evidence or the gate
-decides what becomes of that. Other sources of information join as `supervision.Supervision`.
+is trained on the views for a few passes (`loop.py`); then the adapted network predicts, and the gate decides what becomes of
+that. Other sources of information join as `supervision.Supervision`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -18,24 +18,21 @@ from torch.nn import functional as F
 
 from ttt_lib.adaptation.average import average_views
 from ttt_lib.adaptation.ensemble import predict_adapted, predict_ensemble
-from ttt_lib.adaptation.gate.decision import Calibration
 from ttt_lib.adaptation.gate.gate import Gate
 from ttt_lib.adaptation.loop import train_student
 from ttt_lib.adaptation.losses.presets import resolved, terms_in_words
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
-from ttt_lib.adaptation.supervision import Episode, Judgement, Supervision, TrainingLog, configured
+from ttt_lib.adaptation.supervision import Episode, Supervision, TrainingLog, configured
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import DataError, NumericalError
 from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
 from ttt_lib.core.seeds import sample_generator
-from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import SMALLEST, as_image
 from ttt_lib.models.base import GeometryModel, training
 from ttt_lib.models.prompts import prompt_tokens
 
 log = logging.getLogger(__name__)
-OnStep = Callable[[dict[str, float]], None]
 
 
 def working_image(image: Tensor, longest_side: int | None) -> Tensor:
@@ -75,20 +72,6 @@ def training_possible() -> Iterator[None]:
         torch.set_default_dtype(kind)
 
 
-def _with_evidence(sources: Sequence[Supervision]) -> bool:
-    """Whether one of them holds evidence back, so that it decides and not the gate."""
-    return any(type(source).judge is not Supervision.judge for source in sources)
-
-
-def _corrected(prediction: Prediction, sources: Sequence[Supervision]) -> tuple[Prediction, str]:
-    """The prediction as all sources, one after the other, would have it, and in words what was done (empty: nothing)."""
-    words = []
-    for source in sources:
-        prediction, done = source.correct(prediction)
-        words.append(done)
-    return prediction, "; ".join(filter(None, words))
-
-
 class Adapter:
     """A model and a method: adapts to one image after the other, each from the original weights.
 
@@ -96,7 +79,6 @@ class Adapter:
         model: used as it is loaded; its weights and buffers are bit-identical after each image, also after an
             exception or Ctrl-C (which is passed on), and so is which of them require gradients.
         config: the experiment. Its section `model` is not used, except to compare it with what the gate is made for.
-        calibration: of the gate, for a caller that has read one (None: the file of `config.gate.calibration`).
 
     Raises:
         ConfigError: for a calibration that cannot be read.
@@ -111,13 +93,13 @@ class Adapter:
         ('adapted', (64, 96))
     """
 
-    def __init__(self, model: GeometryModel, config: ExperimentConfig, calibration: Calibration | None = None) -> None:
+    def __init__(self, model: GeometryModel, config: ExperimentConfig) -> None:
         self.model, self.config = model, resolved(config, model)
-        self.gate = Gate(config, calibration) if config.gate.mode != "off" else None
+        self.gate = Gate(config) if config.gate.mode != "off" else None
 
     def adapt(
         self, image: Tensor, name: str = "image", supervision: Sequence[Supervision] = (),
-        start: list[Tensor] | None = None, progress: bool = False, on_step: OnStep | None = None,
+        start: list[Tensor] | None = None, progress: bool = False,
     ) -> AdaptResult:  # fmt: skip
         """Adapt to one image and predict.
 
@@ -127,7 +109,6 @@ class Adapter:
             supervision: further sources of information beside those that the experiment asks for.
             start: weights to begin training from, `weights` of an earlier result with the same parts.
             progress: show a bar.
-            on_step: called after each optimizer step with its entry of the history; what it raises ends the adaptation.
 
         Returns:
             Predictions before and after, the decision, the history. A loss that is not finite ends this sample with
@@ -146,20 +127,17 @@ class Adapter:
             original = model.predict(image)
             result = AdaptResult(original=original, adapted=None, final=original, decision="original", image=image)
             generator = sample_generator(self.config.seed, name)
-            judged = None
             if train.method == "tta":
                 self._average(result, generator)
             elif train.method == "ttt" and train.passes:
                 try:
-                    judged = self._train(result, name, generator, supervision, start, progress, on_step)
+                    self._train(result, name, generator, supervision, start, progress)
                 except (NumericalError, FloatingPointError) as error:
                     log.info("%s: %s", name, error)
                     result.adapted = result.blended = result.weights = None
                     result.final, result.decision, result.reason = original, "original", f"original kept: {error}"
-            elif supervision:
-                judged = self._correct(result, supervision)
-            if judged is None:
-                result.final, words = _corrected(result.final, supervision)
+            for source in supervision:
+                result.final, words = source.correct(result.final)
                 result.add_reason(words)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
@@ -179,18 +157,10 @@ class Adapter:
             result.adapted = average_views(self.model, small, result.adapted, config, generator)
         result.final, result.decision, result.passes_done = result.adapted, "averaged", config.train.passes
 
-    def _correct(self, result: AdaptResult, supervision: Sequence[Supervision]) -> Judgement | None:
-        """Nothing is trained: what the sources say of the original prediction."""
-        small = working_image(result.image, self.config.views.longest_side)
-        for source in supervision:
-            source.prepare(self.model, small, result.original)
-            source.after_training(self.model)
-        return self._judge(result, supervision)
-
     def _train(
         self, result: AdaptResult, name: str, generator: torch.Generator, supervision: Sequence[Supervision],
-        start: list[Tensor] | None, progress: bool, on_step: OnStep | None,
-    ) -> Judgement | None:  # fmt: skip
+        start: list[Tensor] | None, progress: bool,
+    ) -> None:  # fmt: skip
         """Train, predict and decide: fills `result`. The weights are put back whatever happens."""
         config, model = self.config, self.model
         small = working_image(result.image, config.views.longest_side)
@@ -199,51 +169,25 @@ class Adapter:
             episode = Episode(config, student, generator, TrainingLog(result.history, 0, result.view_stats))
             sources, held = [*configured(episode), *supervision], None
             if self.gate is not None:
-                held = self.gate.hold_back(model, small, name, result, decides=not _with_evidence(sources))
+                held = self.gate.hold_back(model, small, name, result)
                 if held is None:
-                    return None
+                    return
             if start is not None:
                 student.put(start)
             for source in sources:
                 source.prepare(model, small, result.original)
             try:
-                values = train_student(student, sources, config, episode.generator, episode.log, progress, on_step)
+                values = train_student(student, sources, config, episode.generator, episode.log, progress)
             finally:
                 result.losses = terms_in_words(config)
                 result.passes_done, result.micro_batch = episode.log.passes_done, episode.log.micro_batch
             with student.weights(values):
                 result.adapted = predict_adapted(model, result.image, config)
-                for source in sources:
-                    source.after_training(model)
             if not torch.isfinite(result.adapted.depth).any():
                 raise NumericalError("the adapted prediction has no finite depth")
             result.final, result.decision = result.adapted, "adapted"
-            judged = self._judge(result, sources)
-            if judged is None and self.gate is not None and held is not None:
+            if self.gate is not None:
                 self.gate.decide(student, values, held, result)
             # What the next image of a sequence starts from: not from weights that were rejected.
             goes_on = config.train.reset != "per_image" and result.decision != "reject"
             result.weights = values if goes_on else None
-            return judged
-
-    def _judge(self, result: AdaptResult, sources: Sequence[Supervision]) -> Judgement | None:
-        """What the first source with held-back evidence decides, over predictions as they are and corrected."""
-        if not _with_evidence(sources):
-            return None
-        candidates: dict[str, Prediction] = {"original": result.original}
-        if result.adapted is not None:
-            candidates["adapted"] = result.adapted
-        words: dict[str, str] = {}
-        for key, corrected in [("original", "corrected"), ("adapted", "adapted_corrected")][: len(candidates)]:
-            prediction, done = _corrected(candidates[key], sources)
-            if done:
-                candidates[corrected], words[corrected] = prediction, done
-        for source in sources:
-            judged = source.judge(candidates)
-            if judged is not None:
-                result.final, result.decision = candidates[judged.choice], judged.choice
-                result.signals |= judged.signals
-                result.add_reason(judged.reason)
-                result.add_reason(words.get(judged.choice, ""))
-                return judged
-        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -151,7 +151,7 @@ class Steps:
 
 def train_student(
     student: Student, supervisions: Sequence[Supervision], config: ExperimentConfig, generator: torch.Generator,
-    training: TrainingLog, progress: bool = False, on_step: Callable[[dict[str, float]], None] | None = None,
+    training: TrainingLog, progress: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """Train the student in place; fills `training`.
 
@@ -162,7 +162,6 @@ def train_student(
         generator: the sample's source of random numbers, which the supervisions draw from too.
         training: the log to fill.
         progress: show a bar.
-        on_step: called after each step with its entry of the history; what it raises ends the training.
 
     Returns:
         The weights to predict with: copies of the student's, as the supervisions would have them.
@@ -178,8 +177,6 @@ def train_student(
             bar.update(training.passes_done - before)
             bar.set_postfix(loss=f"{entry.get('loss', float('nan')):.4f}")
             log.debug("%s: step %d, loss %.5g", config.name, entry["step"], entry.get("loss", float("nan")))
-            if on_step is not None:
-                on_step(entry)
             for supervision in supervisions:
                 supervision.after_step(student, training.passes_done >= passes)
     values = [value.clone() for value in student.values()]

@@ -1,4 +1,4 @@
-"""The one way for information to reach the loop: a `Supervision` gives terms of the loss, corrections and evidence.
+"""The one way for information to reach the loop: a `Supervision` gives terms of the loss and corrections.
 
 Built in are the teacher on views and the reverse direction (`teacher.py`), and known distances (`known_distances.py`).
 Several photographs of a scene are another. The loop knows none of them: it sums what they give.
@@ -49,18 +49,6 @@ class Pass:
     view: View | None = None
     batch: LossBatch | None = None
     number: int = 0
-
-
-@dataclass
-class Judgement:
-    """What held-back evidence says: the name of the prediction to use, the signals, and a sentence.
-
-    choice: a key of the candidates that `Supervision.judge` was given; signals: for the record; reason: in words.
-    """
-
-    choice: str
-    signals: dict[str, float] = field(default_factory=dict)
-    reason: str = ""
 
 
 class Supervision:
@@ -139,19 +127,9 @@ class Supervision:
         """Weights to predict with instead of these, the student's as the sources before have it (a slow teacher's)."""
         return values
 
-    def after_training(self, model: GeometryModel) -> None:
-        """Called with the trained weights in the network: predict here what else is needed of them."""
-
     def correct(self, prediction: Prediction) -> tuple[Prediction, str]:
         """The prediction as this source would have it, and in words what was done (empty: nothing)."""
         return prediction, ""
-
-    def judge(self, candidates: dict[str, Prediction]) -> Judgement | None:
-        """Which of the candidates held-back evidence prefers; None where there is none (then the gate decides).
-
-        candidates: `original`, `adapted`, and where `correct` does something `corrected`, `adapted_corrected`.
-        """
-        return None
 
 
 @dataclass

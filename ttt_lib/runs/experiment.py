@@ -184,7 +184,8 @@ class Adaptations:
 
     def __init__(self, config: ExperimentConfig) -> None:
         # Read before the model, which may be a download: a missing one is said now.
-        self.calibration = read_calibration(config.gate.calibration) if config.gate.mode == "decide" else None
+        if config.gate.mode == "decide":
+            read_calibration(config.gate.calibration)
         self.config, self.model = config, open_model(config)
         self.scenes = Scenes(self.model, config)
         self.weights: list[Tensor] | None = None  # of the last image, where `train.reset` goes on from them
@@ -210,8 +211,7 @@ class Adaptations:
         if self.seen % every == 0:
             self.weights = None
         self.seen += 1
-        adapter = Adapter(self.model, config, self.calibration)
-        result = adapter.adapt(sample.image, name, supervision, start=self.weights)
+        result = Adapter(self.model, config).adapt(sample.image, name, supervision, start=self.weights)
         self.weights = result.weights if every > 1 else None
         return sample, result
 

@@ -8,14 +8,13 @@ may be lost where the prediction is nearer or farther than all tracks, or were t
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from ttt_lib.adaptation.photographs.evidence import Evidence, at_tracks, reach, scaled, shifted
-from ttt_lib.adaptation.supervision import Judgement
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.scene import Tracks
 
@@ -29,6 +28,18 @@ BEYOND = 0.1  # in log depth outside of what the tracks reach: nothing there is 
 RISK = 0.15  # may bend it by so much (mean |log ratio|)
 AFFORDABLE = 0.7  # of what is gained at held-back tracks: so much may be lost there with another focal length
 RESAMPLED, LOWER = 500, 0.05  # bootstrap draws, and the quantile of the improvement that must be above zero
+
+
+@dataclass
+class Judgement:
+    """What held-back evidence says: the name of the prediction to use, the signals, and a sentence.
+
+    choice: `original`, or a key of the candidates; signals: for the record; reason: in words.
+    """
+
+    choice: str
+    signals: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
 
 
 def track_errors(prediction: Prediction, tracks: Tracks) -> Tensor:
