@@ -14,9 +14,8 @@ from ttt_lib.adaptation import loop as student_module
 from ttt_lib.adaptation import teacher as teacher_module
 from ttt_lib.adaptation.batches import join_batches, loss_batch
 from ttt_lib.adaptation.gradients import pass_gradients
-from ttt_lib.adaptation.low_rank import LowRank
-from ttt_lib.adaptation.regularizers import sharpest_point
-from ttt_lib.adaptation.student import Student
+from ttt_lib.adaptation.loop import sharpest_point
+from ttt_lib.adaptation.student import LowRank, Student
 from ttt_lib.adaptation.supervision import TrainingLog, accumulate, add_terms
 from ttt_lib.adaptation.teacher import draw_views
 from ttt_lib.core import memory

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ttt_lib.adaptation.regularizers import distance_gradients, restore_some, sharpest_point
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Gradients, Pass, Supervision, TrainingLog, accumulate, add_terms, summed
 from ttt_lib.core.config import ExperimentConfig
@@ -30,16 +30,6 @@ def make_optimizer(parameters: list[Tensor], config: OptimizerConfig) -> torch.o
     return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **fused)
 
 
-def read_back(values: list[Tensor]) -> list[float]:
-    """Numbers of one device, as they are, in one transfer.
-
-    Example:
-        >>> read_back([torch.tensor(0.5), torch.tensor(2.0, dtype=torch.float64)])
-        [0.5, 2.0]
-    """
-    return torch.stack([value.detach().double().reshape(()) for value in values]).tolist()
-
-
 def first_micro_batch(config: ExperimentConfig) -> int:
     """Views in the network at a time, to begin with; `auto` looks at one pass first."""
     asked, batch_size = config.train.micro_batch, config.train.batch_size
@@ -55,6 +45,26 @@ def roomy_micro_batch(config: ExperimentConfig, training: TrainingLog, model: Ge
     if model.device.type != "cuda" or training.micro_batch < train.batch_size:  # or memory has run out already
         return training.micro_batch
     return max(train.batch_size, min(room_for(model.device, train.batch_size), train.batch_size * train.accumulation))
+
+
+@contextmanager
+def sharpest_point(leaves: list[Tensor], gradients: Gradients, radius: float) -> Iterator[None]:
+    """Inside, the weights stand where the loss is worst within `radius`, to first order: theta + radius g / |g|.
+
+    Sharpness-aware minimisation (Foret et al. 2021, equation 2), which SAR uses at test time. Exactly undone after.
+    """
+    norm = torch.stack([g.square().sum() for g in gradients if g is not None] or [torch.zeros(())]).sum().sqrt()
+    own = [leaf.detach().clone() for leaf in leaves]
+    try:
+        with torch.no_grad():
+            for leaf, gradient in zip(leaves, gradients):
+                if gradient is not None:
+                    leaf.add_(gradient * (radius / norm.clamp_min(1e-12)))
+        yield
+    finally:
+        with torch.no_grad():
+            for leaf, value in zip(leaves, own):
+                leaf.copy_(value)
 
 
 class Steps:
@@ -122,12 +132,12 @@ class Steps:
         if train.sharpness_radius > 0:
             total = self._sharpest(total, drawn, factor)
         if train.l2_sp > 0:
-            accumulate(total, distance_gradients(self.student, train.l2_sp))
+            accumulate(total, self.student.distance_gradients(train.l2_sp))
         for leaf, gradient in zip(self.student.leaves, total):
             leaf.grad = gradient
         entry = self._move(sums, count)
         if train.restore_probability > 0:
-            restore_some(self.student, train.restore_probability, self.generator)
+            self.student.restore_some(train.restore_probability, self.generator)
         entry["seconds"] = time.perf_counter() - begun
         return entry
 
@@ -138,7 +148,7 @@ class Steps:
         if trained:
             norm = torch.nn.utils.clip_grad_norm_(trained, self.config.train.gradient_clip or float("inf"))
         step = len(self.training.history) + 1
-        *terms, norm = read_back([*sums.values(), norm])
+        *terms, norm = torch.stack([value.detach().double().reshape(()) for value in (*sums.values(), norm)]).tolist()
         terms = {key: value / count for key, value in zip(sums, terms)}
         entry = {"step": step, "passes": self.training.passes_done, **terms, "gradient_norm": norm}
         if not np.isfinite([value for value in entry.values()]).all():

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 
-import torch
 from torch import Tensor
 
-from ttt_lib.adaptation.regularizers import distance_gradients
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Episode, Gradients, Pass, Supervision, accumulate
 from ttt_lib.core.errors import ConfigError
@@ -54,7 +52,7 @@ class Fisher(Supervision):
         """Of the distance, once a pass; what it is of is the loss on views, so nothing is added to the terms."""
         if self.importance is None:  # here and not in `prepare`: now it is known how many views fit the memory
             self.importance = self._measure(student)
-        pull = distance_gradients(student, self.settings.weight * len(passes))
+        pull = student.distance_gradients(self.settings.weight * len(passes))
         return [None if by is None else each * by for each, by in zip(pull, self.importance)], {}
 
 
@@ -83,14 +81,8 @@ class Source(Supervision):
         self.keep = settings.keep
 
     def after_step(self, student: Student, last: bool) -> None:
-        """A low-rank update shrinks by the same factor, through its B."""
-        with torch.no_grad():
-            if student.low_rank is not None:
-                for up, _ in student.low_rank.factors.values():
-                    up.mul_(self.keep)
-                return
-            for value, original in zip(student.parameters, student.original):
-                value.lerp_(original, 1 - self.keep)
+        """Go a part of the way back."""
+        student.shrink_change(self.keep)
 
 
 @SUPERVISIONS.register("source", settings=SourceConfig)
