@@ -12,6 +12,7 @@ from moge.utils import io as moge_io
 from PIL import Image
 
 from ttt_lib.adaptation.correction import correct
+from ttt_lib.adaptation.known_camera import adapt_photograph
 from ttt_lib.adaptation.known_distances import reference_loss
 from ttt_lib.core.config import build_experiment
 from ttt_lib.core.errors import UserError
@@ -168,7 +169,7 @@ def test_a_unit_that_was_mixed_up_is_doubted(tiny, image, caplog, factor, unit, 
     known = replace(references(depth * factor, 40), unit=unit)
     config = build_experiment({"name": "x", "train": {"method": method, "passes": 1, "accumulation": 1},
                                "views": {"longest_side": 96}, "losses": {"global": {"align_resolution": 6}}})  # fmt: skip
-    result = adapt(tiny, image, config, references=known)
+    result = adapt_photograph(tiny, config, image, "x", known)
     told = [record.getMessage() for record in caplog.records if "check the unit" in record.getMessage()]
     assert len(told) == doubted == ("check the unit of their file (--metric-unit)" in result.reason)
     if doubted:

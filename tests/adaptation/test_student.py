@@ -235,7 +235,7 @@ def test_auto_takes_what_the_memory_holds(tiny, image, monkeypatch):
         {"views": {"cutmix": 0.5}},
         {"losses": {"feature": {"weight": 1.0}}},
         {"losses": {"ssi": {"weight": 1.0}, "gradient": {"weight": 0.5}}},
-        {"ensemble": {"members": ["mirror", "finer", "finer_mirror", "coarser", "coarser_mirror", "autocontrast"]}},
+        {"ensemble": {"members": ["mirror", "finer", "finer_mirror", "coarser", "coarser_mirror"]}},
         {"train": {"micro_batch": 1}},
         {"train": {"micro_batch": "auto"}},
         {"model": {"checkpointing": True}},

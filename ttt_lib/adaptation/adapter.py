@@ -16,21 +16,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttt_lib.adaptation.average import average_views
-from ttt_lib.adaptation.ensemble import predict_adapted, predict_ensemble
+from ttt_lib.adaptation.ensemble import predict_adapted, predict_ensemble, with_depth
 from ttt_lib.adaptation.gate.gate import Gate
 from ttt_lib.adaptation.loop import train_student
 from ttt_lib.adaptation.losses.presets import resolved, terms_in_words
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Episode, Supervision, TrainingLog, configured
+from ttt_lib.adaptation.teacher import draw_views, make_renderer
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import DataError, NumericalError
 from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
 from ttt_lib.core.seeds import sample_generator
+from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import SMALLEST, as_image
+from ttt_lib.geometry.warp import in_front
 from ttt_lib.models.base import GeometryModel, training
 from ttt_lib.models.prompts import prompt_tokens
+from ttt_lib.views.carry import carry_back
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,35 @@ def _require_shape(model: GeometryModel, image: Tensor) -> None:
         )
 
 
+def average_views(
+    model: GeometryModel, image: Tensor, original: Prediction, config: ExperimentConfig, generator: torch.Generator
+) -> Prediction:
+    """Test-time augmentation: the mean of the predictions on the views, carried back to the image. No weights change.
+
+    As many views as training would see. Each view's prediction is scaled to the original by its median ratio, since
+    a view's own scale is the least certain part; pixels a view does not show do not count.
+    """
+    target, renderer = model.predict(image), make_renderer(config, image.device)
+    total = target.points.clone()
+    count = torch.ones(image.shape[-2:], device=image.device)
+    for _ in range(config.train.passes):
+        view = draw_views(image, target, config, generator, renderer)
+        predicted = model.predict(view.image, view.intrinsics)
+        points, seen = carry_back(view, predicted.points, target.points, target.intrinsics)
+        seen = seen & in_front(points)
+        ratio = torch.where(seen, target.points[..., 2] / points[..., 2], torch.nan)
+        scale = ratio.flatten(1).nanmedian(dim=1).values.nan_to_num(1.0)
+        total += torch.where(seen[..., None], points * scale[:, None, None, None], 0.0).sum(0)
+        count += seen.sum(0)
+    depth = (total / count[..., None])[..., 2]
+    # Where there is no surface there is no mean of it either.
+    ratio = torch.where(target.depth > 0, depth / target.depth, 1.0)
+    if ratio.shape != original.depth.shape:
+        ratio = F.interpolate(ratio[None, None], original.depth.shape, mode="bilinear")[0, 0]
+    depth = original.depth * ratio
+    return with_depth(original, depth, None if original.disparity is None else 1 / depth.clamp_min(1e-6))
+
+
 @contextmanager
 def training_possible() -> Iterator[None]:
     """Inside, gradients are on and new tensors are float32, whatever the caller has set."""
@@ -75,22 +107,23 @@ def training_possible() -> Iterator[None]:
 class Adapter:
     """A model and a method: adapts to one image after the other, each from the original weights.
 
-    Args:
-        model: used as it is loaded; its weights and buffers are bit-identical after each image, also after an
-            exception or Ctrl-C (which is passed on), and so is which of them require gradients.
-        config: the experiment. Its section `model` is not used, except to compare it with what the gate is made for.
+        Args:
+            model: used as it is loaded; its weights and buffers are bit-identical after each image, also after an
+                exception or Ctrl-C (which is passed on), and so is which of them require gradients.
+            config: the experiment. Its section `model` is not used, except to compare it with what the gate is made for.
 
-    Raises:
-        ConfigError: for a calibration that cannot be read.
+        Raises:
+            ConfigError: for a calibration that cannot be read.
 
-    Example:
-        >>> from ttt_lib import load_model, load_samples
-        >>> from ttt_lib.core.config import build_experiment
-        >>> model, sample = load_model("tiny", num_tokens=48), load_samples("motorcycle", width=96, height=64)[0]
-        >>> config = build_experiment({"name": "quick", "train": {"passes": 1, "accumulation": 1}})
-        >>> result = Adapter(model, config).adapt(sample.image, sample.name)
-        >>> result.decision, tuple(result.final.depth.shape)
-        ('adapted', (64, 96))
+        Example:
+            >>> from ttt_lib import load_model, load_samples
+            >>> from ttt_lib.adaptation.teacher import draw_views, make_renderer
+    from ttt_lib.core.config import build_experiment
+            >>> model, sample = load_model("tiny", num_tokens=48), load_samples("motorcycle", width=96, height=64)[0]
+            >>> config = build_experiment({"name": "quick", "train": {"passes": 1, "accumulation": 1}})
+            >>> result = Adapter(model, config).adapt(sample.image, sample.name)
+            >>> result.decision, tuple(result.final.depth.shape)
+            ('adapted', (64, 96))
     """
 
     def __init__(self, model: GeometryModel, config: ExperimentConfig) -> None:
@@ -147,10 +180,8 @@ class Adapter:
         return result
 
     def _average(self, result: AdaptResult, generator: torch.Generator) -> None:
-        """The mean over predictions and views, where the experiment asks for any."""
+        """The mean over predictions and views."""
         config, members = self.config, self.config.ensemble.members
-        if not (config.train.passes or members):
-            return
         result.adapted = predict_ensemble(self.model, result.image, members) if members else result.original
         if config.train.passes:
             small = working_image(result.image, config.views.longest_side)

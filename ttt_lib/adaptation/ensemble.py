@@ -1,4 +1,4 @@
-"""Averages of predictions: of the same image seen differently, and of its augmented views."""
+"""Averages of predictions of the same image, seen differently."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import mirror_intrinsics, mirror_points, unproject
 from ttt_lib.geometry.exact_alignment import align_affine_lstsq
-from ttt_lib.geometry.warp import in_front
 from ttt_lib.models.base import GeometryModel
-from ttt_lib.views.carry import View, carry_back
 
 RESOLUTIONS = {"finer": 4 / 3, "coarser": 3 / 4}  # of the tokens
 
@@ -47,12 +45,9 @@ def predict_mirrored(model: GeometryModel, image: Tensor) -> Prediction:
     )
 
 
-def _stretched(image: Tensor) -> Tensor:
-    """Contrast stretched so that 1 and 99 % of the values are black and white, (3,H,W)."""
-    low, high = torch.quantile(
-        image.flatten()[:: max(1, image.numel() // 100_000)], torch.tensor([0.01, 0.99]).to(image)
-    )
-    return ((image - low) / (high - low).clamp_min(0.05)).clamp(0, 1)
+def with_depth(prediction: Prediction, depth: Tensor, disparity: Tensor | None) -> Prediction:
+    """The prediction with this depth (H,W), and the points behind it in its camera."""
+    return replace(prediction, depth=depth, points=unproject(depth, prediction.intrinsics), disparity=disparity)
 
 
 def fitted_disparity(disparity: Tensor, reference: Tensor) -> Tensor:
@@ -86,24 +81,13 @@ def mean_prediction(first: Prediction, others: list[Prediction]) -> Prediction:
         depth = torch.stack(logs).mean(0).exp()
     disparity = first.disparity
     if disparity is not None and others:
-        disparity = torch.stack([disparity, *(fitted_disparity(other.disparity, disparity) for other in others)]).mean(
-            0
-        )
-    return replace(first, depth=depth, points=unproject(depth, first.intrinsics), disparity=disparity)
-
-
-def predict_on_views(model: GeometryModel, view: View, target: Prediction) -> tuple[Tensor, Tensor]:
-    """Predict on views of the image that `target` is of, and carry the points back: (B,H,W,3), and where a view shows
-    them in front of the camera, (B,H,W) bool."""
-    predicted = model.predict(view.image, view.intrinsics)
-    points, seen = carry_back(view, predicted.points, target.points, target.intrinsics)
-    return points, seen & in_front(points)
+        fitted = [fitted_disparity(other.disparity, disparity) for other in others]
+        disparity = torch.stack([disparity, *fitted]).mean(0)
+    return with_depth(first, depth, disparity)
 
 
 def predict_member(model: GeometryModel, image: Tensor, member: str) -> Prediction:
     """One of the predictions that `core.schema.EnsembleConfig` names, on `image` (3,H,W), as a prediction of that image."""
-    if member == "autocontrast":
-        return model.predict(_stretched(image))
     predict = predict_mirrored if member.endswith("mirror") else type(model).predict
     with _tokens(model, RESOLUTIONS.get(member.removesuffix("_mirror"), 1.0)):
         return predict(model, image)

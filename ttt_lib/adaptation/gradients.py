@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ttt_lib.adaptation.batches import LossBatch, at
@@ -14,8 +17,6 @@ from ttt_lib.adaptation.supervision import Gradients, TrainingLog, accumulate, a
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.memory import is_out_of_memory
 from ttt_lib.models.base import GeometryModel
-
-Dump = Callable[[dict[str, Tensor], Tensor], None]
 
 
 def forward(model: GeometryModel, images: Tensor, intrinsics: Tensor, config: ExperimentConfig) -> dict[str, Tensor]:
@@ -69,7 +70,7 @@ def view_loss(model: GeometryModel, batch: LossBatch, config: ExperimentConfig) 
 
 
 def _part_gradients(
-    student: Student, batch: LossBatch, pictures: Tensor, config: ExperimentConfig, share: float, dump: Dump | None
+    student: Student, batch: LossBatch, pictures: Tensor, config: ExperimentConfig, share: float
 ) -> tuple[Gradients, dict[str, Tensor]]:
     """Gradients of the loss of some pictures, and its terms, both times their share of the batch."""
     model, images = student.model, batch.images[at(pictures, batch.images)]
@@ -80,8 +81,8 @@ def _part_gradients(
     # The backward pass stays inside: with checkpointing it computes forward passes again.
     with student.attached():
         output = forward(model, images, batch.cameras(pictures), config)
-        if dump is not None:
-            dump(output, pictures)
+        if config.released.write_files:
+            write_debug_files(images, output, batch.points)
         features = (model.features(images), frozen) if compares else None
         loss, terms = loss_of(output, batch, config, pictures, features)
         gradients = torch.autograd.grad(loss * share, student.leaves, allow_unused=True)
@@ -89,14 +90,26 @@ def _part_gradients(
     return list(gradients), {key: value * share for key, value in terms.items()}
 
 
+def write_debug_files(images: Tensor, output: dict[str, Tensor], points: Tensor) -> None:
+    """What the public release writes in every iteration, into a folder that is gone at once: it costs the same time."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        np.save(folder / "target.npy", points.cpu().numpy())
+        for key in {"points", "depth", "disparity"} & output.keys():
+            np.save(folder / f"{key}.npy", output[key].detach().float().cpu().numpy())
+        for i, image in enumerate(images):
+            array = (image.permute(1, 2, 0).cpu().numpy() * 255).astype(np.uint8)
+            Image.fromarray(array).save(folder / f"{i}.png")
+
+
 def pass_gradients(
-    student: Student, batch: LossBatch, config: ExperimentConfig, log: TrainingLog, dump: Dump | None = None
+    student: Student, batch: LossBatch, config: ExperimentConfig, log: TrainingLog
 ) -> tuple[Gradients, dict[str, Tensor]]:
     """Gradients of the loss of a pass with respect to `student.leaves`, and the terms of the loss (detached).
 
     For several passes that were joined: of the sum of their losses. The views go through the network in parts of
     `log.micro_batch`, with the result of the whole: every term is a mean over rows. When memory runs out, the part is
-    halved and done again. Raises the error when a single view does not fit. dump: called with each part's output and pictures.
+    halved and done again. Raises the error when a single view does not fit.
     """
     total: Gradients = [None] * len(student.leaves)
     terms: dict[str, Tensor] = {}
@@ -112,7 +125,7 @@ def pass_gradients(
         gradients, values, full = [None] * len(student.leaves), {}, False
         try:
             if count:
-                gradients, values = _part_gradients(student, batch, part, config, share, dump)
+                gradients, values = _part_gradients(student, batch, part, config, share)
         except (RuntimeError, MemoryError) as error:
             full = is_out_of_memory(error)
             if not full or log.micro_batch == 1:

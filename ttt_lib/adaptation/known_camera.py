@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from ttt_lib.adaptation.adapter import Adapter
-from ttt_lib.adaptation.known_distances import KnownDistances
+from ttt_lib.adaptation.known_distances import KnownDistances, unit_doubt
 from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.data.known_camera import KnownCamera, centre_photograph, known_camera
 from ttt_lib.data.known_distances import References
 from ttt_lib.models.base import GeometryModel
+
+log = logging.getLogger(__name__)
 
 
 def camera_of(
@@ -43,12 +46,16 @@ def adapt_photograph(
     if references is not None and seen is not None:
         references = seen.carried(references)
     supervision = [KnownDistances(references, config)] if references is not None else []
+    with model.knowing(fov_x=seen.fov_x if seen is not None else None):
+        result = Adapter(model, config).adapt(
+            image if seen is None else seen.image, name, supervision, progress=progress
+        )
+    if references is not None and (doubt := unit_doubt(result.original, references)):
+        log.warning("%s; it was taken for %.4g m", doubt, references.unit)
+        result.add_reason(doubt)
     if seen is None:
-        return Adapter(model, config).adapt(image, name, supervision, progress=progress)
-    with model.knowing(fov_x=seen.fov_x):
-        result = Adapter(model, config).adapt(seen.image, name, supervision, progress=progress)
+        return result
     parts = {key: getattr(result, key) for key in ("original", "adapted", "final", "blended")}
-    different = {id(part): part for part in parts.values() if part is not None}  # one prediction may be several parts
-    placed = {key: seen.back(part) for key, part in different.items()}
+    placed = {id(part): seen.back(part) for part in parts.values() if part is not None}  # one may be several parts
     carried = {key: placed.get(id(part)) for key, part in parts.items()}
     return replace(result, image=image.to(model.device), **carried)

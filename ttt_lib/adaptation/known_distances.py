@@ -6,8 +6,6 @@ names this as the way to make metric predictions improve.
 
 from __future__ import annotations
 
-import logging
-import math
 from contextlib import AbstractContextManager
 
 import torch
@@ -21,7 +19,6 @@ from ttt_lib.core.types import Prediction
 from ttt_lib.data.known_distances import References
 from ttt_lib.models.base import GeometryModel
 
-log = logging.getLogger(__name__)
 NEAR = 1.3  # times or a part of 3.9: as well as predicted metres are known
 
 
@@ -41,12 +38,10 @@ def unit_doubt(prediction: Prediction, references: References) -> str:
         return ""
     found = at_references(prediction.depth[None], references.to(prediction.depth.device))[0]
     ratio = references.depth.to(found) / found
-    ratio = ratio[torch.isfinite(ratio) & (ratio > 0)]
-    if not len(ratio):
-        return ""
-    factor, usual = float(ratio.median()), 1000 / 256
-    near = min(abs(math.log(factor / usual)), abs(math.log(factor * usual)))
-    if near > math.log(NEAR):
+    factor, usual = float(ratio[torch.isfinite(ratio) & (ratio > 0)].nanmedian()), 1000 / 256
+    if not any(
+        1 / NEAR < factor / mixed < NEAR for mixed in (usual, 1 / usual)
+    ):  # also where no distance lies on a surface
         return ""
     said = f"known distances are {factor:.3g} times the prediction, as if millimetres and 1/256 m were mixed up"
     return f"{said}: check the unit of their file (--metric-unit)"
@@ -65,7 +60,6 @@ class KnownDistances(Supervision):
     def __init__(self, references: References, config: ExperimentConfig) -> None:
         term = config.losses.get("metric_reference")
         self.references, self.weight = references, term.weight if term is not None else 0.0
-        self.doubt: str | None = None  # of the unit; None: not looked at yet
 
     def around(self, model: GeometryModel) -> AbstractContextManager[None]:
         """They are the prompt of a model that takes one."""
@@ -73,15 +67,7 @@ class KnownDistances(Supervision):
 
     def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
         """Bring the distances to the model's device."""
-        self._look_at_unit(original)
         self.image, self.references = image, self.references.to(model.device)
-
-    def _look_at_unit(self, prediction: Prediction) -> None:
-        """Once, by the prediction before any training."""
-        if self.doubt is None:
-            self.doubt = unit_doubt(prediction, self.references)
-            if self.doubt:
-                log.warning("%s; it was taken for %.4g m", self.doubt, self.references.unit)
 
     def terms(self, student: Student, passes: list[Pass]) -> dict[str, Tensor]:
         """`metric_reference`: mean |log d - log d*|, the same in each of the passes; none where it has no weight."""
@@ -91,7 +77,5 @@ class KnownDistances(Supervision):
 
     def correct(self, prediction: Prediction) -> tuple[Prediction, str]:
         """In metres, by the best correction (`correction.correct`)."""
-        self._look_at_unit(prediction)
         with torch.no_grad():
-            corrected, words = correct(prediction, self.references.to(prediction.depth.device))
-        return corrected, f"{words}; {self.doubt}" if self.doubt else words
+            return correct(prediction, self.references.to(prediction.depth.device))

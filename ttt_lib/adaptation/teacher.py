@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ttt_lib.adaptation.batches import MINIMUM_KNOWN_PIXELS, join_batches, loss_batch, plain_batch
@@ -67,10 +62,8 @@ class TeacherOnViews(Supervision):
 
     def __init__(self, episode: Episode) -> None:
         self.config, self.generator, self.log = episode.config, episode.generator, episode.log
-        self.student, config = episode.student, episode.config
-        self.joins_passes = not config.released.write_files
+        self.student = episode.student
         self.trust: Tensor | None = None
-        self.dumps = tempfile.TemporaryDirectory() if config.released.write_files else None
 
     def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
         """The teacher begins as the student is."""
@@ -116,11 +109,8 @@ class TeacherOnViews(Supervision):
 
     def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
         """Of the sum of the losses of these passes, which go through the network together where that is exact."""
-        dump = None
-        if self.dumps is not None:
-            dump = partial(_dump, Path(self.dumps.name), self.log.passes_done, passes[0].view)
         batches = join_batches([each.batch for each in passes])
-        return summed(student, (pass_gradients(student, batch, self.config, self.log, dump) for batch in batches))
+        return summed(student, (pass_gradients(student, batch, self.config, self.log) for batch in batches))
 
     def after_step(self, student: Student, last: bool) -> None:
         """Move the teacher, and its target unless the training is over."""
@@ -180,17 +170,3 @@ class Reverse(Supervision):
 def reverse(episode: Episode) -> Supervision | None:
     """On with `train.bidirectional`."""
     return Reverse(episode) if episode.config.train.bidirectional > 0 else None
-
-
-def _dump(folder: Path, number: int, view: View, output: dict[str, Tensor], pictures: Tensor) -> None:
-    """The debug files that the public release writes in every iteration; only for `released.write_files`.
-
-    output: of the views `pictures`, all of them or a part.
-    """
-    for i, image in enumerate(view.image):
-        array = (image.permute(1, 2, 0).cpu().numpy() * 255).astype(np.uint8)
-        Image.fromarray(array).save(folder / f"{number}_{i}.png")
-        np.save(folder / f"{number}_{i}_target.npy", view.points[i].cpu().numpy())
-    for name in {"points", "depth", "disparity"} & output.keys():
-        for i, value in zip(pictures.tolist(), output[name]):
-            np.save(folder / f"{number}_{i}_{name}.npy", value.detach().float().cpu().numpy())

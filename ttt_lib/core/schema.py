@@ -230,11 +230,11 @@ class EnsembleConfig(Section):
     """Further predictions of the same image whose mean (of log depth, after the median ratio) is more reliable.
 
     `members`, beside the plain one: `mirror`, `finer` and `coarser` (4/3 and 3/4 of the tokens), `finer_mirror` and
-    `coarser_mirror` (both), `autocontrast`.
+    `coarser_mirror` (both).
     `target`: the teacher's target is the mean. `final`: the adapted prediction is the mean.
     """
 
-    members: list[Literal["mirror", "finer", "finer_mirror", "coarser", "coarser_mirror", "autocontrast"]] = []
+    members: list[Literal["mirror", "finer", "finer_mirror", "coarser", "coarser_mirror"]] = []
     target: bool = True
     final: bool = True
 

@@ -6,7 +6,7 @@ A calibration turns them into a decision, and a blend takes each region from whe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttt_lib.adaptation.ensemble import fitted_disparity, log_difference
+from ttt_lib.adaptation.ensemble import fitted_disparity, log_difference, with_depth
 from ttt_lib.core.errors import UserError, reason
 from ttt_lib.core.files import absolute, read_json, write_json
 from ttt_lib.core.types import Prediction
-from ttt_lib.geometry.cameras import unproject
 
 BUNDLED = Path(__file__).parents[2] / "assets" / "gate.json"
 DISAGREEMENT = 0.1  # of log depth between experts, at which a pixel of a blend is half original, half adapted
@@ -101,4 +100,4 @@ def blend_predictions(original: Prediction, adapted: Prediction, disagreement: T
     disparity = None
     if original.disparity is not None:
         disparity = torch.lerp(original.disparity, fitted_disparity(adapted.disparity, original.disparity), share)
-    return replace(original, depth=depth, points=unproject(depth, original.intrinsics), disparity=disparity)
+    return with_depth(original, depth, disparity)
