@@ -8,7 +8,7 @@ import torch
 
 from ttt_lib.core.errors import DataError
 from ttt_lib.core.types import Sample, are_normalised_intrinsics
-from ttt_lib.data.moge_layout import SampleError, read_raw, write_frame
+from ttt_lib.data.moge_layout import read_raw, write_frame
 from ttt_lib.geometry.cameras import fov_from_intrinsics
 
 
@@ -53,10 +53,9 @@ def test_a_camera_in_pixels_or_half_of_it_enters_nowhere(tmp_path, lens, right):
         "a sample": lambda: Sample("a", "b", torch.zeros(3, 20, 20), intrinsics=torch.tensor(lens)),
     }
     assert are_normalised_intrinsics(torch.tensor(lens)) == right
-    for what, function in enter.items():
+    for function in enter.values():
         if right:
             function()
             continue
-        with pytest.raises(DataError, match="must be a 3x3 camera matrix divided by the image's width and height") as e:
+        with pytest.raises(DataError, match="must be a 3x3 camera matrix divided by the image's width and height"):
             function()
-        assert isinstance(e.value, SampleError) == (what == "read")

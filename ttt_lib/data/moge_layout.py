@@ -14,7 +14,7 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from PIL import Image
 from ttt_lib.core.errors import DataError, UserError, reason
 from ttt_lib.core.files import first_repeated, read_json, read_text, write_json, write_text
 from ttt_lib.core.types import INTRINSICS, are_normalised_intrinsics
-from ttt_lib.geometry.cameras import shrunk
+from ttt_lib.geometry.cameras import recentred_crop, shrunk
 
 INDEX = ".index.txt"
 LONGEST_SIDE = 640  # of samples whose configuration gives no size
@@ -48,10 +48,6 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class SampleError(DataError):
-    """A sample that cannot be read; the message names the file."""
-
-
 @dataclass
 class Raw:
     """A frame as it is on disk: image uint8 (H,W,3), depth float32 (H,W) with NaN unknown and inf for no surface,
@@ -66,40 +62,38 @@ class Raw:
 
 
 def read_raw(folder: Path, include_segmentation: bool = False) -> Raw:
-    """Read one sample's files. Raises `SampleError` naming the file that is missing or broken."""
+    """Read one sample's files. Raises `DataError` naming the file that is missing or broken."""
 
     def attempt(name: str, read):
         path = folder / name
         try:
-            if not path.is_file():
-                raise SampleError(f"{path}: the file is missing.")
             return read(path)
-        except UserError as error:
-            raise SampleError(error) from error
+        except UserError:
+            raise
         except Exception as error:  # of Pillow, OpenCV and NumPy, which differ by format and damage
-            raise SampleError(f"{path}: cannot be read ({reason(error)}).") from error
+            raise DataError(f"{path}: cannot be read ({reason(error)}).") from error
 
     image = attempt("image.jpg", _read_image)
     depth = attempt("depth.png", _read_depth)
     meta = attempt("meta.json", read_json)
     try:
         intrinsics = np.array(meta["intrinsics"], dtype=np.float32)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise SampleError(f"{folder / 'meta.json'}: has no 3x3 `intrinsics`.") from error
+    except (KeyError, TypeError, ValueError, OverflowError):
+        intrinsics = None
     if not are_normalised_intrinsics(intrinsics):
-        raise SampleError(f"{folder / 'meta.json'}: {INTRINSICS}.")
+        raise DataError(f"{folder / 'meta.json'}: {INTRINSICS}.")
     if image.shape[:2] != depth.shape[:2] or depth.ndim != 2:
         turned = ", which its EXIF orientation turns: store it upright" if image.shape[:2] == depth.shape[::-1] else ""
-        raise SampleError(
+        raise DataError(
             f"{folder / 'depth.png'}: its size {depth.shape} is not that of the image {image.shape[:2]}{turned}."
         )
     if not np.isfinite(depth).any():
-        raise SampleError(f"{folder / 'depth.png'}: no pixel has a depth.")
+        raise DataError(f"{folder / 'depth.png'}: no pixel has a depth.")
     segmentation, labels = None, None
     if include_segmentation and (folder / "segmentation.png").exists():
         segmentation, labels = attempt("segmentation.png", _read_segmentation)
         if not 0.95 < segmentation.shape[0] * depth.shape[1] / (segmentation.shape[1] * depth.shape[0]) < 1.05:
-            raise SampleError(f"{folder / 'segmentation.png'}: its shape is not that of the image.")
+            raise DataError(f"{folder / 'segmentation.png'}: its shape is not that of the image.")
     return Raw(image, depth, intrinsics, segmentation, labels, meta)
 
 
@@ -136,31 +130,6 @@ def _read_segmentation(path: Path) -> tuple[np.ndarray, dict[str, int]]:
     return segmentation, labels
 
 
-class _CheckedImage:
-    """Stands where MoGe's loader uses `PIL.Image`, to refuse a frame that intrinsics far off ask to be enlarged."""
-
-    Resampling = Image.Resampling
-
-    def __init__(self, image: Image.Image) -> None:
-        self.image = image
-
-    @classmethod
-    def fromarray(cls, array: np.ndarray) -> _CheckedImage:
-        return cls(Image.fromarray(array))
-
-    def resize(self, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
-        if size[0] * size[1] > LARGEST:
-            raise ValueError(f"the intrinsics and the size of the view ask for {size[0]} x {size[1]} pixels")
-        return self.image.resize(size, resampling)
-
-
-# MoGe's own function, where `Image` means the class above.
-_process = FunctionType(
-    EvalDataLoaderPipeline._process_instance.__code__,
-    {**EvalDataLoaderPipeline._process_instance.__globals__, "Image": _CheckedImage},
-)
-
-
 def target_view(
     raw: Raw,
     width: int | None = None,
@@ -179,8 +148,12 @@ def target_view(
     if width is None or height is None:
         usual = shrunk(raw.image.shape[:2], LONGEST_SIDE)
         width, height = width or usual[1], height or usual[0]
-    if width * height > LARGEST:
-        raise ValueError(f"a view of {width} x {height} pixels is too large")
+    # MoGe enlarges the frame: by what the view is narrower, and where the camera's pixels are not the view's, once more.
+    lens = torch.from_numpy(raw.intrinsics)
+    _, crop = recentred_crop(lens, torch.full((2,), 0.5), torch.ones(()))
+    oblong = float(lens[1, 1] * height / (lens[0, 0] * width))
+    if width * height * float(crop[0, 0] / lens[0, 0]) ** 2 * max(oblong, 1 / oblong) > LARGEST:
+        raise ValueError(f"a view of {width} x {height} pixels with these intrinsics is too large")
     settings = SimpleNamespace(
         drop_max_depth=drop_max_depth, depth_unit=depth_unit, include_segmentation=raw.segmentation is not None,
         max_segments=max_segments, min_seg_area=min_seg_area, has_sharp_boundary=False,
@@ -197,7 +170,7 @@ def target_view(
         instance |= {"segmentation_mask": raw.segmentation, "segmentation_labels": dict(raw.labels)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All-NaN slice")  # no depth in view: said below
-        view = _process(settings, instance)
+        view = EvalDataLoaderPipeline._process_instance(settings, instance)
     if view.get("label_type") == "invalid":  # where no pixel is known, MoGe makes all of them known, at a depth of one
         view["depth_mask"] = torch.zeros_like(view["depth_mask"])
     return view

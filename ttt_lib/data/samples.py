@@ -20,7 +20,7 @@ from ttt_lib.core.provenance import file_hash
 from ttt_lib.core.types import Sample
 from ttt_lib.data import moge_layout
 from ttt_lib.data.grouping import SCENES, read_scenes
-from ttt_lib.data.moge_layout import SampleError, check_name
+from ttt_lib.data.moge_layout import check_name
 
 log = logging.getLogger(__name__)
 FRAME_FILES = ("image.jpg", "depth.png", "meta.json", "segmentation.png")
@@ -161,12 +161,12 @@ def open_moge(
         try:
             view = moge_layout.target_view(raw, width, height, unit, drop_max_depth, max_segments, min_seg_area)
         except Exception as error:  # e.g. intrinsics so far off that nothing of the image is left
-            raise SampleError(f"{folder / sample}: no view can be made of it ({reason(error)}).") from error
+            raise DataError(f"{folder / sample}: no view can be made of it ({reason(error)}).") from error
         known = view["depth"][view["depth_mask"]]
         if not len(known):
-            raise SampleError(f"{folder / sample / 'depth.png'}: the evaluated part of the image has no depth.")
+            raise DataError(f"{folder / sample / 'depth.png'}: the evaluated part of the image has no depth.")
         if not (torch.isfinite(known).all() and (known > 0).all()):
-            raise SampleError(f"{folder / sample / 'depth.png'}: holds depths that are no numbers above 0.")
+            raise DataError(f"{folder / sample / 'depth.png'}: holds depths that are no numbers above 0.")
         return to_sample(sample, title, view, unit is not None, has_sharp_boundary)
 
     files = (folder / sample / file for sample in names for file in FRAME_FILES)
