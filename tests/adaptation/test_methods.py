@@ -8,20 +8,13 @@ from conftest import adapt, small_experiment
 from torch import nn
 
 from ttt_lib.adaptation.gradients import view_loss
-from ttt_lib.adaptation.methods.restraint import Fisher, FisherConfig, Last, LastConfig, Source, SourceConfig
-from ttt_lib.adaptation.methods.statistics import (
-    Actmad,
-    ActmadConfig,
-    NormStatistics,
-    NormStatisticsConfig,
-    batch_norms,
-    norm_statistics,
-    watched,
-)
+from ttt_lib.adaptation.methods.restraint import Fisher, Last, Source
+from ttt_lib.adaptation.methods.statistics import Actmad, NormStatistics, batch_norms, watched
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Episode, Pass, TrainingLog
 from ttt_lib.adaptation.teacher import TeacherOnViews, pixel_trust
 from ttt_lib.core.errors import NotSupported, UserError
+from ttt_lib.core.registry import SUPERVISIONS
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import Prediction
 from ttt_lib.models.base import GeometryModel, select_parameters, weights_checksum
@@ -43,6 +36,13 @@ class Small(GeometryModel):
 
     def predict(self, images, intrinsics=None):
         raise NotImplementedError
+
+
+def built(method, beside=None, **settings):
+    """The method as an experiment with these settings has it, beside the supervisions of another episode."""
+    name = next(name for name, registered in SUPERVISIONS.items() if registered is method)
+    there = beside.supervisions if beside is not None else []
+    return method(Episode(config(supervision={name: settings}), None, None, None, there))
 
 
 @pytest.fixture
@@ -96,13 +96,13 @@ def test_rate_zero_is_the_original_to_the_bit(tiny, image, method):
 def test_fisher_is_the_mean_square_of_the_gradients_and_weighs_the_distance(episode, student, image):
     teacher = episode.supervisions[0]
     teacher.prepare(student.model, image, student.model.predict(image))
-    method = Fisher(FisherConfig(weight=0.5, passes=2), teacher)
+    method = built(Fisher, episode, weight=0.5, passes=2)
     still, terms = method.gradients(student, [Pass()])
     assert not terms and all(each is None or float(each.abs().max()) == 0 for each in still)  # nothing has moved
     importance = torch.cat([each.flatten() for each in method.importance if each is not None])
     assert float(importance.mean()) == pytest.approx(1.0, rel=1e-4) and float(importance.std()) > 1
     teacher.generator.manual_seed(0)
-    fresh = Fisher(FisherConfig(passes=2), teacher)._measure(student)
+    fresh = built(Fisher, episode, passes=2)._measure(student)
     teacher.generator.manual_seed(0)
     first, second = (teacher.gradients(student, [teacher.draw()])[0] for _ in range(2))
     squares = [None if one is None else one.square() + two.square() for one, two in zip(first, second)]
@@ -126,7 +126,7 @@ def test_fisher_is_the_mean_square_of_the_gradients_and_weighs_the_distance(epis
 
 def test_the_source_pulls_by_its_share_and_the_last_weights_are_averaged(tiny):
     student = Student(tiny, select_parameters(tiny, ["norms"]))
-    kept, averages = Source(SourceConfig(keep=0.75)), Last(LastConfig(steps=2))
+    kept, averages = built(Source, keep=0.75), built(Last, steps=2)
     values = student.values()
     assert averages.weights(values) is values
     with torch.no_grad():
@@ -149,20 +149,20 @@ def test_the_source_pulls_by_its_share_and_the_last_weights_are_averaged(tiny):
         assert torch.allclose(value - original, 0.75 * before, atol=1e-6)
 
 
-def test_statistics_move_towards_what_the_norms_see(small, image):
+def test_statistics_move_towards_what_the_norms_see(small, image, episode):
     model, student = small
     norm, (variance, mean) = model.network[0], torch.var_mean(image, [1, 2])
-    NormStatistics(NormStatisticsConfig(momentum=0.25)).prepare(model, image, None)
+    built(NormStatistics, momentum=0.25).prepare(model, image, None)
     assert torch.allclose(norm.running_mean, 0.25 * mean) and torch.allclose(norm.running_var, 0.75 + 0.25 * variance)
     norm.reset_running_stats()
-    views = NormStatistics(NormStatisticsConfig(momentum=0.5, from_views=True, decay=0.5, lowest=0.0))
+    views = built(NormStatistics, episode, momentum=0.5, from_views=True, decay=0.5, lowest=0.0)
     views.prepare(model, image, None)
     assert float(norm.running_mean.abs().max()) == 0
     view = type("View", (), {"image": image[None]})
     gradients, terms = views.gradients(student, [Pass(view), Pass(view)])
     assert gradients == [None, None] and not terms
     assert torch.allclose(norm.running_mean, mean * (1 - 0.75 * 0.875))  # by a quarter, then by an eighth
-    whole = NormStatistics(NormStatisticsConfig(momentum=1.0))
+    whole = built(NormStatistics, momentum=1.0)
     whole.prepare(model, image, None)
     normal = model.network[0](image[None]).detach()
     assert float(normal.mean().abs()) < 1e-5 and float(normal.std()) == pytest.approx(1.0, abs=1e-2)
@@ -171,7 +171,7 @@ def test_statistics_move_towards_what_the_norms_see(small, image):
 def test_actmad_by_hand_and_it_brings_the_statistics_nearer(small, tiny, image):
     model, student = small
     norm, (variance, mean) = model.network[0], torch.var_mean(image, [1, 2])
-    method = Actmad(ActmadConfig())
+    method = built(Actmad)
     method.prepare(model, image, None)
     term = method.terms(student, [Pass(), Pass()])["actmad"]
     expected = mean.abs().mean() * (1 + norm.eps) ** -0.5 + ((variance - 1) / (1 + norm.eps)).abs().mean()
@@ -196,9 +196,7 @@ def test_a_network_without_batch_norms_is_named(image):
         pass
     assert not seen
     with pytest.raises(UserError, match="norm_statistics.*gate.mode to off"):
-        norm_statistics(
-            Episode(config(supervision={"norm_statistics": {}}, gate={"mode": "measure"}), None, None, None)
-        )
+        NormStatistics(Episode(config(supervision={"norm_statistics": {}}, gate={"mode": "measure"}), *[None] * 3))
 
 
 def test_of_several_draws_the_most_certain_is_learned_from(episode, student, image):

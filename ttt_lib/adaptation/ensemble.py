@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,17 +15,6 @@ from ttt_lib.geometry.exact_alignment import align_affine_lstsq
 from ttt_lib.models.base import GeometryModel
 
 RESOLUTIONS = {"finer": 4 / 3, "coarser": 3 / 4}  # of the tokens
-
-
-@contextmanager
-def _tokens(model: GeometryModel, factor: float) -> Iterator[None]:
-    """Inside, a model that counts tokens has `factor` times as many."""
-    own = model.num_tokens
-    model.num_tokens = round(own * factor) if own else own
-    try:
-        yield
-    finally:
-        model.num_tokens = own
 
 
 def predict_mirrored(model: GeometryModel, image: Tensor) -> Prediction:
@@ -89,8 +77,12 @@ def mean_prediction(first: Prediction, others: list[Prediction]) -> Prediction:
 def predict_member(model: GeometryModel, image: Tensor, member: str) -> Prediction:
     """One of the predictions that `core.schema.EnsembleConfig` names, on `image` (3,H,W), as a prediction of that image."""
     predict = predict_mirrored if member.endswith("mirror") else type(model).predict
-    with _tokens(model, RESOLUTIONS.get(member.removesuffix("_mirror"), 1.0)):
+    own, factor = model.num_tokens, RESOLUTIONS.get(member.removesuffix("_mirror"), 1.0)
+    model.num_tokens = round(own * factor) if own else own  # of a model that counts tokens
+    try:
         return predict(model, image)
+    finally:
+        model.num_tokens = own
 
 
 def predict_ensemble(model: GeometryModel, image: Tensor, members: Sequence[str]) -> Prediction:

@@ -38,12 +38,10 @@ def loss_of(
         pictures: which of the batch's, sorted (None: all).
         features: the student's and the frozen encoder's for the pictures, where a term needs them.
     """
-    chosen, place, seeds = slice(None), batch.of, batch.seeds
-    if pictures is not None:
-        rows = torch.nonzero(torch.isin(batch.of, pictures))[:, 0]
-        chosen, seeds = at(rows, batch.points), batch.seeds[rows]
-        place = torch.searchsorted(pictures, batch.of[rows])
-    place, target = at(place, batch.points), batch.points[chosen]
+    pictures = torch.arange(len(batch.images)) if pictures is None else pictures
+    rows = torch.nonzero(torch.isin(batch.of, pictures))[:, 0]
+    chosen, place = at(rows, batch.points), at(torch.searchsorted(pictures, batch.of[rows]), batch.points)
+    target = batch.points[chosen]
     return compute_loss(LossInputs(
         output={key: value[place] for key, value in output.items() if isinstance(value, Tensor)},
         target=target,
@@ -51,7 +49,7 @@ def loss_of(
         negative=batch.negative[chosen],
         intrinsics=batch.intrinsics[chosen],
         terms=config.losses,
-        seeds=seeds.tolist(),
+        seeds=batch.seeds[rows].tolist(),
         share=batch.share[chosen],
         features=None if features is None else (features[0][place], features[1][place]),
         cheap=not config.released.full_cost_alignment,

@@ -80,11 +80,6 @@ class Steps:
         self.source = next((each for each in supervisions if each.draws), None)
         training.micro_batch = first_micro_batch(config)
 
-    def _at_once(self) -> int:
-        """Passes that go through the network together."""
-        together = all(each.joins_passes for each in self.supervisions)
-        return max(1, self.training.micro_batch // self.config.train.batch_size) if together else 1
-
     def _gradients(self, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
         """Of the sum of the losses of these passes."""
         return summed(self.student, (each.gradients(self.student, passes) for each in self.supervisions))
@@ -94,9 +89,10 @@ class Steps:
         training, train = self.training, self.config.train
         total: Gradients = [None] * len(self.student.leaves)
         sums: dict[str, Tensor] = {}
-        drawn, done = [], 0
+        drawn, done, together = [], 0, all(each.joins_passes for each in self.supervisions)
         while done < count:
-            number = min(self._at_once(), count - done)
+            at_once = max(1, training.micro_batch // train.batch_size) if together else 1
+            number = min(at_once, count - done)
             passes = [self.source.draw() if self.source is not None else Pass() for _ in range(number)]
             if train.sharpness_radius > 0:
                 drawn.append((passes, self.generator.get_state()))

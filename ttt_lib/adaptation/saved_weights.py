@@ -62,16 +62,17 @@ def use_weights(model: GeometryModel, path: str | Path) -> None:
         raise ModelError(f"{path}: there is no such file of adapted weights.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        weights, checksum, made_for = (content[key] for key in ("weights", "checksum", "model"))
+        if content["format"] != FORMAT or not all(isinstance(value, Tensor) for value in weights.values()):
+            raise ValueError("another format")
     except Exception as error:  # whatever a damaged or foreign file makes of it
-        raise ModelError(f"{path}: is no file of adapted weights ({reason(error)}).") from error
-    weights = content.get("weights") if isinstance(content, dict) and content.get("format") == FORMAT else None
-    if not isinstance(weights, dict):
-        raise ModelError(f"{path}: is no file of adapted weights; `--save-weights` writes one.")
-    if content.get("checksum") != weights_checksum(model):
-        raise ModelError(f"{path}: belongs to another model ({content.get('model')}, or other weights of it).")
+        raise ModelError(
+            f"{path}: is no file of adapted weights; `--save-weights` writes one ({reason(error)})."
+        ) from error
+    if checksum != weights_checksum(model):
+        raise ModelError(f"{path}: belongs to another model ({made_for}, or other weights of it).")
     named = dict(model.network.named_parameters())
-    if not all(name in named and isinstance(value, Tensor) and named[name].shape == value.shape
-               for name, value in weights.items()):  # fmt: skip
+    if any(name not in named or named[name].shape != value.shape for name, value in weights.items()):
         raise ModelError(f"{path}: its weights do not fit the model {model.name!r}.")
     with torch.no_grad():
         for name, value in weights.items():

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from ttt_lib.core.errors import DataError, UserError
 from ttt_lib.core.files import read_json
 from ttt_lib.data.moge_layout import check_name
 
 SCENES = "scenes.json"
+TABLE = TypeAdapter(Annotated[dict[str, Annotated[list[str], Field(min_length=1)]], Field(min_length=1)])
 
 
 def read_scenes(folder: str | Path) -> dict[str, list[str]]:
@@ -27,12 +31,14 @@ def read_scenes(folder: str | Path) -> dict[str, list[str]]:
     folder = Path(folder)
     path = folder / SCENES
     try:
-        content = read_json(path)
-        if not isinstance(content, dict) or not content:
-            raise DataError(f"{path}: is no table of scenes; it holds {{scene: [sample folder, ...], ...}}.", path=path)
-        scenes = {scene: _members(path, scene, members) for scene, members in content.items()}
+        scenes = TABLE.validate_python(read_json(path))
+    except ValidationError as error:
+        said = "is no table of scenes; it holds {scene: [sample folder, ...], ...}"
+        raise DataError(f"{path}: {said}.", path=path) from error
     except UserError as error:
-        raise error if isinstance(error, DataError) else DataError(str(error), path=path) from error
+        raise DataError(str(error), path=path) from error
+    where = f"{path}: scene"
+    scenes = {scene: [check_name(name, f"{where} {scene!r}") for name in names] for scene, names in scenes.items()}
     seen: dict[str, str] = {}
     for scene, members in scenes.items():
         for name in members:
@@ -42,9 +48,3 @@ def read_scenes(folder: str | Path) -> dict[str, list[str]]:
                 raise DataError(f"{path}: scene {scene!r} names {name!r}; there is no such folder.", path=path)
             seen[name] = scene
     return scenes
-
-
-def _members(path: Path, scene: str, members: object) -> list[str]:
-    if not isinstance(members, list) or not members or not all(isinstance(name, str) for name in members):
-        raise DataError(f"{path}: scene {scene!r} needs a list of the folders of its samples.", path=path)
-    return [check_name(name, f"{path}: scene {scene!r}") for name in members]

@@ -110,13 +110,8 @@ def to_sample(name: str, dataset: str, view: dict[str, Any], is_metric: bool, ha
 
 @cache
 def _content(path: str, state: tuple[int, ...]) -> str:
+    """Hash of all of a file's bytes; read once a process as long as its state stays."""
     return file_hash(Path(path))
-
-
-def content_hash(path: Path) -> str:
-    """Hash of all of a file's bytes; read once a process as long as its size, times and place on the disk stay."""
-    at = os.stat(path)
-    return _content(os.path.abspath(path), (at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino, at.st_dev))
 
 
 def files_fingerprint(paths: Iterable[Path]) -> str:
@@ -124,7 +119,9 @@ def files_fingerprint(paths: Iterable[Path]) -> str:
     parts = []
     for path in paths:
         try:
-            parts.append(f"{printable(path.name)}:{content_hash(path)}")
+            at = os.stat(path)
+            state = at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino, at.st_dev
+            parts.append(f"{printable(path.name)}:{_content(os.path.abspath(path), state)}")
         except OSError:
             parts.append(f"{printable(path.name)}:missing")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -26,6 +26,7 @@ class FisherConfig(Section):
     passes: Count = 8
 
 
+@SUPERVISIONS.register("fisher", settings=FisherConfig)
 class Fisher(Supervision):
     """Weights that the loss depends on stay (EATA, Niu et al. 2022, equations 8 and 9).
 
@@ -34,8 +35,12 @@ class Fisher(Supervision):
 
     several = True
 
-    def __init__(self, settings: FisherConfig, drawing: Supervision) -> None:
-        self.settings, self.drawing, self.importance = settings, drawing, None
+    def __init__(self, episode: Episode) -> None:
+        self.settings, self.drawing, self.importance = episode.config.supervision["fisher"], episode.drawing, None
+        if self.drawing is None:
+            raise ConfigError(
+                "supervision.fisher: there is no loss on views whose gradients it could take; give `losses` one."
+            )
 
     def _measure(self, student: Student) -> Gradients:
         """F of each leaf, None where the loss does not reach. The passes are those that training draws next, and again."""
@@ -56,39 +61,24 @@ class Fisher(Supervision):
         return [None if by is None else each * by for each, by in zip(pull, self.importance)], {}
 
 
-@SUPERVISIONS.register("fisher", settings=FisherConfig)
-def fisher(episode: Episode) -> Supervision:
-    """On with its section."""
-    if episode.drawing is None:
-        raise ConfigError(
-            "supervision.fisher: there is no loss on views whose gradients it could take; give `losses` one."
-        )
-    return Fisher(episode.config.supervision["fisher"], episode.drawing)
-
-
 class SourceConfig(Section):
     """`keep`: share of the trained weights after each step; the rest is the original's. The default is ROID's `MOMENTUM_SRC`."""
 
     keep: Probability = 0.99
 
 
+@SUPERVISIONS.register("source", settings=SourceConfig)
 class Source(Supervision):
     """After each step theta <- keep theta + (1 - keep) theta_0 (weight ensembling, ROID, Marsden et al. 2024)."""
 
     several = True
 
-    def __init__(self, settings: SourceConfig) -> None:
-        self.keep = settings.keep
+    def __init__(self, episode: Episode) -> None:
+        self.keep = episode.config.supervision["source"].keep
 
     def after_step(self, student: Student, last: bool) -> None:
         """Go a part of the way back."""
         student.shrink_change(self.keep)
-
-
-@SUPERVISIONS.register("source", settings=SourceConfig)
-def source(episode: Episode) -> Supervision:
-    """On with its section."""
-    return Source(episode.config.supervision["source"])
 
 
 class LastConfig(Section):
@@ -97,13 +87,14 @@ class LastConfig(Section):
     steps: Count = 4
 
 
+@SUPERVISIONS.register("last", settings=LastConfig)
 class Last(Supervision):
     """Predict with the mean of the weights after the last steps (Izmailov et al. 2018; of one run, as uniform soups are)."""
 
     several = True
 
-    def __init__(self, settings: LastConfig) -> None:
-        self.kept: deque[list[Tensor]] = deque(maxlen=settings.steps)
+    def __init__(self, episode: Episode) -> None:
+        self.kept: deque[list[Tensor]] = deque(maxlen=episode.config.supervision["last"].steps)
 
     def after_step(self, student: Student, last: bool) -> None:
         """Keep a copy."""
@@ -117,9 +108,3 @@ class Last(Supervision):
         if not self.kept:
             return values
         return [each[-1].clone().add_(sum(one - each[-1] for one in each) / len(each)) for each in zip(*self.kept)]
-
-
-@SUPERVISIONS.register("last", settings=LastConfig)
-def last(episode: Episode) -> Supervision:
-    """On with its section."""
-    return Last(episode.config.supervision["last"])

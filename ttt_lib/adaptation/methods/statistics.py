@@ -22,7 +22,7 @@ from ttt_lib.core.types import Prediction
 from ttt_lib.models.base import GeometryModel
 
 Norm = nn.modules.batchnorm._BatchNorm
-Look = Callable[[int, Norm, Tensor, Tensor], None]
+Look = Callable[[Norm, Tensor, Tensor], None]
 
 
 def batch_norms(model: GeometryModel) -> list[Norm]:
@@ -35,16 +35,13 @@ def batch_norms(model: GeometryModel) -> list[Norm]:
 
 @contextmanager
 def watched(norms: list[Norm], look: Look) -> Iterator[None]:
-    """Inside, `look(number, norm, mean, variance)` is called with the statistics (C,) of what each norm is about to see."""
+    """Inside, `look(norm, mean, variance)` is called with the statistics (C,) of what each norm is about to see."""
 
-    def hook(number: int) -> Callable[[Norm, tuple[Tensor]], None]:
-        def before(norm: Norm, inputs: tuple[Tensor]) -> None:
-            variance, mean = torch.var_mean(inputs[0].float(), [0, *range(2, inputs[0].ndim)])
-            look(number, norm, mean, variance)
+    def before(norm: Norm, inputs: tuple[Tensor]) -> None:
+        variance, mean = torch.var_mean(inputs[0].float(), [0, *range(2, inputs[0].ndim)])
+        look(norm, mean, variance)
 
-        return before
-
-    handles = [norm.register_forward_pre_hook(hook(number)) for number, norm in enumerate(norms)]
+    handles = [norm.register_forward_pre_hook(before) for norm in norms]
     try:
         yield
     finally:
@@ -58,6 +55,7 @@ class ActmadConfig(Section):
     weight: NonNegative = 0.01
 
 
+@SUPERVISIONS.register("actmad", settings=ActmadConfig)
 class Actmad(Supervision):
     """Features of the image have the means and variances that the norms were trained with (ActMAD, Mirza et al. 2023).
 
@@ -68,8 +66,8 @@ class Actmad(Supervision):
 
     several = True
 
-    def __init__(self, settings: ActmadConfig) -> None:
-        self.weight = settings.weight
+    def __init__(self, episode: Episode) -> None:
+        self.weight = episode.config.supervision["actmad"].weight
         self.images: list[Tensor] = []
 
     def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
@@ -77,14 +75,14 @@ class Actmad(Supervision):
         self.images.append(image)
         self.norms = batch_norms(model)
         fields = ("running_mean", "running_var", "weight", "bias")
-        self.before = [[getattr(norm, each).detach().clone() for each in fields] for norm in self.norms]
+        self.before = {norm: [getattr(norm, each).detach().clone() for each in fields] for norm in self.norms}
 
     def terms(self, student: Student, passes: list[Pass]) -> dict[str, Tensor]:
         """`actmad`, of the clean image, the same in each of its passes."""
         off: list[Tensor] = []
 
-        def look(number: int, norm: Norm, mean: Tensor, variance: Tensor) -> None:
-            usual, usual_variance, weight, bias = self.before[number]
+        def look(norm: Norm, mean: Tensor, variance: Tensor) -> None:
+            usual, usual_variance, weight, bias = self.before[norm]
             spread = usual_variance + norm.eps
             off.append((norm.weight * (mean - usual) * spread.rsqrt() + norm.bias - bias).abs().mean())
             off.append((norm.weight**2 * variance / spread - weight**2 * usual_variance / spread).abs().mean())
@@ -96,13 +94,6 @@ class Actmad(Supervision):
                 student.model.forward(self.images[number][None])
             total = total + torch.stack(off).sum() / len(self.norms) * count
         return {"actmad": total}
-
-
-@SUPERVISIONS.register("actmad", settings=ActmadConfig)
-def actmad(episode: Episode) -> Supervision | None:
-    """On with its section."""
-    settings = episode.config.supervision["actmad"]
-    return Actmad(settings) if settings.weight else None
 
 
 class NormStatisticsConfig(Section):
@@ -118,6 +109,7 @@ class NormStatisticsConfig(Section):
     lowest: Probability = 0.005
 
 
+@SUPERVISIONS.register("norm_statistics", settings=NormStatisticsConfig)
 class NormStatistics(Supervision):
     """No loss: (1 - m) source + m test statistics (Schneider et al. 2020), or of views one after the other (DUA, Mirza et al.
     2022). They go back with the weights. Alone it needs no training: `train.optimizer.learning_rate: 0`.
@@ -127,8 +119,14 @@ class NormStatistics(Supervision):
 
     joins_passes = False  # one update after the other
 
-    def __init__(self, settings: NormStatisticsConfig) -> None:
-        self.settings, self.number = settings, 0
+    def __init__(self, episode: Episode) -> None:
+        self.settings, self.number = episode.config.supervision["norm_statistics"], 0
+        if episode.config.gate.mode != "off":
+            raise ConfigError(
+                "supervision.norm_statistics: the gate would measure the original with them; set gate.mode to off."
+            )
+        if self.settings.from_views and episode.drawing is None:
+            raise ConfigError("supervision.norm_statistics.from_views: no loss draws views; give `losses` one.")
 
     def prepare(self, model: GeometryModel, image: Tensor, original: Prediction) -> None:
         """The image's own statistics, where these are asked for."""
@@ -140,7 +138,7 @@ class NormStatistics(Supervision):
     def _move(self, model: GeometryModel, images: Tensor, momentum: float) -> None:
         """Move the statistics towards those of images (B,3,H,W), norm by norm."""
 
-        def look(number: int, norm: Norm, mean: Tensor, variance: Tensor) -> None:
+        def look(norm: Norm, mean: Tensor, variance: Tensor) -> None:
             norm.running_mean.lerp_(mean, momentum)
             norm.running_var.lerp_(variance, momentum)
 
@@ -149,25 +147,10 @@ class NormStatistics(Supervision):
 
     def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
         """None; the views move the statistics."""
-        for each in passes if self.settings.from_views else []:
-            settings, self.number = self.settings, self.number + 1
+        settings = self.settings
+        for each in passes if settings.from_views else []:
+            self.number += 1
+            momentum = min(1.0, settings.momentum * settings.decay**self.number + settings.lowest)
             with student.weights():
-                self._move(
-                    student.model,
-                    each.view.image,
-                    min(1.0, settings.momentum * settings.decay**self.number + settings.lowest),
-                )
+                self._move(student.model, each.view.image, momentum)
         return [None] * len(student.leaves), {}
-
-
-@SUPERVISIONS.register("norm_statistics", settings=NormStatisticsConfig)
-def norm_statistics(episode: Episode) -> Supervision:
-    """On with its section."""
-    settings = episode.config.supervision["norm_statistics"]
-    if episode.config.gate.mode != "off":
-        raise ConfigError(
-            "supervision.norm_statistics: the gate would measure the original with them; set gate.mode to off."
-        )
-    if settings.from_views and episode.drawing is None:
-        raise ConfigError("supervision.norm_statistics.from_views: no loss draws views; give `losses` one.")
-    return NormStatistics(settings)
