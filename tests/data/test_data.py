@@ -37,13 +37,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_same_view_as_moges_own_evaluation(folder):
+def test_the_same_view_as_moges_own_evaluation(folder, monkeypatch):
     """Differential: the part of MoGe's loader that works, on the same frame, gives the same tensors."""
     pipeline = object.__new__(EvalDataLoaderPipeline)
-    settings = {"drop_max_depth": 1.4, "depth_unit": 2.0, "max_segments": 5, "min_seg_area": 10,
-                "include_segmentation": True, "has_sharp_boundary": True}  # fmt: skip
-    for key, value in settings.items():
+    usual = {"drop_max_depth": 1.4, "max_segments": 5, "min_seg_area": 10}
+    settings = {"depth_unit": 2.0, "include_segmentation": True, "has_sharp_boundary": True}
+    for key, value in {**usual, **settings}.items():
         setattr(pipeline, key, value)
+    monkeypatch.setattr(moge_layout, "USUAL", usual)
     raw = moge_layout.read_raw(folder / "frame1", include_segmentation=True)
     instance = {
         "width": 64, "height": 48, "image": raw.image, "depth": np.nan_to_num(raw.depth, nan=1, posinf=1, neginf=1),

@@ -509,7 +509,7 @@ FRAMES = {
 def test_a_frame(tmp_path, name):
     folder = frame(tmp_path)
     FRAMES[name](folder / "s")
-    samples = open_dataset("moge", path=str(folder), include_segmentation=True, min_seg_area=1)
+    samples = open_dataset("moge", path=str(folder), include_segmentation=True)
     assert not list(samples.readable())
     ((left, why),) = samples.left_out
     assert left == "s"

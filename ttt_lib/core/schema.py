@@ -289,11 +289,8 @@ class DataConfig(Section):
     width: Side | None = None
     height: Side | None = None
     depth_unit: Positive | None = None
-    drop_max_depth: Positive = 1000.0
     has_sharp_boundary: bool = False
     include_segmentation: bool = False
-    max_segments: Count = 100
-    min_seg_area: Count = 1000
     subset: Count | None = None
     count: Count | None = None
     names: list[str] | None = None

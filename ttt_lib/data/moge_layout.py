@@ -30,6 +30,7 @@ from ttt_lib.geometry.cameras import recentred_crop, shrunk
 
 INDEX = ".index.txt"
 LONGEST_SIDE = 640  # of samples whose configuration gives no size
+USUAL = {"drop_max_depth": 1000.0, "max_segments": 100, "min_seg_area": 1000}  # MoGe's, of all of its sets
 LARGEST = 2**26  # pixels of an enlarged frame; intrinsics that ask for more are wrong
 # Evaluation settings of MoGe's ten benchmarks (its configs/eval); a JSON file in that format overrides them.
 BENCHMARKS: dict[str, dict[str, Any]] = {
@@ -131,13 +132,7 @@ def _read_segmentation(path: Path) -> tuple[np.ndarray, dict[str, int]]:
 
 
 def target_view(
-    raw: Raw,
-    width: int | None = None,
-    height: int | None = None,
-    depth_unit: float | None = None,
-    drop_max_depth: float = 1000.0,
-    max_segments: int = 100,
-    min_seg_area: int = 1000,
+    raw: Raw, width: int | None = None, height: int | None = None, depth_unit: float | None = None
 ) -> dict[str, Any]:
     """MoGe's evaluation view of a frame, by its own `EvalDataLoaderPipeline._process_instance`.
 
@@ -155,9 +150,8 @@ def target_view(
     if width * height * float(crop[0, 0] / lens[0, 0]) ** 2 * max(oblong, 1 / oblong) > LARGEST:
         raise ValueError(f"a view of {width} x {height} pixels with these intrinsics is too large")
     settings = SimpleNamespace(
-        drop_max_depth=drop_max_depth, depth_unit=depth_unit, include_segmentation=raw.segmentation is not None,
-        max_segments=max_segments, min_seg_area=min_seg_area, has_sharp_boundary=False,
-    )  # fmt: skip
+        **USUAL, depth_unit=depth_unit, include_segmentation=raw.segmentation is not None, has_sharp_boundary=False
+    )
     instance = {
         "width": width,
         "height": height,

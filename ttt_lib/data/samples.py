@@ -134,11 +134,8 @@ def open_moge(
     width: int | None = None,
     height: int | None = None,
     depth_unit: float | None = None,
-    drop_max_depth: float = 1000.0,
     has_sharp_boundary: bool = False,
     include_segmentation: bool = False,
-    max_segments: int = 100,
-    min_seg_area: int = 1000,
     subset: int | None = None,
     count: int | None = None,
 ) -> SampleSet:
@@ -156,7 +153,7 @@ def open_moge(
         raw = moge_layout.read_raw(folder / sample, include_segmentation)
         unit = depth_unit if depth_unit is not None else 1.0 if (raw.meta or {}).get("is_metric") is True else None
         try:
-            view = moge_layout.target_view(raw, width, height, unit, drop_max_depth, max_segments, min_seg_area)
+            view = moge_layout.target_view(raw, width, height, unit)
         except Exception as error:  # e.g. intrinsics so far off that nothing of the image is left
             raise DataError(f"{folder / sample}: no view can be made of it ({reason(error)}).") from error
         known = view["depth"][view["depth_mask"]]
@@ -167,7 +164,8 @@ def open_moge(
         return to_sample(sample, title, view, unit is not None, has_sharp_boundary)
 
     files = (folder / sample / file for sample in names for file in FRAME_FILES)
-    options = f"{width}x{height} {depth_unit} {drop_max_depth} {has_sharp_boundary} {include_segmentation} {max_segments} {min_seg_area}"
+    drop, segments, area = moge_layout.USUAL.values()
+    options = f"{width}x{height} {depth_unit} {drop} {has_sharp_boundary} {include_segmentation} {segments} {area}"
     scenes = read_scenes(folder) if (folder / SCENES).is_file() else {}
     return SampleSet(title, names, load, f"{options} {scenes or ''} {files_fingerprint(files)}", scenes=scenes)
 
