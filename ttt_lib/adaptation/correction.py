@@ -59,32 +59,24 @@ def _apply(kind: str, parameters: tuple[float, float], depth: Tensor) -> Tensor:
     return torch.where(corrected <= 0, torch.inf, corrected)
 
 
-def _fit_disparity(disparity: Tensor, true: Tensor) -> tuple[float, float] | None:
-    """(a, b) of 1/d = a * disparity + b by least absolute error, or of b = 0 where a shift cannot be told; None where
-    nearer would become farther. disparity, true (N,)."""
-    inverse, same = 1 / true, torch.ones_like(true)
-    if len(true) >= ENOUGH_FOR_SHIFT and bool(disparity.max() > disparity.min()):
-        a, b = (float(value) for value in align_depth_affine(disparity, inverse, same))
-        if np.isfinite([a, b]).all() and a > 0:
-            return a, b
-    positive = disparity > 0
-    if not bool(positive.any()):
-        return None
-    return float(align_depth_scale(disparity[positive], inverse[positive], same[positive])), 0.0
-
-
 def _correct_disparity(disparity: Tensor, surface: Tensor, found: Tensor, true: Tensor) -> tuple[Tensor, str] | None:
-    """Depth (H,W) in metres of a disparity (H,W), and in words how; None where the references cannot tell.
+    """Depth (H,W) in metres of a disparity (H,W), and in words how; None where the references (N,) cannot tell.
 
+    1/d = a * disparity + b by least absolute error; b = 0 where a shift cannot be told, or nearer would become farther.
     Fitted disparities of a surface are not below that of `BEYOND` times the farthest reference, so that its depth is
     positive and finite; elsewhere what is not positive is infinitely far.
     """
-    fitted = _fit_disparity(found, true)
-    if fitted is None:
-        return None
-    inverse = fitted[0] * disparity + fitted[1]
+    wanted, same, a, b = 1 / true, torch.ones_like(true), 0.0, 0.0
+    if len(true) >= ENOUGH_FOR_SHIFT and bool(found.max() > found.min()):
+        a, b = (float(value) for value in align_depth_affine(found, wanted, same))
+    if not (np.isfinite([a, b]).all() and a > 0):
+        positive = found > 0
+        if not bool(positive.any()):
+            return None
+        a, b = float(align_depth_scale(found[positive], wanted[positive], same[positive])), 0.0
+    inverse = a * disparity + b
     inverse = torch.where(surface, inverse.clamp_min(float(1 / (BEYOND * true.max()))), inverse.clamp_min(0))
-    return 1 / inverse, f"inverse depth is disparity times {fitted[0]:.4g} plus {fitted[1]:.4g} / m"
+    return 1 / inverse, f"inverse depth is disparity times {a:.4g} plus {b:.4g} / m"
 
 
 def _correct_depth(depth: Tensor, surface: Tensor, found: Tensor, true: Tensor) -> tuple[Tensor, str]:

@@ -11,22 +11,6 @@ from ttt_lib.core.types import Prediction
 from ttt_lib.models.base import GeometryModel
 
 
-def random_change(original: list[Tensor], values: list[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """`original`, each tensor moved in a random direction as far as it is from `values`. Draws come from `generator` (CPU).
-
-    Example:
-        >>> (moved,) = random_change([torch.zeros(4)], [torch.full((4,), 0.5)], torch.Generator().manual_seed(0))
-        >>> round(float(moved.norm()), 4)
-        1.0
-    """
-    moved = []
-    for start, end in zip(original, values):
-        direction = torch.randn(start.shape, generator=generator).to(start)
-        factor = (end - start).norm() / direction.norm().clamp_min(1e-12)
-        moved.append(start.clone().add_(direction * factor))  # in the layout of `start`, which kernels round by
-    return moved
-
-
 class RandomChange(Supervision):
     """Instead of the trained change of the weights a random one, of its norm or of its effect on the prediction."""
 
@@ -41,8 +25,12 @@ class RandomChange(Supervision):
         self.image = image
 
     def weights(self, values: list[Tensor]) -> list[Tensor]:
-        """The original ones, moved at random."""
-        moved = random_change(self.student.original, values, self.generator)
+        """The original ones, each moved in a random direction as far as it is from its value. Draws are made on the CPU."""
+        moved = []
+        for start, end in zip(self.student.original, values):
+            direction = torch.randn(start.shape, generator=self.generator).to(start)
+            factor = (end - start).norm() / direction.norm().clamp_min(1e-12)
+            moved.append(start.clone().add_(direction * factor))  # in the layout of `start`, which kernels round by
         return self._equal_effect(values, moved) if self.alike else moved
 
     def _equal_effect(self, values: list[Tensor], moved: list[Tensor]) -> list[Tensor]:
