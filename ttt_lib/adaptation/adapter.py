@@ -107,23 +107,22 @@ def training_possible() -> Iterator[None]:
 class Adapter:
     """A model and a method: adapts to one image after the other, each from the original weights.
 
-        Args:
-            model: used as it is loaded; its weights and buffers are bit-identical after each image, also after an
-                exception or Ctrl-C (which is passed on), and so is which of them require gradients.
-            config: the experiment. Its section `model` is not used, except to compare it with what the gate is made for.
+    Args:
+        model: used as it is loaded; its weights and buffers are bit-identical after each image, also after an
+            exception or Ctrl-C (which is passed on), and so is which of them require gradients.
+        config: the experiment. Its section `model` is not used, except to compare it with what the gate is made for.
 
-        Raises:
-            ConfigError: for a calibration that cannot be read.
+    Raises:
+        ConfigError: for a calibration that cannot be read.
 
-        Example:
-            >>> from ttt_lib import load_model, load_samples
-            >>> from ttt_lib.adaptation.teacher import draw_views, make_renderer
-    from ttt_lib.core.config import build_experiment
-            >>> model, sample = load_model("tiny", num_tokens=48), load_samples("motorcycle", width=96, height=64)[0]
-            >>> config = build_experiment({"name": "quick", "train": {"passes": 1, "accumulation": 1}})
-            >>> result = Adapter(model, config).adapt(sample.image, sample.name)
-            >>> result.decision, tuple(result.final.depth.shape)
-            ('adapted', (64, 96))
+    Example:
+        >>> from ttt_lib import load_model, load_samples
+        >>> from ttt_lib.core.config import build_experiment
+        >>> model, sample = load_model("tiny", num_tokens=48), load_samples("motorcycle", width=96, height=64)[0]
+        >>> config = build_experiment({"name": "quick", "train": {"passes": 1, "accumulation": 1}})
+        >>> result = Adapter(model, config).adapt(sample.image, sample.name)
+        >>> result.decision, tuple(result.final.depth.shape)
+        ('adapted', (64, 96))
     """
 
     def __init__(self, model: GeometryModel, config: ExperimentConfig) -> None:
