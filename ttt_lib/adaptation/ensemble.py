@@ -58,17 +58,16 @@ def mean_prediction(first: Prediction, others: list[Prediction]) -> Prediction:
     """Mean of log depth, each after its median ratio to `first`, with the camera, mask and scale of `first`.
 
     For models of disparity the mean of the disparities, each fitted to the first by least squares. Fields have no
-    batch dimension.
+    batch dimension. Without others it is the first.
     """
-    depth = first.depth
-    if others:
-        logs = [first.depth.clamp_min(1e-6).log()]
-        for other in others:
-            difference, offset = log_difference(other.depth, first.depth, first.mask)
-            logs.append(torch.where(torch.isfinite(difference), logs[0] + difference - offset, logs[0]))
-        depth = torch.stack(logs).mean(0).exp()
-    disparity = first.disparity
-    if disparity is not None and others:
+    if not others:
+        return first
+    logs = [first.depth.clamp_min(1e-6).log()]
+    for other in others:
+        difference, offset = log_difference(other.depth, first.depth, first.mask)
+        logs.append(torch.where(torch.isfinite(difference), logs[0] + difference - offset, logs[0]))
+    depth, disparity = torch.stack(logs).mean(0).exp(), first.disparity
+    if disparity is not None:
         fitted = [fitted_disparity(other.disparity, disparity) for other in others]
         disparity = torch.stack([disparity, *fitted]).mean(0)
     return with_depth(first, depth, disparity)
@@ -88,8 +87,7 @@ def predict_member(model: GeometryModel, image: Tensor, member: str) -> Predicti
 def predict_ensemble(model: GeometryModel, image: Tensor, members: Sequence[str]) -> Prediction:
     """The mean of the plain prediction on `image` (3,H,W) and those that `members` names (`core.schema.EnsembleConfig`)."""
     first = model.predict(image)
-    found = [predict_member(model, image, member) for member in members]
-    return mean_prediction(first, found) if found else first
+    return mean_prediction(first, [predict_member(model, image, member) for member in members])
 
 
 def predict_adapted(model: GeometryModel, image: Tensor, config: ExperimentConfig) -> Prediction:

@@ -120,15 +120,15 @@ def pass_gradients(
         count = int(torch.isin(batch.of, part).sum())
         # A mean over pictures: the regions of a CutMix, each weighted by its area, add up to one.
         share = count / batch.compared
-        gradients, values, full = [None] * len(student.leaves), {}, False
+        gradients, values = [None] * len(student.leaves), {}
         try:
             if count:
                 gradients, values = _part_gradients(student, batch, part, config, share)
         except (RuntimeError, MemoryError) as error:
-            full = is_out_of_memory(error)
-            if not full or log.micro_batch == 1:
+            if not is_out_of_memory(error) or log.micro_batch == 1:
                 raise
-        if full:  # here, where the error no longer holds the tensors of the failed part
+            gradients = None
+        if gradients is None:  # here, where the error no longer holds the tensors of the failed part
             log.micro_batch = max(1, min(log.micro_batch, len(part)) // 2)
             torch.cuda.empty_cache()
             continue

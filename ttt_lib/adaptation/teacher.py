@@ -78,7 +78,7 @@ class TeacherOnViews(Supervision):
         with self.student.weights(self.values):
             others = [predict_member(self.student.model, self.image, member) for member in members]
             found = [self.student.model.predict(self.image), *others]
-        self.target = mean_prediction(found[0], found[1:]) if members else found[0]
+        self.target = mean_prediction(found[0], found[1:])
         if self.config.teacher.certainty:
             self.trust = pixel_trust(found, self.config.teacher.certainty)
 
