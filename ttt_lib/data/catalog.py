@@ -102,10 +102,9 @@ def describe_sources(entries: Iterable[str | Path], where: str = "data") -> list
             raise DataError(f"{where} {entry}: {path / INDEX} is missing; it lists the folder of one sample a line.")
         elif os.path.isdir(path) or (os.path.isfile(path) and is_photo(path)):
             result.append({"kind": "images", "path": str(path.resolve())})
-        elif os.path.isfile(path):
-            raise DataError(
-                f"{where} {entry}: no such folder, image or JSON file that can be read; convert an image to JPEG."
-            )
         else:
-            raise DataError(f"{where} {entry}: no such folder, image or JSON file; built in are {', '.join(by_name)}.")
+            advice = f"; built in are {', '.join(by_name)}"
+            if os.path.isfile(path):
+                advice = " that can be read; convert an image to JPEG"
+            raise DataError(f"{where} {entry}: no such folder, image or JSON file{advice}.")
     return result
