@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttt_lib.adaptation.ensemble import predict_adapted, predict_ensemble, with_depth
+from ttt_lib.adaptation.ensemble import predict_adapted, predict_ensemble, predict_on_views, with_depth
 from ttt_lib.adaptation.gate.gate import Gate
 from ttt_lib.adaptation.loop import train_student
 from ttt_lib.adaptation.losses.presets import resolved, terms_in_words
@@ -30,10 +30,8 @@ from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.core.types import Prediction
 from ttt_lib.data.images import SMALLEST, as_image
-from ttt_lib.geometry.warp import in_front
 from ttt_lib.models.base import GeometryModel, training
 from ttt_lib.models.prompts import prompt_tokens
-from ttt_lib.views.carry import carry_back
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +74,7 @@ def average_views(
     count = torch.ones(image.shape[-2:], device=image.device)
     for _ in range(config.train.passes):
         view = draw_views(image, target, config, generator, renderer)
-        predicted = model.predict(view.image, view.intrinsics)
-        points, seen = carry_back(view, predicted.points, target.points, target.intrinsics)
-        seen = seen & in_front(points)
+        points, seen = predict_on_views(model, view, target)
         ratio = torch.where(seen, target.points[..., 2] / points[..., 2], torch.nan)
         scale = ratio.flatten(1).nanmedian(dim=1).values.nan_to_num(1.0)
         total += torch.where(seen[..., None], points * scale[:, None, None, None], 0.0).sum(0)

@@ -1,4 +1,4 @@
-"""Averages of predictions of the same image, seen differently."""
+"""Predictions of the same image, seen differently, and their averages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.types import Prediction
 from ttt_lib.geometry.cameras import mirror_intrinsics, mirror_points, unproject
 from ttt_lib.geometry.exact_alignment import align_affine_lstsq
+from ttt_lib.geometry.warp import in_front
 from ttt_lib.models.base import GeometryModel
+from ttt_lib.views.carry import View, carry_back
 
 RESOLUTIONS = {"finer": 4 / 3, "coarser": 3 / 4}  # of the tokens
 
@@ -71,6 +73,14 @@ def mean_prediction(first: Prediction, others: list[Prediction]) -> Prediction:
         fitted = [fitted_disparity(other.disparity, disparity) for other in others]
         disparity = torch.stack([disparity, *fitted]).mean(0)
     return with_depth(first, depth, disparity)
+
+
+def predict_on_views(model: GeometryModel, view: View, target: Prediction) -> tuple[Tensor, Tensor]:
+    """Predict on views of the image that `target` is of, and carry the points back: (B,H,W,3), and where a view shows
+    them in front of the camera, (B,H,W) bool."""
+    predicted = model.predict(view.image, view.intrinsics)
+    points, seen = carry_back(view, predicted.points, target.points, target.intrinsics)
+    return points, seen & in_front(points)
 
 
 def predict_member(model: GeometryModel, image: Tensor, member: str) -> Prediction:
