@@ -24,7 +24,7 @@ from ttt_lib.models.load import load_model
 from ttt_lib.runs import benchmark, loops
 from ttt_lib.runs.benchmark import growth, machine, stage_times
 from ttt_lib.runs.loops import compare_loops, loops_to_compare
-from ttt_lib.views.renderer import NovelViewRenderer
+from ttt_lib.views import renderer
 
 BASE = {
     "name": "test",
@@ -54,8 +54,8 @@ def test_every_stage_has_its_share_and_the_weights_stay(tiny, picture):
 def test_the_scene_is_made_once_a_target_and_is_not_a_part_of_the_views(tiny, picture, monkeypatch):
     targets, own = [], benchmark.draw_views
     monkeypatch.setattr(benchmark, "draw_views", lambda *given: targets.append(given[1]) or own(*given))
-    make = NovelViewRenderer.set_scene
-    monkeypatch.setattr(NovelViewRenderer, "set_scene", lambda *given: time.sleep(1.0) or make(*given))
+    make = renderer.build_mesh
+    monkeypatch.setattr(renderer, "build_mesh", lambda *given: time.sleep(1.0) or make(*given))
     config = build_experiment(BASE, overrides={"teacher": {"refresh_every": 2}})
     seconds = stage_times(tiny, picture.image[0], config, repeats=2).set_index("stage").seconds
     assert len(targets) == 3 and all(target is targets[0] for target in targets)
@@ -130,30 +130,35 @@ def test_the_loops_take_the_same_steps_and_views():
     assert patches == {"as released": 1.0, "all terms": 1.0, "without patches": 0.0}
 
 
-def test_what_fails_is_a_row_and_nothing_measured_waits_for_the_end(picture, monkeypatch):
+def test_rounds_end_with_the_time_and_what_fails_is_a_row(picture, monkeypatch, tmp_path):
+    clock, ran = iter(range(0, 10_000, 60)), []
+
     class Pool:
-        """Runs nothing."""
+        """Runs nothing; a minute passes whenever somebody looks at the clock."""
 
         def __init__(self, *_, **__): ...
 
         __enter__, __exit__ = lambda self: self, lambda *_: None
 
         def submit(self, function, settings, *_):
-            future = Future()
-            if settings["name"] == "big":
+            ran.append(settings["name"])
+            name, future = settings["name"], Future()
+            if name == "big":
                 future.set_exception(RuntimeError("CUDA out of memory"))
             else:
                 future.set_result(dict.fromkeys(("seconds", "passes", "peak_mb", "added_mb", "memory"), 2.0))
             return future
 
     monkeypatch.setattr(loops, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(loops.time, "monotonic", lambda: next(clock))
     configs = {name: build_experiment(BASE, overrides={"name": name}) for name in ("plain", "big")}
     kept = []
-    table = compare_loops(configs, picture.image[0], keep=lambda table: kept.append(list(table.loop)))
-    assert kept == [["plain"], ["plain", "big"]]
+    table = compare_loops(configs, picture.image[0], rounds=9, seconds=150, keep=lambda t: kept.append(list(t.loop)))
+    assert kept == [["plain"], ["plain", "big"], ["plain", "big"]]  # nothing measured waits for the end
     table = table.set_index("loop")
+    assert ran == ["plain", "big", "plain"] and list(table.rounds) == [2, 0]
     assert table.failed["big"] == "RuntimeError: CUDA out of memory" and math.isnan(table.seconds["big"])
-    assert table.faster["plain"] == table.memory["plain"] == 1.0 and not table.failed["plain"]
+    assert table.faster["plain"] == 1.0 and not table.failed["plain"]
 
 
 @pytest.mark.slow
@@ -165,10 +170,10 @@ def test_the_command_writes_its_table(tmp_path, monkeypatch):
         if name in ("as released", "all terms, together, bfloat16", "recommended")
     }
     monkeypatch.setattr(loops, "loops_to_compare", small)
-    said = loops.benchmark(tmp_path, quick=True, passes=1, repeats=1)
+    said = loops.benchmark(tmp_path, quick=True, passes=1, rounds=1)
     found = json.loads((tmp_path / "benchmark.json").read_text())
     assert [row["loop"] for row in found["loops"]] == ["as released", "all terms, together, bfloat16", "recommended"]
-    assert all(row["seconds"] > 0 and not row["failed"] for row in found["loops"])
+    assert all(row["seconds"] > 0 and row["rounds"] == 1 and not row["failed"] for row in found["loops"])
     assert found["torch"] == torch.__version__ and "as released, 512 passes" in said
     assert said in (tmp_path / "benchmark.md").read_text()
 

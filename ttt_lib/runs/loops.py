@@ -1,4 +1,4 @@
-"""Whole loops side by side: the published one and ours, each in a process of its own.
+"""Whole loops side by side: the published one and ours, in rounds, each in a process of its own.
 
 `05_performance.ipynb` shows the bundled model's; `ttt-depth benchmark` runs the published size on a GPU.
 """
@@ -35,7 +35,8 @@ from ttt_lib.runs.experiment import load_with_profile, open_model
 log = logging.getLogger(__name__)
 NO_PATCHES = {"losses": {f"local_{level}": {"weight": 0.0} for level in (4, 16, 64)}}
 FULL = 512  # passes of the published recipe
-NUMBERS = ("seconds", "peak_mb", "added_mb", "memory")
+MARGIN = 1.2  # a round may take so much longer than the last one
+NUMBERS = ("passes", "seconds", "peak_mb", "added_mb", "memory")
 
 
 def loops_to_compare(model: dict[str, Any], longest_side: int, passes: int) -> dict[str, ExperimentConfig]:
@@ -89,19 +90,20 @@ def published_model() -> Iterator[dict[str, Any]]:
         yield {"name": str(path), "num_tokens": 1500}
 
 
-def benchmark(output: Path, quick: bool | None = None, passes: int = 8, repeats: int = 3) -> str:
+def benchmark(output: Path, quick: bool | None = None, passes: int = 8, minutes: float = 8.0, rounds: int = 3) -> str:
     """Measure the loops on this machine, and write `benchmark.json` and `benchmark.md` into a folder.
 
     Args:
         output: the folder.
         quick: the bundled model at 256 pixels instead of the published size at 640; None: where there is no GPU.
         passes: of a loop.
-        repeats: images of each loop, whose median counts.
+        minutes: no further round is begun that would end later; the first one is always finished.
+        rounds: at most so many.
 
     Returns:
         The table and what it says of a whole published adaptation, as text.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    begun, device = time.monotonic(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     quick = device.type != "cuda" if quick is None else quick
     image = next(iter(open_dataset(kind="motorcycle").readable())).image
     about = {**machine(device), "date": time.strftime("%Y-%m-%d"), "passes": passes}
@@ -114,7 +116,8 @@ def benchmark(output: Path, quick: bool | None = None, passes: int = 8, repeats:
 
     with nullcontext({"name": "tiny", "num_tokens": 192}) if quick else published_model() as model:
         loops = loops_to_compare(model, 256 if quick else 640, passes)
-        return _in_words(compare_loops(loops, image, repeats, keep), about)
+        left = 60 * minutes - (time.monotonic() - begun)
+        return _in_words(compare_loops(loops, image, 1, rounds, left, keep), about)
 
 
 def _in_words(table: pd.DataFrame, about: dict[str, Any]) -> str:
@@ -159,32 +162,48 @@ def _adapt_once(settings: dict[str, Any], image: Tensor, repeats: int, threads: 
 
 
 def compare_loops(
-    configs: dict[str, ExperimentConfig], image: Tensor, repeats: int = 3,
-    keep: Callable[[pd.DataFrame], None] = lambda table: None,
+    configs: dict[str, ExperimentConfig], image: Tensor, repeats: int = 3, rounds: int = 1,
+    seconds: float = math.inf, keep: Callable[[pd.DataFrame], Any] = lambda table: None,
 ) -> pd.DataFrame:  # fmt: skip
     """Seconds and peak memory of adapting to one image (3,H,W) by each configuration, and ratios to the first.
 
-    Columns loop, passes, seconds, ms_a_pass, peak_mb (MiB of the whole process, or allocated on a CUDA device),
-    added_mb (peak less what the loaded model had after a plain prediction: what adapting added), faster (first's
-    seconds over these), memory (on a CUDA device peak_mb over the first's; on a CPU, where libraries would hide the
-    difference, added_mb over the first's), failed (in words; its numbers are NaN then). Each loop adapts to `repeats`
-    images in a fresh process; `keep` is given the table of what has run after each.
+    Columns loop, passes, seconds, peak_mb (MiB of the whole process, or allocated on a CUDA device), added_mb (peak less
+    what the loaded model had after a plain prediction: what adapting added), memory (on a CUDA device peak_mb over the
+    first's; on a CPU, where libraries would hide the difference, added_mb over the first's), rounds, failed (in words; its
+    numbers are NaN then), ms_a_pass, faster (first's seconds over these). Each loop runs `rounds` times in turn, or as
+    often as fits into `seconds`, `repeats` images a time, in a fresh process; `keep` is given the table of what has run
+    after each.
     """
-    rows = []
-    for name, config in configs.items():
-        row: dict[str, Any] = {**dict.fromkeys(NUMBERS, math.nan), "passes": 0, "failed": ""}
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            arguments = (config.as_parameters(), image.cpu(), repeats, torch.get_num_threads())
-            try:
-                row |= pool.submit(_adapt_once, *arguments).result()
-            except Exception as error:  # of that process: what does not fit is a row of the table, not its end
-                row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                log.info("%s: %s", name, row["failed"])
-        rows.append({"loop": name, **row})
-        table = pd.DataFrame(rows)
-        table["ms_a_pass"] = 1000 * table["seconds"] / table["passes"].clip(lower=1)
-        table["faster"] = table["seconds"][0] / table["seconds"]
-        table["memory"] = table["memory"] / table["memory"][0]
-        table = table[["loop", "passes", "seconds", "peak_mb", "added_mb", "ms_a_pass", "faster", "memory", "failed"]]
-        keep(table)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in configs}
+    failed, begun, table = {}, time.monotonic(), pd.DataFrame()
+    for done in range(rounds):
+        if done and (time.monotonic() - begun) * (1 + MARGIN / done) > seconds:
+            break
+        for name, config in configs.items():
+            if name in failed:
+                continue
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                arguments = (config.as_parameters(), image.cpu(), repeats, torch.get_num_threads())
+                try:
+                    found[name].append(pool.submit(_adapt_once, *arguments).result())
+                except Exception as error:  # of that process: what does not fit is a row of the table, not its end
+                    failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                    log.info("%s: %s", name, failed[name])
+            table = _table(found, failed)
+            keep(table)
+    return table
+
+
+def _table(found: dict[str, list[dict[str, float]]], failed: dict[str, str]) -> pd.DataFrame:
+    """`compare_loops`' table of the loops that have run: medians of their rounds."""
+    measured = [{"loop": name, **result} for name, results in found.items() for result in results]
+    by_loop = pd.DataFrame(measured, columns=["loop", *NUMBERS]).groupby("loop")
+    ran = [name for name in found if found[name] or name in failed]
+    table = by_loop.median().reindex(ran).rename_axis("loop").reset_index()
+    table["rounds"] = [len(found[name]) for name in ran]
+    table["failed"] = [failed.get(name, "") for name in ran]
+    table["passes"] = table["passes"].fillna(0).astype(int)
+    table["ms_a_pass"] = 1000 * table["seconds"] / table["passes"].clip(lower=1)
+    table["faster"] = table["seconds"][0] / table["seconds"]
+    table["memory"] = table["memory"] / table["memory"][0]
     return table
