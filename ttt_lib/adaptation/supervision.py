@@ -128,7 +128,10 @@ class Supervision:
         return values
 
     def correct(self, prediction: Prediction) -> tuple[Prediction, str]:
-        """The prediction as this source would have it, and in words what was done (empty: nothing)."""
+        """The prediction as this source would have it, and in words what was done (empty: nothing).
+
+        Also asked where nothing was trained, and so without `prepare`.
+        """
         return prediction, ""
 
 

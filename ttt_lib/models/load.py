@@ -16,12 +16,14 @@ log = logging.getLogger(__name__)
 
 
 def _choose_device(device: str) -> torch.device:
-    """`auto` is CUDA or the CPU: not Apple's MPS, which has no float64, and corrections and resizing need it."""
+    """`auto` is CUDA or the CPU: not Apple's MPS, which has no float64."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] == "mps":
+        raise UserError(f"model.device: {device!r} has no float64, which corrections and resizing need; use cpu.")
     try:
         chosen = torch.device(device)
-        torch.zeros(1, device=chosen, dtype=torch.float64).item()  # nor can anything be read back from `meta`
+        torch.zeros(1, device=chosen).item()  # what cannot be read back, as from `meta`, is no device for results
         return chosen
     except Exception as error:  # a device that PyTorch knows by name only fails in its own way
         raise UserError(f"model.device: {device!r} cannot be used here ({reason(error)}).") from error
