@@ -61,6 +61,13 @@ def test_pixels_become_square(tmp_path):
     assert read_clip(path)[0].read().shape == (3, 96, round(128 * 4 / 3))
 
 
+def test_a_long_clip_is_read_by_its_key_frames(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "c.mp4", window(60), key=5)
+    monkeypatch.setattr(clips, "LONG", 1000)
+    assert max(places(read_clip(path, count=3))) < 12  # of 60
+    assert max(places(read_clip(path, count=10))) > 50  # too few key frames for so many
+
+
 def test_of_a_clip_without_end_the_beginning_is_read(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "c.mp4", window(60))
     monkeypatch.setattr(clips, "BUDGET", 20 * clips.LEAST)

@@ -1,7 +1,7 @@
 """Sharp frames of a clip, spread evenly over it, as files of a temporary folder: any clip that PyAV reads.
 
 The clip is gone through twice, once to measure how sharp each frame is, once to write the chosen ones, so that one frame is
-held at a time and nothing rests on what the file says of its length.
+held at a time and nothing rests on what the file says of its length. Of a long clip only the key frames are decoded.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from ttt_lib.data.photographs.sources import MOST, evenly
 log = logging.getLogger(__name__)
 
 USUAL_COUNT = 14
+LONG = 4 * 10**9  # pixels of all frames: a minute of full HD at 30 frames a second; beyond, key frames come first
+ENOUGH = 2  # key frames for each picture that is wanted
 BUDGET, LEAST = 4 * 10**10, 10**5  # pixels that are decoded at most; what a frame counts at least
 LARGEST = 2**26  # pixels of a frame: 8192 x 8192
 SHARPNESS_WIDTH = 480  # of the gray frames that are compared
@@ -49,12 +51,13 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
         yield container, container.streams.video[0]
 
 
-def _frames(path: Path) -> Iterator[av.VideoFrame]:
+def _frames(path: Path, keys_only: bool) -> Iterator[av.VideoFrame]:
     """The clip's frames. Packets that cannot be decoded are passed over, and what comes after BUDGET pixels is not read."""
     left = BUDGET
     with _open(path) as (container, stream):
         stream.codec_context.options = {"max_pixels": str(LARGEST)}
         stream.codec_context.thread_type, stream.codec_context.thread_count = "AUTO", 2
+        stream.codec_context.skip_frame = "NONKEY" if keys_only else "DEFAULT"
         with suppress(av.FFmpegError):  # where it was cut off
             for packet in container.demux(stream):
                 with suppress(av.FFmpegError):
@@ -126,17 +129,21 @@ def read_clip(
 
 
 def _read(path: Path, every: int | None, count: int | None, focal: float | None) -> list[Picture]:
-    sharpness = np.array([_sharpness(frame) for frame in _frames(path)])
+    with _open(path) as (_, stream):
+        aspect, context = float(stream.sample_aspect_ratio or 1), stream.codec_context
+        keys_only = every is None and stream.frames * context.width * context.height > LONG
+    sharpness = np.array([_sharpness(frame) for frame in _frames(path, keys_only)])
+    if keys_only and len(sharpness) < ENOUGH * (count or USUAL_COUNT):
+        keys_only = False
+        sharpness = np.array([_sharpness(frame) for frame in _frames(path, keys_only)])
     if len(sharpness) < 2:
         raise DataError(f"{path}: the clip holds {len(sharpness)} frames that can be read; at least two are needed.")
     chosen = choose(sharpness, every, count)
     if len(chosen) > MOST:
         raise DataError(f"{path}: {len(chosen)} frames are too many for one scene, at most {MOST}; take fewer.")
-    with _open(path) as (_, stream):
-        aspect = float(stream.sample_aspect_ratio or 1)
     folder, pictures = tempfile.mkdtemp(prefix="ttt-frames-"), []
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for index, frame in enumerate(itertools.islice(_frames(path), chosen[-1] + 1)):
+    for index, frame in enumerate(itertools.islice(_frames(path, keys_only), chosen[-1] + 1)):
         if index in chosen:
             file = Path(folder, f"{index:06d}.png")
             Image.fromarray(_upright(frame, aspect)).save(file, compress_level=1)
