@@ -11,6 +11,7 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 from PIL import Image
+from plotly.io import to_html
 
 from ttt_lib.adaptation.photographs.evidence import scaled
 from ttt_lib.adaptation.photographs.scene import SceneAdaptation, adapt_scene, guess_focal
@@ -23,7 +24,7 @@ from ttt_lib.core.files import check_writable, replacing, write_json
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.sources import distinct_names
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
-from ttt_lib.report.figures import cloud_figure, plot_before_after
+from ttt_lib.report.figures import cloud_parts, plot_before_after
 from ttt_lib.report.photo_files import COMPRESSION, about_result, about_run, check_free, surface_depth, write_depth
 from ttt_lib.report.scene_cloud import SceneCloud, write_points
 from ttt_lib.runs.experiment import open_model
@@ -173,7 +174,8 @@ def _finish(
         "peak_memory_mb": adaptation.peak_memory_mb, "history": adaptation.log.history,
         **about_run(model, adaptation.config), "cloud_points": len(points),
     }  # fmt: skip
-    figure = cloud_figure(points, colours).to_html(full_html=False, include_plotlyjs="inline") if len(points) else ""
+    shown = cloud_parts(points, colours) if len(points) else None
+    figure = to_html(shown, full_html=False, include_plotlyjs="inline", validate=False) if shown else ""
     (work / "index.html").write_text(PAGE.render(record, figure=Markup(figure)), encoding="utf-8")
     write_json(work / "record.json", record)
     return record
