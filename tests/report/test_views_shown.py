@@ -10,7 +10,7 @@ import torch
 from conftest import adapt
 from PIL import Image
 
-from ttt_lib.adaptation import average, teacher
+from ttt_lib.adaptation import adapter, teacher
 from ttt_lib.api import adapt as adapt_image
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.schema import ViewConfig
@@ -151,7 +151,7 @@ def test_the_views_shown_are_those_that_the_loop_draws(monkeypatch, method):
         return used[-1]
 
     draw = teacher.draw_views
-    for module in (teacher, average):  # of training, and of the mean over views
+    for module in (teacher, adapter):  # of training, and of the mean over views
         monkeypatch.setattr(module, "draw_views", record)
     adapt(network, sample.image, config, name="set/one")
     shown_views, losses = first_views(network, sample, config, passes=3)

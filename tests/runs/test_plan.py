@@ -64,4 +64,4 @@ def test_shaders_are_code_and_what_only_shows_is_not(monkeypatch):
     monkeypatch.setattr(plan, "file_hash", lambda path: path.name)
     monkeypatch.setattr(plan, "fingerprint", set)
     counted = plan._code()
-    assert {"flat.vert", "flat.frag", "draw.py", "plan.py"} <= counted and not {"cli.py", "benchmark.py"} & counted
+    assert {"flat.vert", "flat.frag", "draw.py", "plan.py"} <= counted and not {"cli.py", "doctor.py"} & counted

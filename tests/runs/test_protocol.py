@@ -50,7 +50,7 @@ def test_the_command_runs_the_rows_and_the_controls_on_the_chosen_samples(ttt, t
     """Afterwards a plain ablation in the same folder is no study of chosen samples any more."""
     asked = {}
 
-    def run_jobs(jobs, folder, workers, scheduler, cluster_file, threads, announce):
+    def run_jobs(jobs, folder, workers, scheduler, cluster_file, threads):
         asked[folder] = jobs
         return do([job for job in jobs if folder.name == "scored"], folder) or [Outcome(jobs[0].experiment, "", "done")]
 
