@@ -110,10 +110,12 @@ def write_transforms(path: Path, scene: Scene, names: Sequence[str]) -> None:
     Raises:
         DataError: the scene has no cameras.
     """
-    frames = []
+    frames, cameras = [], []
     for photograph, name in zip(scene.photographs, names):
         size, pinhole = _pinhole(photograph)
         to_world = np.linalg.inv(photograph.pose.double().numpy()) @ FLIP
-        camera = zip(("w", "h", "fl_x", "fl_y", "cx", "cy"), size + pinhole)
-        frames.append({"file_path": name, "transform_matrix": to_world.tolist(), **dict(camera)})
-    write_json(path, {"camera_model": "OPENCV", "frames": frames})
+        cameras.append(dict(zip(("w", "h", "fl_x", "fl_y", "cx", "cy"), size + pinhole)))
+        frames.append({"file_path": name, "transform_matrix": to_world.tolist()})
+    shared = cameras[0] if all(camera == cameras[0] for camera in cameras) else {}  # where every tool looks for it
+    frames = frames if shared else [{**frame, **camera} for frame, camera in zip(frames, cameras)]
+    write_json(path, {"camera_model": "OPENCV", **shared, "frames": frames})
