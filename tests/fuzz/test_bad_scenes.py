@@ -17,10 +17,11 @@ from PIL.ExifTags import IFD
 
 from ttt_lib.core.errors import UserError
 from ttt_lib.data.photographs.clips import read_clip
+from ttt_lib.data.photographs.colmap_files import find_model, list_model
 from ttt_lib.data.photographs.exif import read_lens
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.sources import from_list
-from ttt_lib.data.photographs.transforms import read_transforms
+from ttt_lib.data.photographs.transforms import lens_of, read_transforms
 
 sys.path.append(str(ROOT / "tests" / "data" / "photographs"))
 import small_models  # noqa: E402
@@ -65,26 +66,36 @@ KINDS = {"binary": small_models.binary(), "text": small_models.text()}
 FILES = st.sampled_from([(kind, name) for kind, files in KINDS.items() for name in files])
 
 
-def check_a_model(folder: Path, file: tuple[str, str], changes: list) -> None:
+def check_a_model(folder: Path, file: tuple[str, str], changes: list, whole: bool) -> None:
     kind, name = file
     folder = folder / f"model_{kind}"
     small_models.write_model(folder, {**KINDS[kind], name: damaged(KINDS[kind][name], changes)})
-    scene = one_sentence(load_scene, folder)
-    if scene is not None and not scene.refused:
-        assert all(bool(p.tracks.depth.isfinite().all()) and bool(p.pose.isfinite().all()) for p in scene.photographs)
+    listing = one_sentence(list_model, find_model(folder))
+    if listing is not None and whole:
+        scene = one_sentence(load_scene, folder)
+        if scene is not None and not scene.refused:
+            assert all(
+                bool(p.tracks.depth.isfinite().all()) and bool(p.pose.isfinite().all()) for p in scene.photographs
+            )
+
+
+@some
+@given(FILES, CHANGES)
+def test_a_damaged_model_is_listed_or_refused(tmp_path_factory, file, changes):
+    check_a_model(tmp_path_factory.getbasetemp(), file, changes, whole=False)
 
 
 @few
 @given(FILES, CHANGES)
 def test_a_damaged_model_as_a_scene(tmp_path_factory, file, changes):
-    check_a_model(tmp_path_factory.getbasetemp(), file, changes)
+    check_a_model(tmp_path_factory.getbasetemp(), file, changes, whole=True)
 
 
 @pytest.mark.slow
 @many
 @given(FILES, CHANGES)
 def test_many_damaged_models(tmp_path_factory, file, changes):
-    check_a_model(tmp_path_factory.getbasetemp(), file, changes)
+    check_a_model(tmp_path_factory.getbasetemp(), file, changes, whole=True)
 
 
 # ------------------------------------------------------------------------------------------------ transforms.json
@@ -120,7 +131,7 @@ def test_a_transforms_file_with_a_value_of_any_kind(tmp_path_factory, key, junk,
     found = one_sentence(read_transforms, path)
     for frame in found[0] if found else []:
         assert np.isfinite(frame.pose).all() and abs(np.linalg.det(frame.pose[:3, :3]) - 1) < 1e-6
-        lens = one_sentence(frame.lens, 64, 48)
+        lens = one_sentence(lens_of, frame.values, (64, 48))
         assert lens is None or np.isfinite(lens.params).all()
     one_sentence(load_scene, path)
 
@@ -137,13 +148,18 @@ def test_any_bytes_as_a_transforms_file(tmp_path_factory, content, changes):
 # ------------------------------------------------------------------------------------------------ clips
 
 CODECS = {"mp4": "libx264", "mov": "mpeg4", "avi": "mpeg4", "mkv": "ffv1", "webm": "libvpx", "ts": "libx264"}
+CODECS.update(gif="", png="")  # pictures that move, written by Pillow
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> dict[str, bytes]:
     folder, frames = tmp_path_factory.mktemp("clips"), window(8, (48, 64))
     for suffix, codec in CODECS.items():
-        write_clip(folder / f"c.{suffix}", frames, codec)
+        if codec:
+            write_clip(folder / f"c.{suffix}", frames, codec)
+        else:
+            first, *others = map(Image.fromarray, frames)
+            first.save(folder / f"c.{suffix}", save_all=True, append_images=others, duration=40)
     return {suffix: (folder / f"c.{suffix}").read_bytes() for suffix in CODECS}
 
 
@@ -152,8 +168,8 @@ def check_a_clip(folder: Path, suffix: str, content: bytes, options: dict) -> No
     path.write_bytes(content)
     clip = one_sentence(read_clip, path, **options)
     if clip is not None:
-        assert len(clip) >= 1
-        assert all(float(picture.read().amax()) <= 1 for picture in clip)
+        assert len(clip.pictures) >= 1
+        assert all(float(picture.read().amax()) <= 1 for picture in clip.pictures)
 
 
 OPTIONS = st.sampled_from([{}, {"every": 3}, {"count": 2}])
@@ -173,7 +189,7 @@ def test_many_damaged_clips(clips, tmp_path_factory, suffix, changes, options):
 
 
 @few
-@given(st.sampled_from(["mp4", "mkv", "avi", "m3u8", "xyz"]), st.binary(max_size=300))
+@given(st.sampled_from(["mp4", "mkv", "avi", "gif", "m3u8", "xyz"]), st.binary(max_size=300))
 def test_any_bytes_as_a_clip(tmp_path_factory, suffix, content):
     path = tmp_path_factory.getbasetemp() / f"any.{suffix}"
     path.write_bytes(content)

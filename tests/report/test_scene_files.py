@@ -222,7 +222,7 @@ def test_the_explorer_shows_each_photograph_and_both_clouds(written, monkeypatch
 
 def bent_model(folder: Path, scene: Scene, k: float) -> None:
     """A COLMAP model of a scene and its photographs, as lenses with this distortion (SIMPLE_RADIAL) would have made it."""
-    write_colmap(folder, scene, [f"{photograph.name}.png" for photograph in scene.photographs])
+    write_colmap(folder, scene)
     places = iter(scene.photographs)
     lines = (folder / "images.txt").read_text(encoding="utf-8").splitlines()
     for number in range(2, len(lines), 2):

@@ -109,7 +109,7 @@ def known_camera(
             raise UserError(f"fov {fov:g}: is no horizontal field of view in degrees; it lies from 1 to 179.")
         return KnownCamera(intrinsics_from_fov(float(fov), width / height), "the field of view that was given")
     lens = read_lens(photograph) if photograph is not None else None
-    focal = lens.focal(width, height) if lens is not None and not lens.cropped else None
+    focal = lens.focal(width, height) if lens is not None and not lens.is_cropped(width, height) else None
     if focal is None:
         return None
     return KnownCamera(_centred(focal * width, size), f"EXIF ({lens.camera})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ttt_lib.core.at_work import at_work
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, printable
 from ttt_lib.core.files import check_writable, replacing, write_json
+from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.sources import distinct_names
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
@@ -117,8 +119,7 @@ def write_scene(adaptation: SceneAdaptation, output: Path, announce: Announce = 
     scene, cloud, rows = adaptation.scene, SceneCloud(), []
     evidence = {each.photograph.name: each for each in adaptation.evidence}
     names = [photograph.name for photograph in [*scene.photographs, *scene.rest]]
-    # COLMAP's text knows no spaces in names of files.
-    files = dict(zip(names, distinct_names([Path("_".join(name.replace("/", " ").split())) for name in names])))
+    files = dict(zip(names, distinct_names([Path(name.replace("/", "_")) for name in names])))
     with replacing(output.absolute()) as work:
         for folder in ("depth", "depth_original", "images", "before_after"):
             (work / folder).mkdir()
@@ -163,9 +164,10 @@ def _finish(
     points, colours = cloud.merged()
     write_points(points, colours, work / "cloud.ply", work / "cloud.glb")
     if adaptation.evidence:
-        images = [f"{files[photograph.name]}.png" for photograph in scene.photographs]
-        write_colmap(work / "sparse" / "0", scene, images)
-        write_transforms(work / "transforms.json", scene, [f"images/{name}" for name in images])
+        places = [work / "images" / f"{files[photograph.name]}.png" for photograph in scene.photographs]
+        written = [replace(p, source=partial(read_photo, place)) for p, place in zip(scene.photographs, places)]
+        write_colmap(work / "sparse" / "0", replace(scene, photographs=written))
+        write_transforms(work / "transforms.json", scene, places)
     record = {
         "refused": scene.refused, "left_out": [list(each) for each in scene.left_out], "scene": scene.about,
         "unit": "metre" if model.kind == "metric" else "arbitrary, one for all photographs of the scene",

@@ -10,7 +10,8 @@ import torch
 from small_models import PARAMS, SIZE, binary, cloud, text, write_model
 
 from ttt_lib.core.errors import DataError
-from ttt_lib.data.photographs.colmap import find_model, read_model
+from ttt_lib.data.photographs import colmap
+from ttt_lib.data.photographs.colmap_files import find_model, list_model
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.scene import track_points
 
@@ -18,9 +19,9 @@ from ttt_lib.data.photographs.scene import track_points
 @pytest.mark.parametrize("files", [binary, text])
 def test_a_model_says_what_it_holds(tmp_path, files):
     write_model(tmp_path, files())
-    model, names, lenses, unusable = read_model(find_model(tmp_path))
-    assert names == [f"p{k}.png" for k in range(4)] and len(model.xyz) == 150 and not unusable
-    assert [(lens.model, lens.params) for lens in lenses] == [("PINHOLE", PARAMS)] * 4
+    listing = list_model(find_model(tmp_path))
+    assert listing.images == {k + 1: (f"p{k}.png", 1) for k in range(4)} and listing.points == 150 and not listing.own
+    assert (listing.lenses[1].model, listing.lenses[1].params) == ("PINHOLE", PARAMS)
     scene = load_scene(tmp_path)
     assert [p.name for p in scene.photographs] == ["p0", "p1", "p2", "p3"] and not scene.refused
     xyz, uv = cloud()
@@ -73,7 +74,7 @@ def test_of_several_models_the_one_with_most_images_is_read(tmp_path):
     write_model(tmp_path / "sparse" / "1", files)
     write_model(tmp_path, {})
     scene = load_scene(tmp_path)
-    assert len(scene.photographs) == 4 and find_model(tmp_path) == tmp_path / "sparse" / "1"
+    assert len(scene.photographs) == 4 and [name for name, _ in scene.left_out] == ["sparse/0"]
 
 
 def huge(content: bytes, at: int) -> bytes:
@@ -84,21 +85,22 @@ COUNTS = [("cameras.bin", 0), ("images.bin", 0), ("images.bin", 8 + 64 + 7), ("p
 
 
 @pytest.mark.parametrize("name, at", COUNTS)
-def test_counts_beyond_the_file_are_no_counts(tmp_path, name, at):
-    """Memory would be taken by them; the process that reads has no more than the file can need."""
+def test_counts_beyond_the_file_are_no_counts(tmp_path, name, at, monkeypatch):
+    monkeypatch.setattr(colmap, "apart", None)  # pycolmap must not see it
     files = binary()
     assert huge(files[name], at) != files[name]
     write_model(tmp_path, {**files, name: huge(files[name], at)})
-    with pytest.raises(DataError, match="cannot be read, or is damaged"):
+    with pytest.raises(DataError, match=f"{name}.*cut off"):
         load_scene(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cameras.bin", "images.bin", "points3D.bin"])
-def test_files_that_are_cut_off(tmp_path, name):
+def test_files_that_are_cut_off(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(colmap, "apart", None)
     files = binary()
-    for length in (0, 4, 20, len(files[name]) // 2):
+    for length in (0, 4, 20, len(files[name]) // 2, len(files[name]) - 1):
         write_model(tmp_path, {**files, name: files[name][:length]})
-        with pytest.raises(DataError, match=str(tmp_path)):
+        with pytest.raises(DataError, match=name):
             load_scene(tmp_path)
 
 
@@ -140,26 +142,26 @@ def test_images_whose_cameras_cannot_be_are_left_out_by_name(tmp_path):
     write_model(tmp_path, {**files, "images.bin": bytes(images), "points3D.bin": bytes(points)})
     scene = load_scene(tmp_path)
     assert [p.name for p in scene.photographs] == ["p0", "p3"]
-    assert [name for name, why in scene.left_out] == ["p1.png", "p2.png"]
-    assert all("pose" in why for _, why in scene.left_out) and len(scene.track_ids()) > 50
+    assert [name for name, why in scene.left_out if "pose" in why] == ["p1", "p2"]
+    assert 0 not in scene.track_ids() and len(scene.track_ids()) > 50
     assert all(torch.isfinite(p.tracks.depth).all() for p in scene.photographs)
 
 
 @pytest.mark.parametrize("camera", [b"0.9 80 60", b"140 0.5 0.5", b"0.9 0.5 0.5", b"140 80 1e9", b"14000 80 60"])
 def test_a_camera_of_which_a_part_is_not_in_pixels_is_none(tmp_path, camera):
     write_model(tmp_path, {**text(), "cameras.txt": b"1 SIMPLE_PINHOLE 160 120 " + camera + b"\n"})
-    with pytest.raises(DataError, match="has a camera that cannot be"):
-        load_scene(tmp_path)
+    scene = load_scene(tmp_path)
+    assert "has a camera that cannot be" in scene.refused and len(scene.left_out) == 4, (scene.refused, scene.left_out)
 
 
 def test_a_fisheye_lens_is_refused(tmp_path):
     files = text()
     cameras = b"1 OPENCV_FISHEYE 160 120 140 140 80 60 0 0 0 0\n"
     write_model(tmp_path, {**files, "cameras.txt": cameras})
-    with pytest.raises(DataError, match="OPENCV_FISHEYE.*undistort"):
-        load_scene(tmp_path)
+    scene = load_scene(tmp_path)
+    assert "fisheye" in scene.refused and len(scene.left_out) == 4 and len(scene.photographs) == 4
     (tmp_path / "points3D.txt").unlink()
-    with pytest.raises(DataError, match="OPENCV_FISHEYE.*undistort"):
+    with pytest.raises(DataError, match="fisheye"):
         load_scene(tmp_path)
 
 
@@ -171,8 +173,7 @@ def test_photographs_that_are_not_there_are_said(tmp_path):
     assert [p.name for p in scene.photographs] == ["p0", "p3"]
     assert [name for name, _ in scene.left_out] == ["p1.png", "p2"]
     (folder / "images" / "p3.png").unlink()
-    with pytest.raises(DataError, match="1 photographs with a camera can be used.*p2"):
-        load_scene(folder)
+    assert "fewer than two" in load_scene(folder).refused
     for path in (folder / "images").iterdir():
         path.unlink()
     with pytest.raises(DataError, match="0 are in.*give the folder"):

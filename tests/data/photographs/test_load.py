@@ -102,16 +102,14 @@ def test_odd_tags_say_nothing(tmp_path, tags):
     assert given.pictures[0].focal is None and not given.pictures[0].exact and not given.left_out
 
 
-def test_what_the_user_says_goes_before_exif_and_a_guess_comes_last(tmp_path, monkeypatch):
+def test_what_the_user_says_goes_before_exif_and_a_guess_comes_last(tmp_path):
     known, plain = photo(tmp_path / "a.jpg", FOCAL_35=26), photo(tmp_path / "b.jpg")
     turned = photo(tmp_path / "c.jpg", size=(90, 120))
     assert [p.focal for p in from_list([known, plain, turned], focal=1.5).pictures] == [1.5, 1.5, 2.0]
-    given = []
-    monkeypatch.setattr(load, "reconstruct", lambda pictures, *_: given.extend(pictures) or Scene([]))
-    load_scene([known, plain], prior=lambda image: image.shape[2] / 100)
-    assert given[0].exact and given[1].focal == 1.2 and not given[1].exact
-    load_scene([plain, plain], prior=lambda image: math.nan)
-    assert given[2].focal is given[3].focal is None
+    guessed = from_list([known, plain], prior=lambda image: image.shape[2] / 100).pictures
+    assert guessed[0].exact and guessed[1].focal == 1.2 and not guessed[1].exact
+    assert from_list([known, plain], prior={"b": 0.7}).pictures[1].focal == 0.7
+    assert from_list([plain], prior=lambda image: math.nan).pictures[0].focal is None
     with pytest.raises(DataError, match="focal: must be"):
         load_scene([known, plain], focal=26)
 
@@ -151,7 +149,7 @@ def test_a_folder_says_what_it_does_not_read(tmp_path):
     (tmp_path / "z.png").write_bytes(b"\x89PNG no more")
     scene = load_scene(tmp_path, seed=1, focal=float(samples[0].intrinsics[0, 0]))
     assert not scene.refused and len(scene.photographs) == 2 and len(scene.track_ids()) > 200
-    assert [name for name, _ in scene.left_out] == ["z", "notes.txt, old"]
+    assert [name for name, _ in scene.left_out] == ["z", "old", "notes.txt"]
     assert scene.photographs[0].image.shape == samples[0].image.shape and callable(scene.photographs[0].source)
     assert scene.photographs[0].intrinsics[0, 0] == pytest.approx(float(samples[0].intrinsics[0, 0]), rel=1e-5)
 
@@ -161,8 +159,8 @@ def test_files_that_are_no_pictures_are_one_line_and_pictures_keep_theirs(tmp_pa
         (tmp_path / name).touch()
     files, others = photographs_of(tmp_path)
     assert [file.name for file in files] == ["a.jpg"]
-    assert [name for name, _ in others] == ["0.XML, 0.bin, 1.XML, 1.bin, 2.XML and 22 more"]
-    assert "convert pictures to JPEG" in others[0][1]
+    assert [name for name, _ in others] == ["b.heic", "c.mp4", "25 other files (.bin, .xml, no ending)"]
+    assert "convert it to JPEG" in others[0][1] and not any("convert" in why for _, why in others[1:])
 
 
 def test_what_is_no_scene(tmp_path):

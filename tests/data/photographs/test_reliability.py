@@ -132,13 +132,13 @@ def test_a_fragment_of_a_global_reconstruction_contradicts_nothing(monkeypatch, 
 
 @pytest.mark.parametrize(
     ("focal_length", "width", "degrees"),
-    [(100, 320, 2.0), (8 / np.radians(1.5), 320, 1.5), (3 * 8 / np.radians(1.5), 3600, 1.5), (5000, 1200, 1.0)],
+    [(100, 320, 2.0), (8 / np.radians(1.5), 320, 1.5), (3 * 8 / np.radians(1.5), 3600, 1.5), (5000, 1200, 1.0), (np.nan, 320, 2.0)],
 )  # fmt: skip
 def test_parallax_counts_in_pixels_of_what_is_matched(focal_length, width, degrees):
     model = SimpleNamespace(intrinsics=np.full((2, 4), focal_length), size=np.full((2, 2), width))
     assert least_parallax(model, ahead=False) == pytest.approx((degrees, 0.75 * degrees))
     assert least_parallax(model, ahead=True) == (AHEAD_ANGLE, AHEAD_ANGLE)
-    scant = np.degrees(3 / (focal_length * min(1, 1200 / width)))
+    scant = 0.75 if np.isnan(focal_length) else np.degrees(3 / (focal_length * min(1, 1200 / width)))
     assert least_parallax(model, False, SCANT) == pytest.approx((scant, 0.5 * scant))
 
 

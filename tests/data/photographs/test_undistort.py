@@ -15,14 +15,15 @@ from PIL import Image
 from rendered_walls import FOCAL, depth_error, walk
 from small_models import SIZE, cloud, text, write_model
 
+from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import read_photo
-from ttt_lib.data.photographs.as_seen import places_in_picture, read_undistorted, undistorted
 from ttt_lib.data.photographs.job import Lens
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.measured import measure_depth
 from ttt_lib.data.photographs.scene import Scene, track_points
 from ttt_lib.data.photographs.stereo import to_gray
 from ttt_lib.data.photographs.transforms import FLIP
+from ttt_lib.data.photographs.undistort import can_be_undistorted, places_in_picture, read_undistorted, undistorted
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
 from ttt_lib.geometry.cameras import project, transform_points
 
@@ -30,6 +31,7 @@ LENSES = {
     "SIMPLE_RADIAL": (140, 83, 58, -0.28), "RADIAL": (140, 83, 58, -0.2, 0.05),
     "OPENCV": (140, 150, 83, 58, -0.2, 0.05, 0.004, -0.003),
     "FULL_OPENCV": (140, 150, 83, 58, -0.2, 0.05, 0.004, -0.003, 0.01, 0.02, -0.01, 0.003),
+    "SIMPLE_DIVISION": (140, 83, 58, -0.15), "DIVISION": (140, 150, 83, 58, 0.1),
 }  # fmt: skip
 K, WIDTH, HEIGHT = -0.2, 320, 216
 CAMERA = {"w": WIDTH, "h": HEIGHT, "fl_x": FOCAL * WIDTH, "cx": WIDTH / 2, "cy": HEIGHT / 2, "k1": K}
@@ -90,6 +92,8 @@ def test_the_maps_are_those_of_colmaps_cameras(model, tmp_path):
     expected = by_pycolmap(lens(model), rays_of(lens(model), np.stack([u.ravel(), v.ravel()], -1)), tmp_path)
     assert np.abs(np.stack([column.ravel(), row.ravel()], -1) + 0.5 - expected).max() < 1e-3
     assert np.abs(expected - np.stack([u.ravel(), v.ravel()], -1)).max() > 2  # and it does bend
+    part = places_in_picture(lens(model), SIZE, range(70, 90))
+    assert np.array_equal(part[0], column[70:90]) and np.array_equal(part[1], row[70:90])
 
 
 @pytest.mark.parametrize("model", LENSES)
@@ -109,7 +113,7 @@ def test_a_lens_without_distortion_changes_nothing(tmp_path):
     for model, params in {"SIMPLE_PINHOLE": LENSES["RADIAL"][:3], "PINHOLE": LENSES["OPENCV"][:4],
                           "SIMPLE_RADIAL": (140, 83, 58, 0.0), "OPENCV": (140, 150, 83, 58, 0, 0, 0, 0)}.items():  # fmt: skip
         plain = Lens(model, *SIZE, params)
-        assert not plain.distortion and undistorted(image, plain) is image
+        assert not plain.distortion and can_be_undistorted(plain) and undistorted(image, plain) is image
         assert plain.pinhole.params == (140, 150 if "SIMPLE" not in model else 140, 83, 58)
     camera = b"1 SIMPLE_RADIAL 160 120 140 80 60 0\n"
     folder = write_model(tmp_path, {**text(), "cameras.txt": camera})
@@ -222,8 +226,7 @@ def test_what_is_exported_is_one_pinhole_camera(bent_house, tmp_path):
     scene = bent_house[1]
     for photograph in scene.photographs:
         save(photograph.image, tmp_path / "images" / f"{photograph.name}.png")
-    files = [f"{p.name}.png" for p in scene.photographs]
-    write_colmap(tmp_path / "sparse" / "0", scene, files)
+    write_colmap(tmp_path / "sparse" / "0", scene)
     again = load_scene(tmp_path)
     assert "undistorted" not in again.about
     for one, other in zip(scene.photographs, again.photographs, strict=True):
@@ -232,14 +235,17 @@ def test_what_is_exported_is_one_pinhole_camera(bent_house, tmp_path):
         places = [p.tracks.uv[p.tracks.depth.argsort()] for p in (one, other)]
         assert torch.allclose(*(p.sort(0).values for p in places), atol=1e-5)
     assert misses(again).median() < 0.25
-    write_transforms(tmp_path / "transforms.json", scene, [f"images/{file}" for file in files])
+    originals = [bent_house[0] / "images" / f"{p.name}.png" for p in scene.photographs]
+    with pytest.raises(DataError, match="distortion of its lens still"):
+        write_transforms(tmp_path / "transforms.json", scene, originals)
+    write_transforms(tmp_path / "transforms.json", scene, [f"images/{p.name}.png" for p in scene.photographs])
     again = load_scene(tmp_path / "transforms.json")
     assert again.about["explained"] > 0.95 and misses(again).median() < 0.25
 
 
 def test_a_model_without_points_is_triangulated_in_straight_pictures(bent_house, tmp_path, views):
     scene = bent_house[1]
-    write_colmap(tmp_path, Scene([scene.photographs[k] for k in (0, 2, 3)]), [f"view_{k}.png" for k in (0, 2, 3)])
+    write_colmap(tmp_path, Scene([scene.photographs[k] for k in (0, 2, 3)]))
     (tmp_path / "points3D.txt").unlink()
     lines = [f"{n} SIMPLE_RADIAL {WIDTH} {HEIGHT} {FOCAL * WIDTH} {WIDTH / 2} {HEIGHT / 2} {K}\n" for n in (1, 2, 3)]
     (tmp_path / "cameras.txt").write_text("".join(lines))
@@ -260,10 +266,11 @@ def test_photographs_without_a_camera_stay_as_they_were_taken(bent_house, tmp_pa
 
 
 @pytest.mark.parametrize("k1, k2", [(-3.0, 0.0), (1e6, 0.0), (0.0, -1e300), (50.0, 0.0)])
-def test_distortion_that_cannot_be_taken_away_leaves_nothing_to_measure(bent_house, tmp_path, k1, k2):
+def test_distortion_that_cannot_be_taken_away_is_said(bent_house, tmp_path, k1, k2):
     write_model(tmp_path, {**text(), "cameras.txt": f"1 RADIAL 160 120 140 80 60 {k1} {k2}\n".encode()})
     scene = load_scene(tmp_path)
-    assert "points enough" in scene.refused and len(scene.left_out) == 4
+    assert "distortion cannot be taken away" in scene.refused and len(scene.left_out) == 4
     content = json.loads((bent_house[0] / "transforms.json").read_text())
     (tmp_path / "transforms.json").write_text(json.dumps({**content, "k1": k1, "k2": max(k2, -1e8)}))
-    assert load_scene(bent_house[0] / "images", cameras=tmp_path / "transforms.json").refused
+    with pytest.raises(DataError, match="distortion cannot be taken away"):
+        load_scene(bent_house[0] / "images", cameras=tmp_path / "transforms.json")

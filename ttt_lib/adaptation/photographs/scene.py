@@ -63,10 +63,13 @@ class SceneAdaptation:
 
     def results(self) -> Iterator[tuple[Photograph, AdaptResult]]:
         """Every photograph with its result; those that were left out, and all of a refused scene, keep the original."""
-        for evidence in self.evidence:
-            yield evidence.photograph, self.result(evidence)
+        by_name = {each.photograph.name: each for each in self.evidence}
         why = dict(self.scene.left_out)
-        for photograph in [*([] if self.evidence else self.scene.photographs), *self.scene.rest]:
+        for photograph in [*self.scene.photographs, *self.scene.rest]:
+            evidence = by_name.get(photograph.name)
+            if evidence is not None:
+                yield photograph, self.result(evidence)
+                continue
             reason = self.scene.refused or f"left out: {why.get(photograph.name, '')}"
             yield photograph, AdaptResult.kept(self.model, photograph.image, reason)
 

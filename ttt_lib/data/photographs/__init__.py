@@ -1,8 +1,8 @@
 """Several photographs of one scene: points whose depth is known up to one scale, from the photographs alone.
 
 Comes in (`load.load_scene`): a list or a folder of photographs (`sources`), a clip (`clips`), or cameras that somebody
-computed (`known`), a COLMAP model (`colmap`) or a `transforms.json` (`transforms`), with their photographs,
-which may be stored turned and are read without the distortion of those cameras' lenses (`as_seen`).
+computed (`known`), a COLMAP model (`colmap_files`, `colmap`) or a `transforms.json` (`transforms`), with their photographs
+(`by_name`), which may be stored turned (`upright`) and are read without the distortion of those cameras' lenses (`undistort`).
 Goes out: a `scene.Scene`, cameras and tracks with their signals, and one sentence in `refused` where the photographs tell
 nothing. `stereo` matches two photographs, `measured` says what depth follows; `writers` give a scene to other programs.
 

@@ -32,38 +32,21 @@ FIT_EACH = 0.5  # of one photograph's matches
 MAX_MEDIAN_ERROR = 1.5  # pixels
 
 
-def reconstruct(job: Job, lenses: list[Lens] | None = None, poses: np.ndarray | None = None) -> Job:
-    """The job with a reconstruction that two others confirm and its tracks, or with why there is none.
-
-    Where the cameras are known, it gets the points that its photographs see, by cameras that stay as they are.
-
-    Args:
-        job: with known cameras, of pictures as these saw them, without distortion, of the shape of their lenses.
-        lenses: one a picture, where they are known.
-        poses: (N,4,4) world -> camera, with them. `about` gets `explained`, the share of the matches that the cameras
-            explain; `left_out` says why a photograph's camera cannot be right.
-    """
+def reconstruct(job: Job) -> Job:
+    """The job with a reconstruction that two others confirm and its tracks, or with why there is none."""
     try:
-        if lenses is None:
-            _reconstruct(job)
-        else:
-            _triangulate(job, [_scaled(lens, *size) for lens, size in zip(lenses, job.sizes)], poses)
+        match(job)
+        try:
+            _agreed(job)
+        except Refusal as refusal:
+            if refusal.sure or len(job.kept) > focal.MANY:  # so many that some stand apart, and it takes minutes
+                raise
+            # What has little parallax was left out; where most of a scene is far away, that was the better half of it.
+            job.needed, job.about = SCANT, {"second_try": True}
+            _agreed(job)
     except Refusal as refusal:
         job.refused = str(refusal)
-    job.grays = []  # which need not travel back
     return job
-
-
-def _reconstruct(job: Job) -> None:
-    match(job)
-    try:
-        _agreed(job)
-    except Refusal as refusal:
-        if refusal.sure or len(job.kept) > focal.MANY:  # so many that some stand apart, and it takes minutes
-            raise
-        # What has little parallax was left out; where most of a scene is far away, that was the better half of it.
-        job.needed, job.about = SCANT, {"second_try": True}
-        _agreed(job)
 
 
 def _agreed(job: Job) -> None:
@@ -193,6 +176,24 @@ def _reconstructions(job: Job, belief: focal.Belief) -> tuple[SparseModel, list[
 def _is_whole(other: SparseModel | None, model: SparseModel) -> bool:
     """Whether it has as many photographs as the model."""
     return other is not None and len(other.image) >= len(model.image)
+
+
+def triangulate(job: Job, lenses: list[Lens], poses: np.ndarray) -> Job:
+    """The job with points that its photographs see, by cameras that stay as they are, or with why there are none.
+
+    Args:
+        job: of pictures as their cameras saw them, without distortion, of the shape of their lenses.
+        lenses: one a picture.
+        poses: (N,4,4) world -> camera.
+
+    `about` gets `explained`, the share of the matches that the cameras explain; `left_out` says why a photograph's camera
+    cannot be right.
+    """
+    try:
+        _triangulate(job, [_scaled(lens, *size) for lens, size in zip(lenses, job.sizes)], poses)
+    except Refusal as refusal:
+        job.refused = str(refusal)
+    return job
 
 
 def _scaled(lens: Lens, width: int, height: int) -> Lens:

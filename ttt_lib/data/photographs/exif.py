@@ -28,23 +28,33 @@ CROPPED = 0.03  # by how much the shape may differ from what the camera wrote
 class ExifLens(NamedTuple):
     """What EXIF says of a camera.
 
-    longer: focal length over the longer side of the picture; None where nothing sensible is said. cropped: whether the
-    picture has another shape than the camera wrote, so that the focal length is a guess. camera: make, model and focal
-    length as words, the same for photographs of one camera at one zoom; "" where nothing is said.
+    diagonal: focal length over the diagonal of the picture, longer: over its longer side; None where it says nothing.
+    shape: longer over shorter side as the camera wrote it, or None. camera: make, model and focal length as words, the
+    same for photographs of one camera at one zoom; "" where nothing is said.
     """
 
+    diagonal: float | None = None
     longer: float | None = None
-    cropped: bool = False
+    shape: float | None = None
     camera: str = ""
 
     def focal(self, width: int, height: int) -> float | None:
         """Over the width of the upright picture of this size; None where it is not known.
 
         Example:
-            >>> [round(ExifLens(0.75).focal(*size), 3) for size in ((4000, 3000), (3000, 4000))]
-            [0.75, 1.0]
+            >>> phone = ExifLens(diagonal=26 / DIAGONAL_35)
+            >>> [round(phone.focal(*size), 3) for size in ((4000, 3000), (3000, 4000))]
+            [0.751, 1.002]
         """
-        return None if self.longer is None else self.longer * max(width, height) / width
+        pixels = (self.longer or 0.0) * max(width, height)
+        if self.diagonal is not None:
+            pixels = self.diagonal * math.hypot(width, height)
+        return pixels / width if SHORTEST < pixels / max(width, height) < LONGEST else None
+
+    def is_cropped(self, width: int, height: int) -> bool:
+        """Whether the picture has another shape than the camera wrote, so that the focal length is a guess."""
+        shape = max(width, height) / min(width, height)
+        return self.shape is not None and abs(shape / self.shape - 1) > CROPPED
 
 
 def _number(tags: Mapping[int, Any], tag: int) -> float | None:
@@ -71,19 +81,15 @@ def _sensor(tags: Mapping[int, Any], longer: float) -> float | None:
     return pixel * longer if exists else None
 
 
-def _lens(own: Mapping[int, Any], tags: Mapping[int, Any], size: tuple[int, int]) -> ExifLens:
+def _lens(own: Mapping[int, Any], tags: Mapping[int, Any]) -> ExifLens:
     focal, equivalent, width, height = (_number(tags, tag) for tag in NUMBERS)
-    written = (width, height) if width and height else None
-    longer = None
-    if equivalent:
-        longer = equivalent / DIAGONAL_35 * math.hypot(*size) / max(size)
-    elif focal and written and (sensor := _sensor(tags, max(written))):
-        longer = focal / sensor
-    cropped = written is not None and abs(max(size) / min(size) / (max(written) / min(written)) - 1) > CROPPED
+    longer = max(width, height) if width and height else None
+    sensor = _sensor(tags, longer) if longer else None
+    on_sensor = focal / sensor if focal and sensor else None
     words = [" ".join(str(own[tag]).split()) for tag in (Base.Make, Base.Model) if isinstance(own.get(tag), str)]
     words += [f"{value:g} mm" for value in (focal, equivalent) if value]
-    sensible = longer is not None and SHORTEST < longer < LONGEST
-    return ExifLens(longer if sensible else None, cropped, printable(" ".join(words), 200))
+    diagonal, shape = equivalent and equivalent / DIAGONAL_35, longer and longer / min(width, height)
+    return ExifLens(diagonal, on_sensor, shape, printable(" ".join(words), 200))
 
 
 def read_lens(path: str | Path) -> ExifLens:
@@ -105,7 +111,7 @@ def read_lens(path: str | Path) -> ExifLens:
     try:
         with Image.open(path, formats=readable_formats()) as image:
             own = image.getexif()
-            return _lens(own, own.get_ifd(IFD.Exif), image.size)
+            return _lens(own, own.get_ifd(IFD.Exif))
     except Exception as error:  # odd tags, no image: whoever reads the pixels says so
         log.info("%s: EXIF that cannot be read is ignored (%s)", printable(path), reason(error))
         return ExifLens()

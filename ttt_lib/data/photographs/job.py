@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,9 +30,7 @@ log = logging.getLogger(__name__)
 CELLS = 4  # a picture has CELLS x CELLS cells, in which its tracks are counted
 LONGEST_SIDE = 1200  # pixels of the pictures that are matched
 FARTHEST = 1e8  # units, of given cameras and points: a coordinate beyond is no measurement
-LEAST_FOCAL, MOST_FOCAL = 0.02, 50.0  # of the picture's side, of given cameras: 175 degrees and 1
-# Models of given cameras, and how many parameters come before those of the distortion.
-PINHOLE_PARAMS = {"SIMPLE_PINHOLE": 3, "SIMPLE_RADIAL": 3, "RADIAL": 3, "PINHOLE": 4, "OPENCV": 4, "FULL_OPENCV": 4}
+LEAST_FOCAL = 0.02  # of the picture's side, of given cameras: 175 degrees
 MIN_MATCHES = 40  # verified matches with some other photograph
 USUAL_FOCAL, UNKNOWN = 0.85, 0.3  # of the width, where nothing is known: a phone, a small camera; deviation of its log
 
@@ -92,41 +89,29 @@ class Lens(NamedTuple):
     params: tuple[float, ...]
 
     @property
-    def fault(self) -> str:
-        """Why it cannot be used; "" where it can."""
-        if self.model not in PINHOLE_PARAMS:
-            return f"has a lens of the kind {self.model}, which this cannot use: undistort the pictures first"
-        fx, fy, cx, cy = self.pinhole.params
-        sides = ((fx, cx, self.width), (fy, cy, self.height))
-        possible = all(LEAST_FOCAL * side < f < MOST_FOCAL * side and -side < c < 2 * side for f, c, side in sides)
-        possible &= not 0 <= min(cx, cy) <= max(cx, cy) <= 1  # what is not in pixels has it in the first one
-        size = f"{self.width} x {self.height}"
-        return (
-            ""
-            if possible
-            else f"has a camera that cannot be: {size}, {', '.join(map(str, self.params))}, all in pixels"
-        )
-
-    @property
     def pinhole(self) -> Lens:
         """The same lens without its distortion: its focal lengths and its centre."""
-        focal, *rest = self.params[: PINHOLE_PARAMS[self.model]]
+        focal, *rest = self.params[: self._pinhole_params]
         fx, fy, cx, cy = (focal, focal, *rest) if len(rest) == 2 else (focal, *rest)
         return Lens("PINHOLE", self.width, self.height, (fx, fy, cx, cy))
 
     @property
     def distortion(self) -> tuple[float, ...]:
         """The parameters that bend straight lines, as COLMAP orders them; none where it has none, or all are zero."""
-        bending = self.params[PINHOLE_PARAMS[self.model] :]
+        bending = self.params[self._pinhole_params :]
         return bending if any(bending) else ()
+
+    @property
+    def _pinhole_params(self) -> int:
+        return 3 if self.model.startswith("SIMPLE_") or self.model == "RADIAL" else 4
 
 
 @dataclass
 class SparseModel:
     """A reconstruction as arrays: I registered images, P points, M observations of them.
 
-    image (I,) long: its place among the photographs; pose (I,4,4) world -> camera; size (I,2) width
-    and height; intrinsics (I,4) fx, fy, cx, cy in pixels; xyz (P,3). Of an observation: seen_by (M,) row of
+    image (I,) long: its place among the photographs, or its id; pose (I,4,4) world -> camera; size (I,2) width and
+    height; intrinsics (I,4) fx, fy, cx, cy in pixels, NaN of a fisheye; xyz (P,3). Of an observation: seen_by (M,) row of
     the image, feature (M,) number of the picture's feature, point (M,) row of xyz, uv (M,2) in pixels with the first
     pixel's centre at 0.5, of the picture without distortion, NaN where that does not reach, depth (M,), error (M,) of
     reprojection in pixels of the picture as it was taken, NaN where the camera cannot project it.
@@ -167,9 +152,9 @@ class Selection:
 
 @dataclass
 class Job:
-    """What is known so far of photographs that are compared.
+    """What is known so far of photographs that are compared in a folder, where each lies as gray_0.npy, gray_1.npy, ...
 
-    folder: for a database; pictures: without their sources; grays: of each (h,w) uint8. kept: those that take part;
+    pictures: without their sources; of the gray ones sizes (width, height) and digests. kept: those that take part;
     left_out: place -> why of the others; camera_of: of each the number of its lens; of pairs of photographs inliers
     (verified matches), moved (pixels that three quarters of them stay below), flat (the share of them that one homography
     explains). needed: the parallax. In the end about (see `Scene`), model and picked, or refused.
@@ -177,7 +162,8 @@ class Job:
 
     folder: Path
     pictures: list[Picture]
-    grays: list[np.ndarray]
+    sizes: list[tuple[int, int]]
+    digests: list[str]
     seed: int
     in_order: bool = False
     kept: list[int] = field(default_factory=list)
@@ -196,11 +182,6 @@ class Job:
 
     def __post_init__(self) -> None:
         self.kept = list(range(len(self.pictures)))
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Width and height of the gray pictures."""
-        return [gray.shape[::-1] for gray in self.grays]
 
     @property
     def longest(self) -> int:
@@ -230,17 +211,6 @@ class Job:
         return focals, exact
 
 
-def natural(name: str) -> list[tuple[int, int | str]]:
-    """A key by which names are sorted as people do: numbers by their value.
-
-    Example:
-        >>> sorted(["a10", "a9", "b"], key=natural)
-        ['a9', 'a10', 'b']
-    """
-    parts = re.split(r"([0-9]{1,18})", name)
-    return [(0, int(part)) if k % 2 else (1, part) for k, part in enumerate(parts) if part]
-
-
 class Failed(Exception):
     """The process ended without a result; says in words how."""
 
@@ -265,8 +235,10 @@ def apart(task: str, patience: float, *arguments: Any) -> Any:
     said = done.stderr.decode("utf-8", "replace").strip().splitlines()
     if said:
         log.log(logging.WARNING if done.returncode else logging.DEBUG, "%s: %s", task, "\n".join(said[-20:]))
+    if done.returncode < 0:
+        raise Failed(f"the reconstruction program was ended by signal {-done.returncode}")
     if done.returncode:
-        raise Failed(printable(said[-1] if said else f"the program ended with status {done.returncode}", 200))
+        raise Failed(printable(said[-1] if said else f"exit status {done.returncode}", 200))
     return pickle.loads(done.stdout)
 
 

@@ -4,29 +4,32 @@ photographs that belong to the names in them."""
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ttt_lib.core.errors import DataError, UserError, printable
-from ttt_lib.data.images import is_photo, read_photo
-from ttt_lib.data.photographs.as_seen import read_undistorted, turn, turns_of_camera
-from ttt_lib.data.photographs.colmap import find_model, is_own, read_model
+from ttt_lib.data.images import read_photo
+from ttt_lib.data.photographs.by_name import folders_near, in_folders, in_list
+from ttt_lib.data.photographs.colmap import read_model
+from ttt_lib.data.photographs.colmap_files import Listing, ModelFiles, find_model
 from ttt_lib.data.photographs.job import SCANT, Lens, Picture, Selection, SparseModel
 from ttt_lib.data.photographs.reconstruct import do_apart, to_photographs
 from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.signals import centres, moves_ahead, select_tracks, summarize
-from ttt_lib.data.photographs.sources import as_one, because, distinct_names, photographs_of, thinned
-from ttt_lib.data.photographs.transforms import Frame, find_transforms, read_transforms
+from ttt_lib.data.photographs.sources import distinct_names, first_of, from_list, photographs_of, thinned
+from ttt_lib.data.photographs.transforms import find_transforms, lens_of, read_transforms, size_of
+from ttt_lib.data.photographs.undistort import LASTING, can_be_undistorted, read_undistorted
+from ttt_lib.data.photographs.upright import turn, turns_of_camera
 
-INSIDE = (".", "images", "input", "photos", "images_2", "images_4", "images_8")  # folders that people use
 FAR = 1000.0  # times their own spread: so far from the origin float32 would cost a ten-thousandth of it
+ANOTHER = "is another model, of fewer images, which is not read; name it to have it"
 
 
 class Posed(NamedTuple):
@@ -56,121 +59,183 @@ class Posed(NamedTuple):
 
     def as_seen(self) -> Tensor:
         """The picture (3,H,W) without distortion, as the camera saw it before it was turned upright."""
-        return self.source().rot90(self.turns, (1, 2))
+        return torch.rot90(self.source(), self.turns, (1, 2))
 
 
-def find_cameras(path: Path) -> Path | None:
-    """The folder of a COLMAP model in a folder, else a `transforms.json` there or of this name; None without either."""
+def find_cameras(path: Any) -> ModelFiles | Path | None:
+    """The files of a COLMAP model in a folder, else a `transforms.json` there or of this name; None without either."""
+    if not isinstance(path, Path):
+        return None
     return (find_model(path) if os.path.isdir(path) else None) or find_transforms(path)
 
 
-def scene_of_cameras(cameras: Path, folder: Path | None, every: int | None, count: int | None, seed: int) -> Scene:
-    """The scene of cameras and the photographs that they have.
+def scene_of_cameras(
+    cameras: ModelFiles | Path, photographs: Path | list[Path] | None, every: int | None, count: int | None, seed: int
+) -> Scene:
+    """The scene of a file of cameras.
 
     Args:
         cameras: as `find_cameras` gives it.
-        folder: the one that the photographs lie in; None: beside the cameras.
+        photographs: the folder that they lie in, or their files; None: beside the cameras.
         every, count, seed: see `load_scene`.
 
     Raises:
-        DataError: the files of cameras are damaged, or fewer than two of their photographs can be used.
+        DataError: the files of cameras are damaged, or fewer than two of their photographs can be found.
     """
-    scene, model = Scene([], about={"scale": "as the cameras have it"}), None  # the scene is filled in
-    if os.path.isdir(cameras):
-        model, names, lenses, scene.left_out = read_model(cameras)
-        poses = model.pose
-    else:
-        lenses, scene.left_out = read_transforms(cameras)
-        names, poses = [frame.path for frame in lenses], [frame.pose for frame in lenses]
-    files = _files(names, folder or (cameras if model else cameras.parent), cameras, scene)
-    rows = thinned([row for row, name in enumerate(names) if name in files], every, count, cameras)
-    posed = {}  # by the camera's row
-    for row, name in zip(rows, distinct_names([files[names[row]] for row in rows])):
-        try:
-            posed[row] = _posed(name, files[names[row]], lenses[row], poses[row])
-        except UserError as error:
-            scene.left_out.append((name, str(error)))
-    if len(posed) < 2:
-        raise DataError(
-            f"{cameras}: {len(posed)} photographs with a camera can be used, two are needed{because(scene.left_out[-1:])}."
-        )
-    if model is not None and len(model.xyz):
-        picked = _select(model)
-        if is_own(cameras):
-            picked = replace(picked, which=model.depth > 0, weak={})
-        return _finished(model, picked, posed, scene)
-    return _triangulated(posed, seed, scene)
+    scene = Scene([])  # which is filled in
+    if isinstance(cameras, Path):
+        frames, scene.left_out = read_transforms(cameras)
+        if not frames:
+            raise DataError(f"{cameras}: no frame has a camera ({' '.join(scene.left_out[0])}).")
+        files = _files([frame.path for frame in frames], photographs, folders_near(cameras.parent), cameras, scene)
+        frames = thinned([frame for frame in frames if frame.path in files], every, count, cameras)
+        entries = [(files[frame.path], frame.pose, frame.values) for frame in frames]
+        return _triangulated(_with_cameras(entries, cameras, scene), seed, scene)
+    model, listing = read_model(cameras)
+    scene.left_out = [(f"{path.parent.name}/{path.name}", ANOTHER) for path in cameras.others]
+    names = [listing.images.get(image, ("", 0))[0] for image in model.image.tolist()]
+    paths = _files(names, photographs, folders_near(cameras.folder), cameras.folder, scene)
+    found = [(image, row) for row, image in enumerate(model.image.tolist()) if names[row] in paths][::every]
+    files = {image: paths[names[row]] for image, row in found}
+    if listing.points:
+        return _with_points(model, listing, files, count, cameras.folder, scene)
+    scene.left_out += [(files[image].stem, why) for image, why in listing.unusable.items() if image in files]
+    usable = thinned([each for each in found if each[0] not in listing.unusable], None, count, cameras.folder)
+    entries = [(files[image], model.pose[row], listing.taken_by(image)) for image, row in usable]
+    return _triangulated(_with_cameras(entries, cameras.folder, scene), seed, scene)
 
 
-def _files(names: list[str], near: Path, cameras: Path, scene: Scene) -> dict[str, Path]:
+def _files(
+    names: list[str], photographs: Path | list[Path] | None, near: list[Path], what: Path, scene: Scene
+) -> dict[str, Path]:
     """The photograph of each name. Raises `DataError` where fewer than two are there."""
-    files, where = find_photographs(names, near)
+    if isinstance(photographs, list):
+        files, at = in_list(names, photographs), "the list"
+        unused = from_list([file for file in photographs if file not in set(files.values())])
+        scene.rest = [Photograph(picture.name, picture.source) for picture in unused.pictures]
+        scene.left_out += unused.left_out + [(p.name, f"has no camera in {what}") for p in scene.rest]
+    else:
+        files, where = in_folders(names, folders_near(photographs) if photographs else near)
+        others = sorted(set(photographs_of(where)[0]) - set(files.values())) if where else []
+        unknown = [(printable(file.stem, 100), f"has no camera in {what}") for file in others]
+        scene.left_out += first_of(unknown, "other photographs", f"have no camera in {what}")
+        at = where or photographs or near[0]
     if len(files) < 2:
-        such = f" (such as {printable(names[0], 100)!r})" if names else ""
         raise DataError(
-            f"{cameras}: of its {len(names)} photographs{such} {len(files)} are in {where}; give the folder that they lie "
-            f"in{because(scene.left_out[-1:])}."
+            f"{what}: of its {len(names)} photographs (such as {printable(names[0], 100)!r}) {len(files)} are in {at}; "
+            "give the folder that they lie in."
         )
-    said = {Path(name).stem for name, _ in scene.left_out}
-    others = [file.stem for file in photographs_of(where)[0] if file not in files.values() and file.stem not in said]
-    scene.left_out += as_one(others, f"no camera in {cameras}")
-    scene.left_out += [(printable(name, 100), f"is not in {where}") for name in names if name not in files]
+    scene.left_out += [(printable(name, 100), f"is not in {at}") for name in names if name not in files]
     return files
 
 
-def _posed(name: str, file: Path, camera: Lens | Frame, pose: np.ndarray) -> Posed:
-    """Raises `UserError` where the photograph and its camera cannot be used; the sentence is the reason."""
-    turns, stored = turns_of_camera(file, (camera.width, camera.height) if isinstance(camera, Lens) else camera.size)
-    lens = camera if isinstance(camera, Lens) else camera.lens(*(camera.size or stored))
-    if lens.fault:
-        raise UserError(f"{lens.fault}.")
-    return Posed(name, file, turns, lens, pose)
+def _because(scene: Scene) -> str:
+    return next((f" ({name} {why.rstrip('.')})" for name, why in scene.left_out), "")
 
 
-def _triangulated(posed: dict[int, Posed], seed: int, scene: Scene) -> Scene:
+def _with_cameras(
+    entries: list[tuple[Path, np.ndarray, Lens | dict[str, float]]], where: Path, scene: Scene
+) -> list[Posed]:
+    """Photographs with their cameras, those that can be read. entries: file, pose, and the lens or what a transforms.json
+    says of it."""
+    result = []
+    for name, (file, pose, camera) in zip(distinct_names([entry[0] for entry in entries]), entries):
+        try:
+            size = (camera.width, camera.height) if isinstance(camera, Lens) else size_of(camera)
+            turns, stored = turns_of_camera(file, size)
+            lens = camera if isinstance(camera, Lens) else lens_of(camera, size or stored)
+            if not can_be_undistorted(lens):
+                raise UserError(f"{LASTING}.")
+            result.append(Posed(name, file, turns, lens, pose))
+        except UserError as error:
+            scene.left_out.append((name, str(error)))
+    if len(result) < 2:
+        raise DataError(
+            f"{where}: {len(result)} photographs with a camera can be used, two are needed{_because(scene)}."
+        )
+    return result
+
+
+def _triangulated(posed: list[Posed], seed: int, scene: Scene) -> Scene:
     """A scene of photographs whose cameras are known and stay as they are; its scale is that of the poses."""
-    pictures = [Picture(each.name, each.as_seen) for each in posed.values()]
-    lenses = [each.lens.pinhole for each in posed.values()]
-    poses = np.stack([each.pose for each in posed.values()])
-    job = do_apart(pictures, seed, False, lenses, poses)
-    scene.about |= job.about
+    pictures = [Picture(each.name, each.as_seen) for each in posed]
+    lenses = [each.lens.pinhole if each.lens.distortion else each.lens for each in posed]
+    poses = np.stack([each.pose for each in posed])
+    job = do_apart("agreement.triangulate", pictures, seed, False, lenses, poses)
+    scene.about = {"scale": "as the cameras have it", **job.about}
+    plain = [each.plain for each in posed]
     if job.refused:
-        return replace(scene, photographs=[each.plain for each in posed.values()], refused=job.refused)
-    picked = _select(job.model)
+        return replace(scene, photographs=plain + scene.rest, refused=job.refused, rest=[])
+    picked = _select(job.model, job.left_out)
     picked.weak.update(job.left_out)
-    return _finished(job.model, picked, dict(enumerate(posed.values())), scene)
+    taken = {image: posed[image] for image in job.model.image.tolist() if image not in picked.weak}
+    return _scene_of_images(job.model, picked, dict(enumerate(plain)), taken, scene)
 
 
-def _select(model: SparseModel) -> Selection:
-    """Its tracks; with little parallax too where fewer than two photographs have enough others."""
+def _with_points(
+    model: SparseModel, listing: Listing, files: dict[int, Path], count: int | None, where: Path, scene: Scene
+) -> Scene:
+    """A scene of a model that has points. files: id -> photograph, of the images that were found; of those that can be
+    used at most `count` are taken."""
+    picked = _select(model, listing.unusable)
+    if listing.own:  # each observation is a track already
+        picked = replace(picked, which=np.isfinite(model.depth) & (model.depth > 0), weak={})
+    picked.weak.update(listing.unusable)
+    named = zip(files.items(), distinct_names(list(files.values())))
+    photographs = {image: Photograph(name, partial(read_photo, file)) for (image, file), name in named}
+    row_of = {image: row for row, image in enumerate(model.image.tolist())}
+    taken = {}
+    for image in thinned([i for i in row_of if i in files and i not in picked.weak], None, count, where):
+        row, lens = row_of[image], listing.taken_by(image)
+        try:
+            turns, _ = turns_of_camera(files[image], model.size[row].tolist())
+            taken[image] = Posed(photographs[image].name, files[image], turns, lens, model.pose[row])
+        except UserError as error:
+            scene.left_out.append((photographs.pop(image).name, str(error)))
+    return _scene_of_images(model, picked, photographs, taken, scene)
+
+
+def _select(model: SparseModel, unusable: dict[int, str]) -> Selection:
+    """Its tracks; with little parallax too where fewer than two usable photographs have enough others."""
     ahead = moves_ahead(model)
     picked = select_tracks(model, ahead)
-    return picked if len(picked.weak) + 2 <= len(model.image) else select_tracks(model, ahead, SCANT)
+    strong = set(model.image.tolist()) - picked.weak.keys() - unusable.keys()
+    return picked if len(strong) >= 2 else select_tracks(model, ahead, SCANT)
 
 
-def _finished(model: SparseModel, picked: Selection, posed: dict[int, Posed], scene: Scene) -> Scene:
-    """The scene of the photographs that are not weak, which are read without the distortion of their lenses, as the
-    model's cameras and places are. The others are left out, and stay as they were taken."""
-    weak = {image: each for image, each in posed.items() if image in picked.weak}
-    scene.left_out += [(each.name, picked.weak[image]) for image, each in weak.items()]
-    taken = {image: each for image, each in posed.items() if image not in weak}
-    if len(taken) < 2:
-        refused = f"fewer than two photographs have points enough{because(scene.left_out[-1:])}: give more, from places apart."
-        return replace(scene, photographs=[each.plain for each in posed.values()], refused=refused)
+def _scene_of_images(
+    model: SparseModel, picked: Selection, photographs: dict[int, Photograph], posed: dict[int, Posed], scene: Scene
+) -> Scene:
+    """The scene of the images that `posed` has; the others are left out with their reasons, if they have any.
+
+    photographs: as they were taken. So stay those that are left out or of a refused scene, where no camera counts; the
+    others are read without the distortion of their lenses, as the model's cameras and places are.
+    """
     for row, image in enumerate(model.image.tolist()):
-        if image in taken:
-            turn(model, row, taken[image].turns)
+        here, camera = model.seen_by == row, (model.intrinsics[row], model.size[row], model.pose[row])
+        turned = turn(posed[image].turns if image in posed else 0, *camera, model.uv[here])
+        model.intrinsics[row], model.size[row], model.pose[row], model.uv[here] = turned
     _near_origin(model, scene)
-    used = np.isin(model.image, list(taken))
-    picked.which &= used[model.seen_by]
-    picked.weak = dict.fromkeys(model.image[~used].tolist(), "")
-    scene.about.update(summarize(model, picked))
-    focals = model.intrinsics[used, 0] / model.size[used, 0]
+    out = [image for image in photographs if image in picked.weak]
+    scene.left_out += [(photographs[image].name, picked.weak[image]) for image in out]
+    taken = np.isin(model.image, list(posed))
+    weak = dict.fromkeys(model.image[~taken].tolist(), "")
+    whole = replace(picked, which=picked.which & taken[model.seen_by], weak=weak)
+    scene.about.update(summarize(model, whole))
+    focals = model.intrinsics[taken, 0] / model.size[taken, 0]
     scene.about["focal"] = sorted({round(focal, 4) for focal in focals.tolist()})
-    if undistorted := sum(bool(each.lens.distortion) for each in taken.values()):
-        scene.about["undistorted"] = undistorted
-    found = to_photographs(model, picked, {i: Photograph(each.name, each.source) for i, each in taken.items()})
-    return replace(scene, photographs=found, rest=[each.plain for each in weak.values()])
+    rest = [photographs[image] for image in out if _can_be_read(photographs[image])] + scene.rest
+    if len(posed) >= 2:
+        if undistorted := sum(bool(each.lens.distortion) for each in posed.values()):
+            scene.about["undistorted"] = undistorted
+        straight = {image: replace(photographs[image], source=each.source) for image, each in posed.items()}
+        found = to_photographs(model, whole, [straight.get(image) for image in model.image.tolist()])
+        return replace(scene, photographs=found, rest=rest)
+    refused = (
+        f"fewer than two photographs have a camera and points enough{_because(scene)}: give more of them, from places "
+        "apart."
+    )
+    return replace(scene, photographs=rest + [photographs[image] for image in posed], refused=refused, rest=[])
 
 
 def _near_origin(model: SparseModel, scene: Scene) -> None:
@@ -187,37 +252,8 @@ def _near_origin(model: SparseModel, scene: Scene) -> None:
         scene.about["origin"] = origin.tolist()
 
 
-def find_photographs(names: list[str], place: Path) -> tuple[dict[str, Path], Path]:
-    """The file of each name in the one folder near a place that has most of them, and that folder; names without a file are
-    missing.
-
-    A name is a path inside the folder. With another ending or none it is found where just one photograph there has its
-    stem.
-    """
-    above = (place, place.parent, place.parent.parent)
-    folders = dict.fromkeys(Path(os.path.normpath(folder / name)) for folder in above for name in INSIDE)
-    best: tuple[dict[str, Path], Path] = ({}, place)
-    listed = cache(_by_name)
-    for folder in filter(os.path.isdir, folders):
-        found = {name: file for name in names if (file := _in_folder(name, folder, listed)) is not None}
-        if len(found) > len(best[0]):
-            best = found, folder
-        if len(found) == len(set(names)):
-            break
-    return best
-
-
-def _in_folder(name: str, folder: Path, listed: Callable[[Path], dict[str, Path]]) -> Path | None:
-    path = folder / name.replace("\\", "/")
-    for place in (path.parent, folder):
-        known = listed(place) if os.path.isdir(place) else {}
-        if file := known.get(path.name) or known.get(path.stem):
-            return file
-    return None
-
-
-def _by_name(folder: Path) -> dict[str, Path]:
-    """The photographs of a folder by stem where that is there once, and by name."""
-    files = [path for path in folder.iterdir() if is_photo(path)]
-    number = Counter(file.stem for file in files)
-    return {**{file.stem: file for file in files if number[file.stem] == 1}, **{file.name: file for file in files}}
+def _can_be_read(photograph: Photograph) -> bool:
+    try:
+        return photograph.image is not None
+    except UserError:
+        return False

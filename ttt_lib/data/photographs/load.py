@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ttt_lib.core.errors import DataError, printable
+from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import is_photo
 from ttt_lib.data.photographs.job import Picture
 from ttt_lib.data.photographs.known import find_cameras, scene_of_cameras
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.scene import Scene
-from ttt_lib.data.photographs.sources import Given, because, from_list, photographs_of, thinned
-
-Prior = Callable[[Tensor], float | None]
-REASONABLE = 0.05, 15.0  # focal length over width that somebody may say; 26 would be millimetres
+from ttt_lib.data.photographs.sources import Given, Prior, checked_focal, from_list, guess, photographs_of, thinned
 
 
 def load_scene(
@@ -48,8 +43,8 @@ def load_scene(
         focal: the focal length over the width where it is known: of the first photograph, and the same camera's for
             those that were held the other way. Without it that of EXIF counts.
         prior: a model's guess where neither is known: a function from an image (3,H,W) to the focal length over the
-            width.
-        cameras: a folder with a COLMAP model or a `transforms.json` for the photographs of `source`, which is their folder.
+            width, or a table name -> focal length.
+        cameras: a folder with a COLMAP model or a `transforms.json` for the photographs of `source`.
 
     Returns:
         The scene. Where the photographs tell nothing, `refused` says why; what was not read is in `left_out`.
@@ -62,53 +57,24 @@ def load_scene(
         >>> load_scene([("a", torch.zeros(3, 64, 64)), ("b", torch.zeros(3, 64, 64))]).refused
         'b is a copy of a, or taken from the same place: take a second photograph a step to the side.'
     """
-    source, focal = _checked(source, every, count), _checked_focal(focal)
-    known = _known(source, cameras)
+    focal, every, count = checked_focal(focal), _whole(every, "every", 1), _whole(count, "count", 2)
+    source = _path_or_list(source, "source")
+    cameras = _path_or_list(cameras, "cameras") if cameras is not None else None
+    known = find_cameras(source if cameras is None else cameras)
+    if cameras is not None:
+        _check_known(known, cameras, source)
     if known is not None:
         if focal is not None:
             raise DataError("focal: the cameras are known here, and their focal length with them; leave it out.")
         return scene_of_cameras(known, None if cameras is None else source, every, count, seed)
-    pictures, left_out = _given(source, every, count, focal)
-    if len(pictures) < 2:
-        raise DataError(
-            f"{source if isinstance(source, Path) else 'the list'}: {len(pictures)} photographs can be read, at least two "
-            f"are needed{because(left_out)}."
-        )
-    _add_guesses(pictures, prior)
-    scene = reconstruct(pictures, seed, isinstance(source, Path) and not os.path.isdir(source))
-    _name_exif(scene, pictures if focal is None else [])
-    scene.left_out = left_out + scene.left_out
+    given, where, in_order = _given(source, every, count, focal, prior)
+    if len(given.pictures) < 2:
+        why = next((f": {why}" for _, why in given.left_out if why.endswith(".")), ".")
+        raise DataError(f"{where}: {len(given.pictures)} photographs can be read, at least two are needed{why}")
+    scene = reconstruct(given.pictures, seed, in_order)
+    _name_exif(scene, given.pictures if focal is None else [])
+    scene.left_out = given.left_out + scene.left_out
     return scene
-
-
-def _checked(source: Any, every: Any, count: Any) -> Path | list[Any]:
-    """The source as a path or a list. Raises `DataError` where it is none, or an option is none."""
-    for name, value, least in (("every", every, 1), ("count", count, 2)):
-        if value is not None and not (isinstance(value, int) and value >= least):
-            raise DataError(f"{name}: must be a whole number of at least {least}, not {value!r}.")
-    if isinstance(source, str | os.PathLike) and os.fspath(source):
-        return Path(source)
-    if isinstance(source, str | os.PathLike) or not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
-        raise DataError(f"source: must be a path or a list of photographs, not {source!r}.")
-    return list(source)
-
-
-def _checked_focal(value: Any) -> float | None:
-    """A focal length over the width that somebody says. Raises `DataError` where it is none."""
-    low, high = REASONABLE
-    if value is None or isinstance(value, int | float) and low <= value <= high:
-        return value
-    raise DataError(
-        f"focal: must be the focal length over the picture's width, a number from {low} to {high:.0f}, not {value!r}."
-    )
-
-
-def _add_guesses(pictures: list[Picture], prior: Prior | None) -> None:
-    """What a model guesses of the focal lengths that are not known, where that is sensible."""
-    for picture in pictures:
-        if picture.focal is None and prior is not None:
-            guess = prior(picture.read())
-            picture.focal = guess if guess is not None and REASONABLE[0] <= guess <= REASONABLE[1] else None
 
 
 def _name_exif(scene: Scene, pictures: list[Picture]) -> None:
@@ -121,36 +87,58 @@ def _name_exif(scene: Scene, pictures: list[Picture]) -> None:
         )
 
 
-def _known(source: Path | list[Any], cameras: str | os.PathLike | None) -> Path | None:
-    """The file or folder of cameras that somebody computed, if there are any."""
-    if cameras is None:
-        return find_cameras(source) if isinstance(source, Path) else None
-    if isinstance(source, list) or not os.path.isdir(source):
-        raise DataError(f"{printable(source)}: is no folder of photographs, which known cameras need.")
-    known = find_cameras(Path(cameras))
+def _path_or_list(value: Any, name: str) -> Path | list[Any]:
+    if isinstance(value, str | os.PathLike) and os.fspath(value):
+        return Path(value)
+    if isinstance(value, str | os.PathLike) or not hasattr(value, "__iter__") and not hasattr(value, "__getitem__"):
+        raise DataError(f"{name}: must be a path{' or a list of photographs' * (name == 'source')}, not {value!r}.")
+    return list(value)
+
+
+def _whole(value: Any, name: str, least: int) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise DataError(f"{name}: must be a whole number of at least {least}, not {value!r}.")
+    return value
+
+
+def _check_known(known: Any, cameras: Any, source: Path | list[Any]) -> None:
+    """Raises `DataError` where cameras that somebody names do not go with the photographs."""
+    if isinstance(cameras, Path) and not os.path.exists(cameras):
+        raise DataError(f"{cameras}: there is no such file or folder of cameras; check the name.")
     if known is None:
-        raise DataError(
-            f"{cameras}: there is no such file or folder, or it holds neither a COLMAP model (cameras, images) nor a "
-            "transforms.json."
-        )
-    return known
-
-
-def _given(source: Path | list[Any], every: int | None, count: int | None, focal: float | None) -> Given:
-    """Pictures without cameras."""
+        raise DataError(f"{cameras}: holds neither a COLMAP model (cameras, images) nor a transforms.json.")
+    if isinstance(source, Path) and not os.path.isdir(source):
+        raise DataError(f"{source}: is no folder of photographs, which known cameras need.")
     if isinstance(source, list):
-        return from_list(thinned(source, every, count, "the list"), focal)
+        if not all(isinstance(file, str | os.PathLike) for file in source):
+            raise DataError(
+                "photographs: known cameras belong to files, by their names; the list holds something else."
+            )
+        source[:] = map(Path, source)
+
+
+def _given(
+    source: Path | list[Any], every: int | None, count: int | None, focal: float | None, prior: Prior | None
+) -> tuple[Given, str, bool]:
+    """Pictures without cameras, where they are from, and whether they are in the order in which they were taken."""
+    if isinstance(source, list):
+        return from_list(thinned(source, every, count, "the list"), focal, prior), "the list", False
     if os.path.isdir(source):
         files, others = photographs_of(source)
         if not files:
-            raise DataError(f"{source}: holds no photographs{because(others)}; name the folder that they lie in.")
-        given = from_list(thinned(files, every, count, source), focal)
-        return Given(given.pictures, given.left_out + others)
+            also = "; ".join(f"{name} {why}" for name, why in others[:1]) or "it is empty"
+            raise DataError(f"{source}: holds no photographs ({also}); name the folder that they lie in.")
+        given = from_list(thinned(files, every, count, source), focal, prior)
+        return Given(given.pictures, given.left_out + others), str(source), False
     if not os.path.isfile(source):
         raise DataError(f"{source}: there is no such folder or file; check the name.")
-    if is_photo(source):
-        raise DataError(f"{source}: is one photograph; name two or more of the same scene.")
     # Here and not above: OpenCV has an FFmpeg of its own, and two of them in one process are one too many for some systems.
-    from ttt_lib.data.photographs.clips import read_clip
+    from ttt_lib.data.photographs.clips import is_moving_picture, read_clip
 
-    return Given(read_clip(source, every, count, focal), [])
+    if is_photo(source) and not is_moving_picture(source):
+        raise DataError(f"{source}: is one photograph; name two or more of the same scene.")
+    pictures = read_clip(source, every, count, focal).pictures
+    for picture in pictures:
+        if picture.focal is None and prior is not None:
+            picture.focal = guess(prior, picture.name, picture.read())
+    return Given(pictures, []), str(source), True

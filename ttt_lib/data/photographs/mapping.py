@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pycolmap
 
-from ttt_lib.core.errors import printable
-from ttt_lib.data.photographs.job import FARTHEST, Job, Lens, SparseModel, natural
+from ttt_lib.data.photographs.job import Job, Lens, SparseModel
 from ttt_lib.data.photographs.matching import database_of, image_name, tolerance
 
 log = logging.getLogger(__name__)
@@ -24,6 +23,7 @@ MAPPED_ANGLE = 1.0  # degrees between two rays to a point: no more is asked, how
 PLACED_ANGLE = 0.1  # the same of known cameras: far points count too when they and the matches are compared
 EPIPOLAR_ERROR = 0.002  # of the longer side, and at least a pixel
 LOSS_SCALE = 0.5  # pixels: from here on a residual counts by its length, not by its square
+FISHEYE = ("FISHEYE", "FOV", "EUCM", "EQUIRECTANGULAR")
 RETURNS = 0.1  # pixels that a place may miss itself by when its ray is seen again: else the ray is none
 
 
@@ -60,7 +60,7 @@ def attempt(
     if best is None or best.num_reg_images() < 2:
         return None
     _fit(best, fixed)
-    result = as_arrays(best, sorted(best.reg_image_ids()))
+    result = as_arrays(best, 1)
     result.explained, result.made = _explained(job, best), best
     return result
 
@@ -69,7 +69,7 @@ def refitted(model: SparseModel, factor: float) -> SparseModel:
     """A model that `attempt` gave, fitted again with its focal lengths held at `factor` times what they are."""
     other = copy.deepcopy(model.made)
     _fit(other, True, factor)
-    return as_arrays(other, sorted(other.reg_image_ids()))
+    return as_arrays(other, 1)
 
 
 def _prepare(path: Path, focals: np.ndarray, share: float, seed: int) -> None:
@@ -94,11 +94,15 @@ def _incremental(
     options = pycolmap.IncrementalPipelineOptions(
         random_seed=seed, num_threads=1, min_model_size=2, max_num_models=3, extract_colors=False
     )
-    options.ba_refine_focal_length, options.ba_refine_extra_params = not fixed, False
+    options.ba_refine_focal_length = not fixed
+    options.ba_refine_extra_params = options.ba_refine_principal_point = False
     options.image_names = [image_name(index) for index in job.kept]
     if start is not None:
         options.init_image_id1, options.init_image_id2 = (index + 1 for index in start)
     mapper, points, error = options.mapper, options.triangulation, tolerance(job.longest)
+    mapper.random_seed = points.random_seed = seed
+    mapper.num_threads = 1
+    mapper.abs_pose_refine_focal_length = mapper.abs_pose_refine_extra_params = False
     mapper.init_max_forward_motion = 1.0
     mapper.init_min_num_inliers, mapper.abs_pose_min_num_inliers = 30, 20
     mapper.init_min_tri_angle = mapper.filter_min_tri_angle = points.min_angle = angle
@@ -149,23 +153,26 @@ def _explained(job: Job, model: pycolmap.Reconstruction) -> np.ndarray:
     A match fits if it is within EPIPOLAR_ERROR (Sampson) of where the two cameras say it must lie. A point far off fits
     as well as a near one; in a scene that moved, or where a camera stands wrong, many do not.
     """
-    fits = {number: np.zeros(2) for number in sorted(model.reg_image_ids())}  # of matches: those that fit, and all
     with closing(pycolmap.Database.open(database_of(job))) as database:
-        places = {number: database.read_keypoints(number)[:, :2].astype(float) for number in fits}
-        geometries = zip(*database.read_two_view_geometries())
-    for pair, matches in ((pycolmap.pair_id_to_image_pair(pair), each.inlier_matches) for pair, each in geometries):
-        if not (set(pair) <= fits.keys() and len(matches)):
+        fits = {i: np.zeros(2) for i in sorted(model.reg_image_ids())}  # of matches: those that fit, and all
+        places = {i: database.read_keypoints(i)[:, :2].astype(float) for i in fits}
+        geometries = list(zip(*database.read_two_view_geometries()))
+    for pair, geometry in geometries:
+        one, other = pycolmap.pair_id_to_image_pair(pair)
+        matches = geometry.inlier_matches
+        if one not in fits or other not in fits or not len(matches):
             continue
-        first, second = (model.images[number] for number in pair)
+        first, second = model.images[one], model.images[other]
         motion = second.cam_from_world() * first.cam_from_world().inverse()
         inner, outer = (np.linalg.inv(image.camera.calibration_matrix()) for image in (first, second))
-        fundamental = outer.T @ pycolmap.essential_matrix_from_pose(motion) @ inner
-        seen = (places[number][matches[:, side]] for side, number in enumerate(pair))
-        error = pycolmap.compute_squared_sampson_error(*seen, fundamental)
+        error = pycolmap.compute_squared_sampson_error(
+            places[one][matches[:, 0]], places[other][matches[:, 1]],
+            outer.T @ pycolmap.essential_matrix_from_pose(motion) @ inner,
+        )  # fmt: skip
         longest = max(second.camera.width, second.camera.height)
         near = np.array(error) < max(1.0, EPIPOLAR_ERROR * longest) ** 2
-        for number in pair:
-            fits[number] += near.sum(), len(near)
+        for image in (one, other):
+            fits[image] += near.sum(), len(near)
     return np.array([fit / max(count, 1) for fit, count in fits.values()])
 
 
@@ -173,84 +180,76 @@ def place(job: Job, poses: np.ndarray) -> SparseModel:
     """Points from the job's matches by cameras that stay: its lenses, and poses (N,4,4) world -> camera."""
     model = pycolmap.Reconstruction()
     with closing(pycolmap.Database.open(database_of(job))) as database:
-        model.load(pycolmap.DatabaseCache.create(database, pycolmap.DatabaseCacheOptions(load_all_images=True)))
-    for number, pose in enumerate(poses, 1):
-        frame = model.image(number).frame
-        frame.rig_from_world = pycolmap.Rigid3d(pose[:3])
-        model.register_frame(frame.frame_id)
+        for camera in database.read_all_cameras():
+            model.add_camera_with_trivial_rig(camera)
+        for number, pose in enumerate(poses, 1):
+            image = database.read_image(number)
+            image.points2D = pycolmap.Point2DList(
+                [pycolmap.Point2D(xy.astype(float)) for xy in database.read_keypoints(number)[:, :2]]
+            )
+            image.reset_frame_ptr() if image.has_frame_ptr() else None
+            new = pycolmap.Image(name=image.name, image_id=number, camera_id=image.camera_id, points2D=image.points2D)
+            model.add_image_with_trivial_frame(new, pycolmap.Rigid3d(pose[:3]))
     options = pycolmap.IncrementalPipelineOptions(random_seed=0, num_threads=1, extract_colors=False)
     options.mapper.filter_min_tri_angle = options.triangulation.min_angle = PLACED_ANGLE
+    options.mapper.random_seed = options.triangulation.random_seed = 0
     options.triangulation.ignore_two_view_tracks = False
     folder = tempfile.mkdtemp(dir=job.folder)
-    model = pycolmap.triangulate_points(model, database_of(job), folder, folder, True, options, False)
-    return as_arrays(model, sorted(model.reg_image_ids()))
+    return as_arrays(pycolmap.triangulate_points(model, database_of(job), folder, folder, True, options, False), 1)
 
 
-def read(folder: Path, memory: int) -> tuple[SparseModel, list[str], list[Lens], list[tuple[str, str]]]:
-    """A finished COLMAP model in the order of its images' names, these, their lenses, and (name, reason) of images whose
-    camera cannot be used. memory: bytes that this may take, where the system limits it."""
+def read(folder: Path, memory: int) -> SparseModel:
+    """A finished COLMAP model, whose images are ids. memory: bytes that this may take, where the system limits it."""
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     except (ImportError, ValueError, OSError):  # not on every system
         pass
-    model, unusable = pycolmap.Reconstruction(folder), []
-    if not model.num_points3D():
-        model.delete_all_points2D_and_points3D()  # places may name points of a file that is not there
-    for image in [model.images[number] for number in model.reg_image_ids()]:
-        placed = np.abs(image.cam_from_world().matrix()).max() < FARTHEST  # which NaN is not
-        if why := _lens(image.camera).fault if placed else "has a pose that is none":
-            unusable.append((printable(image.name, 100), why))
-            model.deregister_frame(image.frame_id)
-    for number, point in list(model.points3D.items()):
-        if not np.abs(point.xyz).max() < FARTHEST:
-            model.delete_point3D(number)
-    images = sorted((model.images[number] for number in model.reg_image_ids()), key=lambda each: natural(each.name))
-    found = as_arrays(model, [image.image_id for image in images])
-    found.image = np.arange(len(images))
-    return found, [image.name for image in images], [_lens(image.camera) for image in images], unusable
+    return as_arrays(pycolmap.Reconstruction(folder), 0)
 
 
-def as_arrays(model: pycolmap.Reconstruction, ids: list[int]) -> SparseModel:
-    """Images (by their ids, which count from 1) with their cameras, and what each sees of the points.
+def as_arrays(model: pycolmap.Reconstruction, first: int) -> SparseModel:
+    """Registered images with their cameras, and what each sees of the points; first: the id that becomes image 0.
 
     Where a lens has distortion the places are those of the pinhole picture (`_straight`); the errors stay those of the
     picture in which the points were found.
     """
-    points = [point for _, point in sorted(model.points3D.items())]
+    ids, points = sorted(model.reg_image_ids()), [point for _, point in sorted(model.points3D.items())]
     row_of = {image: row for row, image in enumerate(ids)}
     seen = [
         (row_of[element.image_id], element.point2D_idx, row)
         for row, point in enumerate(points)
         for element in point.track.elements
+        if element.image_id in row_of
     ]
     seen_by, feature, point = np.array(seen, dtype=np.int64).reshape(-1, 3).T
     xyz = np.array([each.xyz for each in points]).reshape(-1, 3)
     uv, depth, error = np.zeros((len(point), 2)), np.zeros(len(point)), np.zeros(len(point))
     pose, size, intrinsics = np.tile(np.eye(4), (len(ids), 1, 1)), np.zeros((len(ids), 2), int), np.zeros((len(ids), 4))
     for row, image in enumerate(model.images[i] for i in ids):
-        camera, lens, which = image.camera, _lens(image.camera), seen_by == row
-        pose[row, :3], size[row] = image.cam_from_world().matrix(), (lens.width, lens.height)
-        intrinsics[row] = lens.pinhole.params
+        camera, which = image.camera, seen_by == row
+        pose[row, :3], size[row] = image.cam_from_world().matrix(), (camera.width, camera.height)
+        if any(word in camera.model_name for word in FISHEYE):
+            intrinsics[row] = np.nan
+        else:
+            centre = camera.principal_point_x, camera.principal_point_y
+            intrinsics[row] = camera.focal_length_x, camera.focal_length_y, *centre
         if which.any():
             places = image.points2D
             uv[which] = [places[int(k)].xy for k in feature[which]]
             local = xyz[point[which]] @ pose[row, :3, :3].T + pose[row, :3, 3]
             depth[which] = local[:, 2]
             error[which] = np.linalg.norm(camera.img_from_cam(local) - uv[which], axis=1)
-            uv[which] = _straight(camera, lens, uv[which])
-    return SparseModel(np.array(ids) - 1, pose, size, intrinsics, xyz, seen_by, feature, point, uv, depth, error)
+            uv[which] = _straight(camera, uv[which])
+    return SparseModel(np.array(ids) - first, pose, size, intrinsics, xyz, seen_by, feature, point, uv, depth, error)
 
 
-def _lens(camera: pycolmap.Camera) -> Lens:
-    return Lens(camera.model_name, camera.width, camera.height, tuple(camera.params))
-
-
-def _straight(camera: pycolmap.Camera, lens: Lens, uv: np.ndarray) -> np.ndarray:
+def _straight(camera: pycolmap.Camera, uv: np.ndarray) -> np.ndarray:
     """Where the same camera without distortion sees what it sees at uv (N,2), in pixels; NaN outside of its picture and
-    where the distortion cannot be undone."""
-    if not lens.distortion:
+    where the distortion cannot be undone. Without distortion, and of a fisheye, uv itself."""
+    lens = Lens(camera.model_name, camera.width, camera.height, tuple(camera.params))
+    if not lens.distortion or any(word in lens.model for word in FISHEYE):
         return uv
     rays = camera.cam_from_img(uv)
     returned = camera.img_from_cam(np.concatenate([rays, np.ones_like(rays[:, :1])], 1))

@@ -1,7 +1,7 @@
 """Features of gray pictures and their verified matches, in the database of a job; copies and photographs that show something
 else are left out. Runs in a process of its own.
 
-The database lies in the job's folder; photograph k has the id k + 1 in it, and so has camera k. pycolmap makes their rigs and frames.
+The database lies in the job's folder; photograph k has the id k + 1 in it, and so have camera k and its rig.
 """
 
 from __future__ import annotations
@@ -52,12 +52,22 @@ def extract(job: Job, lenses: list[Lens], known: list[bool]) -> tuple[np.ndarray
     extractor = pycolmap.FeatureExtractor.create(options, pycolmap.Device.cpu)
     coarse, twins = [], []
     with closing(pycolmap.Database.open(database_of(job))) as database:
-        for lens, is_known in zip(lenses, known):
-            database.write_camera(pycolmap.Camera(has_prior_focal_length=is_known, **lens._asdict()))
-        for index, (gray, number) in enumerate(zip(job.grays, job.camera_of)):
+        sensors = [pycolmap.sensor_t(pycolmap.SensorType.CAMERA, number + 1) for number in range(len(lenses))]
+        for sensor, lens, is_known in zip(sensors, lenses, known):
+            camera = pycolmap.Camera(camera_id=sensor.id, **lens._asdict())
+            camera.has_prior_focal_length = is_known
+            database.write_camera(camera, use_camera_id=True)
+            rig = pycolmap.Rig(rig_id=sensor.id)
+            rig.add_ref_sensor(sensor)
+            database.write_rig(rig, use_rig_id=True)
+        for index, sensor in enumerate(sensors[number] for number in job.camera_of):
+            gray = np.load(job.folder / f"gray_{index}.npy")
             keypoints, descriptors = extractor.extract_from_uint8_array(gray)
             keypoints, data = pycolmap.keypoints_to_matrix(keypoints), descriptors.data
-            image_id = database.write_image(pycolmap.Image(name=image_name(index), camera_id=number + 1))
+            image_id = database.write_image(pycolmap.Image(name=image_name(index), camera_id=sensor.id))
+            frame = pycolmap.Frame(rig_id=sensor.id)
+            frame.add_data_id(pycolmap.data_t(sensor, image_id))
+            database.write_frame(frame)
             database.write_keypoints(image_id, keypoints)
             database.write_descriptors(image_id, descriptors)
             by_size = np.argsort(-np.abs(keypoints[:, 2:6]).max(1, initial=0), kind="stable")
@@ -142,11 +152,11 @@ def verify(job: Job, coarse: np.ndarray) -> None:
 
 def match(job: Job) -> None:
     """Features and verified matches in the database; copies and strangers are left out."""
-    first: dict[bytes, int] = {}
-    for index, gray in enumerate(job.grays):
-        same = first.setdefault(gray.tobytes(), index)
-        if same != index:
-            job.leave_out(index, f"is a copy of {job.pictures[same].name}")
+    first: dict[str, int] = {}
+    for index, digest in enumerate(job.digests):
+        if digest in first:
+            job.leave_out(index, f"is a copy of {job.pictures[first[digest]].name}")
+        first.setdefault(digest, index)
     _enough_places(job)
     keys = [(*size, picture.camera) for size, picture in zip(job.sizes, job.pictures)]
     cameras = list(dict.fromkeys(keys))

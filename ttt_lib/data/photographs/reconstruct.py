@@ -6,6 +6,7 @@ in `agreement.py`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tempfile
 from dataclasses import replace
@@ -23,26 +24,30 @@ from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks
 log = logging.getLogger(__name__)
 
 
-def do_apart(pictures: list[Picture], seed: int, in_order: bool, *cameras: object) -> Job:
-    """What `agreement.reconstruct` makes of the pictures' gray copies; each is read once. cameras: lenses and poses.
+def do_apart(task: str, pictures: list[Picture], seed: int, in_order: bool, *arguments: object) -> Job:
+    """The job that a task makes of the pictures' gray copies; each is read once. arguments: of the task, after the job.
 
     Raises `DataError` for a picture that cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="ttt-scene-") as name:
-        grays = [_gray(picture.read()) for picture in pictures]
-        job = Job(Path(name), [replace(picture, source=None) for picture in pictures], grays, seed, in_order)
+        folder = Path(name)
+        grays = [_write_gray(picture.read(), folder / f"gray_{k}.npy") for k, picture in enumerate(pictures)]
+        sizes, digests = map(list, zip(*grays))
+        job = Job(folder, [replace(picture, source=None) for picture in pictures], sizes, digests, seed, in_order)
         try:
-            return apart("agreement.reconstruct", 1500 + 300 * len(pictures), job, *cameras)
+            return apart(task, 1500 + 300 * len(pictures), job, *arguments)
         except Failed as error:
             job.refused = f"the photographs could not be compared ({error}); try fewer of them."
             return job
 
 
-def _gray(image: Tensor) -> np.ndarray:
-    """The luma (h,w) uint8 of an image (3,H,W) in [0,1], at most LONGEST_SIDE long."""
+def _write_gray(image: Tensor, path: Path) -> tuple[tuple[int, int], str]:
+    """The luma of an image (3,H,W) in [0,1], at most LONGEST_SIDE long, as uint8 array in a file; (width, height), hash."""
     array = image.detach().cpu().float().permute(1, 2, 0).numpy()
     gray = shrink(array, LONGEST_SIDE) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    return np.ascontiguousarray((gray.clip(0, 1) * 255).round().astype(np.uint8))
+    gray = np.ascontiguousarray((gray.clip(0, 1) * 255).round().astype(np.uint8))
+    np.save(path, gray)
+    return gray.shape[::-1], hashlib.sha256(gray.tobytes()).hexdigest()
 
 
 def reconstruct(pictures: list[Picture], seed: int = 0, in_order: bool = False) -> Scene:
@@ -67,22 +72,28 @@ def reconstruct(pictures: list[Picture], seed: int = 0, in_order: bool = False) 
     """
     if len(pictures) < 2:
         raise DataError("several photographs of one scene are needed, at least two; this is one photograph alone.")
-    job = do_apart(pictures, seed, in_order)
+    job = do_apart("agreement.reconstruct", pictures, seed, in_order)
     left_out = [(pictures[i].name, why) for i, why in sorted(job.left_out.items())]
     plain = [Photograph(picture.name, picture.source) for picture in pictures]
     if job.refused:
         log.info("refused: %s", job.refused)
         return Scene(plain, left_out, job.about, job.refused)
-    strong = {i: photograph for i, photograph in enumerate(plain) if i not in job.picked.weak}
-    found = to_photographs(job.model, job.picked, strong)
+    found = to_photographs(job.model, job.picked, [plain[i] for i in job.model.image])
     return Scene(found, left_out, job.about, rest=[plain[i] for i in sorted(job.left_out)])
 
 
-def to_photographs(model: SparseModel, picked: Selection, plain: dict[int, Photograph]) -> list[Photograph]:
-    """Photographs with cameras and tracks. plain: of the images of the model that are taken, without them."""
+def normalized_intrinsics(model: SparseModel, row: int) -> Tensor:
+    """(3,3) float32 of an image: divided by its width and height."""
+    (fx, fy, cx, cy), (width, height) = model.intrinsics[row], model.size[row]
+    matrix = [[fx / width, 0, cx / width], [0, fy / height, cy / height], [0, 0, 1]]
+    return torch.tensor(matrix, dtype=torch.float32)
+
+
+def to_photographs(model: SparseModel, picked: Selection, plain: list[Photograph | None]) -> list[Photograph]:
+    """The photographs that are not weak, with cameras and tracks. plain: of each image of the model, without them."""
     result = []
     for row, image in enumerate(model.image.tolist()):
-        if image not in plain:
+        if image in picked.weak:
             continue
         here = np.flatnonzero(picked.which & (model.seen_by == row))
         _, once = np.unique(model.point[here], return_index=True)  # a point that one picture sees twice
@@ -93,7 +104,5 @@ def to_photographs(model: SparseModel, picked: Selection, plain: dict[int, Photo
         )
         bent = None if model.bent is None else torch.from_numpy(model.bent[here]).float()
         tracks = Tracks(uv, depth, torch.from_numpy(model.point[here]).long(), weight, bent)
-        (fx, fy, cx, cy), (width, height) = model.intrinsics[row], model.size[row]
-        intrinsics = torch.tensor([[fx / width, 0, cx / width], [0, fy / height, cy / height], [0, 0, 1]]).float()
-        result.append(replace(plain[image], intrinsics=intrinsics, tracks=tracks, pose=pose))
+        result.append(replace(plain[row], intrinsics=normalized_intrinsics(model, row), tracks=tracks, pose=pose))
     return result

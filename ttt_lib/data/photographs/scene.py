@@ -72,7 +72,7 @@ class Photograph:
     source: the image (3,H,W) float32 in [0,1], or a function that reads it, so that a scene of many photographs needs
     the memory of one. intrinsics (3,3) float32, normalised. pose (4,4) float32, world -> camera (OpenCV: x right, y
     down, z forward); None where the scene was not reconstructed. Image, intrinsics and tracks are those of one pinhole
-    camera: where a given lens has distortion, the image is read without it (`as_seen`) and the tracks lie in that.
+    camera: where a given lens has distortion, the image is read without it (`undistort`) and the tracks lie in that.
     Without a camera (left out, or of a refused scene) the image is as it was taken.
     """
 

@@ -26,15 +26,31 @@ def centres(model: SparseModel) -> np.ndarray:
     return -np.einsum("iba,ib->ia", model.pose[:, :3, :3], model.pose[:, :3, 3])
 
 
+def _farthest(rays: np.ndarray, reference: np.ndarray, point: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each point the largest angle between its rays (M,3) and its reference (P,3), and the row of that ray."""
+    cosine = (rays * reference[point]).sum(-1)
+    order = np.lexsort((cosine, point))  # of each point the smallest cosine first
+    present, start = np.unique(point[order], return_index=True)
+    row = np.zeros(count, dtype=np.int64)
+    row[present] = order[start]
+    angle = np.zeros(count)
+    angle[present] = np.degrees(np.arccos(np.clip(cosine[row[present]], -1, 1)))
+    return angle, row
+
+
 def parallax(model: SparseModel) -> np.ndarray:
-    """Of each point the largest angle between two rays to it, (P,) degrees."""
-    angle = np.zeros(len(model.xyz))
+    """Of each point the largest angle between two rays to it, (P,) degrees.
+
+    The ray farthest from the first, then the one farthest from that: exact for cameras on a line.
+    """
+    count = len(model.xyz)
+    if not len(model.point):
+        return np.zeros(count)
     rays = _unit(model.xyz[model.point] - centres(model)[model.seen_by])
-    order = np.argsort(model.point, kind="stable")
-    present, start = np.unique(model.point[order], return_index=True)
-    for point, own in zip(present, np.split(rays[order], start[1:])):
-        angle[point] = np.degrees(np.arccos(np.clip((own @ own.T).min(), -1, 1)))
-    return angle
+    first = np.zeros((count, 3))
+    first[model.point[::-1]] = rays[::-1]
+    _, row = _farthest(rays, first, model.point, count)
+    return _farthest(rays, rays[row], model.point, count)[0]
 
 
 def least_parallax(model: SparseModel, ahead: bool, needed: Needed = AMPLE) -> tuple[float, float]:
@@ -42,7 +58,9 @@ def least_parallax(model: SparseModel, ahead: bool, needed: Needed = AMPLE) -> t
 
     Pixels tell how far noise moves a point along its ray: a long lens or a large picture needs a smaller angle for as many.
     """
-    pixel = math.degrees(1 / np.median(model.intrinsics[:, 0] * _shrinking(model.size)))
+    focals = model.intrinsics[:, 0] * _shrinking(model.size)
+    focals = focals[np.isfinite(focals)]  # a fisheye has none
+    pixel = math.degrees(1 / np.median(focals)) if len(focals) else MOST_ANGLE / AMPLE.median
     angle = min(max(needed.median * pixel, needed.least), AHEAD_ANGLE if ahead else MOST_ANGLE)
     return angle, angle if ahead else needed.track * angle
 
@@ -186,8 +204,9 @@ def select_tracks(model: SparseModel, ahead: bool, needed: Needed = AMPLE) -> Se
 
 def summarize(model: SparseModel, picked: Selection) -> dict[str, Any]:
     """The signals points, parallax, cells and error of a selection; see `Scene`."""
-    points, uv = np.unique(model.point[picked.which]), model.uv / model.size[model.seen_by]
-    rows = [row for row, image in enumerate(model.image.tolist()) if image not in picked.weak]
+    points = np.unique(model.point[picked.which])
+    uv = model.uv / model.size[model.seen_by]
+    rows = [row for row, image in enumerate(model.image) if int(image) not in picked.weak]
     cells = [_filled_cells(uv[picked.which & (model.seen_by == row)]) for row in rows]
     return {
         "points": len(points),

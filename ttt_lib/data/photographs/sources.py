@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,17 @@ from ttt_lib.core.errors import DataError, UserError, printable
 from ttt_lib.core.types import Sample
 from ttt_lib.data.images import as_image, content_of, read_photo
 from ttt_lib.data.photographs.exif import ExifLens, read_lens
-from ttt_lib.data.photographs.job import Picture, natural
+from ttt_lib.data.photographs.job import Picture
 
 log = logging.getLogger(__name__)
 
+Prior = Callable[[Tensor], float | None] | Mapping[str, float]
 MOST = 300  # photographs of one scene: a mistake rather than a scene, and pairs grow with the square
-SHOWN = 5  # of the files that are not read, so many are named
+CLIPS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mts", ".3gp")
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
+NO_PHOTOGRAPH = "is a picture that this cannot read; convert it to JPEG or PNG"
+SHOWN = 20  # of the photographs that are not read, each is named; of more, their number
+REASONABLE = 0.05, 15.0  # focal length over width that somebody may say; 26 would be millimetres
 
 
 class Given(NamedTuple):
@@ -52,9 +58,39 @@ def _unlike(wishes: list[list[str]]) -> list[str]:
     return list(taken.values())
 
 
-def from_list(items: list[Any], focal: float | None = None) -> Given:
+def checked_focal(value: Any) -> float | None:
+    """A focal length over the width that somebody says. Raises `DataError` where it is none."""
+    if value is None:
+        return None
+    number = _reasonable(value)
+    if number is None:
+        low, high = REASONABLE
+        raise DataError(
+            f"focal: must be the focal length over the picture's width, a number from {low} to {high:.0f}, not {value!r}."
+        )
+    return number
+
+
+def _reasonable(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if REASONABLE[0] <= number <= REASONABLE[1] else None
+
+
+def guess(prior: Prior | None, name: str, image: Tensor) -> float | None:
+    """What a model guesses; None where it has no sensible guess."""
+    if prior is None:
+        return None
+    return _reasonable(prior.get(name) if isinstance(prior, Mapping) else prior(image))
+
+
+def from_list(items: list[Any], focal: float | None = None, prior: Prior | None = None) -> Given:
     """Pictures of files, each read once and read again when it is asked for, damaged ones left out; or of (name, tensor)
-    pairs and samples. The focal length is what the user says (see `load_scene`), else EXIF.
+    pairs and samples. The focal length is what the user says, else EXIF, else the model's guess.
+
+    focal, prior: see `load_scene`.
 
     Raises:
         DataError: for an item that is none of these, or a tensor that is no image.
@@ -65,11 +101,13 @@ def from_list(items: list[Any], focal: float | None = None) -> Given:
         height, width = image.shape[1:]
         first = first or (width, height)
         picture = Picture(name, source, lens.focal(width, height), camera=lens.camera)
-        picture.exact = picture.focal is not None and not lens.cropped
+        picture.exact = picture.focal is not None and not lens.is_cropped(width, height)
         if focal is not None:
             # One that was held the other way has the first one's focal length over its height.
             turned = (first[0] - first[1]) * (width - height) < 0
             picture.focal, picture.exact = focal * height / width if turned else focal, True
+        elif picture.focal is None:
+            picture.focal = guess(prior, name, image)
         given.pictures.append(picture)
     return given
 
@@ -96,22 +134,48 @@ def _tensors(items: list[Any]) -> Iterator[tuple[str, Tensor, Tensor, ExifLens]]
         yield name, image, image, ExifLens()
 
 
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """A key by which names are sorted as people do: numbers by their value.
+
+    Example:
+        >>> sorted(["a10", "a9", "b"], key=natural)
+        ['a9', 'a10', 'b']
+    """
+    parts = re.split(r"([0-9]{1,18})", name)
+    return [(0, int(part)) if k % 2 else (1, part) for k, part in enumerate(parts) if part]
+
+
 def photographs_of(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     """The photographs that lie in a folder, in the order of their names, and (name, reason) of what else lies there."""
     files, others = (sorted(paths, key=lambda path: natural(path.name)) for paths in content_of(folder))
-    why = "no photographs that this can read; convert pictures to JPEG or PNG, name a clip or a folder by itself"
-    return files, as_one([path.name for path in others], why)
+    why = {path: _why_not(path) for path in others}
+    reasons = [(printable(path.name, 100), why[path]) for path in others if why[path]]
+    left_out = first_of(reasons, "others", "are clips, folders and pictures that this cannot read")
+    return files, left_out + _no_pictures([path for path in others if not why[path]])
 
 
-def because(left_out: list[tuple[str, str]]) -> str:
-    """The first reason, in brackets, for an error of which it may be the cause; "" where there is none."""
-    return " ({} {})".format(*left_out[0]).replace(".)", ")") if left_out else ""
+def _why_not(path: Path) -> str:
+    """Why something that may hold photographs is not read; "" for what does not look so."""
+    if path.is_dir():
+        return "is a folder; its photographs are not read"
+    if path.suffix.lower() in CLIPS:
+        return "is a clip; name it by itself"
+    return NO_PHOTOGRAPH if path.suffix.lower() in UNREAD else ""
 
 
-def as_one(names: list[str], why: str) -> list[tuple[str, str]]:
-    """(name, reason) that stands for several, the first of them by name; nothing of none."""
-    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-    return [(printable(shown), why)] if names else []
+def _no_pictures(files: list[Path]) -> list[tuple[str, str]]:
+    """(name, reason) of files that are no pictures: of several, one for all of them."""
+    if len(files) < 2:
+        return [(printable(file.name, 100), "is no photograph") for file in files]
+    endings = sorted({file.suffix.lower() or "no ending" for file in files})
+    shown = ", ".join(endings[:5]) + (", ..." if len(endings) > 5 else "")
+    return [(f"{len(files)} other files ({printable(shown, 100)})", "are no photographs")]
+
+
+def first_of(left_out: list[tuple[str, str]], others: str, why: str) -> list[tuple[str, str]]:
+    """The first SHOWN (name, reason), and of more their number with a reason."""
+    more = len(left_out) - SHOWN
+    return left_out[:SHOWN] + ([(f"{more} {others}", why)] if more > 0 else [])
 
 
 def evenly(count: int | None, total: int) -> list[int]:

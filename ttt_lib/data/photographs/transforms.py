@@ -16,47 +16,22 @@ import numpy as np
 
 from ttt_lib.core.errors import DataError, UserError, printable
 from ttt_lib.core.files import read_json
-from ttt_lib.data.photographs.job import FARTHEST, Lens
+from ttt_lib.data.photographs.job import FARTHEST, LEAST_FOCAL, Lens
 
 NAMES = ("transforms.json", "transforms_train.json")
 FLIP = np.diag([1.0, -1, -1, 1])  # between the axes of OpenGL and OpenCV
 DISTORTION = ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")  # in the order of COLMAP's FULL_OPENCV
-NUMBERS = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y", *DISTORTION)
 UNUSABLE = ("FISHEYE", "EQUIRECTANGULAR", "OMNI", "ORTHO", "VR180", "PANORAMA")
-ROUND = 0.02  # by which the lengths of a rotation's axes may differ, and their angles from right ones
+ROUND = 0.02  # by which a rotation's axes may differ from unit length and right angles, once its scale is taken away
 
 
 class Frame(NamedTuple):
     """A photograph of the file. path: as the file names it; pose (4,4) float64, world -> camera in OpenCV's axes; values:
-    what is said of its camera."""
+    what is said of its camera, see `lens_of`."""
 
     path: str
     pose: np.ndarray
     values: dict[str, float]
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Width and height that the file says; None where it says neither."""
-        size = round(self.values.get("w", 0)), round(self.values.get("h", 0))
-        return size if min(size) > 0 else None
-
-    def lens(self, width: int, height: int) -> Lens:
-        """The lens of the frame, of a picture of this size in pixels.
-
-        Raises `UserError` where its focal length is missing; the sentence is the reason.
-
-        Example:
-            >>> Frame("a", np.eye(4), {"fl_x": 700, "k1": -0.1}).lens(800, 600)
-            Lens(model='OPENCV', width=800, height=600, params=(700, 700, 400.0, 300.0, -0.1, 0.0, 0.0, 0.0))
-        """
-        focal = _focal(self.values, "x", width)
-        if focal is None:
-            raise UserError("has no focal length in transforms.json (`fl_x` or `camera_angle_x`).")
-        across = _focal(self.values, "y", height) or focal
-        center = self.values.get("cx", width / 2), self.values.get("cy", height / 2)
-        bent = [self.values.get(key, 0.0) for key in DISTORTION]
-        model, count = ("PINHOLE", 0) if not any(bent) else ("OPENCV", 4) if not any(bent[4:]) else ("FULL_OPENCV", 8)
-        return Lens(model, width, height, (focal, across, *center, *bent[:count]))
 
 
 def find_transforms(path: Path) -> Path | None:
@@ -85,26 +60,31 @@ def read_transforms(path: Path) -> tuple[list[Frame], list[tuple[str, str]]]:
         where = f"{path}: frame {number}"
         if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str):
             raise DataError(f"{where} names no file (`file_path`).")
-        pose = _pose(frame.get("transform_matrix"))
-        if pose is None:
-            why = "has a transform_matrix that is not 4 x 4 numbers with a rotation that does not mirror"
-            left_out.append((printable(frame["file_path"], 100), why))
+        try:
+            pose = _pose(frame.get("transform_matrix"))
+        except UserError as error:
+            left_out.append((printable(frame["file_path"], 100), f"has a transform_matrix {error}"))
         else:
             result.append(Frame(frame["file_path"], pose, {**shared, **_values(frame, where)}))
     return result, left_out
 
 
-def _pose(matrix: Any) -> np.ndarray | None:
-    """World -> camera; None where the matrix is no rotation, of any scale, with a place."""
+def _pose(matrix: Any) -> np.ndarray:
+    """World -> camera. Raises `UserError` that says why the matrix is none."""
     try:
         array = np.array(matrix, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    if array.shape not in ((4, 4), (3, 4)) or not (np.abs(array) < FARTHEST).all():  # which NaN is not
-        return None
-    u, lengths, v = np.linalg.svd(array[:3, :3])
-    if not lengths[0] >= lengths[2] > max(1e-6, (1 - ROUND) * lengths[0]) or np.linalg.det(u @ v) < 0:
-        return None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError("that is none") from error
+    if array.shape not in ((4, 4), (3, 4)) or not np.isfinite(array).all() or np.abs(array).max() > FARTHEST:
+        raise UserError("that is not 4 x 4 numbers")
+    axes = array[:3, :3]
+    determinant = float(np.linalg.det(axes))
+    scale = abs(determinant) ** (1 / 3)
+    if scale < 1e-6 or np.abs(axes.T @ axes / scale**2 - np.eye(3)).max() > ROUND:
+        raise UserError("whose axes are no rotation")
+    if determinant < 0:
+        raise UserError("that mirrors")
+    u, _, v = np.linalg.svd(axes)
     to_world = np.eye(4)
     to_world[:3, :3], to_world[:3, 3] = u @ v, array[:3, 3]
     return np.linalg.inv(to_world @ FLIP)
@@ -115,13 +95,48 @@ def _values(content: Mapping[str, Any], where: str) -> dict[str, float]:
     model = str(content.get("camera_model", "")).upper()
     if any(word in model for word in UNUSABLE) or content.get("is_fisheye") is True:
         raise DataError(
-            f"{where}: cameras of the kind {printable(model or 'fisheye', 40)!r} cannot be used; undistort the pictures first."
+            f"{where}: cameras of the kind {printable(content.get('camera_model', 'fisheye'), 40)!r} cannot be used; "
+            "undistort the pictures first."
         )
-    said = {key: content[key] for key in NUMBERS if content.get(key) is not None}
+    keys = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y", *DISTORTION)
+    said = {key: content[key] for key in keys if content.get(key) is not None}
     for key, value in said.items():
         if not (isinstance(value, int | float) and abs(value) < 1e9):  # which NaN is not
             raise DataError(f"{where}: {key!r} must be a number, not {printable(value, 40)}.")
     return {key: float(value) for key, value in said.items()}
+
+
+def size_of(values: Mapping[str, float]) -> tuple[int, int] | None:
+    """Width and height that a frame says; None where it says neither."""
+    size = round(values.get("w", 0)), round(values.get("h", 0))
+    return size if min(size) > 0 else None
+
+
+def lens_of(values: Mapping[str, float], size: tuple[int, int]) -> Lens:
+    """The lens of a frame, of this size (width, height) in pixels.
+
+    Raises:
+        UserError: the focal length is missing or cannot be; the sentence is the reason.
+
+    Example:
+        >>> lens_of({"fl_x": 700, "k1": -0.1}, (800, 600))
+        Lens(model='OPENCV', width=800, height=600, params=(700, 700, 400.0, 300.0, -0.1, 0.0, 0.0, 0.0))
+    """
+    width, height = size
+    focal = _focal(values, "x", width)
+    if focal is None:
+        raise UserError("has no focal length in transforms.json (`fl_x` or `camera_angle_x`).")
+    across = _focal(values, "y", height) or focal
+    center = values.get("cx", width / 2), values.get("cy", height / 2)
+    if not (LEAST_FOCAL < focal / max(size) < 100 and 0.5 < across / focal < 2):
+        raise UserError("has a focal length in transforms.json that cannot be.")
+    if not (-width < center[0] < 2 * width and -height < center[1] < 2 * height):
+        raise UserError("has its optical centre far outside in transforms.json.")
+    if 0 <= min(center) and max(center) <= 1:
+        raise UserError("has an optical centre in transforms.json that is not in pixels, as its focal length is.")
+    bent = [values.get(key, 0.0) for key in DISTORTION]
+    model, count = ("PINHOLE", 0) if not any(bent) else ("OPENCV", 4) if not any(bent[4:]) else ("FULL_OPENCV", 8)
+    return Lens(model, width, height, (focal, across, *center, *bent[:count]))
 
 
 def _focal(values: Mapping[str, float], axis: str, pixels: int) -> float | None:
