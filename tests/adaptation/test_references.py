@@ -82,13 +82,13 @@ def test_png_of_moge_is_read_by_its_own_encoding(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("u,v\n1,2\n", "must name the columns u,v,metres"),
+        ("u,v\n1,2\n", "no column 'metres'"),
         ("u,v,metres\n", "holds no points"),
         ("u,v,metres\n1,2,3\n4,x,6\n", "line 3"),
         ("u,v,metres\n1,2,-1\n", "line 2"),
         ("u,v,metres\n40,2,1\n", "outside"),
         ("", "not a readable CSV"),
-        ("u,v,metres\n7,1,2,3\n8,4,5,6\n", "not a readable CSV .*header or names"),
+        ("u,v,metres\n7,1,2,3\n8,4,5,6\n", "more values than"),
         ("u,v,metres\n1,2,3\n4,5,6,7\n", "not a readable CSV"),
     ],
 )
@@ -146,8 +146,8 @@ def test_no_unit_is_taken_for_a_file_that_says_its_own(tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "says"),
-    [((24, 32), ""), ((12, 16), ""), ((7, 9), ""), ((32, 24), "turn or crop"), ((16, 12), "turn or crop"),
-     ((24, 36), "turn or crop"), ((24, 24), "turn or crop")],
+    [((24, 32), ""), ((12, 16), ""), ((7, 9), ""), ((32, 24), "it is turned"), ((16, 12), "it is turned"),
+     ((24, 36), "another shape"), ((24, 24), "another shape")],
 )  # fmt: skip
 def test_a_png_of_another_shape_is_not_stretched(tmp_path, shape, says):
     path = sparse_png(tmp_path / "d.png", shape=shape)

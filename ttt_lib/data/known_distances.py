@@ -85,13 +85,17 @@ def read_references(path: str | Path, size: tuple[int, int], unit: float | None 
             warnings.simplefilter("error", pd.errors.ParserWarning)
             # By default values that no column is named for shift the others: the first becomes the index.
             table = pd.read_csv(path, skipinitialspace=True, index_col=False)
-    except Exception as error:  # a warning says that lines have more values than the first line names
+    except pd.errors.ParserWarning as error:
+        raise UserError(f"{where}: has lines with more values than its first line names columns.") from error
+    except Exception as error:
         raise UserError(f"{where}: is not a readable CSV ({reason(error)}).") from error
     table.columns = [str(name).strip().lower() for name in table.columns]
-    wanted = ["u", "v", "metres"]
-    if any(list(table.columns).count(name) != 1 for name in wanted):
-        raise UserError(f"{where}: its first line must name the columns u,v,metres, each once.")
-    values = table[wanted].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
+    if len(set(table.columns)) < len(table.columns):
+        raise UserError(f"{where}: names a column twice; its first line must be u,v,metres.")
+    missing = [name for name in ("u", "v", "metres") if name not in table.columns]
+    if missing:
+        raise UserError(f"{where}: has no column {missing[0]!r}; its first line must be u,v,metres.")
+    values = table[["u", "v", "metres"]].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
     plausible = (values[:, 2] > 1e-6) & (values[:, 2] < 1e9)  # float32 carries no others
     bad = np.nonzero(~np.isfinite(values).all(1) | ~plausible)[0]
     if len(bad):
@@ -120,19 +124,30 @@ def _from_png(path: Path, where: str, size: tuple[int, int], unit: float | None)
         raise UserError(f"{where}: must have one channel of 16 bits; this one is of Pillow's mode {mode}.")
     if described and unit is not None:
         raise UserError(f"{where}: says itself how its depth is encoded; leave --metric-unit out.")
-    (height, width), (rows, columns) = size, depth.shape
-    if abs(np.log(columns / rows * height / width)) > OFF_ASPECT + 1 / rows + 1 / columns:  # it would be stretched
-        sizes = f"{columns} x {rows} pixels, the photograph {width} x {height}"
-        raise UserError(f"{where}: has {sizes}: turn or crop it as the photograph is.")
+    _check_shape(depth.shape[:2], size, where)
     if not described:
         unit = PNG_UNITS["kitti"] if unit is None else unit
         depth = depth * unit
     row, column = np.nonzero(np.isfinite(depth) & (depth > 0))
     if not len(row):
         raise UserError(f"{where}: every pixel is unknown.")
-    uv = np.stack([(column + 0.5) / columns, (row + 0.5) / rows], -1)
+    uv = np.stack([(column + 0.5) / depth.shape[1], (row + 0.5) / depth.shape[0]], -1)
     metres = torch.tensor(depth[row, column], dtype=torch.float32)
     return References(torch.tensor(uv, dtype=torch.float32), metres, unit)
+
+
+def _check_shape(found: tuple[int, int], size: tuple[int, int], where: str) -> None:
+    """Raises `UserError` where a map (H, W) has another shape than the image, if not its size: it would be stretched."""
+
+    def off(height: int, width: int) -> bool:
+        difference = abs(np.log(width / height) - np.log(size[1] / size[0]))
+        return difference > OFF_ASPECT + 1 / height + 1 / width
+
+    if off(*found):
+        sizes = f"{found[1]} x {found[0]} pixels, the photograph {size[1]} x {size[0]}"
+        turned = not off(*found[::-1])
+        what = "it is turned; turn one back" if turned else "it is of another shape; crop it as the photograph is"
+        raise UserError(f"{where}: has {sizes}: {what}.")
 
 
 def spread_distances(references: References, height: int, width: int) -> Tensor:
