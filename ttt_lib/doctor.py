@@ -70,6 +70,8 @@ def requirements() -> str:
     """The packages that this one requires, against the versions that its metadata asks for."""
     from packaging.requirements import Requirement
 
+    if version_of("ttt-depth") is None:
+        raise Missing("ttt-depth itself is not installed")
     wanted = [Requirement(line) for line in importlib.metadata.requires("ttt-depth") or []]
     wanted = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
     wrong = []

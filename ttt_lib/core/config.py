@@ -96,6 +96,7 @@ def _by_registry(value: Any, registry: Registry, default: type[Section]) -> Any:
             raise schema.complaint((str(name),), said, name)
         kind = registry.about.get(name, {}).get("settings", default)
         try:
+            given = given.model_dump(exclude_unset=True) if isinstance(given, Section) else given
             result[name] = kind.model_validate({} if given is None else given)
         except ValidationError as error:
             first = error.errors()[0]

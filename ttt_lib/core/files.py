@@ -7,9 +7,8 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,11 +55,12 @@ def absolute(path: str | Path) -> str:
 class _UniqueKeys(yaml.SafeLoader):
     """Plain values only, and a key that is there twice is a mistake: YAML itself would silently take the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        twice = first_repeated(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        twice = first_repeated((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if twice is not None:
-            raise yaml.constructor.ConstructorError(problem=f"{twice!r} is there twice, {node.start_mark}")
-        return super().construct_mapping(node, deep)
+            raise yaml.constructor.ConstructorError(problem=f"{twice[1]!r} is there twice, {node.start_mark}")
+        return node
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -80,7 +80,9 @@ def read_text(path: str | Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file; check the name.") from error
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a name with a zero byte
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read (it is not text in UTF-8).") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise UserError(f"{path}: cannot be read ({reason(error)}).") from error
 
 
@@ -159,11 +161,16 @@ def check_writable(folder: Path) -> None:
     """
     if os.path.ismount(folder):
         raise UserError(f"{folder}: is where a disk is mounted and cannot be replaced; name a folder in it.")
-    there = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    work = _unfinished(folder, os.getpid())
+    new = [work, *(path for path in work.parents if not os.path.lexists(path))]
     try:
-        tempfile.TemporaryDirectory(dir=there).cleanup()
+        work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({reason(error)}).") from error
+    finally:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
 
 
 @contextmanager

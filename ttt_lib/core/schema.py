@@ -42,7 +42,7 @@ class Section(BaseModel):
     @classmethod
     def keys(cls, given: dict[str, Any]) -> Iterable[str]:
         """Those that this section takes, beside others that are given."""
-        return cls.model_fields
+        return {*cls.model_fields, *(field.alias for field in cls.model_fields.values() if field.alias)}
 
     @model_validator(mode="before")
     @classmethod
@@ -304,7 +304,8 @@ class DataConfig(Section):
     @classmethod
     def keys(cls, given: dict[str, Any]) -> Iterable[str]:
         """Also the options of the kind of data."""
-        opener = DATASETS.get(str(given.get("kind", "moge")), DataConfig)
+        kind = str(given.get("kind", "moge"))
+        opener = DATASETS[kind] if DATASETS.knows(kind) else DataConfig
         taken = inspect.signature(opener).parameters.values()
         more = given if any(each.kind is each.VAR_KEYWORD for each in taken) else ()
         return {*cls.model_fields, *(each.name for each in taken), *map(str, more)}

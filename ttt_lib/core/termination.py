@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from typing import Any
 
 
@@ -16,4 +17,5 @@ def end_in_order() -> None:
 
     For commands that work in this process. What has workers and kernels is better ended at once.
     """
-    signal.signal(signal.SIGTERM, _end)
+    with suppress(ValueError):  # only the main thread hears signals
+        signal.signal(signal.SIGTERM, _end)

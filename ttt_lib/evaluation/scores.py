@@ -35,9 +35,10 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Score:
-    """What a score means. signed: zero is best, and either side is worse."""
+    """What a score means. unit: empty for shares and ratios. signed: zero is best, and either side is worse."""
 
     higher_is_better: bool
+    unit: str = ""
     signed: bool = False
 
     def gain(self, before: Any, after: Any) -> Any:
@@ -54,11 +55,13 @@ class Score:
 
 # Every score of `scores_of`, whatever its metric.
 SHARES = ("delta1", "delta2", "delta3", "radius1_f1", "radius2_f1", "radius3_f1")
-ERRORS = ("rel", "abs_rel", "rmse", "log10", "rmse_log", "silog", "mae", "invalid")
+ERRORS = ("rel", "abs_rel", "log10", "rmse_log", "silog", "invalid")
 SCORES = {
     **dict.fromkeys(SHARES, Score(True)),
     **dict.fromkeys(ERRORS, Score(False)),
-    "deviation": Score(False, signed=True),
+    "rmse": Score(False, "m, or the truth's unit"),
+    "mae": Score(False, "degrees"),
+    "deviation": Score(False, "degrees", signed=True),
 }
 
 

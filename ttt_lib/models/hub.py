@@ -51,7 +51,9 @@ def fetch(name: str, files: tuple[str, ...], advice: str) -> Path:
             f"{known} the hub has no such repository (`ttt-depth models` lists known names), or it is private, or its"
             " authors must grant access first: ask on its page, then `hf auth login`."
         ) from error
-    except Exception as error:  # full disk, broken connection, a proxy's page, a name that is none
+    except errors.HFValidationError as error:
+        raise ModelError(f"{known} is neither a file or folder that exists nor a valid hub name.") from error
+    except Exception as error:  # full disk, broken connection, a proxy's page
         if online or not isinstance(error, errors.LocalEntryNotFoundError):
             raise ModelError(f"{known} it cannot be downloaded ({reason(error)}); {advice}.") from error
     for file in files:

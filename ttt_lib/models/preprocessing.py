@@ -73,12 +73,23 @@ def read_rules(folder: Path, family: str, network: nn.Module, name: str) -> Rule
         check_numbers(processor.to_dict(), LARGEST_SIDE, LARGEST_SIDE, "preprocessor_config.json")
         if int(processor.resample) not in MODES:
             raise ValueError(f"resample {int(processor.resample)}; known are 2 (bilinear) and 3 (bicubic)")
+        if (
+            family in ("zoedepth", "depth_anything")
+            and not processor.do_resize
+            or family == "zoedepth"
+            and not processor.do_pad
+        ):
+            raise ValueError("do_resize or do_pad is false, which this does not do")
+        # DPT's first version and its hybrid, whose tokens the library puts on a square grid.
+        square = family == "dpt" and getattr(network, "backbone", None) is None
+        if square and network.config.is_hybrid and processor.size["height"] != network.config.image_size:
+            raise ValueError(f"size {processor.size}; the network takes pictures of {network.config.image_size} pixels")
         glpn, normalised = family == "glpn", processor.do_normalize
         own = glpn or not processor.do_resize
         return Rules(
             size=None if own else (int(processor.size["height"]), int(processor.size["width"])),
             mode=MODES[int(processor.resample)],
-            keep_aspect_ratio=bool(getattr(processor, "keep_aspect_ratio", False)),
+            keep_aspect_ratio=bool(getattr(processor, "keep_aspect_ratio", False)) and not square,
             multiple=max(1, int(processor.size_divisor if glpn else processor.ensure_multiple_of)),
             scale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
             mean=tuple(processor.image_mean) if normalised else (0.0,) * 3,

@@ -8,7 +8,8 @@ Prompt Depth Anything (`depth-anything/prompt-depth-anything-*-hf`), ZoeDepth (`
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,22 @@ def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
     build_empty(build, config, shapes, sum(path.stat().st_size for path in files), "config.json")
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bar and no report of transformers; what matters in it is checked here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _network(folder: Path, config: dict[str, Any], name: str) -> nn.Module:
     """The network of a folder, float32, with every weight that it uses. Raises `ModelError`."""
     from transformers import AutoModelForDepthEstimation
@@ -130,11 +147,9 @@ def load_transformers_model(
     reached, the folder holds another kind of model, or damaged or incomplete files.
     """
     try:
-        from transformers.utils import logging
+        import transformers  # noqa: F401
     except ImportError as error:
         raise ModelError(f"model {name!r}: transformers is not installed; run `pip install -e '.[hf]'`.") from error
-    logging.set_verbosity_error()  # what matters in its reports is checked here
-    logging.disable_progress_bar()
     folder = Path(os.path.expanduser(name))
     if not (folder / "config.json").is_file():
         folder = _fetch(name)
@@ -144,10 +159,12 @@ def load_transformers_model(
         raise ModelError(
             f"model {name!r}: its config.json says model type {family!r}; known are {', '.join(FAMILIES)}."
         )
-    network = _network(folder, config, name)
+    with _quietly():
+        network = _network(folder, config, name)
     if num_tokens is not None and (family == "depth_pro" or getattr(network.config, "is_hybrid", False)):
         raise ModelError(f"model {name!r}: {family} takes pictures of one size; leave model.num_tokens out.")
-    rules = read_rules(folder, family, network, name)
+    with _quietly():
+        rules = read_rules(folder, family, network, name)
     backbone = getattr(getattr(network.config, "backbone_config", None), "model_type", None)
     metric = family in ALWAYS_METRIC or getattr(network.config, "depth_estimation_type", "") == "metric"
     metric = metric or (family == "dpt" and backbone == "dinov2")  # facebook/dpt-dinov2-*: depth in metres

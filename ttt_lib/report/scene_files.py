@@ -134,6 +134,7 @@ def write_scene(adaptation: SceneAdaptation, output: Path, announce: Announce = 
                     cloud.add(photograph, result.image, result.final)
                 _write_photograph(work, files[name], result, known is not None)
             camera = {"intrinsics": photograph.intrinsics, "pose": photograph.pose}
+            camera = {key: None if value is None else value.tolist() for key, value in camera.items()}
             rows.append({"name": name, "file": files[name], **about_result(result), **camera})
             why = f" ({result.reason})" if result.reason and known is not None else ""  # the others' has been said
             announce(f"{number}/{len(names)} {name}: {result.decision}{why}")

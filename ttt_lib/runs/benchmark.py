@@ -98,11 +98,11 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
                 with stage("scene"):
                     surface = fresh.mask & in_front(fresh.points)
                     spare.set_scene(image, fresh.points, surface, fresh.intrinsics)
-            rounds.append(dict(clock))
+            rounds.append({name: clock[name] for name in STAGES})
             clock.clear()
     steps = 1 / config.train.accumulation  # what a step or a refresh does once, counts for a pass in parts
     refreshes = steps / config.teacher.refresh_every if config.teacher.refresh_every else 0.0
-    times = pd.DataFrame(rounds[1:]).reindex(columns=STAGES, fill_value=0.0)
+    times = pd.DataFrame(rounds[1:])
     times["augment"] -= times["render"]
     times["render"] += times.pop("scene") * refreshes
     times["optimizer"] *= steps

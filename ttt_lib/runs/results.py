@@ -110,7 +110,9 @@ def _finished_shards(folder: Path) -> tuple[pd.DataFrame, list[str]]:
         default = table_places().get(experiment.name, math.inf)
         for place in shards:
             if (manifest := read_manifest(place)) is not None:
-                order, count = manifest.get("settings", {}).get("order", default), int(place.name.partition("-of-")[2])
+                settings, count = manifest.get("settings"), int(place.name.partition("-of-")[2])
+                told = settings.get("order") if isinstance(settings, dict) else None
+                order = float(told) if isinstance(told, int | float) else default
                 identity, ended = manifest.get("identity", {}), manifest.get("finished")
                 rows.append((order, experiment.name, place, count, identity, ended))
     table = pd.DataFrame(rows, columns=["order", "experiment", "place", "count", "identity", "ended"])
@@ -154,7 +156,7 @@ def _read(path: Path) -> pd.DataFrame:
 def _table(name: str, shards: list[Path], experiments: list[str]) -> pd.DataFrame:
     """One table of all shards, sorted (experiments as they are given), every row once."""
     keys, values = KEYS[name]
-    parts = [_read(path) for shard in shards if (path := shard / f"{name}.csv").exists()]
+    parts = [_read(path) for shard in shards if (path := shard / f"{name}.csv").exists() and path.stat().st_size > 1]
     if not parts:
         return pd.DataFrame(columns=[*keys, *values])
     joined = pd.concat(parts, ignore_index=True)

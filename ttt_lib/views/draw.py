@@ -233,7 +233,8 @@ def make_views(
     if waiting.numel():
         if renderer is None:
             raise ValueError("views from other cameras are asked for, but there is no renderer")
-        renderer.set_scene(image, points, target.surface, intrinsics)
+        if not renderer.holds(image, points):
+            renderer.set_scene(image, points, target.surface, intrinsics)
         depths = points[..., 2][target.surface]
         median = depths.median() if len(depths) else torch.ones(())
     for attempt, draw in enumerate(plan.camera_draws.split(CAMERA_DRAWS, 1)):

@@ -154,6 +154,7 @@ class GLScene:
 
     def draw(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """As `torch_backend.rasterise`: one view after the other, on the tensors' device."""
+        gl_renderer()  # refuses where this process was forked from the one that made the scene
         views = zip(transform.double().cpu().numpy(), intrinsics.double().cpu().numpy())
         drawn = [self._draw(t, k, size) for t, k in views]
         colour, buffer = (torch.from_numpy(np.stack(maps)).to(transform.device) for maps in zip(*drawn))

@@ -72,14 +72,15 @@ class NovelViewRenderer:
         self._scene: GLScene | None = None
 
     def set_scene(self, image: Tensor, points: Tensor, mask: Tensor, intrinsics: Tensor | None = None) -> None:
-        """Make the mesh of a target (it is uploaded once, at the first view), unless it is held already: image (3,H,W),
-        points (H,W,3) in the original camera, mask (H,W) bool, intrinsics (3,3); without these, silhouettes against the
-        sky stay open."""
-        if self._made_from is not None and self._made_from[0] is image and self._made_from[1] is points:
-            return
+        """Make the mesh of a target (it is uploaded once, at the first view): image (3,H,W), points (H,W,3) in the
+        original camera, mask (H,W) bool, intrinsics (3,3); without these, silhouettes against the sky stay open."""
         self.free()
-        self._made_from = image, points
         self.mesh = build_mesh(image, points, mask, intrinsics, self.edge_rtol)
+        self._made_from = image, points
+
+    def holds(self, image: Tensor, points: Tensor) -> bool:
+        """Whether the scene was made from these very tensors."""
+        return self._made_from is not None and self._made_from[0] is image and self._made_from[1] is points
 
     def render(self, transform: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> RenderedView:
         """The scene from B cameras: transform (B,4,4) rigid, possibly with a mirror; intrinsics (B,3,3); size (h,w).
