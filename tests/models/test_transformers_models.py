@@ -907,3 +907,12 @@ def test_the_notebook_takes_a_folder_as_the_model(folder, kernel, tmp_path, fami
     assert set(metrics.prediction) == {"original", "final"}
     kind = "depth_metric" if family == "zoe_nk" else "disparity_affine_invariant"
     assert {"original", "final"} == set(metrics.prediction[metrics.metric == kind])
+
+
+@pytest.mark.parametrize(("family", "key"), [("zoe_n", "do_pad"), ("zoe_n", "do_resize"), ("da_relative", "do_resize")])
+def test_rules_that_are_not_followed_are_refused(copy, family, key):
+    path = copy(family)
+    content = json.loads((path / "preprocessor_config.json").read_text())
+    (path / "preprocessor_config.json").write_text(json.dumps(content | {key: False}))
+    with pytest.raises(UserError, match=f"preprocessor_config.json is not one of .*{key} is false"):
+        load_model(str(path), "cpu")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ttt_lib.core.errors import ModelError, reason
 from ttt_lib.models.bounds import LARGEST_SIDE, check_numbers
 
+ALWAYS = {"zoedepth": ("do_resize", "do_pad"), "depth_anything": ("do_resize",)}  # done to every picture
 MODES = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers, which the files use
 
 
@@ -73,13 +74,8 @@ def read_rules(folder: Path, family: str, network: nn.Module, name: str) -> Rule
         check_numbers(processor.to_dict(), LARGEST_SIDE, LARGEST_SIDE, "preprocessor_config.json")
         if int(processor.resample) not in MODES:
             raise ValueError(f"resample {int(processor.resample)}; known are 2 (bilinear) and 3 (bicubic)")
-        if (
-            family in ("zoedepth", "depth_anything")
-            and not processor.do_resize
-            or family == "zoedepth"
-            and not processor.do_pad
-        ):
-            raise ValueError("do_resize or do_pad is false, which this does not do")
+        if ignored := [key for key in ALWAYS.get(family, ()) if not getattr(processor, key)]:
+            raise ValueError(f"{ignored[0]} is false, and pictures are never left so here")
         # DPT's first version and its hybrid, whose tokens the library puts on a square grid.
         square = family == "dpt" and getattr(network, "backbone", None) is None
         if square and network.config.is_hybrid and processor.size["height"] != network.config.image_size:

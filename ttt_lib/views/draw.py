@@ -221,7 +221,6 @@ def make_views(
     size = tuple(image.shape[-2:])
     mask = torch.ones(size, dtype=torch.bool, device=device) if mask is None else mask
     target = Target(image, points, mask & in_front(points), ~mask, intrinsics)
-
     plan = _plan(intrinsics, config, count, generator)
     fixed, lens, moved = plan.transform, plan.lens, plan.moved
     transform = fixed.clone()
