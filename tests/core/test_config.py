@@ -201,3 +201,9 @@ def test_paths_of_models_sets_and_calibrations_become_absolute_where_they_enter(
 def test_settings_of_every_loss_travel_to_another_process():
     config = build_experiment({"name": "x", "losses": {name: {} for name in LOSSES.all_names()}})
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_keys_of_data_are_known_before_anything_is_opened():
+    for kind in ("images", "moge"):
+        with pytest.raises(UserError, match="typo: unknown key"):
+            build_experiment({"name": "x", "data": [{"kind": kind, "path": "x", "typo": 1}]})
