@@ -33,7 +33,10 @@ def read_scenes(folder: str | Path) -> dict[str, list[str]]:
     try:
         scenes = TABLE.validate_python(read_json(path))
     except ValidationError as error:
+        place = error.errors()[0]["loc"]
         said = "is no table of scenes; it holds {scene: [sample folder, ...], ...}"
+        if place:
+            said = f"scene {place[0]!r} needs a list of the folders of its samples"
         raise DataError(f"{path}: {said}.", path=path) from error
     except UserError as error:
         raise DataError(str(error), path=path) from error
