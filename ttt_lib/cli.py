@@ -58,6 +58,11 @@ def _complete_profiles(incomplete: str) -> list[str]:
     return [name for name in profile_files() if name.startswith(incomplete)]
 
 
+DATA = """MoGe-layout folder, JSON of sets, images, motorcycle | synthetic | shifted; may repeat. Default: the profile's."""
+HARDEST = (
+    "The published protocol: N hardest, random, easy samples, seen twice, and controls. "
+    "Default data: 1,000 scenes of shifted."
+)
 PROFILES = "demo, paper, as_released, or a YAML file; auto: demo for tiny, none for other models."
 Profile = Annotated[str, typer.Option(help=PROFILES, autocompletion=_complete_profiles)]
 Experiment = Annotated[str, typer.Option(help="Name or file of the experiment.", autocompletion=_complete_experiments)]
@@ -80,7 +85,7 @@ def _settings(experiment: str, profile: str, model: str | None, overrides: list[
 def ablation(
     data: Annotated[
         list[str] | None,
-        typer.Option(help="MoGe-layout folder, JSON of sets, images, motorcycle | synthetic | shifted; may repeat."),
+        typer.Option(help=DATA),
     ] = None,
     profile: Profile = "demo",
     experiments: Annotated[
@@ -100,7 +105,7 @@ def ablation(
     views: Annotated[bool, typer.Option(help="Also run 01_augmentation for every experiment.")] = True,
     hardest: Annotated[
         int | None,
-        typer.Option(min=2, help="The published protocol: N hardest, random, easy samples, seen twice, and controls."),
+        typer.Option(min=2, help=HARDEST),
     ] = None,
     metric: Annotated[str, typer.Option(help="metric/score that --hardest chooses by.")] = HARD_BY,
     below: Annotated[float | None, typer.Option(help="--hardest takes only samples whose score is lower.")] = None,
@@ -176,7 +181,9 @@ def adapt(
     model: Model = None,
     metric_points: Annotated[
         Path | None,
-        typer.Option(help="Known distances of one image: CSV of u,v,metres (pixels), or a sparse depth PNG."),
+        typer.Option(
+            help="Known distances of one image: CSV of u,v,metres (pixels), or a sparse 16-bit depth PNG (see --metric-unit)."
+        ),
     ] = None,
     metric_unit: Annotated[str | None, typer.Option(help="Of that PNG: kitti (1/256 m), mm, or metres a unit.")] = None,
     intrinsics: Annotated[str | None, typer.Option(help="Known camera: fx,fy,cx,cy in pixels, upright.")] = None,
