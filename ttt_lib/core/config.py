@@ -156,7 +156,9 @@ def _validate(kind: type[Section], content: dict[str, Any], source: str) -> Any:
 def _shown(value: Any) -> str:
     """A value as the user wrote it, the first parts of a large one (which YAML's references can make without end)."""
     try:
-        return printable(reprlib.repr(value), 120)
+        short = reprlib.Repr()
+        short.maxstring = short.maxother = 100
+        return printable(short.repr(value), 120)
     except ValueError:  # a number of more digits than Python writes
         return "a number of thousands of digits"
 
