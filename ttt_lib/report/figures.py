@@ -183,7 +183,7 @@ def cloud_figure(cloud: np.ndarray, colour: np.ndarray, most: int = 60_000) -> g
 
 
 def cloud_parts(cloud: np.ndarray, colour: np.ndarray, most: int = 60_000) -> dict[str, Any]:
-    """As `cloud_figure`, as plain data: a figure checks the colour of each point, two seconds for a page."""
+    """As `cloud_figure`, as plain data: a figure checks the colour of each point, a second for a page."""
     if len(cloud) > most:
         chosen = np.random.default_rng(0).choice(len(cloud), most, replace=False)
         cloud, colour = cloud[chosen], colour[chosen]
