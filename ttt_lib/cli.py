@@ -6,7 +6,6 @@ Long: one command after the other, each hardly more than its options.
 from __future__ import annotations
 
 import errno
-import gc
 import io
 import logging
 import sys
@@ -17,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from ttt_lib.core.collector import collector_paused
 from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import UserError, printable, reason
 from ttt_lib.core.files import absolute, check_writable
@@ -83,10 +83,7 @@ def _settings(experiment: str, profile: str, model: str | None, overrides: list[
 
 @app.command(epilog="Example: ttt-depth ablation --data path/to/set --experiments original,recommended --runs runs")
 def ablation(
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help=DATA),
-    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help=DATA)] = None,
     profile: Profile = "demo",
     experiments: Annotated[
         str | None,
@@ -103,10 +100,7 @@ def ablation(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples of each shard.")] = None,
     set_: Overrides = None,
     views: Annotated[bool, typer.Option(help="Also run 01_augmentation for every experiment.")] = True,
-    hardest: Annotated[
-        int | None,
-        typer.Option(min=2, help=HARDEST),
-    ] = None,
+    hardest: Annotated[int | None, typer.Option(min=2, help=HARDEST)] = None,
     metric: Annotated[str, typer.Option(help="metric/score that --hardest chooses by.")] = HARD_BY,
     below: Annotated[float | None, typer.Option(help="--hardest takes only samples whose score is lower.")] = None,
 ) -> None:
@@ -198,13 +192,11 @@ def adapt(
     whose principal point is off the middle, what it leaves unknown is 0 in the PNG and NaN in the NPY.
     """
     end_in_order()
-    gc.disable()  # it would take a fifth of these imports, and find nothing to free
-    from ttt_lib.data.known_camera import parse_intrinsics
-    from ttt_lib.data.known_distances import parse_unit
-    from ttt_lib.report.photo_files import adapt_photos, find_photos, name_results
-    from ttt_lib.runs.experiment import open_model
-
-    gc.enable()
+    with collector_paused():  # it would take a fifth of these imports, and find nothing to free
+        from ttt_lib.data.known_camera import parse_intrinsics
+        from ttt_lib.data.known_distances import parse_unit
+        from ttt_lib.report.photo_files import adapt_photos, find_photos, name_results
+        from ttt_lib.runs.experiment import open_model
 
     config, output = _settings(experiment, profile, model, set_), Path(absolute(output))
     photos = name_results(find_photos(images), output)
@@ -249,10 +241,8 @@ def scene(
 ) -> None:
     """Adapt to several photographs of one scene: depth in one scale, one point cloud, cameras, pictures and a record."""
     end_in_order()
-    gc.disable()  # it would take a fifth of these imports, and find nothing to free
-    from ttt_lib.report.scene_files import adapt_photographs
-
-    gc.enable()
+    with collector_paused():  # as in `adapt`
+        from ttt_lib.report.scene_files import adapt_photographs
 
     config = _settings(experiment, profile, model, set_)
     source = photographs[0] if len(photographs) == 1 else photographs

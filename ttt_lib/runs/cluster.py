@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from ttt_lib.core.collector import collector_paused
 from ttt_lib.core.errors import NotSupported, RunError, UserError, reason
 from ttt_lib.core.files import read_yaml
 
@@ -58,24 +58,23 @@ def open_client(
     with ExitStack() as opened:  # what was started is closed, whatever fails after it
         # Dask closes a forgotten client when it is collected, which takes the lock that starting and stopping hold: the
         # process would wait for itself for ever. Clients that failed earlier are collected before.
-        gc.collect()
-        gc.disable()
-        try:
-            if scheduler:
-                client = Client(scheduler, timeout=f"{ANSWER_WITHIN}s")
-            else:
-                cluster = _batch_system(cluster_file) if cluster_file else LocalCluster(workers, **LOCAL)
-                opened.callback(cluster.close)
-                if cluster_file:
-                    cluster.scale(jobs=workers)
-                client = Client(cluster)
-            opened.callback(client.close)
-        except UserError:
-            raise
-        except Exception as error:  # of the batch system, of the network, of dask, which knows addresses of any shape
-            raise RunError(f"{where}: {said} ({reason(error)}).") from error
-        finally:
-            gc.enable()
+        with collector_paused():
+            try:
+                if scheduler:
+                    client = Client(scheduler, timeout=f"{ANSWER_WITHIN}s")
+                else:
+                    cluster = _batch_system(cluster_file) if cluster_file else LocalCluster(workers, **LOCAL)
+                    opened.callback(cluster.close)
+                    if cluster_file:
+                        cluster.scale(jobs=workers)
+                    client = Client(cluster)
+                opened.callback(client.close)
+            except UserError:
+                raise
+            except (
+                Exception
+            ) as error:  # of the batch system, of the network, of dask, which knows addresses of any shape
+                raise RunError(f"{where}: {said} ({reason(error)}).") from error
         if scheduler:
             _require_single_threads(client, scheduler)
         announce(f"dashboard: {client.dashboard_link}")
