@@ -65,8 +65,11 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     shown, title = runs.group("random"), f"{metric} {score}"  # no score chose these
     gains = paired_gains(shown.metrics, metric, score)
-    selected = tables.selection_table(runs, bootstrap_samples)
-    frames = _frames(runs, gains, tolerance, bootstrap_samples)
+    frames, selected = _frames(runs, gains, tolerance, bootstrap_samples), None
+    if runs.selection is not None:
+        selected, beyond = _selection(runs, bootstrap_samples)
+        frames |= {"beyond_selection": beyond}
+        frames |= {f"table1_{name}": tables.table1(runs.group(name)).reset_index() for name in GROUPS}
     figures, clouds = _figures(shown, gains, tolerance, title)
     if selected is not None:
         figures["chosen_samples"] = study_figures.selection_figure(selected)
@@ -90,22 +93,26 @@ def write_report(
 
 
 def _frames(runs: Runs, gains: pd.DataFrame, tolerance: float, bootstrap_samples: int) -> dict[str, pd.DataFrame]:
-    """Every CSV of the report by its name."""
+    """Every CSV of the report by its name, but for those about chosen samples."""
     shown = runs.group("random")
     paired = [
         summarise(paired_gains(shown.metrics, m, s), tolerance, bootstrap_samples).assign(metric=m, score=s)
         for m, s in TABLE1_COLUMNS
     ]
-    frames = {
+    return {
         "table1": tables.table1(shown).reset_index(),
         "paired": pd.concat([frame for frame in paired if len(frame)] or paired[:1]),
         "paired_by_dataset": summarise(gains, tolerance, bootstrap_samples, ("experiment", "dataset")),
         "gains": gains, "metrics": runs.metrics, "samples": runs.samples, "left_out": runs.left_out,
     }  # fmt: skip
-    if runs.selection is not None:
-        frames["beyond_selection"] = tables.selection_table(runs, bootstrap_samples, TABLE1_COLUMNS)
-        frames |= {f"table1_{name}": tables.table1(runs.group(name)).reset_index() for name in GROUPS}
-    return frames
+
+
+def _selection(runs: Runs, bootstrap_samples: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`selection_table` in the score that chose the samples, and in those of Table 1; their losses are looked for once."""
+    by = tables.chosen_by(runs)
+    table = tables.selection_table(runs, bootstrap_samples, list(dict.fromkeys([*TABLE1_COLUMNS, by])))
+    scores = list(zip(table["metric"], table["score"]))
+    return table[[each == by for each in scores]], table[[each in TABLE1_COLUMNS for each in scores]]
 
 
 def _figures(
