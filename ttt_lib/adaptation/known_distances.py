@@ -39,9 +39,8 @@ def unit_doubt(prediction: Prediction, references: References) -> str:
     found = at_references(prediction.depth[None], references.to(prediction.depth.device))[0]
     ratio = references.depth.to(found) / found
     factor, usual = float(ratio[torch.isfinite(ratio) & (ratio > 0)].nanmedian()), 1000 / 256
-    if not any(
-        1 / NEAR < factor / mixed < NEAR for mixed in (usual, 1 / usual)
-    ):  # also where no distance lies on a surface
+    # NaN, which is near to nothing, where no distance lies on a surface.
+    if not any(1 / NEAR < factor / mixed < NEAR for mixed in (usual, 1 / usual)):
         return ""
     said = f"known distances are {factor:.3g} times the prediction, as if millimetres and 1/256 m were mixed up"
     return f"{said}: check the unit of their file (--metric-unit)"

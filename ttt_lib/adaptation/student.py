@@ -97,10 +97,8 @@ class LowRank:
         generator = torch.Generator().manual_seed(0)
         for name, parameter in named:
             parameter.requires_grad_(False)
-            outputs, inputs = (
-                parameter.shape[:1].numel(),
-                parameter.shape[1:].numel(),
-            )  # 1 where there is no such dimension
+            # 1 where there is no such dimension.
+            outputs, inputs = parameter.shape[:1].numel(), parameter.shape[1:].numel()
             if min(outputs, inputs) > rank:
                 down = torch.randn(rank, inputs, generator=generator).to(parameter) / inputs**0.5
                 up = torch.zeros(outputs, rank, device=parameter.device, dtype=parameter.dtype)

@@ -161,9 +161,8 @@ def load_transformers_model(
         )
     with _quietly():
         network = _network(folder, config, name)
-    if num_tokens is not None and (family == "depth_pro" or getattr(network.config, "is_hybrid", False)):
-        raise ModelError(f"model {name!r}: {family} takes pictures of one size; leave model.num_tokens out.")
-    with _quietly():
+        if num_tokens is not None and (family == "depth_pro" or getattr(network.config, "is_hybrid", False)):
+            raise ModelError(f"model {name!r}: {family} takes pictures of one size; leave model.num_tokens out.")
         rules = read_rules(folder, family, network, name)
     backbone = getattr(getattr(network.config, "backbone_config", None), "model_type", None)
     metric = family in ALWAYS_METRIC or getattr(network.config, "depth_estimation_type", "") == "metric"

@@ -265,8 +265,8 @@ def _finish(
         futures = {client.submit(run_job, job, str(runs), ours, pure=False, retries=1): job for job in jobs}
         for future in as_completed(list(futures)):
             job, error = futures.pop(future), future.exception()
-            died = (
-                Outcome(job.experiment, job.shard, "failed", f"the worker died: {one_line(error)}") if error else None
-            )
-            yield job, died or future.result()
+            if error is None:
+                yield job, future.result()
+            else:
+                yield job, Outcome(job.experiment, job.shard, "failed", f"the worker died: {one_line(error)}")
             future.release()
