@@ -9,7 +9,6 @@ import utils3d
 from conftest import adapt, loss_inputs, small_experiment
 from moge.train import losses as moge_losses
 
-from ttt_lib.adaptation.losses import moge_terms
 from ttt_lib.adaptation.losses.moge_terms import focal_of
 from ttt_lib.adaptation.losses.presets import resolved
 from ttt_lib.adaptation.losses.terms import compute_loss, unused_outputs
@@ -70,23 +69,6 @@ def test_local_equals_moge_with_the_same_random_patches(case):
                 )[0].mean()
             )  # fmt: skip
     assert torch.allclose(values["local_4"], torch.stack(expected).mean())
-
-
-@pytest.mark.parametrize("row", [0, 1])
-def test_rows_that_go_together_give_on_average_what_they_give_alone(case, monkeypatch, row):
-    output, target, intrinsics = case
-    output = {**output, "points": output["points"] * torch.tensor([1.0, 3.0])[:, None, None, None]}  # a scale each
-    intrinsics = intrinsics * torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 1.0]])[:, :, None]  # and a focal length
-    terms = {"global": {"weight": 0.0, **SMALL}, "local_4": {"align_resolution": 4, "num_patches": 100}}
-    share = torch.eye(2)[row]
-
-    def mean() -> float:
-        seeds = (torch.Generator().manual_seed(seed) for seed in range(6))
-        return sum(float(run((output, target, intrinsics), terms, g, share=share)[1]["local_4"]) for g in seeds) / 6
-
-    alone = mean()
-    monkeypatch.setattr(moge_terms, "_rows_at_once", lambda points: 8)
-    assert mean() == pytest.approx(alone, rel=0.1)
 
 
 def test_the_global_random_state_is_left_alone(case):

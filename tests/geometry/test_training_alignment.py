@@ -1,12 +1,10 @@
-"""The cheap alignments and patch sampling of training against MoGe's own."""
+"""The cheap alignments of training against MoGe's own."""
 
 import pytest
 import torch
-from moge.train import losses as moge_losses
 from moge.utils import alignment as moge_alignment
 
 from ttt_lib.geometry import fast_alignment as training_alignment
-from ttt_lib.geometry.fast_alignment import anchor_weights, cheap_alignment
 
 ONLY_Z, ALL = torch.tensor([0.0, 0.0, 1.0]), torch.ones(3)
 
@@ -83,47 +81,3 @@ def test_problems_do_not_depend_on_their_batch():
         alone = training_alignment.align_points_scale_xyz_shift(*(x[i] for x in problem), trunc=1.0)
         assert torch.allclose(alone[0], scale[i], rtol=1e-6)
         assert torch.allclose(alone[1], shift[i], atol=1e-6)
-
-
-def test_sampling_weights_are_moges_at_the_pixels_drawn():
-    torch.manual_seed(0)
-    v, u = torch.meshgrid(torch.linspace(-1, 1, 24), torch.linspace(-1, 1, 32), indexing="ij")
-    depth = torch.where(u < 0.3, 2.0, 6.0)
-    points = torch.stack([u * depth, v * depth, depth], -1)[None]
-    mask = torch.ones(1, 24, 32, dtype=torch.bool)
-    mask[:, :3] = False
-    radius = 0.05 * points[..., 2]
-    theirs = torch.stack([
-        moge_losses.compute_anchor_sampling_weight(points, mask, 4, radius, num_test=64) for _ in range(20)
-    ]).mean(0)  # fmt: skip
-    every = torch.stack([anchor_weights(points, mask, 4, radius, 64, 24 * 32) for _ in range(20)]).mean(0)
-    assert torch.allclose(every.sum((1, 2)), torch.ones(1), atol=1e-4)
-    assert float(every[~mask].sum()) == 0
-    assert float((every - theirs).abs().sum()) < 0.08  # of a total of 1; their own runs differ by as much
-    few = anchor_weights(points, mask, 4, radius, 64, 50)
-    assert int((few > 0).sum()) == 50
-
-
-def test_loss_of_moge_with_cheap_alignment_is_near_its_own():
-    torch.manual_seed(0)
-    v, u = torch.meshgrid(torch.linspace(-1, 1, 48), torch.linspace(-1, 1, 64), indexing="ij")
-    depth = 2 + u + 0.3 * torch.sin(7 * v)
-    target = torch.stack([u * depth, v * depth, depth], -1)[None]
-    student = (target * (1 + 0.05 * torch.sin(9 * u + 4 * v))[None, ..., None]).requires_grad_()
-    focal, settings = torch.tensor([1.0]), {"level": 4, "align_resolution": 16, "num_patches": 64}
-
-    def local(cheap: bool) -> torch.Tensor:
-        if not cheap:
-            return moge_losses.affine_invariant_local_loss(student, target, focal, torch.ones(1), **settings)[0].mean()
-        with cheap_alignment(64):
-            return moge_losses.affine_invariant_local_loss(student, target, focal, torch.ones(1), **settings)[0].mean()
-
-    theirs = torch.stack([local(False) for _ in range(4)]).mean().detach()
-    ours = torch.stack([local(True) for _ in range(4)]).mean().detach()
-    assert abs(float(ours / theirs) - 1) < 0.1
-    own = moge_losses.affine_invariant_global_loss(student, target, align_resolution=16)[0]
-    with cheap_alignment():
-        cheap = moge_losses.affine_invariant_global_loss(student, target, align_resolution=16)[0]
-        assert moge_losses.align_points_scale_z_shift is training_alignment.align_points_scale_z_shift
-    assert moge_losses.align_points_scale_z_shift is moge_alignment.align_points_scale_z_shift
-    assert torch.allclose(own, cheap, rtol=1e-4)

@@ -80,8 +80,8 @@ def test_every_term_of_the_loss_runs_there(tiny, image, place):
     )
     there, here = adapt(place.copy_of(tiny), image, settings), adapt(tiny, image, settings)
     assert there.decision == here.decision == "adapted"
-    # Patches are drawn with the device's own random numbers: near, not the same.
-    assert there.history[0]["loss"] == pytest.approx(here.history[0]["loss"], rel=0.5)
+    # The same numbers draw the patches; where rounding decides which pixel is chosen, a patch may be the next one.
+    assert there.history[0]["loss"] == pytest.approx(here.history[0]["loss"], rel=0.05)
     assert there.history[0].keys() == here.history[0].keys()
 
 
@@ -181,18 +181,15 @@ def test_both_renderers_draw_the_same_on_the_device(picture, place):
     assert max(points) < 0.02
 
 
-# Where the host waits for the device in a step without novel views and patches: which rows are left, how wide a prefilter
-# is, MoGe's own alignment (two numbers that it reports, three it sends), and once a step the numbers of the history.
-WAITS_A_PASS, WAITS_A_STEP = (
-    {"adaptation/batches.py": 1, "geometry/warp.py": 1, "adaptation/losses/moge_terms.py": 5},
-    1,
-)
+# Where the host waits for the device in a step without novel views: which rows are left, how wide a prefilter is, and
+# once a step the numbers of the history.
+WAITS_A_PASS, WAITS_A_STEP = {"adaptation/batches.py": 1, "geometry/warp.py": 1}, 1
 
 
 @pytest.mark.parametrize("name", ["pretended", REAL])
 def test_a_step_waits_for_the_device_a_known_number_of_times(tiny, image, name):
-    passes, local = 3, {f"local_{level}": {"weight": 0.0} for level in (4, 16, 64)}
-    settings = config(train={"passes": 2 * passes, "accumulation": passes}, losses=local)
+    passes = 3
+    settings = config(train={"passes": 2 * passes, "accumulation": passes}, losses=ALL_TERMS)
     with at(name) as place:
         model, image = place.copy_of(tiny), image.to(place.device)
         with training(model, settings.train.parts) as named:

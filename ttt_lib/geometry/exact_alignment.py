@@ -121,13 +121,9 @@ def align_affine_lstsq(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return scale.to(x), (y64.mean() - scale * x64.mean()).to(x)
 
 
-# Inside `replaced(module, name=function, ...)` the module has these functions, which it must have had; then its own again.
-replaced = mock.patch.multiple
-
-
 def fast_alignment() -> AbstractContextManager[None]:
     """Inside, `moge.test.metrics.compute_metrics` uses the three functions of this module."""
-    return replaced(
+    return mock.patch.multiple(
         moge_metrics,
         align_points_scale_xyz_shift=align_points_scale_xyz_shift_exact,
         align_depth_affine=align_depth_affine,

@@ -1,4 +1,4 @@
-"""MoGe's truncated alignments and patch sampling at a small part of their cost: what makes a step cheap.
+"""MoGe's truncated alignments at a small part of their cost: what makes a step cheap.
 
 `moge.utils.alignment` solves for the best scale with *every* point as anchor, O(N^2 log N). Nearly every anchor gives
 nearly the same scale, though, and at one scale the objective of all anchors is a sum over pairs without any sorting.
@@ -10,23 +10,15 @@ not the very best one is measured in `tests/geometry/test_training_alignment.py`
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import numpy as np
 import torch
-from moge.train import losses as moge_losses
 from torch import Tensor
-from torch.nn import functional as F
-
-from ttt_lib.geometry.exact_alignment import replaced
 
 FIRST, NEXT = 6, (3, 3)  # anchors solved at the start and in each round after it
 FEW = 32  # points; up to here every anchor is solved, which costs no more
 QUANTILES, STEPS = (0.2, 0.35, 0.5, 0.65, 0.8), 2  # of target / source, where a search begins; steps down from there
 TIE = 1e-5  # relative difference of objectives that is taken for rounding
-PAIRS = 2**24  # elements (problem, anchor, point, coordinate) compared at a time
-CANDIDATES = (8, 1, 4096)  # pixels drawn uniformly for a patch, of which importance sampling chooses: 8, or fewer
-# (not below 1) where that would be more than 4096 in all
+PAIRS = {"cpu": 2**20, "cuda": 2**24}  # elements (problem, anchor, point, coordinate) at a time; a CPU has caches
 
 
 def _argsort(x: Tensor) -> Tensor:
@@ -134,7 +126,7 @@ def _align(
     source, target = source.reshape(-1, points, 3), target.reshape(-1, points, 3)
     weight = weight.reshape(-1, points)
     with torch.no_grad():
-        size = max(1, PAIRS // (points * points + FIRST * points * 3))
+        size = max(1, PAIRS[source.device.type] // (points * points + FIRST * points * 3))
         pairs = [
             _best_pair(s, t, w, shifts, trunc)
             for s, t, w in zip(source.split(size), target.split(size), weight.split(size))
@@ -169,48 +161,3 @@ def align_points_scale_xyz_shift(
     0 for both where nothing has weight.
     """
     return _align(points_src, points_tgt, weight, trunc, torch.ones(3, device=points_src.device))
-
-
-def anchor_weights(
-    points: Tensor, mask: Tensor, radius_2d: int, radius_3d: Tensor, num_test: int, count: int
-) -> Tensor:
-    """Sampling weights of patch centres as `moge.train.losses.compute_anchor_sampling_weight` gives them, for `count`
-    known pixels drawn uniformly, and 0 elsewhere: sampling importance resampling.
-
-    points (B,H,W,3), mask (B,H,W), radius_3d (B,H,W) -> (B,H,W), each picture's sum is 1. A pixel counts with one over
-    the number of the `num_test` pixels drawn around it that lie within radius_3d in space.
-    """
-    batch, height, width = mask.shape
-    result = torch.zeros_like(points[..., 0]).flatten(1)
-    known = mask.flatten(1).to(points.dtype)
-    count = min(count, height * width)
-    chosen = torch.multinomial(known + 1e-12, count)  # without replacement; unknown ones only when known ones run out
-    row, column = chosen // width, chosen % width
-    shape = (batch, count, num_test)
-    i = row[..., None] + torch.randint(-radius_2d, radius_2d + 1, shape, device=points.device)
-    j = column[..., None] + torch.randint(-radius_2d, radius_2d + 1, shape, device=points.device)
-    inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
-    near = i.clamp(0, height - 1) * width + j.clamp(0, width - 1)
-    rows, picture = points.reshape(-1, 3), torch.arange(batch, device=points.device)[:, None] * (height * width)
-    near = near + picture[..., None]
-    distance = (F.embedding(near, rows) - F.embedding(chosen + picture, rows)[:, :, None]).norm(dim=-1)
-    counted = inside & mask.flatten()[near] & (distance <= radius_3d.flatten(1).gather(1, chosen)[..., None])
-    weight = known.gather(1, chosen) / counted.sum(-1).clamp_min(1)
-    result.scatter_(1, chosen, weight)
-    return (result / (result.sum(1, keepdim=True) + 1e-7)).reshape(mask.shape)
-
-
-def cheap_alignment(num_patches: int = 0) -> AbstractContextManager[None]:
-    """Inside, the loss functions of `moge.train.losses` use this module; `num_patches`: of the local loss."""
-
-    def weights(points: Tensor, mask: Tensor, radius_2d: int, radius_3d: Tensor, num_test: int = 64) -> Tensor:
-        most, least, enough = CANDIDATES
-        count = max(least * num_patches, min(most * num_patches, enough))
-        return anchor_weights(points, mask, radius_2d, radius_3d, num_test, count)
-
-    return replaced(
-        moge_losses,
-        align_points_scale_z_shift=align_points_scale_z_shift,
-        align_points_scale_xyz_shift=align_points_scale_xyz_shift,
-        compute_anchor_sampling_weight=weights,
-    )

@@ -10,15 +10,14 @@ a CutMix are weighted by their area.
 from __future__ import annotations
 
 import torch
-import utils3d
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt_lib.adaptation.losses.affine import best_scale_z_shift
 from ttt_lib.adaptation.losses.moge_terms import GlobalSettings  # MoGe's terms are first in every sum
 from ttt_lib.adaptation.losses.terms import LossInputs
 from ttt_lib.core.registry import LOSSES
 from ttt_lib.core.schema import LossConfig
-from ttt_lib.geometry.fast_alignment import align_points_scale_z_shift
 
 FEATURE_TOLERANCE = 0.85  # Depth Anything, section 3.3
 SILOG_BETA = 0.15  # ZoeDepth's own value
@@ -100,11 +99,8 @@ def feature_alignment_loss(features: Tensor, frozen: Tensor, tolerance: float = 
 
 def _aligned_depth(points: Tensor, target: Tensor, known: Tensor) -> Tensor:
     """z after the best scale and z-shift to the target, (B,H,W), kept above a thousandth of the target's median."""
-    side = GlobalSettings().align_resolution
-    filled = torch.where(known[..., None], target, 1.0)
-    small, small_target, small_known = utils3d.pt.masked_nearest_resize(points, filled, mask=known, size=(side, side))
-    weight = small_known.flatten(1) / small_target[..., 2].flatten(1).clamp_min(1e-2)
-    scale, shift = align_points_scale_z_shift(small.detach().flatten(1, 2), small_target.flatten(1, 2), weight, 1.0)
+    side, trunc = GlobalSettings().align_resolution, 1.0
+    scale, shift = best_scale_z_shift(points.detach(), target, known, side, trunc)
     z = scale[:, None, None] * points[..., 2] + shift[:, 2, None, None]
     median = torch.where(known, target[..., 2], torch.nan).flatten(1).nanmedian(1).values.nan_to_num(1.0)
     return torch.maximum(z, 1e-3 * median[:, None, None])

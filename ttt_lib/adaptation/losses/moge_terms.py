@@ -8,7 +8,6 @@ MoGe-1's training configuration; `presets.py` has MoGe-2's.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -17,13 +16,11 @@ from moge.train import losses as moge_losses
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttt_lib.adaptation.losses.affine import patch_difference, whole_difference
 from ttt_lib.adaptation.losses.terms import LossInputs
 from ttt_lib.core.registry import LOSSES
 from ttt_lib.core.schema import LossConfig, NonNegative, Positive
-from ttt_lib.geometry.fast_alignment import cheap_alignment
 
-ROWS_AT_ONCE = 8  # of the local terms, on a GPU; patches of a quarter of 640 x 480 then take some 0.7 GB
-MULTINOMIAL = 2**24  # choices that `torch.multinomial` can have
 GRAZING = 88.0  # degrees between a normal and the line of sight
 
 
@@ -47,11 +44,11 @@ def _own(settings: LossConfig) -> dict[str, float | int]:
 def _aligned(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """Value of the global term and the scale of its alignment, (B,) each; computed once a batch."""
     if "global" not in inputs.shared:
-        settings = _own(inputs.settings_of("global"))
-        with cheap_alignment() if inputs.cheap else nullcontext():
-            value, _, scale = moge_losses.affine_invariant_global_loss(
-                inputs.output["points"], inputs.target, **settings
-            )
+        points, settings = inputs.output["points"], _own(inputs.settings_of("global"))
+        if inputs.cheap:
+            value, scale = whole_difference(points, inputs.target, inputs.known, **settings)
+        else:
+            value, _, scale = moge_losses.affine_invariant_global_loss(points, inputs.target, **settings)
         inputs.shared["global"] = (value, scale)
     return inputs.shared["global"]
 
@@ -62,51 +59,23 @@ def global_loss(inputs: LossInputs) -> Tensor:
     return _aligned(inputs)[0]
 
 
-class _PerRow:
-    """A number for each row of a batch (B,), where MoGe's local loss is written for a batch of one."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = self.of_patches = values
-
-    def reshape(self, *_: int) -> _PerRow:
-        return self
-
-    def __rtruediv__(self, over: float) -> Tensor:
-        return over / self.values[:, None, None]  # for maps (B,H,W)
-
-    def __getitem__(self, row: Tensor) -> Tensor:
-        self.of_patches = self.values[row]
-        return self.of_patches
-
-    def __gt__(self, bound: float) -> Tensor:
-        return self.of_patches > bound  # beside a comparison of the patches
-
-
-def _rows_at_once(points: Tensor) -> int:
-    """On a CPU one, with draws of its own. A GPU waits for its many small kernels rather than for their arithmetic."""
-    return min(ROWS_AT_ONCE, max(1, MULTINOMIAL // points[0, ..., 0].numel())) if points.device.type == "cuda" else 1
-
-
 def _local(inputs: LossInputs, level: int, place: int) -> Tensor:
-    """Affine-invariant over patches of the image's size divided by `level`; `place`: which of a row's seeds draws them. Rows
-    that go together share out their patches at random, each with `num_patches` of them on average."""
-    scale, focal, settings = _aligned(inputs)[1], focal_of(inputs.intrinsics), _own(inputs.settings)
-    points, each, size = inputs.output["points"], [], _rows_at_once(inputs.output["points"])
+    """Affine-invariant over patches of the image's size divided by `level`; `place`: which of a row's seeds draws them."""
+    points, target, settings = inputs.output["points"], inputs.target, _own(inputs.settings)
+    focal, scale = focal_of(inputs.intrinsics), _aligned(inputs)[1]
+    seeds = [row[place] for row in inputs.seeds]
+    if inputs.cheap:
+        return patch_difference(points, target, inputs.known, focal, scale, seeds, level, **settings) * inputs.share
+    each = []
     with torch.random.fork_rng(devices=[points.device] if points.device.type == "cuda" else []):
-        for first in range(0, len(points), size):
-            torch.manual_seed(inputs.seeds[first][place])
-            rows = slice(first, first + size)
-            with cheap_alignment(int(settings["num_patches"])) if inputs.cheap else nullcontext():
-                value, _ = moge_losses.affine_invariant_local_loss(
-                    points[rows],
-                    inputs.target[rows],
-                    _PerRow(focal[rows]),
-                    _PerRow(scale[rows]),
-                    level=level,
-                    **settings,
-                )
-            each.append(value.expand(len(points[rows])))  # one number where no patch has enough points
-    return torch.cat(each) * inputs.share
+        for i, seed in enumerate(seeds):
+            torch.manual_seed(seed)
+            row = slice(i, i + 1)
+            value, _ = moge_losses.affine_invariant_local_loss(
+                points[row], target[row], focal[row], scale[row], level=level, **settings
+            )
+            each.append(value.reshape(()))  # one number where no patch has enough points
+    return torch.stack(each) * inputs.share
 
 
 class Local4(GlobalSettings):

@@ -36,7 +36,7 @@ class LossInputs:
     (B,). target (B,H,W,3): the teacher's points in the views' cameras, NaN where unknown; known (B,H,W) bool; negative
     (B,H,W) bool: sky; intrinsics (B,3,3) of the views. settings: the term's own. terms: the settings of all.
     seeds: of `draw_seeds`, (B,3) whole numbers. share (B,): part of its picture that each row is. features: the student's
-    and the frozen encoder's, (B,N,C) each, where a term needs them. cheap: alignment of `fast_alignment.py`, else MoGe's.
+    and the frozen encoder's, (B,N,C) each, where a term needs them. cheap: by `affine.py`, else MoGe's own functions.
     mask_on_both_sides: as the public release. shared: what one term computes and another uses.
     """
 
