@@ -97,26 +97,15 @@ def warp_view(
 
     Returns image (B,3,h,w), points (B,h,w,3) in the new camera, mask (B,h,w). The map between the images is a
     homography; planes are carried exactly. A pixel is unknown where it looks outside the original image, where one of its
-    four taps is unknown, or where these straddle a depth edge (`broken_steps`).
+    four taps is unknown, or where these straddle a depth edge (`broken_steps`). There is no filter against aliasing: a
+    pixel of a crop spans no more than one of its image.
     """
     grid = places_seen(transform, intrinsics, new_intrinsics, size)
-    # How many source pixels a view pixel spans, for a prefilter against aliasing: one for the whole view.
-    span = intrinsics[:, 0, 0] * image.shape[-1] / (new_intrinsics[:, 0, 0] * size[1])
-    warped = F.grid_sample(_smoothed(image, span), grid, padding_mode="border", align_corners=False)
+    warped = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
     known = mask & in_front(points)
     found = sample_points(points, known, grid)
     seen = within_centres(grid, image.shape[-2:]) & _taps_agree(grid, 1 / points[..., 2], known)
     return warped, transform_points(found, transform[:, None, None]), seen
-
-
-def _smoothed(image: Tensor, span: Tensor) -> Tensor:
-    """The images (B,3,H,W), each averaged over as many of its pixels as `span` (B,) says, where that is two or more."""
-    reach = torch.where(span > 1.5, span.round() / 2, 0).long()
-    smooth = image
-    for k in set(reach.tolist()) - {0}:
-        filtered = F.avg_pool2d(image, 2 * k + 1, 1, k, count_include_pad=False)
-        smooth = torch.where((reach == k)[:, None, None, None], filtered, smooth)
-    return smooth
 
 
 def _taps_agree(grid: Tensor, inverse_depth: Tensor, known: Tensor) -> Tensor:
