@@ -211,6 +211,32 @@ def test_of_several_draws_the_most_certain_is_learned_from(episode, student, ima
     assert torch.equal(chosen.view.image, drawn[losses.index(min(losses))].view.image) and len(set(losses)) > 1
 
 
+@pytest.mark.parametrize(
+    "views",
+    [{}, {"cutmix": 0.5}, {"novel_view": {"probability": 0.5, "backend": "torch"}}, {"shift": {"names": ["fog"]}}],
+    ids=["plain", "cutmix", "novel", "shift"],
+)
+def test_passes_drawn_together_are_those_drawn_one_by_one(episode, student, image, views):
+    teacher = episode.supervisions[0]
+    teacher.config = config(views=views, train={"batch_size": 2})
+    teacher.prepare(student.model, image, student.model.predict(image))
+    state, counted = teacher.generator.get_state(), []
+    found = []
+    for draw in (lambda: [teacher.draw() for _ in range(3)], lambda: teacher.draw_passes(3)):
+        teacher.generator.set_state(state)
+        teacher.log.view_stats = {}
+        found.append((draw(), torch.rand(1, generator=teacher.generator)))
+        counted.append(dict(teacher.log.view_stats))
+    (apart, after), (together, after_too) = found
+    assert torch.equal(after, after_too) and counted[0] == counted[1]
+    for one, other in zip(apart, together, strict=True):
+        assert one.view.kind == other.view.kind and one.batch.compared == other.batch.compared
+        for part in ("image", "points", "mask", "negative", "intrinsics", "transform"):
+            torch.testing.assert_close(getattr(one.view, part), getattr(other.view, part), equal_nan=True)
+        for part in ("images", "of", "points", "share", "seeds"):
+            torch.testing.assert_close(getattr(one.batch, part), getattr(other.batch, part), equal_nan=True)
+
+
 def test_pixels_count_by_the_spread_of_the_predictions(episode, student, image):
     ratio = torch.linspace(-1, 1, 63).reshape(7, 9)  # of the logarithms; its median is zero
     first, mask = torch.full((7, 9), 2.0), torch.ones(7, 9, dtype=torch.bool)

@@ -438,12 +438,16 @@ def test_hidden_pixels_are_not_carried_back():
 
 def test_cutmix_shows_both_and_says_where():
     view, other = views_of("room", {}, 64), views_of("street", {}, 64)
-    mixed, region = cutmix(view, other, seeded())
+    mixed, region = cutmix(view, other, torch.rand(64, 5, generator=seeded()))
     assert torch.equal(mixed, torch.where(region[:, None], other.image, view.image))
     area = region.float().mean((1, 2))
     assert (area > 0.08).all() and (area < 0.63).all() and area.std() > 0.08
     for one in region:  # a rectangle: its rows are all alike, and so are its columns
         assert torch.equal(one, one.any(1, keepdim=True) & one.any(0, keepdim=True))
-    assert torch.equal(cutmix(view, other, seeded())[1], region)
-    assert not cutmix(view, other, seeded(), probability=0.0)[1].any()
-    assert 16 < (cutmix(view, other, seeded(), probability=0.5)[1].flatten(1).any(1)).sum() < 48
+    assert torch.equal(cutmix(view, other, torch.rand(64, 5, generator=seeded()))[1], region)
+    assert not cutmix(view, other, torch.rand(64, 5, generator=seeded()), probability=0.0)[1].any()
+    assert (
+        16
+        < (cutmix(view, other, torch.rand(64, 5, generator=seeded()), probability=0.5)[1].flatten(1).any(1)).sum()
+        < 48
+    )

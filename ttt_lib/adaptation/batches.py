@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ttt_lib.adaptation.losses.terms import draw_seeds
 from ttt_lib.core.config import ExperimentConfig
-from ttt_lib.views.carry import View, cutmix
+from ttt_lib.views.carry import CUTMIX_DRAWS, View, cutmix
 
 MINIMUM_KNOWN_PIXELS = 64  # a view with fewer says nothing about scale and shift
 
@@ -48,18 +48,32 @@ class LossBatch:
         return self.intrinsics[at(torch.where(self.of[first] == pictures, first, 0), self.intrinsics)]
 
 
+def loss_draws(config: ExperimentConfig, count: int, generator: torch.Generator) -> tuple[Tensor | None, Tensor]:
+    """All that the loss of a pass of `count` views takes at random: CutMix's numbers, and seeds for every row there may be."""
+    mixes = config.views.cutmix > 0 and count > 1
+    numbers = torch.rand(count, CUTMIX_DRAWS, generator=generator) if mixes else None
+    rows = 1 if config.released.first_sample_only else 2 * count if mixes else count
+    return numbers, draw_seeds(rows, generator)
+
+
 def loss_batch(view: View, config: ExperimentConfig, generator: torch.Generator) -> LossBatch:
+    """`batch_of` the views with the `loss_draws` of `generator`."""
+    return batch_of(view, config, loss_draws(config, len(view.image), generator))
+
+
+def batch_of(view: View, config: ExperimentConfig, draws: tuple[Tensor | None, Tensor]) -> LossBatch:
     """One row a view, or with CutMix one row a region; rows with hardly any known pixel are left out.
 
-    Takes every random number that the loss of this pass needs, so the loss may be computed at any later time.
+    draws: of `loss_draws`, every random number that the loss of this pass needs, so it may be computed at any later time.
     """
+    mixing, seeds = draws
     images, points, negative = view.image, view.points, view.negative
     of = torch.arange(len(images))
     intrinsics = view.intrinsics
-    if config.views.cutmix > 0 and len(images) > 1:
+    if mixing is not None:
         # The other view of a row is the next one. Each region is a row of its own, so that it is aligned alone.
         other = View(*(x.roll(-1, 0) if isinstance(x, Tensor) else x for x in vars(view).values()))
-        images, region = cutmix(view, other, generator, config.views.cutmix)
+        images, region = cutmix(view, other, mixing, config.views.cutmix)
         own = torch.where(region[..., None], torch.nan, points)
         points = torch.cat([own, torch.where(region[..., None], other.points, torch.nan)])
         negative = torch.cat([negative & ~region, other.negative & region])
@@ -71,7 +85,7 @@ def loss_batch(view: View, config: ExperimentConfig, generator: torch.Generator)
     of, there = of[kept], at(kept, points)
     known, pictures = known[there].float(), at(of, points)
     share = known / torch.zeros(len(images), device=known.device).scatter_add_(0, pictures, known)[pictures]
-    seeds, compared = draw_seeds(len(of), generator), len(of.unique())
+    seeds, compared = seeds[: len(of)], len(of.unique())
     return LossBatch(images, of, points[there], intrinsics[there], negative[there], share, seeds, compared)
 
 

@@ -94,6 +94,10 @@ class Supervision:
         """Views of one pass, of a supervision that `draws`."""
         return Pass()
 
+    def draw_passes(self, count: int) -> list[Pass]:
+        """As many calls of `draw`; override this where they can be drawn together, by the same random numbers."""
+        return [self.draw() for _ in range(count)]
+
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """What is drawn inside is drawn again afterwards, of a supervision that `draws`."""

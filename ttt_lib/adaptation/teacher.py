@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ttt_lib.adaptation.batches import MINIMUM_KNOWN_PIXELS, join_batches, loss_batch, plain_batch
+from ttt_lib.adaptation.batches import MINIMUM_KNOWN_PIXELS, batch_of, join_batches, loss_batch, loss_draws, plain_batch
 from ttt_lib.adaptation.ensemble import mean_prediction, predict_member
 from ttt_lib.adaptation.gate.signals import disagreement_map
 from ttt_lib.adaptation.gradients import forward, loss_of, pass_gradients, view_loss
@@ -19,7 +20,7 @@ from ttt_lib.core.registry import SUPERVISIONS
 from ttt_lib.core.types import Prediction
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.views.carry import View, carry_back
-from ttt_lib.views.draw import make_views
+from ttt_lib.views.draw import view_draws, views_of
 from ttt_lib.views.renderer import NovelViewRenderer
 
 
@@ -30,13 +31,15 @@ def make_renderer(config: ExperimentConfig, device: torch.device) -> NovelViewRe
 
 
 def draw_views(
-    image: Tensor, target: Prediction, config: ExperimentConfig, generator: torch.Generator,
+    image: Tensor, target: Prediction, config: ExperimentConfig, draws: torch.Generator | Tensor,
     renderer: NovelViewRenderer | None,
 ) -> View:  # fmt: skip
-    """One batch of views of image (3,H,W) with the target carried into them."""
-    return make_views(
-        image, target.points, target.mask, target.intrinsics, config.views, config.train.batch_size, generator,
-        renderer, mirror_keeps_x=config.released.mirror_keeps_x,
+    """Views of image (3,H,W) with the target carried into them: of one pass, or as many as there are rows of `view_draws`."""
+    if isinstance(draws, torch.Generator):
+        draws = view_draws(config.views, config.train.batch_size, draws)
+    return views_of(
+        image, target.points, target.mask, target.intrinsics, config.views, draws, renderer,
+        mirror_keeps_x=config.released.mirror_keeps_x,
     )  # fmt: skip
 
 
@@ -94,6 +97,19 @@ class TeacherOnViews(Supervision):
             losses = [view_loss(self.student.model, each.batch, self.config) for each in choices]
         return min(zip(choices, losses), key=lambda each: (-each[0].batch.compared, each[1]))[0]
 
+    def draw_passes(self, count: int) -> list[Pass]:
+        """All of one target are drawn together: on a GPU each operation costs its launch, whatever it works on."""
+        teacher, size = self.config.teacher, self.config.train.batch_size
+        if count == 1 or teacher.certainty or teacher.choose_from > 1:
+            return super().draw_passes(count)
+        draws = [
+            (view_draws(self.config.views, size, self.generator), loss_draws(self.config, size, self.generator))
+            for _ in range(count)
+        ]
+        view = self._show(self.target, torch.cat([numbers for numbers, _ in draws]))
+        parts = [view.rows(slice(i * size, (i + 1) * size)) for i in range(count)]
+        return [Pass(part, batch_of(part, self.config, numbers)) for part, (_, numbers) in zip(parts, draws)]
+
     def _draw(self) -> Pass:
         """Views of the present target."""
         target = self.target
@@ -102,10 +118,15 @@ class TeacherOnViews(Supervision):
             level = torch.rand((), generator=self.levels).to(self.trust)
             points = torch.where((self.trust >= level)[..., None], target.points, torch.nan)
             target = replace(target, points=points)
-        view = draw_views(self.image, target, self.config, self.generator, self.renderer)
+        view = self._show(target, self.generator)
+        return Pass(view, loss_batch(view, self.config, self.generator))
+
+    def _show(self, target: Prediction, draws: torch.Generator | Tensor) -> View:
+        """`draw_views`, which the log counts."""
+        view = draw_views(self.image, target, self.config, draws, self.renderer)
         for key, value in view.stats.items():
             self.log.view_stats[key] = self.log.view_stats.get(key, 0) + value
-        return Pass(view, loss_batch(view, self.config, self.generator))
+        return view
 
     def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
         """Of the sum of the losses of these passes, which go through the network together where that is exact."""
@@ -118,9 +139,7 @@ class TeacherOnViews(Supervision):
         self.age += 1
         if not every or (self.age < every and not last):
             return
-        with torch.no_grad():
-            for slow, fast in zip(self.values, student.values()):
-                slow.lerp_(fast, 1 - decay)
+        get_ema_multi_avg_fn(decay)(self.values, student.values(), 0)
         self.age = 0
         if not last:
             self._predict()

@@ -11,6 +11,7 @@ from torch import Tensor
 from ttt_lib.geometry.cameras import inverse, transform_points, unproject, uv_map
 from ttt_lib.geometry.warp import EDGE_RTOL, first_tap, in_front, sample_points, sampling_grid, within_centres
 
+CUTMIX_DRAWS = 5  # random numbers a view takes
 OCCLUSION_TOLERANCE = 0.05  # relative depth by which a carried-back pixel may lie behind what the view shows
 
 
@@ -33,6 +34,11 @@ class View:
     transform: Tensor
     kind: list[str]
     stats: dict[str, int] = field(default_factory=dict)
+
+    def rows(self, chosen: slice) -> View:
+        """Some of the views; the counts are those of all."""
+        parts = {name: value[chosen] for name, value in vars(self).items() if name != "stats"}
+        return View(**parts, stats=self.stats)
 
 
 def carry_back(view: View, predicted: Tensor, points: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,16 +73,17 @@ def carry_back(view: View, predicted: Tensor, points: Tensor, intrinsics: Tensor
     return back, within_centres(grid, size) & smooth & (~moved | shown)
 
 
-def cutmix(view: View, other: View, generator: torch.Generator, probability: float = 1.0) -> tuple[Tensor, Tensor]:
+def cutmix(view: View, other: View, draws: Tensor, probability: float = 1.0) -> tuple[Tensor, Tensor]:
     """CutMix (Yun et al. 2019), as Depth Anything uses it: a rectangle of each image shows the other view.
 
-    view and other: the same number B of views of one size (of two images, or of one: `view` with its rows rolled).
+    view and other: the same number B of views of one size (of two images, or of one: `view` with its rows rolled); draws
+    (B, `CUTMIX_DRAWS`) uniform in [0, 1), on any device.
     Returns the mixed images (B,3,h,w) and the region (B,h,w) bool, True where `other` shows. The student sees the
     mixture; its loss is taken on each region with that view's target, aligned apart, and weighted by area. The
     rectangle's area is uniform in 10 to 60 % of the image, its shape in 3:4 to 4:3 of the image's. With 1 -
     `probability` a view stays as it is, and its region is empty.
     """
-    draws = torch.rand(len(view.image), 5, generator=generator).to(view.image)
+    draws = draws.to(view.image, non_blocking=True)
     height, width = view.image.shape[-2:]
     area, stretch = 0.1 + 0.5 * draws[:, 0], (4 / 3) ** (draws[:, 1] - 0.5)
     tall, wide = area.sqrt() * stretch, area.sqrt() / stretch

@@ -177,10 +177,18 @@ class Plan(NamedTuple):
         return ["+".join(filter(None, words)) or "whole" for words in parts]
 
 
-def _plan(intrinsics: Tensor, config: ViewConfig, count: int, generator: torch.Generator) -> Plan:
-    parts = [CROP_DRAWS, FLAG_DRAWS, COLOUR_DRAWS, CAMERA_DRAWS * config.novel_view.tries]
-    draws = torch.rand(count, sum(parts), generator=generator)
-    crop_draws, flags, colour_draws, camera_draws = draws.split(parts, 1)
+def _parts(config: ViewConfig) -> list[int]:
+    """How many numbers a view takes for its crop, its flags, its colours, and its cameras."""
+    return [CROP_DRAWS, FLAG_DRAWS, COLOUR_DRAWS, CAMERA_DRAWS * config.novel_view.tries]
+
+
+def view_draws(config: ViewConfig, count: int, generator: torch.Generator) -> Tensor:
+    """All that `count` views take at random, (count, N) in [0, 1), for `views_of`; generator on the CPU."""
+    return torch.rand(count, sum(_parts(config)), generator=generator)
+
+
+def _plan(intrinsics: Tensor, config: ViewConfig, draws: Tensor) -> Plan:
+    crop_draws, flags, colour_draws, camera_draws = draws.split(_parts(config), 1)
     fixed, lens, cropped = _crops(intrinsics, config.crop, crop_draws)
     mirrored = flags[:, 0] < config.mirror
     there = mirrored[:, None, None].to(fixed.device, non_blocking=True)
@@ -206,11 +214,20 @@ def make_views(
     image: Tensor, points: Tensor, mask: Tensor | None, intrinsics: Tensor, config: ViewConfig, count: int,
     generator: torch.Generator, renderer: NovelViewRenderer | None = None, mirror_keeps_x: bool = False,
 ) -> View:  # fmt: skip
-    """Draw `count` views of one image, on its device, with the target carried into each.
+    """Draw `count` views of one image: `views_of` with the `view_draws` of `generator`."""
+    draws = view_draws(config, count, generator)
+    return views_of(image, points, mask, intrinsics, config, draws, renderer, mirror_keeps_x)
+
+
+def views_of(
+    image: Tensor, points: Tensor, mask: Tensor | None, intrinsics: Tensor, config: ViewConfig, draws: Tensor,
+    renderer: NovelViewRenderer | None = None, mirror_keeps_x: bool = False,
+) -> View:  # fmt: skip
+    """Views of one image, on its device, with the target carried into each.
 
     image (3,H,W); points (H,W,3) the target in the image's camera; mask (H,W) bool, False where the target says there
-    is no surface (None: all is surface); intrinsics (3,3). All randomness comes from `generator` (CPU). `renderer` is
-    needed when `config.novel_view.probability` is above zero; its scene is set here when the target is a new one.
+    is no surface (None: all is surface); intrinsics (3,3); draws (B,N) of `view_draws`, a row a view: on the CPU. `renderer`
+    is needed when `config.novel_view.probability` is above zero; its scene is set here when the target is a new one.
     `mirror_keeps_x` reproduces the public release: mirrored targets keep the sign of x.
 
     What a novel view shows and nobody has seen is unknown; its colours are blended in from around (`fill_unknown`).
@@ -218,10 +235,10 @@ def make_views(
     is drawn again, and its camera stays in place after `tries` attempts. Raises `ValueError` without a renderer.
     """
     device, novel, colour = image.device, config.novel_view, config.photometric
-    size = tuple(image.shape[-2:])
+    count, size = len(draws), tuple(image.shape[-2:])
     mask = torch.ones(size, dtype=torch.bool, device=device) if mask is None else mask
     target = Target(image, points, mask & in_front(points), ~mask, intrinsics)
-    plan = _plan(intrinsics, config, count, generator)
+    plan = _plan(intrinsics, config, draws)
     fixed, lens, moved = plan.transform, plan.lens, plan.moved
     transform = fixed.clone()
     stats = {"drawn": count, "novel": int(moved.sum()), "redrawn": 0, "identity": 0}
