@@ -46,7 +46,19 @@ def test_objective_is_that_of_moge(name, shifts, trunc, noise, outliers):
     assert (excess.abs() < 1e-4).float().mean() >= (0.95 if name == "z" else 0.75)
 
 
-@pytest.mark.parametrize("points", [1, 2, 16])
+@pytest.mark.parametrize(("noise", "outliers"), [(0.01, 0.0), (0.05, 0.1), (0.2, 0.3), (1.0, 0.0)])
+@pytest.mark.parametrize("points", [16, 64, 256])
+def test_quick_rounds_are_nearly_as_good(points, noise, outliers):
+    problem = _problems(points, noise, outliers, ALL, seed=3)
+    theirs = _objective(*problem, *moge_alignment.align_points_scale_xyz_shift(*problem, trunc=1.0), 1.0)
+    quick = training_alignment.align_points_scale_xyz_shift(*problem, 1.0, training_alignment.QUICK)
+    excess = _objective(*problem, *quick, 1.0) / theirs - 1
+    assert excess.min() > -1e-4
+    assert excess.mean() < 5e-3
+    assert excess.max() < 0.12
+
+
+@pytest.mark.parametrize("points", [1, 2, 6])
 def test_few_points_are_solved_as_moge_does(points):
     problem = _problems(points, 0.05, 0.1, ALL, seed=1)
     problem = (problem[0], problem[1], problem[2] + 0.5)

@@ -1,8 +1,8 @@
 """MoGe's truncated alignments at a small part of their cost: what makes a step cheap.
 
 `moge.utils.alignment` solves for the best scale with *every* point as anchor, O(N^2 log N). Nearly every anchor gives
-nearly the same scale, though, and at one scale the objective of all anchors is a sum over pairs without any sorting.
-So a few anchors are solved, all anchors are compared at the best scale found, the best of those are solved, and that
+nearly the same scale, though, and at one scale the best anchors are those whose residual lies in the middle of all. So a
+few anchors are solved, those in the middle at the best scale found are compared, the best of them are solved, and that
 once more. An anchor is solved with one sort: from the best of a few quantiles the scale goes down, step by step, to a
 local optimum of the truncated objective. What comes out is an optimum of one anchor in MoGe's set; how rarely it is
 not the very best one is measured in `tests/geometry/test_training_alignment.py`.
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FIRST, NEXT = 6, (3, 3)  # anchors solved at the start and in each round after it
-FEW = 32  # points; up to here every anchor is solved, which costs no more
+THOROUGH, QUICK = (6, 3, 3), (4, 4)  # anchors solved at the start and in each round after it
+NEAR = 16  # anchors compared in a round
 QUANTILES, STEPS = (0.2, 0.35, 0.5, 0.65, 0.8), 2  # of target / source, where a search begins; steps down from there
 TIE = 1e-5  # relative difference of objectives that is taken for rounding
-PAIRS = {"cpu": 2**20, "cuda": 2**24}  # elements (problem, anchor, point, coordinate) at a time; a CPU has caches
+AT_ONCE, IN_CACHE = 2**24, 2**19  # numbers (problem, anchor, point, coordinate) at a time; the fewer on a CPU
 
 
 def _argsort(x: Tensor) -> Tensor:
@@ -71,18 +71,29 @@ def _solve(
     return scale[..., 0], loss, order.gather(2, place)[..., 0]
 
 
-def _compare(
-    source: Tensor, target: Tensor, weight: Tensor, scale: Tensor, shifts: Tensor, trunc: float | None
+def _promising(
+    source: Tensor, target: Tensor, weight: Tensor, scale: Tensor, shifts: Tensor, trunc: float | None, count: int
 ) -> Tensor:
-    """Objective of every anchor at one scale a problem: (P,N,3), (P,N,3), (P,N), (P,) -> (P,N)."""
-    residual = scale[:, None, None] * source - target
-    total = torch.zeros_like(weight)
+    """The best anchors at one scale a problem, best first: (P,N,3), (P,N,3), (P,N), (P,) -> (P,count).
+
+    At one scale the objective of an anchor is the sum of the residuals' distances from its own, so the best of all lie
+    near the weighted median residual; those nearest to it are compared.
+    """
+    residual = (scale[:, None, None] * source - target).mT.contiguous()  # (P,3,N)
+    near = torch.arange(weight.shape[1], device=weight.device).expand(len(weight), -1)
+    if weight.shape[1] > NEAR:
+        order = _argsort(residual)
+        total = weight[:, None].expand_as(residual).gather(2, order).cumsum(-1)
+        middle = order.gather(2, torch.searchsorted(total, 0.5 * total[..., -1:]).clamp_max(order.shape[-1] - 1))
+        away = ((residual - residual.gather(2, middle)).abs() * shifts[:, None]).sum(1)
+        near = away.masked_fill(weight <= 0, torch.inf).topk(NEAR, largest=False)[1]
+    loss = torch.zeros(near.shape, dtype=weight.dtype, device=weight.device)
     for axis in range(3):
-        r = residual[..., axis]
-        moved = r[:, :, None] * shifts[axis]
-        error = (r[:, None, :] - moved).abs_().mul_(weight[:, None, :])
-        total += (error if trunc is None else error.clamp_max_(trunc)).sum(-1)
-    return total.masked_fill(weight <= 0, torch.inf)
+        moved = residual[:, axis].gather(1, near)[..., None] * shifts[axis]
+        error = (residual[:, axis, None] - moved).abs_().mul_(weight[:, None])
+        loss += (error if trunc is None else error.clamp_max_(trunc)).sum(-1)
+    loss = loss.masked_fill(weight.gather(1, near) <= 0, torch.inf)
+    return near.gather(1, loss.topk(min(count, near.shape[1]), largest=False)[1])
 
 
 def _spread(weight: Tensor, count: int) -> Tensor:
@@ -93,10 +104,9 @@ def _spread(weight: Tensor, count: int) -> Tensor:
 
 
 def _best_pair(
-    source: Tensor, target: Tensor, weight: Tensor, shifts: Tensor, trunc: float | None
+    source: Tensor, target: Tensor, weight: Tensor, shifts: Tensor, trunc: float | None, rounds: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """Anchor (P,) and second point, an index into N * 3, (P,), of the best alignment found."""
-    points = source.shape[1]
 
     def best_of(anchors: Tensor, scale: Tensor, loss: Tensor, index: Tensor) -> tuple[Tensor, ...]:
         # Of anchors that are equally good (the median of an even number is an interval) the first, not one by rounding.
@@ -104,14 +114,10 @@ def _best_pair(
         return tuple(value.gather(1, place)[:, 0] for value in (anchors, scale, loss, index))
 
     problem = (source, target, weight)
-    if points <= FEW:
-        every = torch.arange(points, device=weight.device).expand(len(weight), -1)
-        held = best_of(every, *_solve(*problem, every, shifts, trunc))
-        return held[0], held[3]
-    anchors = _spread(weight, FIRST)
+    anchors = _spread(weight, rounds[0])
     held = best_of(anchors, *_solve(*problem, anchors, shifts, trunc))
-    for count in NEXT:
-        anchors = _compare(*problem, held[1], shifts, trunc).topk(count, largest=False)[1]
+    for count in rounds[1:]:
+        anchors = _promising(*problem, held[1], shifts, trunc, count)
         found = best_of(anchors, *_solve(*problem, anchors, shifts, trunc, held[1]))
         better = found[2] < held[2] * (1 - TIE)
         held = tuple(torch.where(better, new, old) for new, old in zip(found, held))
@@ -119,16 +125,22 @@ def _best_pair(
 
 
 def _align(
-    source: Tensor, target: Tensor, weight: Tensor, trunc: float | None, shifts: Tensor
+    source: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    trunc: float | None,
+    shifts: Tensor,
+    rounds: tuple[int, ...] = THOROUGH,
 ) -> tuple[Tensor, Tensor]:
     """Scale (...) and shift (...,3) of points (...,N,3); shifts (3,): 1 along the axes that may shift, else 0."""
     batch_shape, points = source.shape[:-2], source.shape[-2]
     source, target = source.reshape(-1, points, 3), target.reshape(-1, points, 3)
     weight = weight.reshape(-1, points)
     with torch.no_grad():
-        size = max(1, PAIRS[source.device.type] // (points * points + FIRST * points * 3))
+        numbers = IN_CACHE if source.device.type == "cpu" else AT_ONCE
+        size = max(1, numbers // (points * 3 * max(NEAR, rounds[0] * len(QUANTILES))))
         pairs = [
-            _best_pair(s, t, w, shifts, trunc)
+            _best_pair(s, t, w, shifts, trunc, rounds)
             for s, t, w in zip(source.split(size), target.split(size), weight.split(size))
         ]
         anchor, second = (torch.cat(part) for part in zip(*pairs))
@@ -154,10 +166,14 @@ def align_points_scale_z_shift(
 
 
 def align_points_scale_xyz_shift(
-    points_src: Tensor, points_tgt: Tensor, weight: Tensor, trunc: float | None = None
+    points_src: Tensor,
+    points_tgt: Tensor,
+    weight: Tensor,
+    trunc: float | None = None,
+    rounds: tuple[int, ...] = THOROUGH,
 ) -> tuple[Tensor, Tensor]:
     """As `moge.utils.alignment.align_points_scale_xyz_shift`: (...,N,3) x 2, (...,N) -> scale (...), shift (...,3).
 
-    0 for both where nothing has weight.
+    0 for both where nothing has weight. rounds: `QUICK` for many small problems, of which each counts little.
     """
-    return _align(points_src, points_tgt, weight, trunc, torch.ones(3, device=points_src.device))
+    return _align(points_src, points_tgt, weight, trunc, torch.ones(3, device=points_src.device), rounds)

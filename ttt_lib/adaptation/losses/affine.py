@@ -19,7 +19,7 @@ import torch
 from moge.utils.geometry_torch import harmonic_mean, weighted_mean
 from torch import Tensor
 
-from ttt_lib.geometry.fast_alignment import align_points_scale_xyz_shift, align_points_scale_z_shift
+from ttt_lib.geometry.fast_alignment import QUICK, align_points_scale_xyz_shift, align_points_scale_z_shift
 
 MINIMUM_PIXELS = 32  # of a patch, MoGe's
 PATCHES = 2048  # at most; they stand for more: those of a 64th, 4096, lie over each other three deep
@@ -194,7 +194,7 @@ def patch_difference(
     source, fixed = (
         maps.flatten(2).gather(2, nearest.expand(3, -1, -1)).permute(1, 2, 0).contiguous() for maps in (found, wanted)
     )
-    own, shift = align_points_scale_xyz_shift(source, fixed, there / (reach[centres, None] + 1e-7), trunc)
+    own, shift = align_points_scale_xyz_shift(source, fixed, there / (reach[centres, None] + 1e-7), trunc, QUICK)
     ratio = own / scale[of]
     valid = enough & (ratio > 0.1) & (ratio < 10.0) & (scale[of] > 0)
     own, shift = torch.where(valid, own, 0.0), torch.where(valid[:, None], shift, 0.0)
