@@ -62,7 +62,9 @@ def loops_to_compare(model: dict[str, Any], longest_side: int, passes: int) -> d
     def row(*over: dict[str, Any], profile: str | None = None, name: str = "unfreeze_encoder") -> ExperimentConfig:
         return load_with_profile(experiment_file(name), profile, reduce(merge, over, size))
 
-    steps = {"train": {"passes": passes, "accumulation": accumulation}}
+    # The release trains the encoder alone in this row; all loops train what the paper says, so that they do the same work.
+    parts = ["encoder", "neck", "heads"]
+    steps = {"train": {"passes": passes, "accumulation": accumulation, "parts": parts}}
     together, one = ({"train": {"micro_batch": count}} for count in (2 * accumulation, 1))
     bfloat16, less = {"model": {"autocast": "bfloat16"}}, {"model": {"checkpointing": True}}
     patches = {} if small else NO_PATCHES
