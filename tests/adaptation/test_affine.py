@@ -15,19 +15,21 @@ from ttt_lib.adaptation.losses import affine
 from ttt_lib.adaptation.losses.affine import nearest_known, patch_difference, whole_difference
 
 LEVELS = {4: (8, 16), 16: (4, 128), 64: (4, 512)}  # side of the alignment and patches of a picture
-FOCAL = torch.tensor([0.25, 0.22])  # less than that of the pictures, 0.354: small patches have enough pixels
+PATCHES, MOST_TRIES = 256, 512  # as many of 512 as are looked at of 4096
+FOCAL = torch.tensor([0.25, 0.22])  # less than that of the pictures, 0.320: small patches have enough pixels
 
 
 @pytest.fixture(scope="module")
 def case():
-    """A wavy floor with a thin near pole before it and a hole in it, and a student who bends it: points, target, known."""
+    """A wavy floor with a thin near pole before it and a hole in it, and a student who bends it, with noise: points, target, known."""
     v, u = torch.meshgrid(torch.linspace(-1, 1, 225), torch.linspace(-1, 1, 300), indexing="ij")
     depth = torch.stack([3 + u + 0.3 * torch.sin(5 * v), 2 - 0.8 * v + 0.2 * torch.sin(7 * u)])
     depth[0][(u - 0.2).abs() < 0.02] = 1.2
     target = torch.stack([1.2 * u * depth, v * depth, depth], -1)
     known = torch.ones(2, 225, 300, dtype=torch.bool)
     known[0, 150:190, 40:110] = False
-    bent = 0.7 * target * (1 + 0.04 * torch.sin(11 * u + 3 * v) + 0.02 * torch.sin(23 * v))[None, ..., None]
+    noise = 0.005 * torch.randn(2, 225, 300, generator=torch.Generator().manual_seed(0))
+    bent = 0.7 * target * (1 + 0.04 * torch.sin(11 * u + 3 * v) + 0.02 * torch.sin(23 * v) + noise)[..., None]
     return bent, torch.where(known[..., None], target, torch.nan), known
 
 
@@ -70,8 +72,11 @@ def test_over_the_whole_picture_value_and_gradient_are_moges(case):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_over_patches_value_and_gradient_have_moges_mean_and_no_more_noise(case, level):
-    """The value, and the gradient along six waves over the picture: each mean within four of its standard errors."""
+def test_over_patches_value_and_gradient_have_moges_mean_and_no_more_noise(case, level, monkeypatch):
+    """The value, and the gradient along six waves over the picture: each mean within four of its standard errors, the value's
+    also within three hundredths and four of its own, which are small enough to see a quarter."""
+    monkeypatch.setattr(affine, "PATCHES", PATCHES)
+    monkeypatch.setattr(affine, "MOST_TRIES", MOST_TRIES)
     times, points = 14, case[0].clone().requires_grad_()
     case, scale = (points, *case[1:]), torch.full((2,), 1 / 0.7)
     v, u = torch.meshgrid(torch.linspace(0, math.pi, 225), torch.linspace(0, math.pi, 300), indexing="ij")
@@ -86,11 +91,13 @@ def test_over_patches_value_and_gradient_have_moges_mean_and_no_more_noise(case,
         own = torch.stack([numbers(ours(case, level, [seed, seed], scale)[row], row) for seed in range(4 * times)])
         wanted = torch.stack([numbers(moges(case, level, seed, scale, row), row) for seed in range(times)])
         error = (own.var(0) / len(own) + wanted.var(0) / len(wanted)).sqrt()
-        assert wanted[:, 0].mean() > 0
-        assert ((own.mean(0) - wanted.mean(0)).abs() < 4 * error).all()
+        difference, value = (own.mean(0) - wanted.mean(0)).abs(), float(wanted[:, 0].mean())
+        assert value > 0 and error[0] < 0.06 * value
+        assert difference[0] < 4 * error[0] + 0.03 * value and (difference[1:] < 4 * error[1:]).all()
         louder.append(own.std(0) / wanted.std(0))
-    # The mean logarithm of 14 such ratios, of 14 and 56 draws, strays by 0.06.
-    assert torch.cat(louder).log().mean() < 0.2
+    # A deviation of 14 draws is known to a fifth, and the numbers of one draw hang together. Of a 64th half as many are looked
+    # at: 1.4 times the noise.
+    assert torch.cat(louder).log().mean() < math.log(1.3 if level < 64 else 1.3 * 2**0.5)
 
 
 def test_a_row_has_the_same_patches_whatever_is_beside_it(case):
@@ -113,52 +120,44 @@ def test_nothing_known_is_no_difference_and_has_no_gradient(case):
 
 
 def test_the_empty_patches_that_a_gpu_takes_along_change_nothing(case, monkeypatch):
-    scale = torch.full((2,), 1 / 0.7)
-    wanted = ours(case, 64, [3, 4], scale)
+    points, scale, found = case[0].clone().requires_grad_(), torch.full((2,), 1 / 0.7), []
+    every = ours((points, *case[1:]), 64, [3, 4], scale)
     monkeypatch.setattr(affine, "MINIMUM_PIXELS", 40)  # of 49 in the window: some patches have as many, some have not
-    kept = ours(case, 64, [3, 4], scale)
-    assert (kept < wanted).all() and (kept > 0).all()
-
-    class Elsewhere:
-        type = "elsewhere"
-
-    class OnNoCpu(torch.Tensor):
-        device = Elsewhere()
-
-    taken = affine._places
-
-    def places(*arguments):
-        index, found, inside = taken(*arguments)
-        return index, found, inside.as_subclass(OnNoCpu) if len(index) < affine.MOST_TRIES else inside
-
-    assert torch.allclose(ours(case, 64, [3, 4], scale), kept)
+    for tells in (True, False):
+        monkeypatch.setattr(affine, "_tells", lambda device, tells=tells: tells)
+        value = ours((points, *case[1:]), 64, [3, 4], scale)
+        found.append((value.detach(), torch.autograd.grad(value.sum(), points)[0]))
+    assert (found[0][0] < every).all() and (found[0][0] > 0).all()
+    for without, along in zip(*found):
+        torch.testing.assert_close(along, without)
 
 
-@pytest.mark.parametrize(("radius", "side"), [(3, 8), (7, 8), (25, 16), (100, 32)])
+@pytest.mark.parametrize(("radius", "side"), [(3, 7), (25, 16), (100, 32)])
 def test_every_pixel_of_a_window_is_looked_at_equally_often(radius, side):
     span, starts = 2 * radius + 1, 512
-    pixels = affine._Pixels(torch.zeros(3, 300 * 300), torch.ones(300 * 300), (300, 300))
-    jitter = ((torch.arange(starts) + 0.5) / starts)[:, None].expand(-1, 2)  # every start there is
-    index, _, inside = affine._places(pixels, torch.full((starts,), 150 * 300 + 150), radius, side, jitter)
-    rows, columns = index[:, :, 0] // 300 - 150 + radius, index[:, 0] % 300 - 150 + radius
-    assert inside.all()
-    for places in (rows, columns):
-        often = torch.bincount(places.flatten(), minlength=span) / starts
+    start = ((torch.arange(starts) + 0.5) / starts)[:, None].expand(-1, 2)  # every start there is
+    for offsets in affine._lattice(start, radius, side):
+        often = torch.bincount((offsets + radius).flatten(), minlength=span) / (starts * side)
         assert len(often) == span and torch.allclose(often, torch.full((span,), side / span), atol=2 / starts)
 
 
-def test_thin_things_are_centres_as_often_as_moge_chooses_them(case):
-    _, target, known = (each[:1] for each in case)
-    filled = torch.where(known[..., None], target, 1.0)
-    radius, reach = 16, 0.5 / 16 / FOCAL[0] * filled[..., 2]
-    weight = torch.stack([moge_losses.compute_anchor_sampling_weight(filled, known, radius, reach) for _ in range(4)])
-    pole = filled[..., 2] == 1.2
-    planes = torch.where(known[..., None], target, torch.inf).reshape(-1, 3).T
-    chosen = [
-        affine._centres(affine._Pixels(planes, reach.flatten(), (225, 300)), known, [seed], radius, 128)[0]
-        for seed in range(40)
-    ]
-    share, wanted = pole.flatten()[torch.cat(chosen)].float().mean(), weight.mean(0)[pole].sum()
-    assert known.flatten()[torch.cat(chosen)].all()
-    assert wanted > 1.5 * pole.float().mean()  # chosen more often than its area
-    assert share == pytest.approx(float(wanted), rel=0.15)
+def test_what_is_unknown_is_never_picked_nor_what_is_outside_looked_at():
+    last = torch.tensor([[1 - 2**-24, 1.0]])  # 4,095 and almost one of 4,096 are all of it in float32
+    assert affine._pick(torch.tensor([[0.0, 2.0, 1.0, 0.0, 0.0]]), last).tolist() == [[2, 2]]
+    assert affine._offsets(last, 3).tolist() == [[3, 3]]
+
+
+@pytest.mark.parametrize("width", [2, 5])
+def test_thin_things_are_centres_as_often_as_moge_chooses_them(case, width):
+    _, target, known = (each[1:] for each in case)
+    target, radius = target.clone(), 16
+    target[:, :, 140 : 140 + width, 2] = 1.0  # a pole before the rest
+    reach = 0.5 / 16 / FOCAL[0] * target[..., 2]
+    pole = torch.zeros_like(known)
+    pole[:, :, 140 : 140 + width] = True
+    weight = torch.stack([moge_losses.compute_anchor_sampling_weight(target, known, radius, reach) for _ in range(4)])
+    pixels = affine._Pixels(target.reshape(-1, 3).T, reach.flatten(), (225, 300))
+    chosen = torch.cat([affine._centres(pixels, known, [seed], radius, 128)[0] for seed in range(60)])
+    share, wanted = float(pole.flatten()[chosen].float().mean()), float(weight.mean(0)[pole].sum())
+    assert wanted > 3 * float(pole.float().mean())  # chosen more often than its area
+    assert share == pytest.approx(wanted, rel=0.1)

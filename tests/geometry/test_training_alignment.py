@@ -47,15 +47,31 @@ def test_objective_is_that_of_moge(name, shifts, trunc, noise, outliers):
 
 
 @pytest.mark.parametrize(("noise", "outliers"), [(0.01, 0.0), (0.05, 0.1), (0.2, 0.3), (1.0, 0.0)])
-@pytest.mark.parametrize("points", [16, 64, 256])
-def test_quick_rounds_are_nearly_as_good(points, noise, outliers):
+@pytest.mark.parametrize(("points", "rounds"), [(16, "QUICK"), (64, "QUICK"), (256, "QUICK"), (16, "THOROUGH")])
+def test_few_and_quick_are_nearly_as_good(points, rounds, noise, outliers):
+    """How near is measured, not derived: means of at most 0.3 %, single ones of at most 6 %."""
     problem = _problems(points, noise, outliers, ALL, seed=3)
     theirs = _objective(*problem, *moge_alignment.align_points_scale_xyz_shift(*problem, trunc=1.0), 1.0)
-    quick = training_alignment.align_points_scale_xyz_shift(*problem, 1.0, training_alignment.QUICK)
-    excess = _objective(*problem, *quick, 1.0) / theirs - 1
+    ours = training_alignment.align_points_scale_xyz_shift(*problem, 1.0, getattr(training_alignment, rounds))
+    excess = _objective(*problem, *ours, 1.0) / theirs - 1
     assert excess.min() > -1e-4
-    assert excess.mean() < 5e-3
+    assert excess.mean() < 1e-2
     assert excess.max() < 0.12
+
+
+@pytest.mark.parametrize("share", [0.3, 0.45, 0.55])
+def test_a_second_layer_does_not_draw_the_anchors_away(share):
+    """Outliers that agree with each other: the middle of all residuals lies between both layers, where no anchor is."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.rand(6, 256, 3, generator=generator) * torch.tensor([2.0, 2.0, 0.5]) + torch.tensor(
+        [-1.0, -1.0, 1.0]
+    )
+    source = 1.7 * target + 0.02 * torch.randn(6, 256, 3, generator=generator)
+    other = torch.rand(6, 256, generator=generator) < share
+    problem = (source + 6.0 * other[..., None] * ONLY_Z, target, torch.ones(6, 256))
+    theirs = _objective(*problem, *moge_alignment.align_points_scale_z_shift(*problem, trunc=1.0), 1.0)
+    ours = _objective(*problem, *training_alignment.align_points_scale_z_shift(*problem, trunc=1.0), 1.0)
+    assert torch.allclose(ours, theirs, rtol=1e-4)
 
 
 @pytest.mark.parametrize("points", [1, 2, 6])

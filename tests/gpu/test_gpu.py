@@ -27,12 +27,12 @@ config = small_experiment(
     views={"longest_side": 64}, train={"passes": 2, "accumulation": 1, "optimizer": {"learning_rate": 1e-5}}
 )
 ALL_TERMS = {
-    "local_4": {"num_patches": 4},
-    "local_16": {"num_patches": 8},
-    "local_64": {"num_patches": 16},
+    "local_4": {"num_patches": 64},
+    "local_16": {"num_patches": 128},
+    "local_64": {"num_patches": 256},
     "normal": {},
     "edge": {},
-}
+}  # of MoGe-1, and edges
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_every_term_of_the_loss_runs_there(tiny, image, place):
     )
     there, here = adapt(place.copy_of(tiny), image, settings), adapt(tiny, image, settings)
     assert there.decision == here.decision == "adapted"
-    # The same numbers draw the patches; where rounding decides which pixel is chosen, a patch may be the next one.
+    # The same numbers draw the patches; where rounding decides which pixel is chosen, one of the many may be another.
     assert there.history[0]["loss"] == pytest.approx(here.history[0]["loss"], rel=0.05)
     assert there.history[0].keys() == here.history[0].keys()
 
@@ -181,7 +181,7 @@ def test_both_renderers_draw_the_same_on_the_device(picture, place):
     assert max(points) < 0.02
 
 
-# Where the host waits for the device in a step without novel views, with every term of the loss: which rows are left, and
+# Where the host waits for the device in a step without novel views, with all of MoGe-1's terms: which rows are left, and
 # once a step the numbers of the history.
 WAITS_A_PASS, WAITS_A_STEP = {"adaptation/batches.py": 1}, 1
 

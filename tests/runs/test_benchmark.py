@@ -120,7 +120,9 @@ def test_the_loops_take_the_same_steps_and_views():
     equal = {(c.train.passes, c.train.batch_size, c.train.accumulation, c.views.longest_side) for c in loops.values()}
     assert equal - {(8, 2, 2, 64)} == {(4, 2, 1, 64)}  # `recommended` is shorter
     assert {c.model.num_tokens for c in loops.values()} == {48}
-    assert {tuple(c.train.parts) for name, c in loops.items() if "recommended" not in name} == {("encoder", "neck", "heads")}
+    assert {tuple(c.train.parts) for name, c in loops.items() if "recommended" not in name} == {
+        ("encoder", "neck", "heads")
+    }
     released, ours = loops["as released"], loops["all terms"]
     assert released.released.full_cost_alignment and released.released.reload_model
     assert not any(ours.released.model_dump().values())

@@ -21,7 +21,7 @@ from ttt_lib.geometry.cameras import (
     unproject,
     uv_map,
 )
-from ttt_lib.views.carry import carry_back, cutmix
+from ttt_lib.views.carry import CUTMIX_DRAWS, carry_back, cutmix
 from ttt_lib.views.color import DRAWS, SEVERITIES, photometric, recolour
 from ttt_lib.views.draw import CAMERA_SEVERITIES, fill_unknown, make_views, sample_cameras
 from ttt_lib.views.renderer import NovelViewRenderer
@@ -438,16 +438,13 @@ def test_hidden_pixels_are_not_carried_back():
 
 def test_cutmix_shows_both_and_says_where():
     view, other = views_of("room", {}, 64), views_of("street", {}, 64)
-    mixed, region = cutmix(view, other, torch.rand(64, 5, generator=seeded()))
+    draws = torch.rand(64, CUTMIX_DRAWS, generator=seeded())
+    mixed, region = cutmix(view, other, draws)
     assert torch.equal(mixed, torch.where(region[:, None], other.image, view.image))
     area = region.float().mean((1, 2))
     assert (area > 0.08).all() and (area < 0.63).all() and area.std() > 0.08
     for one in region:  # a rectangle: its rows are all alike, and so are its columns
         assert torch.equal(one, one.any(1, keepdim=True) & one.any(0, keepdim=True))
-    assert torch.equal(cutmix(view, other, torch.rand(64, 5, generator=seeded()))[1], region)
-    assert not cutmix(view, other, torch.rand(64, 5, generator=seeded()), probability=0.0)[1].any()
-    assert (
-        16
-        < (cutmix(view, other, torch.rand(64, 5, generator=seeded()), probability=0.5)[1].flatten(1).any(1)).sum()
-        < 48
-    )
+    assert torch.equal(cutmix(view, other, draws)[1], region)
+    assert not cutmix(view, other, draws, probability=0.0)[1].any()
+    assert 16 < (cutmix(view, other, draws, probability=0.5)[1].flatten(1).any(1)).sum() < 48

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -58,13 +59,16 @@ def loss_of(
 
 
 def view_loss(model: GeometryModel, batch: LossBatch, config: ExperimentConfig) -> float:
-    """Loss of a pass as training computes it, without gradients and without the features of a frozen encoder."""
+    """Loss of a pass as training computes it, without gradients and without the features of a frozen encoder; infinite where
+    nothing is compared."""
+    if not batch.compared:
+        return math.inf
     with torch.no_grad():
         pictures = torch.arange(len(batch.images))
         output = forward(model, batch.images, batch.cameras(pictures), config)
         features = (model.features(batch.images),) * 2 if needs_features(config.losses) else None
         loss, _ = loss_of(output, batch, config, features=features)
-    return float(loss * len(batch.of) / max(batch.compared, 1))
+    return float(loss * len(batch.of) / batch.compared)
 
 
 def _part_gradients(

@@ -95,7 +95,7 @@ class Supervision:
         return Pass()
 
     def draw_passes(self, count: int) -> list[Pass]:
-        """As many calls of `draw`; override this where they can be drawn together, by the same random numbers."""
+        """As many calls of `draw`, which is all that the loop asks for; who draws them together overrides this as well."""
         return [self.draw() for _ in range(count)]
 
     @contextmanager

@@ -23,6 +23,8 @@ from ttt_lib.views.carry import View, carry_back
 from ttt_lib.views.draw import view_draws, views_of
 from ttt_lib.views.renderer import NovelViewRenderer
 
+VIEWS_TOGETHER = 16  # views that are drawn in the same operations; more would save nothing and take memory
+
 
 def make_renderer(config: ExperimentConfig, device: torch.device) -> NovelViewRenderer | None:
     """The renderer of novel views, if this experiment draws any."""
@@ -98,7 +100,7 @@ class TeacherOnViews(Supervision):
         return min(zip(choices, losses), key=lambda each: (-each[0].batch.compared, each[1]))[0]
 
     def draw_passes(self, count: int) -> list[Pass]:
-        """All of one target are drawn together: on a GPU each operation costs its launch, whatever it works on."""
+        """Those of one target are drawn together: on a GPU each operation costs its launch, whatever it works on."""
         teacher, size = self.config.teacher, self.config.train.batch_size
         if count == 1 or teacher.certainty or teacher.choose_from > 1:
             return super().draw_passes(count)
@@ -106,9 +108,13 @@ class TeacherOnViews(Supervision):
             (view_draws(self.config.views, size, self.generator), loss_draws(self.config, size, self.generator))
             for _ in range(count)
         ]
-        view = self._show(self.target, torch.cat([numbers for numbers, _ in draws]))
-        parts = [view.rows(slice(i * size, (i + 1) * size)) for i in range(count)]
-        return [Pass(part, batch_of(part, self.config, numbers)) for part, (_, numbers) in zip(parts, draws)]
+        passes, together = [], max(1, VIEWS_TOGETHER // size)
+        for some in (draws[first : first + together] for first in range(0, count, together)):
+            view = self._show(self.target, torch.cat([numbers for numbers, _ in some]))
+            for i, (_, numbers) in enumerate(some):
+                part = view.part(slice(i * size, (i + 1) * size))
+                passes.append(Pass(part, batch_of(part, self.config, numbers)))
+        return passes
 
     def _draw(self) -> Pass:
         """Views of the present target."""

@@ -72,18 +72,23 @@ def _solve(
 
 
 def _promising(
-    source: Tensor, target: Tensor, weight: Tensor, scale: Tensor, shifts: Tensor, trunc: float | None, count: int
-) -> Tensor:
-    """The best anchors at one scale a problem, best first: (P,N,3), (P,N,3), (P,N), (P,) -> (P,count).
+    source: Tensor, target: Tensor, weight: Tensor, held: Tensor, scale: Tensor, shifts: Tensor, trunc: float | None,
+    count: int,
+) -> Tensor:  # fmt: skip
+    """The best anchors at one scale a problem, best first: (P,N,3), (P,N,3), (P,N), (P,), (P,) -> (P,count).
 
     At one scale the objective of an anchor is the sum of the residuals' distances from its own, so the best of all lie
-    near the weighted median residual; those nearest to it are compared.
+    near the weighted median residual; those nearest to it are compared. What the anchor held so far truncates has no say.
     """
     residual = (scale[:, None, None] * source - target).mT.contiguous()  # (P,3,N)
     near = torch.arange(weight.shape[1], device=weight.device).expand(len(weight), -1)
     if weight.shape[1] > NEAR:
+        say = weight[:, None].expand_as(residual)
+        if trunc is not None:
+            own = residual.gather(2, held[:, None, None].expand(-1, 3, 1)) * shifts[:, None]
+            say = torch.where((residual - own).abs().mul_(say) < trunc, say, 0.0)
         order = _argsort(residual)
-        total = weight[:, None].expand_as(residual).gather(2, order).cumsum(-1)
+        total = say.gather(2, order).cumsum(-1)
         middle = order.gather(2, torch.searchsorted(total, 0.5 * total[..., -1:]).clamp_max(order.shape[-1] - 1))
         away = ((residual - residual.gather(2, middle)).abs() * shifts[:, None]).sum(1)
         near = away.masked_fill(weight <= 0, torch.inf).topk(NEAR, largest=False)[1]
@@ -117,7 +122,7 @@ def _best_pair(
     anchors = _spread(weight, rounds[0])
     held = best_of(anchors, *_solve(*problem, anchors, shifts, trunc))
     for count in rounds[1:]:
-        anchors = _promising(*problem, held[1], shifts, trunc, count)
+        anchors = _promising(*problem, held[0], held[1], shifts, trunc, count)
         found = best_of(anchors, *_solve(*problem, anchors, shifts, trunc, held[1]))
         better = found[2] < held[2] * (1 - TIE)
         held = tuple(torch.where(better, new, old) for new, old in zip(found, held))

@@ -35,7 +35,7 @@ class View:
     kind: list[str]
     stats: dict[str, int] = field(default_factory=dict)
 
-    def rows(self, chosen: slice) -> View:
+    def part(self, chosen: slice) -> View:
         """Some of the views; the counts are those of all."""
         parts = {name: value[chosen] for name, value in vars(self).items() if name != "stats"}
         return View(**parts, stats=self.stats)

@@ -1,12 +1,13 @@
 """MoGe's affine-invariant terms at a small part of their cost, and without a word from the device.
 
 As `moge.train.losses` has them: `sum_i 1/z_i |s p_i + t - q_i|` with the best scale s and shift t, over a whole picture and
-over patches of it. What it does not share is how that is computed. The alignments are those of `fast_alignment`. A patch
-is looked at in as many places as its alignment needs, spread evenly and begun at random, so that each of its pixels counts
-equally often: for a patch of a quarter of 640 x 480, 1,024 places of 40,401. Nothing asks a GPU for a number or a size, and the
-draws are those of the CPU for each row alone, so that neither the device nor what else is in a batch changes them.
+over patches of it. What it does not share is how that is computed. The alignments are those of `fast_alignment`. A large
+patch is looked at in as many places as its alignment needs, spread evenly and begun at random, so that each of its pixels
+counts equally often: for a patch of a quarter of 640 x 480, 1,024 places of 40,401. Nothing asks a GPU for a number or a size;
+random numbers are the CPU's and those of each row its own, so that they do not hang on the device or the batch.
 
-Values and gradients have MoGe's expectation; `tests/adaptation/test_affine.py` measures both, and their noise beside MoGe's.
+Values and gradients have MoGe's mean to two hundredths (a patch is fitted to a quarter of the places that it is judged by), and
+no more noise, but for the smallest patches, of which half as many are looked at: `tests/adaptation/test_affine.py`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,14 @@ from ttt_lib.geometry.fast_alignment import QUICK, align_points_scale_xyz_shift,
 MINIMUM_PIXELS = 32  # of a patch, MoGe's
 PATCHES = 2048  # at most; they stand for more: those of a 64th, 4096, lie over each other three deep
 TRIES, MOST_TRIES = 8, 4096  # places tried for each patch, of which importance sampling chooses
-TRY_SIDE = 8  # a try looks at 8 x 8 places, as many as MoGe's own
-FINER = 2  # a patch is looked at in twice as many rows and columns as its alignment
+LOOKS = 64  # places of its window that a try looks at, as many as MoGe's
+FINER, SMALL = (
+    2,
+    16,
+)  # a patch is looked at in twice as many rows and columns as its alignment; in each of a small window
+# Steps of sequences that spread evenly: of one number the golden ratio, of two the plastic one. For tries, the start of their
+# looks, patches, and the start of their places.
+STEPS = (0.618034, 0.754878, 0.569840, 0.618034, 0.754878, 0.569840)
 
 
 @lru_cache(maxsize=64)
@@ -106,52 +113,75 @@ def _taken(planes: Tensor, index: Tensor) -> Tensor:
     return planes.gather(1, index.flatten().expand(3, -1)).view(3, *index.shape)
 
 
-def _places(pixels: _Pixels, centres: Tensor, radius: int, side: int, jitter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`side` x `side` places in the windows of `radius` pixels around some pixels, evenly from a start in `jitter`.
+def _places(pixels: _Pixels, centres: Tensor, down: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Places `down` and `right` of some pixels, (P,) and offsets (P,K), which are written over.
 
-    centres (P,), jitter (P,2) in [0,1) -> index (P,side,side), their targets (3,P,side,side), and whether they belong to
-    the patch: known pixels, in space within reach of the centre.
+    Returns their index (P,K), their targets (3,P,K), and whether they belong to the patch, (P,K): known pixels, in space within
+    reach of the centre.
     """
     height, width = pixels.size
-    steps = torch.arange(side, device=centres.device) + jitter[..., None]
-    offset = (steps * ((2 * radius + 1) / side)).long() - radius
-    first = centres % (height * width)
-    row, column = (first // width)[:, None] + offset[:, 0], (first % width)[:, None] + offset[:, 1]
-    inside = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None]
-    row, column = row.clamp(0, height - 1) * width, column.clamp(0, width - 1)
-    index = ((centres - first)[:, None] + row)[:, :, None] + column[:, None]
+    place = centres % (height * width)
+    row, column = down.add_((place // width)[:, None]), right.add_((place % width)[:, None])
+    across, along = row.clamp(0, height - 1), column.clamp(0, width - 1)
+    inside = (across == row).logical_and_(along == column)
+    index = along.add_(across, alpha=width).add_((centres - place)[:, None])
     found = _taken(pixels.target, index)
-    x, y, z = found - _taken(pixels.target, centres)[..., None, None]
-    near = x * x + y * y + z * z <= pixels.reach[centres].square()[:, None, None]  # not where one of them is infinite
-    return index, found, inside & near
+    x, y, z = found - _taken(pixels.target, centres)[..., None]
+    away = (x * x).addcmul_(y, y).addcmul_(z, z)  # never near where one of them is infinite
+    return index, found, inside.logical_and_(away <= pixels.reach[centres].square()[:, None])
+
+
+def _offsets(part: Tensor, radius: int) -> Tensor:
+    """Pixels from the centre of a window of `radius`, where `part` says how far across it, in [0, 1)."""
+    return (part * (2 * radius + 1)).long().clamp_max_(2 * radius).sub_(radius)
+
+
+def _lattice(start: Tensor, radius: int, side: int) -> tuple[Tensor, Tensor]:
+    """Offsets of `side` x `side` places spread evenly over a window from a start, (P,2) in [0,1): down and right, (P, side^2)."""
+    part = (torch.arange(side, device=start.device) + start[..., None]) / side
+    down, right = _offsets(part, radius).unbind(1)
+    return down.repeat_interleave(side, 1), right.repeat(1, side)
 
 
 def _pick(weight: Tensor, places: Tensor) -> Tensor:
     """As often as its weight: (B,N), and places (B,M) in [0,1) -> index into N, (B,M). Sorted places spread evenly."""
     total = weight.cumsum(1)
-    return torch.searchsorted(total, places * total[:, -1:], right=True).clamp_max(weight.shape[1] - 1)
+    found = torch.searchsorted(total, places * total[:, -1:], right=True)
+    return torch.minimum(found, torch.searchsorted(total, total[:, -1:].contiguous()).clamp_max(weight.shape[1] - 1))
 
 
 def _centres(pixels: _Pixels, known: Tensor, seeds: list[int], radius: int, count: int) -> tuple[Tensor, Tensor]:
-    """`count` known pixels of each picture as patch centres, (B * count,), and two numbers for each; each picture has its seed.
+    """`count` known pixels of each picture as patch centres, (B * count,), and a start for the places of each, (B * count, 2).
 
-    A pixel is chosen as often as one over how many places of its window belong to its patch, so that thin things are not
-    overlooked: `moge.train.losses.compute_anchor_sampling_weight`, by sampling importance resampling.
+    A pixel is chosen as often as one over how many of 64 places of its window belong to its patch, so that thin things are not
+    overlooked: `moge.train.losses.compute_anchor_sampling_weight`, by sampling importance resampling. Each picture draws few
+    numbers by its seed; those of its patches follow from them by steps that spread evenly.
     """
-    tries = min(TRIES * count, MOST_TRIES)
-    parts = [tries, 2 * tries, count, 2 * count]
-    drawn = [torch.rand(sum(parts), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    first, looks, second, jitter = torch.stack(drawn).to(known.device, non_blocking=True).split(parts, 1)
+    tries, size = min(TRIES * count, MOST_TRIES), known[0].numel()
+    drawn = [torch.rand(len(STEPS) + 2 * LOOKS, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    starts, table = torch.stack(drawn).to(known.device, non_blocking=True).split([len(STEPS), 2 * LOOKS], 1)
 
-    def spread(numbers: Tensor) -> Tensor:
-        return (torch.arange(numbers.shape[1], device=numbers.device) + numbers) / numbers.shape[1]
+    def numbers(which: int, many: int) -> Tensor:  # (B, many) in [0, 1)
+        return (starts[:, which, None] + STEPS[which] * torch.arange(many, device=starts.device)) % 1
 
-    begin = torch.arange(len(seeds), device=known.device)[:, None] * known[0].numel()
-    tried = begin + _pick(known.flatten(1).float(), spread(first))
-    _, _, inside = _places(pixels, tried.flatten(), radius, TRY_SIDE, looks.reshape(-1, 2))
-    weight = 1 / inside.flatten(1).sum(1).clamp_min(1)
-    chosen = tried.gather(1, _pick(weight.view_as(tried), spread(second)))
-    return chosen.flatten(), jitter.reshape(-1, 2)
+    def spread(which: int, many: int) -> Tensor:
+        return (torch.arange(many, device=starts.device) + numbers(which, many)) / many
+
+    begin = torch.arange(len(seeds), device=known.device)[:, None] * size
+    tried = begin + _pick(known.flatten(1).float(), spread(0, tries))
+    down, right = (  # the same places of every window, but for where they begin
+        _offsets((numbers(1 + i, tries)[..., None] + part[:, None]).frac_(), radius).flatten(0, 1)
+        for i, part in enumerate(table.chunk(2, 1))
+    )
+    _, _, inside = _places(pixels, tried.flatten(), down, right)
+    weight = 1 / inside.sum(1).clamp_min(1)
+    chosen = tried.gather(1, _pick(weight.view_as(tried), spread(3, count)))
+    return chosen.flatten(), torch.stack([numbers(4, count), numbers(5, count)], -1).flatten(0, 1)
+
+
+def _tells(device: torch.device) -> bool:
+    """Whether a device says at no cost how many there are of something."""
+    return device.type == "cpu"
 
 
 def patch_difference(
@@ -164,7 +194,7 @@ def patch_difference(
         points: (B,H,W,3) of the student.
         target: (B,H,W,3), anything where it is not known.
         known: (B,H,W) bool.
-        focal: (B,) relative to the image's diagonal.
+        focal: (B,) of `focal_of`, relative to the image's diagonal.
         scale: (B,) of the whole pictures; a patch whose own is ten times smaller or larger is left out.
         seeds: of each picture's patches.
         level: a patch reaches over a diagonal divided by it.
@@ -182,17 +212,18 @@ def patch_difference(
     planes = torch.where(known[..., None], target, torch.inf).reshape(-1, 3).T.contiguous()
     pixels = _Pixels(planes, reach, (height, width))
     centres, jitter = _centres(pixels, known, seeds, radius, count)
-    index, wanted, inside = _places(pixels, centres, radius, FINER * align_resolution, jitter)
-    enough = inside.flatten(1).float().mean(1) * (2 * radius + 1) ** 2 >= MINIMUM_PIXELS
-    if enough.device.type == "cpu":  # a GPU takes the empty ones along: it would have to be asked which they are
+    side = min(2 * radius + 1, max(FINER * align_resolution, SMALL))
+    index, wanted, inside = _places(pixels, centres, *_lattice(jitter, radius, side))
+    enough = inside.float().mean(1) * (2 * radius + 1) ** 2 > MINIMUM_PIXELS - 0.5
+    if _tells(enough.device):  # a GPU takes the empty ones along: it would have to be asked which they are
         wanted = wanted[:, enough]
         centres, index, inside, enough = (each[enough] for each in (centres, index, inside, enough))
     of, wanted = centres // (height * width), torch.where(inside, wanted, 1.0)
     found = _taken(points.reshape(-1, 3).T.contiguous(), index)
 
-    nearest, there = nearest_known(inside, align_resolution)
+    nearest, there = nearest_known(inside.unflatten(1, (side, side)), align_resolution)
     source, fixed = (
-        maps.flatten(2).gather(2, nearest.expand(3, -1, -1)).permute(1, 2, 0).contiguous() for maps in (found, wanted)
+        maps.gather(2, nearest.expand(3, -1, -1)).permute(1, 2, 0).contiguous() for maps in (found, wanted)
     )
     own, shift = align_points_scale_xyz_shift(source, fixed, there / (reach[centres, None] + 1e-7), trunc, QUICK)
     ratio = own / scale[of]
@@ -200,7 +231,7 @@ def patch_difference(
     own, shift = torch.where(valid, own, 0.0), torch.where(valid[:, None], shift, 0.0)
 
     usual = harmonic_mean(depth, known, dim=(-2, -1))
-    weight = (inside & valid[:, None, None]) / torch.maximum(wanted[2], 0.1 * usual[of][:, None, None])
-    error = (own[:, None, None] * found + shift.T[..., None, None] - wanted).abs() * weight
-    each = _smooth(error, beta).mean((0, 2, 3)) / count
+    weight = (inside & valid[:, None]) / torch.maximum(wanted[2], 0.1 * usual[of][:, None])
+    error = (own[:, None] * found + shift.T[..., None] - wanted).abs() * weight
+    each = _smooth(error, beta).mean((0, 2)) / count
     return torch.zeros(batch, dtype=each.dtype, device=each.device).index_add(0, of, each)

@@ -33,7 +33,7 @@ class GlobalSettings(LossConfig):
 
 
 def focal_of(intrinsics: Tensor) -> Tensor:
-    """Focal length relative to half the image diagonal, (..., 3, 3) -> (...), as MoGe's local loss wants it."""
+    """Focal length relative to the image's diagonal, (..., 3, 3) -> (...), as MoGe's local loss wants it."""
     return 1 / (1 / intrinsics[..., 0, 0].square() + 1 / intrinsics[..., 1, 1].square()).sqrt()
 
 
