@@ -15,7 +15,7 @@ from ttt_lib.adaptation.losses import affine
 from ttt_lib.adaptation.losses.affine import nearest_known, patch_difference, whole_difference
 
 LEVELS = {4: (8, 16), 16: (4, 128), 64: (4, 512)}  # side of the alignment and patches of a picture
-PATCHES, MOST_TRIES = 256, 512  # as many of 512 as are looked at of 4096
+PATCHES, MOST_TRIES = 128, 256  # as many of 512 as are looked at of 4096
 FOCAL = torch.tensor([0.25, 0.22])  # less than that of the pictures, 0.320: small patches have enough pixels
 
 
@@ -95,9 +95,9 @@ def test_over_patches_value_and_gradient_have_moges_mean_and_no_more_noise(case,
         assert value > 0 and error[0] < 0.06 * value
         assert difference[0] < 4 * error[0] + 0.03 * value and (difference[1:] < 4 * error[1:]).all()
         louder.append(own.std(0) / wanted.std(0))
-    # A deviation of 14 draws is known to a fifth, and the numbers of one draw hang together. Of a 64th half as many are looked
-    # at: 1.4 times the noise.
-    assert torch.cat(louder).log().mean() < math.log(1.3 if level < 64 else 1.3 * 2**0.5)
+    # A deviation of 14 draws is known to a fifth, and the numbers of one draw hang together. Of a 64th a quarter is looked
+    # at: twice the noise.
+    assert torch.cat(louder).log().mean() < math.log(1.3 if level < 64 else 1.3 * 2)
 
 
 def test_a_row_has_the_same_patches_whatever_is_beside_it(case):

@@ -7,7 +7,7 @@ counts equally often: for a patch of a quarter of 640 x 480, 1,024 places of 40,
 random numbers are the CPU's and those of each row its own, so that they do not hang on the device or the batch.
 
 Values and gradients have MoGe's mean to two hundredths (a patch is fitted to a quarter of the places that it is judged by), and
-no more noise, but for the smallest patches, of which half as many are looked at: `tests/adaptation/test_affine.py`.
+no more noise, but for the smallest patches: a quarter of them is looked at, with as much noise as the larger ones have.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 from ttt_lib.geometry.fast_alignment import QUICK, align_points_scale_xyz_shift, align_points_scale_z_shift
 
 MINIMUM_PIXELS = 32  # of a patch, MoGe's
-PATCHES = 2048  # at most; they stand for more: those of a 64th, 4096, lie over each other three deep
-TRIES, MOST_TRIES = 8, 4096  # places tried for each patch, of which importance sampling chooses
+PATCHES = 1024  # at most; they stand for more: those of a 64th, 4096, lie over each other three deep
+TRIES, MOST_TRIES = 8, 2048  # places tried for each patch, of which importance sampling chooses
 LOOKS = 64  # places of its window that a try looks at, as many as MoGe's
 FINER, SMALL = (
     2,
