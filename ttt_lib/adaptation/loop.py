@@ -93,7 +93,7 @@ class Steps:
         while done < count:
             at_once = max(1, training.micro_batch // train.batch_size) if together else 1
             number = min(at_once, count - done)
-            passes = self.source.draw_passes(number) if self.source is not None else [Pass()] * number
+            passes = self.source.draw_passes(number) if self.source is not None else [Pass() for _ in range(number)]
             if train.sharpness_radius > 0:
                 drawn.append((passes, self.generator.get_state()))
             gradients, terms = self._gradients(passes)
