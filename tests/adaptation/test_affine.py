@@ -30,6 +30,7 @@ def case():
     known[0, 150:190, 40:110] = False
     noise = 0.005 * torch.randn(2, 225, 300, generator=torch.Generator().manual_seed(0))
     bent = 0.7 * target * (1 + 0.04 * torch.sin(11 * u + 3 * v) + 0.02 * torch.sin(23 * v) + noise)[..., None]
+    bent = bent * torch.tensor([1.003, 0.998, 1.0])  # else x and y of one pixel would fit the same scale: a tie
     return bent, torch.where(known[..., None], target, torch.nan), known
 
 
