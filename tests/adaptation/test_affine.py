@@ -13,6 +13,7 @@ from moge.train import losses as moge_losses
 
 from ttt_lib.adaptation.losses import affine
 from ttt_lib.adaptation.losses.affine import nearest_known, patch_difference, whole_difference
+from ttt_lib.geometry.fast_alignment import quantile
 
 LEVELS = {4: (8, 16), 16: (4, 128), 64: (4, 512)}  # side of the alignment and patches of a picture
 PATCHES, MOST_TRIES = 128, 256  # as many of 512 as are looked at of 4096
@@ -144,7 +145,8 @@ def test_every_pixel_of_a_window_is_looked_at_equally_often(radius, side):
 
 def test_what_is_unknown_is_never_picked_nor_what_is_outside_looked_at():
     last = torch.tensor([[1 - 2**-24, 1.0]])  # 4,095 and almost one of 4,096 are all of it in float32
-    assert affine._pick(torch.tensor([[0.0, 2.0, 1.0, 0.0, 0.0]]), last).tolist() == [[2, 2]]
+    weight = torch.tensor([[0.0, 2.0, 1.0, 0.0, 0.0]])
+    assert quantile(weight, last).tolist() == [[2, 2]] and quantile(weight, 1 - last[:, :1]).tolist() == [[1]]
     assert affine._offsets(last, 3).tolist() == [[3, 3]]
 
 

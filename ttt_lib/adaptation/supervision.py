@@ -37,6 +37,11 @@ class TrainingLog:
     view_stats: dict[str, int] = field(default_factory=dict)
     micro_batch: int = 0
 
+    def count(self, view: View) -> None:
+        """Add the counts of views that were drawn."""
+        for key, value in view.stats.items():
+            self.view_stats[key] = self.view_stats.get(key, 0) + value
+
 
 @dataclass
 class Pass:

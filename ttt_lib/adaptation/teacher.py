@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ttt_lib.adaptation.batches import MINIMUM_KNOWN_PIXELS, batch_of, join_batches, loss_batch, loss_draws, plain_batch
+from ttt_lib.adaptation.batches import MINIMUM_KNOWN_PIXELS, batch_of, join_batches, loss_draws, plain_batch
 from ttt_lib.adaptation.ensemble import mean_prediction, predict_member
 from ttt_lib.adaptation.gate.signals import disagreement_map
 from ttt_lib.adaptation.gradients import forward, loss_of, pass_gradients, view_loss
@@ -92,7 +92,7 @@ class TeacherOnViews(Supervision):
 
         One of which nothing is compared has none, and comes last.
         """
-        choices = [self._draw() for _ in range(self.config.teacher.choose_from)]
+        choices = [self._drawn(1)[0] for _ in range(self.config.teacher.choose_from)]
         if len(choices) == 1:
             return choices[0]
         with self.student.weights():
@@ -100,39 +100,36 @@ class TeacherOnViews(Supervision):
         return min(zip(choices, losses), key=lambda each: (-each[0].batch.compared, each[1]))[0]
 
     def draw_passes(self, count: int) -> list[Pass]:
-        """Those of one target are drawn together: on a GPU each operation costs its launch, whatever it works on."""
-        teacher, size = self.config.teacher, self.config.train.batch_size
-        if count == 1 or teacher.certainty or teacher.choose_from > 1:
-            return super().draw_passes(count)
+        """Together, unless each is chosen from several."""
+        return self._drawn(count) if self.config.teacher.choose_from == 1 else super().draw_passes(count)
+
+    def _drawn(self, count: int) -> list[Pass]:
+        """Passes. Views of one target are drawn together: on a GPU each operation costs its launch, whatever it works on."""
+        views, size = self.config.views, self.config.train.batch_size
+        together = 1 if self.trust is not None else max(1, VIEWS_TOGETHER // size)
         draws = [
-            (view_draws(self.config.views, size, self.generator), loss_draws(self.config, size, self.generator))
+            (view_draws(views, size, self.generator), loss_draws(self.config, size, self.generator))
             for _ in range(count)
         ]
-        passes, together = [], max(1, VIEWS_TOGETHER // size)
-        for some in (draws[first : first + together] for first in range(0, count, together)):
-            view = self._show(self.target, torch.cat([numbers for numbers, _ in some]))
-            for i, (_, numbers) in enumerate(some):
+        passes = []
+        for first in range(0, count, together):
+            some = draws[first : first + together]
+            numbers = torch.cat([of_views for of_views, _ in some])
+            view = draw_views(self.image, self._learned(), self.config, numbers, self.renderer)
+            self.log.count(view)
+            for i, (_, of_loss) in enumerate(some):
                 part = view.part(slice(i * size, (i + 1) * size))
-                passes.append(Pass(part, batch_of(part, self.config, numbers)))
+                passes.append(Pass(part, batch_of(part, self.config, of_loss)))
         return passes
 
-    def _draw(self) -> Pass:
-        """Views of the present target."""
-        target = self.target
-        if self.trust is not None:
-            # Each pass keeps what is above a level of its own, so that on average a pixel counts by its weight.
-            level = torch.rand((), generator=self.levels).to(self.trust)
-            points = torch.where((self.trust >= level)[..., None], target.points, torch.nan)
-            target = replace(target, points=points)
-        view = self._show(target, self.generator)
-        return Pass(view, loss_batch(view, self.config, self.generator))
-
-    def _show(self, target: Prediction, draws: torch.Generator | Tensor) -> View:
-        """`draw_views`, which the log counts."""
-        view = draw_views(self.image, target, self.config, draws, self.renderer)
-        for key, value in view.stats.items():
-            self.log.view_stats[key] = self.log.view_stats.get(key, 0) + value
-        return view
+    def _learned(self) -> Prediction:
+        """The present target; where pixels are trusted less, those above a level drawn anew, so that on average a pixel counts by
+        its weight."""
+        if self.trust is None:
+            return self.target
+        level = torch.rand((), generator=self.levels).to(self.trust)
+        points = torch.where((self.trust >= level)[..., None], self.target.points, torch.nan)
+        return replace(self.target, points=points)
 
     def gradients(self, student: Student, passes: list[Pass]) -> tuple[Gradients, dict[str, Tensor]]:
         """Of the sum of the losses of these passes, which go through the network together where that is exact."""

@@ -26,6 +26,15 @@ def _argsort(x: Tensor) -> Tensor:
     return x.argsort(-1) if x.device.type != "cpu" else torch.from_numpy(np.argsort(x.numpy(), -1))
 
 
+def quantile(weight: Tensor, shares: Tensor | float) -> Tensor:
+    """Where the sum of weights along the last dimension first reaches shares in (0, 1] of all: (...,N), (...,M) -> (...,M), an index.
+
+    What has no weight is never there, unless nothing has.
+    """
+    total = weight.cumsum(-1)
+    return torch.searchsorted(total, total[..., -1:] * shares).clamp_max(total.shape[-1] - 1)
+
+
 def _solve(
     source: Tensor, target: Tensor, weight: Tensor, anchors: Tensor, shifts: Tensor, trunc: float | None,
     start: Tensor | None = None,
@@ -50,10 +59,6 @@ def _solve(
         """(P,M,K) -> (P,M,K), but for what no scale changes."""
         loss = (ratio[:, :, None] - scale[..., None]).abs_().mul_(pull[:, :, None])
         return (loss if trunc is None else loss.clamp_max_(trunc)).sum(-1)
-
-    def quantile(pull: Tensor, shares: Tensor | float) -> Tensor:
-        total = pull.cumsum(-1)
-        return torch.searchsorted(total, total[..., -1:] * shares).clamp_max(total.shape[-1] - 1)
 
     place = quantile(pull, 0.5 if trunc is None else torch.tensor(QUANTILES).to(pull.device, non_blocking=True))
     scale = ratio.gather(2, place)
@@ -88,8 +93,7 @@ def _promising(
             own = residual.gather(2, held[:, None, None].expand(-1, 3, 1)) * shifts[:, None]
             say = torch.where((residual - own).abs().mul_(say) < trunc, say, 0.0)
         order = _argsort(residual)
-        total = say.gather(2, order).cumsum(-1)
-        middle = order.gather(2, torch.searchsorted(total, 0.5 * total[..., -1:]).clamp_max(order.shape[-1] - 1))
+        middle = order.gather(2, quantile(say.gather(2, order), 0.5))
         away = ((residual - residual.gather(2, middle)).abs() * shifts[:, None]).sum(1)
         near = away.masked_fill(weight <= 0, torch.inf).topk(NEAR, largest=False)[1]
     loss = torch.zeros(near.shape, dtype=weight.dtype, device=weight.device)

@@ -71,9 +71,8 @@ def open_client(
                 opened.callback(client.close)
             except UserError:
                 raise
-            except (
-                Exception
-            ) as error:  # of the batch system, of the network, of dask, which knows addresses of any shape
+            # Of the batch system, of the network, of dask, which knows addresses of any shape.
+            except Exception as error:
                 raise RunError(f"{where}: {said} ({reason(error)}).") from error
         if scheduler:
             _require_single_threads(client, scheduler)

@@ -20,16 +20,14 @@ import torch
 from moge.utils.geometry_torch import harmonic_mean, weighted_mean
 from torch import Tensor
 
-from ttt_lib.geometry.fast_alignment import QUICK, align_points_scale_xyz_shift, align_points_scale_z_shift
+from ttt_lib.geometry.fast_alignment import QUICK, align_points_scale_xyz_shift, align_points_scale_z_shift, quantile
 
 MINIMUM_PIXELS = 32  # of a patch, MoGe's
 PATCHES = 1024  # at most; they stand for more: those of a 64th, 4096, lie over each other three deep
 TRIES, MOST_TRIES = 8, 2048  # places tried for each patch, of which importance sampling chooses
 LOOKS = 64  # places of its window that a try looks at, as many as MoGe's
-FINER, SMALL = (
-    2,
-    16,
-)  # a patch is looked at in twice as many rows and columns as its alignment; in each of a small window
+FINER = 2  # a patch is looked at in twice as many rows and columns as its alignment has,
+SMALL = 16  # or in all of a window that has no more
 # Steps of sequences that spread evenly: of one number the golden ratio, of two the plastic one. For tries, the start of their
 # looks, patches, and the start of their places.
 STEPS = (0.618034, 0.754878, 0.569840, 0.618034, 0.754878, 0.569840)
@@ -56,9 +54,9 @@ def nearest_known(known: Tensor, side: int) -> tuple[Tensor, Tensor]:
     row, down, column, across = (each.to(known.device, non_blocking=True) for each in ways)
     index = (row[:, None, :, None] * width + column[None, :, None, :]).flatten(2).flatten(0, 1)
     distance = (across[None, :, None, :] + down[:, None, :, None]).flatten(2).flatten(0, 1)
-    usable = known.flatten(1)[:, index] & torch.isfinite(distance)
-    nearest = torch.where(usable, distance, torch.inf).argmin(-1, keepdim=True)
-    return index.expand_as(usable).gather(-1, nearest)[..., 0], usable.any(-1)
+    distance, nearest = torch.where(known.flatten(1)[:, index], distance, torch.inf).min(-1, keepdim=True)
+    chosen = index.expand(len(known), -1, -1).gather(-1, nearest)
+    return chosen[..., 0], torch.isfinite(distance[..., 0])
 
 
 def _smooth(error: Tensor, beta: float) -> Tensor:
@@ -70,7 +68,8 @@ def best_scale_z_shift(points: Tensor, target: Tensor, known: Tensor, side: int,
     `side` x `side` grid of the known pixels (B,H,W) sees them. 0 where none is known."""
     index, there = nearest_known(known, side)
     at = index[..., None].expand(-1, -1, 3)
-    source, wanted = (maps.flatten(1, 2).gather(1, at) for maps in (points, torch.where(known[..., None], target, 1.0)))
+    source, wanted = (maps.flatten(1, 2).gather(1, at) for maps in (points, target))
+    wanted = torch.where(there[..., None], wanted, 1.0)
     return align_points_scale_z_shift(source, wanted, there / wanted[..., 2].clamp_min(1e-2), trunc)
 
 
@@ -143,13 +142,6 @@ def _lattice(start: Tensor, radius: int, side: int) -> tuple[Tensor, Tensor]:
     return down.repeat_interleave(side, 1), right.repeat(1, side)
 
 
-def _pick(weight: Tensor, places: Tensor) -> Tensor:
-    """As often as its weight: (B,N), and places (B,M) in [0,1) -> index into N, (B,M). Sorted places spread evenly."""
-    total = weight.cumsum(1)
-    found = torch.searchsorted(total, places * total[:, -1:], right=True)
-    return torch.minimum(found, torch.searchsorted(total, total[:, -1:].contiguous()).clamp_max(weight.shape[1] - 1))
-
-
 def _centres(pixels: _Pixels, known: Tensor, seeds: list[int], radius: int, count: int) -> tuple[Tensor, Tensor]:
     """`count` known pixels of each picture as patch centres, (B * count,), and a start for the places of each, (B * count, 2).
 
@@ -164,18 +156,18 @@ def _centres(pixels: _Pixels, known: Tensor, seeds: list[int], radius: int, coun
     def numbers(which: int, many: int) -> Tensor:  # (B, many) in [0, 1)
         return (starts[:, which, None] + STEPS[which] * torch.arange(many, device=starts.device)) % 1
 
-    def spread(which: int, many: int) -> Tensor:
-        return (torch.arange(many, device=starts.device) + numbers(which, many)) / many
+    def spread(which: int, many: int) -> Tensor:  # (B, many) in (0, 1], one in each of as many parts
+        return (torch.arange(1, many + 1, device=starts.device) - numbers(which, many)) / many
 
     begin = torch.arange(len(seeds), device=known.device)[:, None] * size
-    tried = begin + _pick(known.flatten(1).float(), spread(0, tries))
+    tried = begin + quantile(known.flatten(1).float(), spread(0, tries))
     down, right = (  # the same places of every window, but for where they begin
         _offsets((numbers(1 + i, tries)[..., None] + part[:, None]).frac_(), radius).flatten(0, 1)
         for i, part in enumerate(table.chunk(2, 1))
     )
     _, _, inside = _places(pixels, tried.flatten(), down, right)
     weight = 1 / inside.sum(1).clamp_min(1)
-    chosen = tried.gather(1, _pick(weight.view_as(tried), spread(3, count)))
+    chosen = tried.gather(1, quantile(weight.view_as(tried), spread(3, count)))
     return chosen.flatten(), torch.stack([numbers(4, count), numbers(5, count)], -1).flatten(0, 1)
 
 

@@ -160,8 +160,7 @@ class PhotographTraining(Supervision):
         lesson = self.lessons[number]
         target = lesson.target or _nothing(lesson)
         view = draw_views(lesson.image, target, self.config, self.generator, self.renderer)
-        for key, value in view.stats.items():
-            self.log.view_stats[key] = self.log.view_stats.get(key, 0) + value
+        self.log.count(view)
         return Pass(view, loss_batch(view, self.config, self.generator), number)
 
     @contextmanager
