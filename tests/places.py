@@ -14,8 +14,8 @@ import torch
 from pretend import GPU, moved, pretended_gpu
 
 from ttt_lib.models.base import GeometryModel
-from ttt_lib.models.edge_padding import keep_layout
 from ttt_lib.models.moge import MoGe
+from ttt_lib.models.moge_layers import keep_layout
 
 
 @dataclass

@@ -18,8 +18,8 @@ from ttt_lib.core.errors import ModelError
 from ttt_lib.core.registry import MODELS
 from ttt_lib.core.types import Kind, Prediction
 from ttt_lib.models.base import GeometryModel
-from ttt_lib.models.edge_padding import keep_layout
 from ttt_lib.models.moge_checkpoint import HUB_NAMES, download_checkpoint, load_network
+from ttt_lib.models.moge_layers import keep_layout
 
 # The bundled model was trained with neither; what is measured of it, and its gate, is with the study's.
 OWN_LOSSES = {"moge.model.v1": "moge1", "moge.model.v2": "moge2"}

@@ -11,9 +11,9 @@ from places import REAL, at
 from torch import nn
 from torch.nn import functional as F
 
-from ttt_lib.models import edge_padding
-from ttt_lib.models.edge_padding import EdgeConv2d, RepeatEdge, keep_layout
+from ttt_lib.models import moge_layers
 from ttt_lib.models.load import load_model
+from ttt_lib.models.moge_layers import EdgeConv2d, RepeatEdge, keep_layout
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 SIDES = (1, 1, 1, 1)
@@ -82,7 +82,7 @@ def test_under_autocast_maps_are_small_before_they_are_padded():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         wanted = network(images)
         keep_layout(network)
-        with mock.patch.object(edge_padding, "RepeatEdge", mock.Mock(apply=spy)):
+        with mock.patch.object(moge_layers, "RepeatEdge", mock.Mock(apply=spy)):
             found = network(images)
     assert seen == [torch.bfloat16] * 2
     torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)  # bfloat16 keeps 8 bits
