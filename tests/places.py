@@ -15,7 +15,7 @@ from pretend import GPU, moved, pretended_gpu
 
 from ttt_lib.models.base import GeometryModel
 from ttt_lib.models.moge import MoGe
-from ttt_lib.models.moge_layers import keep_layout
+from ttt_lib.models.moge_layers import lighten
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Place:
         """A MoGe model, there, as `load_model` makes it."""
         network = copy.deepcopy(model.network)
         if self.name != "cpu":
-            keep_layout(network)
+            lighten(network)
         network = moved(network) if self.name == "pretended" else network.to(self.device)
         return MoGe(network, model.name, model.kind, model.num_tokens)
 

@@ -22,9 +22,11 @@ from ttt_lib.core.registry import MODELS
 from ttt_lib.models.base import GeometryModel, restore, select_parameters, snapshot, weights_checksum
 from ttt_lib.models.load import list_models, load_model
 from ttt_lib.models.moge import MoGe
+from ttt_lib.models.moge_layers import EdgeConv2d
 from ttt_lib.models.pretraining.stand_in import write_stand_in
 from ttt_lib.models.prompts import prompt_tokens
 from ttt_lib.models.tiny import TinyMoGe
+from ttt_lib.runs.experiment import open_model
 
 
 def stack(first: int, out: int | None):
@@ -121,8 +123,11 @@ def test_moge_1_and_2_load_and_predict_as_moge_does(real_moge, picture):
     image = picture.image[0][:, :, :100]  # not the shape of the token grid
     expected = network.infer(image, num_tokens=48, apply_mask=False, use_fp16=False)
     found = model.predict(image)
+    same = load_model(str(path), "cpu", num_tokens=48).as_published().predict(image)
     for key in ("points", "depth", "intrinsics", "mask"):
-        assert torch.equal(getattr(found, key), expected[key]), key
+        assert torch.equal(getattr(same, key), expected[key]), key
+        # Lighter layers round elsewhere; the camera, which is fitted, stops a little beside (1e-5 of it here).
+        torch.testing.assert_close(getattr(found, key), expected[key], rtol=1e-3, atol=1e-4)
     assert not found.points.is_inference()
     select_parameters(model, ["heads"])
     output = model.forward(picture.image)
@@ -132,6 +137,16 @@ def test_moge_1_and_2_load_and_predict_as_moge_does(real_moge, picture):
     assert bool(groups["neck"]) == (version == "v2") and groups["norms"]
     names = [name for part in ("encoder", "neck", "heads") for name, _ in groups[part]]
     assert sorted(names) == sorted(name for name, _ in model.network.named_parameters())
+
+
+def test_who_computes_with_lighter_layers(real_moge, untrained_checkpoint):
+    def lighter(model):
+        return any(isinstance(layer, EdgeConv2d) for layer in model.network.modules())
+
+    assert not lighter(load_model("tiny", "cpu")) and not lighter(load_model(str(untrained_checkpoint), "cpu"))
+    experiment = small_experiment(model={"name": str(real_moge[1]), "device": "cpu"})
+    assert lighter(open_model(experiment()))
+    assert not lighter(open_model(experiment(released={"published_layers": True})))
 
 
 def test_features_and_metric_depth_of_moge(real_moge, picture):

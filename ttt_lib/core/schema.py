@@ -271,6 +271,7 @@ class ReleasedConfig(Section):
     write_files: bool = False
     full_cost_alignment: bool = False
     all_heads: bool = False
+    published_layers: bool = False
 
 
 class DataConfig(Section):

@@ -98,6 +98,10 @@ class GeometryModel(ABC):
         """
         raise NotSupported(f"{self.name}: this model gives no features; leave out the loss feature.")
 
+    def as_published(self) -> GeometryModel:
+        """Itself, from now on computing as the authors' code does, where the family else computes the same with less."""
+        return self
+
     def save_memory(self) -> None:
         """Keep fewer activations for the backward pass and compute them again (gradient checkpointing).
 

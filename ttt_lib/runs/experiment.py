@@ -100,6 +100,8 @@ def open_model(config: ExperimentConfig) -> GeometryModel:
     """The experiment's model, fresh from disk or hub."""
     settings = config.model
     model = load_model(**settings.model_dump(exclude={"checkpointing"}))
+    if config.released.published_layers:
+        model.as_published()
     if settings.checkpointing:
         model.save_memory()
     return model
