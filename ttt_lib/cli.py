@@ -260,7 +260,7 @@ def benchmark(
     quick: Annotated[
         bool | None, typer.Option("--quick/--published", help="Bundled model, or published size. Default: by the GPU.")
     ] = None,
-    passes: Annotated[int | None, typer.Option(min=1, max=512, help="Of a loop. Default: 8, on a GPU 32.")] = None,
+    passes: Annotated[int | None, typer.Option(min=1, max=512, help="Of a loop. Default: 8, on a GPU 64.")] = None,
     minutes: Annotated[float, typer.Option(min=0.0, help="No further round begins that would end later.")] = 8.0,
     rounds: Annotated[int, typer.Option(min=1, help="At most so many.")] = 3,
 ) -> None:

@@ -194,10 +194,12 @@ def summed(
 
 def accumulate(total: Gradients, gradients: Gradients, factor: float = 1.0) -> None:
     """Add factor * gradients to the total; None, for a tensor that was not reached, adds nothing."""
-    for i, gradient in enumerate(gradients):
-        if gradient is not None:
-            scaled = gradient if factor == 1.0 else gradient * factor
-            total[i] = scaled if total[i] is None else total[i] + scaled
+    reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    added = [gradients[i] for i in reached]
+    if added and factor != 1.0:
+        added = torch._foreach_mul(added, factor)  # one operation of a GPU, not one a tensor
+    for i, gradient in zip(reached, added):
+        total[i] = gradient if total[i] is None else total[i] + gradient
 
 
 def add_terms(total: dict[str, Tensor], values: dict[str, Tensor]) -> None:
