@@ -271,6 +271,18 @@ def test_lenses_with_distortion_leave_pictures_and_cameras_without(rendered, tmp
         assert torch.allclose(found.tracks.depth[order], metres * true.tracks.depth[true_order], rtol=1e-4)
 
 
+def test_what_a_pincushion_lens_did_not_see_has_no_depth(rendered, tmp_path):
+    bent_model(tmp_path / "in", rendered[0], 0.3)
+    adapt_photographs(tmp_path / "in", tmp_path / "out", experiment(), {}, None, None, lambda line: None)
+    scene = load_scene(tmp_path / "in")
+    for photograph in scene.photographs:
+        seen = photograph.seen(photograph.image.shape[1:]).numpy()
+        assert 0.01 < (~seen).mean() < 0.3
+        for folder in ("depth", "depth_original"):
+            depth = np.load(tmp_path / "out" / folder / f"{photograph.name}.npy")
+            assert np.isnan(depth[~seen]).all() and np.isfinite(depth[seen]).mean() > 0.9, folder
+
+
 def test_the_command_from_photographs_to_a_page(tmp_path):
     """Real tracks: copies are refused in a sentence and still have their depth; a folder says what it left out."""
     photo = (np.random.default_rng(0).random((48, 64, 3)) * 255).astype(np.uint8)

@@ -21,9 +21,15 @@ from ttt_lib.data.photographs.job import Lens
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.measured import measure_depth
 from ttt_lib.data.photographs.scene import Scene, track_points
-from ttt_lib.data.photographs.stereo import to_gray
+from ttt_lib.data.photographs.stereo import pair_disparity, to_gray
 from ttt_lib.data.photographs.transforms import FLIP
-from ttt_lib.data.photographs.undistort import can_be_undistorted, places_in_picture, read_undistorted, undistorted
+from ttt_lib.data.photographs.undistort import (
+    can_be_undistorted,
+    covered,
+    places_in_picture,
+    read_undistorted,
+    undistorted,
+)
 from ttt_lib.data.photographs.writers import write_colmap, write_transforms
 from ttt_lib.geometry.cameras import project, transform_points
 
@@ -108,6 +114,23 @@ def test_a_picture_is_that_of_the_pinhole_camera(model, size, tmp_path):
     assert np.abs(straight[0].numpy().ravel() - y).max() < 2e-3 and np.abs(straight[1].numpy().ravel() - x).max() < 2e-3
 
 
+@pytest.mark.parametrize("params", [(140, 83, 58, 0.25), (140, 83, 58, -0.28)])
+@pytest.mark.parametrize("turns", range(4))
+def test_what_a_pincushion_lens_did_not_see_is_known(params, turns, tmp_path):
+    """There, and only there, pycolmap's camera sees the ray of a pixel beyond the picture that it took."""
+    bent, (width, height) = Lens("SIMPLE_RADIAL", *SIZE, params), SIZE
+    v, u = np.indices((height, width)) + 0.5
+    places = by_pycolmap(bent, rays_of(bent, np.stack([u.ravel(), v.ravel()], -1)), tmp_path).reshape(height, width, 2)
+    margin = np.minimum(places, SIZE - places).min(-1)  # how far inside, in pixels
+    upright = np.rot90(margin, -turns)
+    seen = covered(bent, turns, upright.shape).numpy()
+    sure = np.abs(upright) > 1e-2
+    assert np.array_equal(seen[sure], (upright > 0)[sure]) and sure.mean() > 0.99
+    assert (~seen).mean() > 0.05 if params[-1] > 0 else seen.all()
+    half = covered(bent, turns, (upright.shape[0] // 2, upright.shape[1] // 2)).numpy()
+    assert half.shape == tuple(np.array(upright.shape) // 2) and abs(half.mean() - seen.mean()) < 0.02
+
+
 def test_a_lens_without_distortion_changes_nothing(tmp_path):
     image = smooth(*SIZE[::-1])
     for model, params in {"SIMPLE_PINHOLE": LENSES["RADIAL"][:3], "PINHOLE": LENSES["OPENCV"][:4],
@@ -120,6 +143,7 @@ def test_a_lens_without_distortion_changes_nothing(tmp_path):
     scene = load_scene(folder)
     assert "undistorted" not in scene.about
     assert [p.source.func for p in scene.photographs] == [read_photo] * 4
+    assert [p.seen for p in scene.photographs] == [None] * 4
 
 
 @pytest.mark.parametrize("turns, orientation", [(0, 1), (1, 6), (2, 3), (3, 8)])
@@ -220,6 +244,16 @@ def test_stereo_measures_between_straightened_photographs(bent_house, views):
     measured, meets = measure_depth(grays, 2)
     ratio = (measured.depth / views[0][2].depth).log().abs()
     assert meets > 0.9 and ratio.nanmedian() < 0.01 and torch.isfinite(measured.depth).float().mean() > 0.3
+
+
+def test_stereo_matches_nothing_where_a_border_is_repeated(bent_house):
+    one, other = bent_house[1].photographs[2:4]
+    left = torch.ones(one.image.shape[1:], dtype=torch.bool)
+    left[:, : left.shape[1] // 2] = False
+    half = replace(one, seen=lambda size: left)
+    (whole, pixel), (part, _) = (pair_disparity(to_gray(each), to_gray(other)) for each in (one, half))
+    assert torch.isfinite(whole)[:, : left.shape[1] // 2 - 2].float().mean() > 0.1
+    assert not torch.isfinite(part)[:, : left.shape[1] // 2 - 2].any() and torch.isfinite(part).float().mean() > 0.1
 
 
 def test_what_is_exported_is_one_pinhole_camera(bent_house, tmp_path):

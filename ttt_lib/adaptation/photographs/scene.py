@@ -24,6 +24,7 @@ from ttt_lib.core.config import ExperimentConfig
 from ttt_lib.core.errors import ConfigError, NumericalError
 from ttt_lib.core.memory import peak_memory_mb, reset_peak_memory
 from ttt_lib.core.seeds import sample_generator
+from ttt_lib.core.types import Prediction
 from ttt_lib.data.photographs.job import UNKNOWN, USUAL_FOCAL
 from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.models.base import GeometryModel, holding, training
@@ -90,6 +91,8 @@ class SceneAdaptation:
         judged = choose(original, candidates, evidence, generator)
         if not settings.decide:
             judged = replace(judged, choice=list(candidates)[-1], reason="")
+        original = _where_seen(original, evidence.photograph)
+        candidates = {kind: _where_seen(each, evidence.photograph) for kind, each in candidates.items()}
         final = original if judged.choice == "original" else candidates[judged.choice]
         signals = judged.signals | {"measured": evidence.seen, "tracks": float(len(evidence.used))}
         seconds = self.seconds / len(self.evidence) + time.perf_counter() - begun
@@ -100,6 +103,16 @@ class SceneAdaptation:
             micro_batch=self.log.micro_batch, seconds=seconds, peak_memory_mb=self.peak_memory_mb,
             losses=terms_in_words(self.config) if self.log.history else "",
         )  # fmt: skip
+
+
+def _where_seen(prediction: Prediction | None, photograph: Photograph) -> Prediction | None:
+    """The prediction, not known where its picture shows nothing that the camera saw."""
+    if prediction is None or photograph.seen is None:
+        return prediction
+    seen = photograph.seen(tuple(prediction.mask.shape)).to(prediction.mask.device)
+    maps = {"depth": (prediction.depth, seen), "points": (prediction.points, seen[..., None])}
+    unknown = {name: torch.where(where, map_, torch.nan) for name, (map_, where) in maps.items() if map_ is not None}
+    return replace(prediction, mask=seen & prediction.mask, **unknown)
 
 
 def adapt_scene(
@@ -179,7 +192,7 @@ def _lessons(adaptation: SceneAdaptation, generator: torch.Generator) -> list[Le
             target = predict_ensemble(model, image, adaptation.config.ensemble.members)
             how = "scale" if settings.target == "original" else settings.correction
             target = corrected(target, evidence, how, generator)
-        lessons.append(Lesson(image, evidence, target))
+        lessons.append(Lesson(image, evidence, _where_seen(target, evidence.photograph)))
     if settings.target == "views":
         for lesson, target in zip(lessons, [carried(lessons, number) for number in range(len(lessons))]):
             lesson.target = target

@@ -25,7 +25,7 @@ from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.signals import centres, moves_ahead, select_tracks, summarize
 from ttt_lib.data.photographs.sources import distinct_names, first_of, from_list, photographs_of, thinned
 from ttt_lib.data.photographs.transforms import find_transforms, lens_of, read_transforms, size_of
-from ttt_lib.data.photographs.undistort import LASTING, can_be_undistorted, read_undistorted
+from ttt_lib.data.photographs.undistort import LASTING, can_be_undistorted, covered, read_undistorted
 from ttt_lib.data.photographs.upright import turn, turns_of_camera
 
 FAR = 1000.0  # times their own spread: so far from the origin float32 would cost a ten-thousandth of it
@@ -56,6 +56,12 @@ class Posed(NamedTuple):
         if not self.lens.distortion:
             return partial(read_photo, self.file)
         return partial(read_undistorted, self.file, self.lens, self.turns)
+
+    @property
+    def straight(self) -> Photograph:
+        """Without distortion, for where its camera counts."""
+        seen = partial(covered, self.lens, self.turns) if self.lens.distortion else None
+        return Photograph(self.name, self.source, seen=seen)
 
     def as_seen(self) -> Tensor:
         """The picture (3,H,W) without distortion, as the camera saw it before it was turned upright."""
@@ -228,7 +234,7 @@ def _scene_of_images(
     if len(posed) >= 2:
         if undistorted := sum(bool(each.lens.distortion) for each in posed.values()):
             scene.about["undistorted"] = undistorted
-        straight = {image: replace(photographs[image], source=each.source) for image, each in posed.items()}
+        straight = {image: each.straight for image, each in posed.items()}
         found = to_photographs(model, whole, [straight.get(image) for image in model.image.tolist()])
         return replace(scene, photographs=found, rest=rest)
     refused = (

@@ -73,7 +73,8 @@ class Photograph:
     the memory of one. intrinsics (3,3) float32, normalised. pose (4,4) float32, world -> camera (OpenCV: x right, y
     down, z forward); None where the scene was not reconstructed. Image, intrinsics and tracks are those of one pinhole
     camera: where a given lens has distortion, the image is read without it (`undistort`) and the tracks lie in that.
-    Without a camera (left out, or of a refused scene) the image is as it was taken.
+    Without a camera (left out, or of a refused scene) the image is as it was taken. seen: where the image shows what the
+    camera saw, as a function of a size (height, width) that gives (H,W) bool; None: everywhere.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Photograph:
     intrinsics: Tensor | None = None
     tracks: Tracks = field(default_factory=Tracks.none)
     pose: Tensor | None = None
+    seen: Callable[[tuple[int, int]], Tensor] | None = None
 
     @property
     def image(self) -> Tensor:

@@ -32,10 +32,11 @@ NEAR = 0.6  # of the nearest tracks' depth: nothing nearer is looked for
 
 @dataclass
 class GrayPhotograph:
-    """A photograph as stereo sees it: luma (h,w) uint8; matrix (3,3) intrinsics in its pixels; rotation (3,3) and
-    centre (3,) of the camera in the world, float64."""
+    """A photograph as stereo sees it: luma (h,w) uint8 and seen (h,w) uint8, 255 where the camera saw it, else 0; matrix
+    (3,3) intrinsics in its pixels; rotation (3,3) and centre (3,) of the camera in the world, float64."""
 
     luma: np.ndarray
+    seen: np.ndarray
     matrix: np.ndarray
     rotation: np.ndarray
     centre: np.ndarray
@@ -51,7 +52,10 @@ def to_gray(photograph: Photograph) -> GrayPhotograph:
     matrix = photograph.intrinsics.double().numpy() * np.array([[width], [height], [1.0]])
     pose = photograph.pose.double().numpy()
     rotation = pose[:3, :3]
-    return GrayPhotograph(luma, matrix, rotation, -rotation.T @ pose[:3, 3], photograph.tracks)
+    seen = np.full_like(luma, 255)
+    if photograph.seen is not None:
+        seen = photograph.seen(luma.shape).numpy().astype(np.uint8) * 255
+    return GrayPhotograph(luma, seen, matrix, rotation, -rotation.T @ pose[:3, 3], photograph.tracks)
 
 
 def neighbours(grays: list[GrayPhotograph], index: int) -> list[int]:
@@ -96,7 +100,7 @@ def _rectified(gray: GrayPhotograph, turn: np.ndarray, focal: float, top: float,
     half = np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]])
     warp = half @ camera @ turn @ gray.rotation.T @ np.linalg.inv(gray.matrix) @ np.linalg.inv(half)
     luma = cv2.warpPerspective(gray.luma, warp, (width, height), flags=cv2.INTER_LINEAR)
-    covered = cv2.warpPerspective(np.full_like(gray.luma, 255), warp, (width, height), flags=cv2.INTER_NEAREST) > 0
+    covered = cv2.warpPerspective(gray.seen, warp, (width, height), flags=cv2.INTER_NEAREST) > 0
     return _Rectified(luma, covered, warp, left)
 
 

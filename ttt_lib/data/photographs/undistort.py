@@ -99,6 +99,24 @@ def undistorted(image: Tensor, lens: Lens) -> Tensor:
     return result
 
 
+def covered(lens: Lens, turns: int, size: tuple[int, int]) -> Tensor:
+    """Where `read_undistorted` shows what the camera saw, and not the border of that, which it repeats beyond.
+
+    Args:
+        lens, turns: see `read_undistorted`.
+        size: height and width of the upright picture, its own or another.
+
+    Returns:
+        (H,W) bool; all True for a barrel lens, whose pinhole picture lies within the one taken.
+    """
+    height, width = size if turns % 2 == 0 else size[::-1]
+    inside = []
+    for top in range(0, height, ROWS):
+        column, row = places_in_picture(lens, (width, height), range(top, min(top + ROWS, height)))
+        inside.append((column >= -0.5) & (column <= width - 0.5) & (row >= -0.5) & (row <= height - 0.5))
+    return torch.rot90(torch.from_numpy(np.concatenate(inside)), -turns, (0, 1)).contiguous()
+
+
 def read_undistorted(file: str | Path, lens: Lens, turns: int) -> Tensor:
     """A photograph (3,H,W) in [0,1], upright, without the distortion of its lens.
 
