@@ -34,7 +34,8 @@ def reconstruct_samples(
     They know nothing else of the truth. longest_side: pixels of the pictures that the model sees.
     """
     guess = guess_focal(model, longest_side)
-    return reconstruct([Picture(sample.name, sample.image, guess(sample.image)) for sample in samples], seed)
+    pictures = [Picture(sample.name, sample.image, guess(sample.image)) for sample in samples]
+    return reconstruct(pictures, seed, straight=True)
 
 
 class Scenes:

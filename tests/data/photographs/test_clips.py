@@ -136,7 +136,7 @@ def test_pictures_that_move_are_clips(tmp_path, suffix):
 def test_a_clip_as_a_scene(tmp_path, monkeypatch):
     given = {}
 
-    def note(pictures, seed, in_order):
+    def note(pictures, seed, in_order, straight):
         given.update(pictures=pictures, in_order=in_order)
         return Scene([])
 

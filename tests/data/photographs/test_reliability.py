@@ -114,7 +114,7 @@ def test_a_second_try_is_for_what_more_points_may_mend(monkeypatch, sure, count,
 def test_a_fragment_of_a_global_reconstruction_contradicts_nothing(monkeypatch, found, error, kept):
     """With few photographs it may place a handful of points; then another start of the other kind is asked. A whole one
     that fits badly is heard."""
-    job = SimpleNamespace(kept=[0, 1], pairs=[(0, 1)], inliers=[99], widest=lambda: None)
+    job = SimpleNamespace(kept=[0, 1], pairs=[(0, 1)], inliers=[99], widest=lambda: None, straight=True)
     asked = []
 
     def attempt(_, focals, number=0, at_once=False, **options):
@@ -190,7 +190,7 @@ def test_a_focal_length_that_hardly_exists_may_be_one_that_little_parallax_canno
     monkeypatch.setattr(agreement.focal, "believed", lambda job: found)
     monkeypatch.setattr(agreement, "_check_cameras", lambda job, model: None)
     with pytest.raises(Refusal, match="5.03 of the width.*too little parallax.*turned before.*--focal"):
-        agreement._belief(SimpleNamespace(about={}))
+        agreement._belief(SimpleNamespace(about={}, straight=True))
 
 
 def test_belief_lies_between_the_guess_and_what_was_found_by_what_each_is_worth():

@@ -9,6 +9,7 @@ import numpy as np
 import pycolmap
 
 from ttt_lib.data.photographs import focal, signals
+from ttt_lib.data.photographs.distortion import look_for_distortion
 from ttt_lib.data.photographs.job import MIN_MATCHES, SCANT, Job, Lens, Refusal, SparseModel
 from ttt_lib.data.photographs.mapping import attempt, place, refitted
 from ttt_lib.data.photographs.matching import extract, match, too_few, verify
@@ -83,6 +84,8 @@ def _agreed(job: Job) -> None:
 def _belief(job: Job) -> focal.Belief:
     """What is believed of the focal lengths. Raises `Refusal` where the depth would hang on a guess."""
     about, belief = job.about, focal.believed(job)
+    if belief is not None and belief.model is not None and look_for_distortion(job, belief.model):
+        belief = focal.believed(job)
     if belief is None:
         raise Refusal(NO_MODEL)
     about["focal"] = [round(float(f), 4) for f in belief.focals]
@@ -161,6 +164,8 @@ def _reconstructions(job: Job, belief: focal.Belief) -> tuple[SparseModel, list[
     if not whole:
         raise Refusal(NO_MODEL)
     model = max(whole, key=signals.support)
+    if look_for_distortion(job, model):
+        return _reconstructions(job, belief)
     model.bent = signals.bends(model, [refitted(model, step), refitted(model, 1 / step)])
     order = sorted(range(len(job.pairs)), key=lambda k: -job.inliers[k])
     by_matches = [job.pairs[k] for k in order if set(job.pairs[k]) <= set(job.kept)]

@@ -121,15 +121,20 @@ def knowledge(model: SparseModel) -> tuple[float, float, float]:
     """
     worse, bent, step = [], [], math.log(STEP)
     for other in (refitted(model, STEP), refitted(model, 1 / STEP)):
-        first, second = signals.common(model, other)
-        cost, held = (signals.robust_cost(error).sum() for error in (model.error[first], other.error[second]))
-        free = max(2 * len(first) - 3 * len(np.unique(model.point[first])) - 6 * len(model.image), 1)
-        worse.append(free * (held / max(cost, 1e-9) - 1) / math.sqrt(1 + free / INDEPENDENT))
+        worse.append(against(model, other))
         bent.append(signals.disagreement(model, other, 1)[0])
     least, further, shift = min(worse), sum(worse) / 2, 0.0
     if least < 0 < further:
         least, shift = further, step * float(np.clip((worse[1] - worse[0]) / (4 * further), -1, 1))
     return max(SYSTEMATIC, step / math.sqrt(max(least, 1e-6))), max(bent) / step, shift
+
+
+def against(model: SparseModel, other: SparseModel) -> float:
+    """What speaks against a reconstruction with less freedom than the model's: chi squared; negative where it fits better."""
+    first, second = signals.common(model, other)
+    cost, held = (signals.robust_cost(error).sum() for error in (model.error[first], other.error[second]))
+    free = max(2 * len(first) - 3 * len(np.unique(model.point[first])) - 6 * len(model.image), 1)
+    return float(free * (held / max(cost, 1e-9) - 1) / math.sqrt(1 + free / INDEPENDENT))
 
 
 def combine(found: np.ndarray, before: Belief, exact: np.ndarray, spread: float, bend: float) -> Belief:

@@ -156,8 +156,10 @@ class Job:
 
     pictures: without their sources; of the gray ones sizes (width, height) and digests. kept: those that take part;
     left_out: place -> why of the others; camera_of: of each the number of its lens; of pairs of photographs inliers
-    (verified matches), moved (pixels that three quarters of them stay below), flat (the share of them that one homography
-    explains). needed: the parallax. In the end about (see `Scene`), model and picked, or refused.
+    (verified matches), moved (pixels that three quarters of them stay below), flat (the share of them that one
+    homography explains). needed: the parallax. straight: whether nothing is to be looked for in how the lenses bend
+    lines, since the pictures are said to be those of pinhole cameras, or it has been looked for. In the end about
+    (see `Scene`), model and picked, or refused.
     """
 
     folder: Path
@@ -175,6 +177,7 @@ class Job:
     moved: np.ndarray | None = None
     flat: np.ndarray | None = None
     needed: Needed = AMPLE
+    straight: bool = False
     about: dict[str, Any] = field(default_factory=dict)
     model: SparseModel | None = None
     picked: Selection | None = None

@@ -66,10 +66,36 @@ def attempt(
 
 
 def refitted(model: SparseModel, factor: float) -> SparseModel:
-    """A model that `attempt` gave, fitted again with its focal lengths held at `factor` times what they are."""
+    """A model that `attempt` gave, fitted again with its focal lengths held at `factor` times what they are; where
+    distortion was looked for and found, it may make up for that."""
     other = copy.deepcopy(model.made)
-    _fit(other, True, factor)
+    _fit(other, True, factor, any(len(camera.params) > 3 for camera in other.cameras.values()))
     return as_arrays(other, 1)
+
+
+def with_distortion(model: SparseModel) -> tuple[SparseModel, dict[int, Lens]]:
+    """A model of pinhole cameras that `attempt` gave, fitted again with a radial distortion of each (COLMAP's
+    SIMPLE_RADIAL); and the lenses, by their number in the job."""
+    other = copy.deepcopy(model.made)
+    for camera in other.cameras.values():
+        pinhole = list(camera.params)
+        camera.model, camera.params = pycolmap.CameraModelId.SIMPLE_RADIAL, [*pinhole, 0.0]
+    _fit(other, False, distorted=True)
+    lenses = {
+        number - 1: Lens(camera.model_name, camera.width, camera.height, tuple(map(float, camera.params)))
+        for number, camera in other.cameras.items()
+    }
+    return as_arrays(other, 1), lenses
+
+
+def set_lenses(job: Job) -> None:
+    """Make the cameras in the database the job's lenses."""
+    with closing(pycolmap.Database.open(database_of(job))) as database:
+        for camera in database.read_all_cameras():
+            lens = job.lenses[camera.camera_id - 1]
+            changed = pycolmap.Camera(camera_id=camera.camera_id, **lens._asdict())
+            changed.has_prior_focal_length = camera.has_prior_focal_length
+            database.update_camera(changed)
 
 
 def _prepare(path: Path, focals: np.ndarray, share: float, seed: int) -> None:
@@ -132,13 +158,13 @@ def _global(path: Path, job: Job, seed: int, angle: float) -> dict[int, pycolmap
     return pycolmap.global_mapping(path, path.parent, path.parent, options)
 
 
-def _fit(model: pycolmap.Reconstruction, fixed: bool, factor: float = 1.0) -> None:
+def _fit(model: pycolmap.Reconstruction, fixed: bool, factor: float = 1.0, distorted: bool = False) -> None:
     """Fit cameras and points to the matches, robustly and to the end, which mapping does not; the focal lengths times
-    `factor` first, and then held if `fixed`."""
+    `factor` first, and then held if `fixed`; the distortion too if `distorted`."""
     for camera in model.cameras.values():
         camera.params = [camera.params[0] * factor, *camera.params[1:]]
     options = pycolmap.BundleAdjustmentOptions(
-        refine_focal_length=not fixed, refine_extra_params=False, print_summary=False
+        refine_focal_length=not fixed, refine_extra_params=distorted, print_summary=False
     )
     options.ceres.loss_function_type = pycolmap.LossFunctionType.SOFT_L1
     options.ceres.loss_function_scale = LOSS_SCALE
@@ -166,7 +192,7 @@ def _explained(job: Job, model: pycolmap.Reconstruction) -> np.ndarray:
         motion = second.cam_from_world() * first.cam_from_world().inverse()
         inner, outer = (np.linalg.inv(image.camera.calibration_matrix()) for image in (first, second))
         error = pycolmap.compute_squared_sampson_error(
-            places[one][matches[:, 0]], places[other][matches[:, 1]],
+            _unbent(first.camera, places[one][matches[:, 0]]), _unbent(second.camera, places[other][matches[:, 1]]),
             outer.T @ pycolmap.essential_matrix_from_pose(motion) @ inner,
         )  # fmt: skip
         longest = max(second.camera.width, second.camera.height)
@@ -246,15 +272,22 @@ def as_arrays(model: pycolmap.Reconstruction, first: int) -> SparseModel:
 
 
 def _straight(camera: pycolmap.Camera, uv: np.ndarray) -> np.ndarray:
-    """Where the same camera without distortion sees what it sees at uv (N,2), in pixels; NaN outside of its picture and
-    where the distortion cannot be undone. Without distortion, and of a fisheye, uv itself."""
+    """`_unbent`, and NaN outside of the pinhole picture."""
+    places = _unbent(camera, uv)
+    if places is uv:
+        return uv
+    inside = ((places >= 0) & (places <= [camera.width, camera.height])).all(1)
+    return np.where(inside[:, None], places, np.nan)
+
+
+def _unbent(camera: pycolmap.Camera, uv: np.ndarray) -> np.ndarray:
+    """Where the same camera without distortion sees what it sees at uv (N,2), in pixels; NaN where the distortion cannot
+    be undone. Without distortion, and of a fisheye, uv itself."""
     lens = Lens(camera.model_name, camera.width, camera.height, tuple(camera.params))
     if not lens.distortion or any(word in lens.model for word in FISHEYE):
         return uv
     rays = camera.cam_from_img(uv)
     returned = camera.img_from_cam(np.concatenate([rays, np.ones_like(rays[:, :1])], 1))
     fx, fy, cx, cy = lens.pinhole.params
-    places = rays * [fx, fy] + [cx, cy]
-    good = (np.linalg.norm(returned - uv, axis=1) < RETURNS) & (places >= 0).all(1)
-    good &= (places <= [lens.width, lens.height]).all(1)
-    return np.where(good[:, None], places, np.nan)
+    good = np.linalg.norm(returned - uv, axis=1) < RETURNS
+    return np.where(good[:, None], rays * [fx, fy] + [cx, cy], np.nan)

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,14 @@ from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import shrink
 from ttt_lib.data.photographs.job import LONGEST_SIDE, Failed, Job, Picture, Selection, SparseModel, apart
 from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks
+from ttt_lib.data.photographs.undistort import covered, without_distortion
 
 log = logging.getLogger(__name__)
 
 
-def do_apart(task: str, pictures: list[Picture], seed: int, in_order: bool, *arguments: object) -> Job:
+def do_apart(
+    task: str, pictures: list[Picture], seed: int, in_order: bool, *arguments: object, straight: bool = True
+) -> Job:
     """The job that a task makes of the pictures' gray copies; each is read once. arguments: of the task, after the job.
 
     Raises `DataError` for a picture that cannot be read.
@@ -33,7 +37,8 @@ def do_apart(task: str, pictures: list[Picture], seed: int, in_order: bool, *arg
         folder = Path(name)
         grays = [_write_gray(picture.read(), folder / f"gray_{k}.npy") for k, picture in enumerate(pictures)]
         sizes, digests = map(list, zip(*grays))
-        job = Job(folder, [replace(picture, source=None) for picture in pictures], sizes, digests, seed, in_order)
+        without = [replace(picture, source=None) for picture in pictures]
+        job = Job(folder, without, sizes, digests, seed, in_order, straight=straight)
         try:
             return apart(task, 1500 + 300 * len(pictures), job, *arguments)
         except Failed as error:
@@ -50,16 +55,18 @@ def _write_gray(image: Tensor, path: Path) -> tuple[tuple[int, int], str]:
     return gray.shape[::-1], hashlib.sha256(gray.tobytes()).hexdigest()
 
 
-def reconstruct(pictures: list[Picture], seed: int = 0, in_order: bool = False) -> Scene:
+def reconstruct(pictures: list[Picture], seed: int = 0, in_order: bool = False, straight: bool = False) -> Scene:
     """Cameras and tracks of photographs of one scene, or a sentence that says why they tell nothing.
 
     Args:
         pictures: two or more, of one scene that stood still; they are read one at a time.
         seed: the same seed gives the same scene.
         in_order: whether neighbors in the list are neighbors in space (frames of a clip).
+        straight: whether the pictures are those of pinhole cameras, so that no distortion is looked for.
 
     Returns:
-        The scene. `about` holds the signals as far as they were reached; see `Scene`.
+        The scene; its photographs are without the distortion of their lenses where one was found. `about` holds the
+        signals as far as they were reached; see `Scene`.
 
     Raises:
         DataError: for fewer than two pictures, or one that cannot be read.
@@ -72,14 +79,31 @@ def reconstruct(pictures: list[Picture], seed: int = 0, in_order: bool = False) 
     """
     if len(pictures) < 2:
         raise DataError("several photographs of one scene are needed, at least two; this is one photograph alone.")
-    job = do_apart("agreement.reconstruct", pictures, seed, in_order)
+    job = do_apart("agreement.reconstruct", pictures, seed, in_order, straight=straight)
     left_out = [(pictures[i].name, why) for i, why in sorted(job.left_out.items())]
     plain = [Photograph(picture.name, picture.source) for picture in pictures]
     if job.refused:
         log.info("refused: %s", job.refused)
         return Scene(plain, left_out, job.about, job.refused)
-    found = to_photographs(job.model, job.picked, [plain[i] for i in job.model.image])
+    found = to_photographs(job.model, job.picked, _unbent(job, plain))
     return Scene(found, left_out, job.about, rest=[plain[i] for i in sorted(job.left_out)])
+
+
+def _unbent(job: Job, plain: list[Photograph]) -> list[Photograph]:
+    """The photographs of the job's model, read without the distortion of their lenses, which `about` names then."""
+    result, bending = [], {}
+    for index, (focal, _, cx, cy) in zip(job.model.image.tolist(), job.model.intrinsics.tolist()):
+        lens, photograph = job.lenses[job.camera_of[index]], plain[index]
+        if lens.distortion:
+            lens = lens._replace(params=(focal, cx, cy, *lens.distortion))
+            bending[job.camera_of[index]] = round(lens.distortion[0], 4)
+            source = without_distortion(photograph.source, lens)
+            photograph = replace(photograph, source=source, seen=partial(covered, lens, 0))
+            job.about["undistorted"] = job.about.get("undistorted", 0) + 1
+        result.append(photograph)
+    if bending:
+        job.about["distortion"] = list(bending.values())
+    return result
 
 
 def normalized_intrinsics(model: SparseModel, row: int) -> Tensor:

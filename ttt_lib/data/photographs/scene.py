@@ -72,7 +72,7 @@ class Photograph:
     source: the image (3,H,W) float32 in [0,1], or a function that reads it, so that a scene of many photographs needs
     the memory of one. intrinsics (3,3) float32, normalised. pose (4,4) float32, world -> camera (OpenCV: x right, y
     down, z forward); None where the scene was not reconstructed. Image, intrinsics and tracks are those of one pinhole
-    camera: where a given lens has distortion, the image is read without it (`undistort`) and the tracks lie in that.
+    camera: where a lens has distortion, the image is read without it (`undistort`) and the tracks lie in that.
     Without a camera (left out, or of a refused scene) the image is as it was taken. seen: where the image shows what the
     camera saw, as a function of a size (height, width) that gives (H,W) bool; None: everywhere.
     """
@@ -116,7 +116,8 @@ class Scene:
         error            median reprojection error, pixels
         scale            where the cameras were given: that theirs is kept
         origin           (3,) to be added for the coordinates of given cameras that stood far from their origin
-        undistorted      photographs that are read without the distortion of their given lenses, if there are any
+        undistorted      photographs that are read without the distortion of their lenses, if there are any
+        distortion       COLMAP's k of SIMPLE_RADIAL, of each camera of which it was found
     """
 
     photographs: list[Photograph]

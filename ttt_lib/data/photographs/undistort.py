@@ -6,7 +6,8 @@ picture is made to fit it, once, where it is read.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
@@ -97,6 +98,19 @@ def undistorted(image: Tensor, lens: Lens) -> Tensor:
         part = part.clip(0, 1)  # cubic weights go beyond it at edges
         result[:, top : rows.stop] = torch.from_numpy(part).permute(2, 0, 1)
     return result
+
+
+def without_distortion(source: Tensor | Callable[[], Tensor], lens: Lens) -> Tensor | Callable[[], Tensor]:
+    """What a photograph is read from, an upright image or a function that reads it, without the distortion of its lens."""
+    if isinstance(source, Tensor):
+        return undistorted(source, lens)
+    if isinstance(source, partial) and source.func is read_photo:
+        return partial(read_undistorted, *source.args, lens, 0)
+    return partial(_undistorted_from, source, lens)
+
+
+def _undistorted_from(source: Callable[[], Tensor], lens: Lens) -> Tensor:
+    return undistorted(source(), lens)
 
 
 def covered(lens: Lens, turns: int, size: tuple[int, int]) -> Tensor:
