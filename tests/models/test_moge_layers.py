@@ -78,7 +78,8 @@ def test_linear_maps_are_doubled_and_convolved_ones(size, outputs, shared):
     given = [each.requires_grad_() for each in (coarse, kernel, bias, pixels)]
     doubled = F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)
     wanted = F.conv2d(F.pad(doubled, SIDES, mode="replicate"), kernel, bias) + F.conv2d(fine, pixels[..., None, None])
-    sum_of_two = LinearMaps([(coarse, kernel)], [], bias) + LinearMaps([], [(fine, pixels)], torch.zeros_like(bias))
+    padded = F.pad(coarse, SIDES, mode="replicate")
+    sum_of_two = LinearMaps([(padded, kernel)], [], bias) + LinearMaps([], [(fine, pixels)], torch.zeros_like(bias))
     for expected, found in ((wanted, sum_of_two), (last(wanted), sum_of_two.through(last))):
         torch.testing.assert_close(found.computed(), expected, **EXACT)
         gradients = [

@@ -87,8 +87,9 @@ def _with_edge(maps: Tensor, relu: bool = False) -> Tensor:
 class LinearMaps:
     """Maps (B,O,H,W) that are linear in others, before any of them is computed: the sum of three.
 
-    coarse: maps (B,C,H/2,W/2), to be doubled bilinearly, and then convolved by a kernel (O,C,3,3) with their edge repeated;
-    fine: maps (B,C,H,W) and a matrix (O,C) of their pixels; bias (O,).
+    coarse: maps (B,C,H/2,W/2), here with their edge repeated by a pixel, to be doubled bilinearly and then convolved by a
+    kernel (O,C,3,3), over whose edge they are repeated too; fine: maps (B,C,H,W) and a matrix (O,C) of their pixels;
+    bias (O,).
     """
 
     coarse: list[tuple[Tensor, Tensor]]
@@ -115,7 +116,7 @@ class LinearMaps:
         """
         total, bias = 0, self.bias.repeat_interleave(4)
         for maps, kernel in self.coarse:
-            total = total + F.conv2d(_with_edge(maps), _of_four_places(kernel), bias)
+            total = total + F.conv2d(maps, _of_four_places(kernel), bias)
             bias = None
         total = F.pixel_shuffle(total, 2)
         for maps, pixels in self.fine:
@@ -193,7 +194,7 @@ class LastResampler(_Lighter, Resampler):
 
     def forward(self, input: Tensor) -> LinearMaps:
         """(B,C,h,w) -> maps of twice the size, not computed yet."""
-        return LinearMaps([(input, self[1].weight)], [], self[1].bias)
+        return LinearMaps([(_with_edge(input), self[1].weight)], [], self[1].bias)
 
 
 class LastInput(_Lighter, nn.Conv2d):
@@ -234,6 +235,7 @@ def _ends_linearly(stack: ConvStack, output: type[nn.Module]) -> bool:
         and len(stack.res_blocks[-1]) == 0
         and type(stack.input_blocks[-1]) is nn.Conv2d
         and type(stack.output_blocks[-1]) is output
+        and all(layer.bias is not None for layer in (rest[0], stack.input_blocks[-1]))
     )
 
 
@@ -270,7 +272,8 @@ def _make_last_level_linear(network: nn.Module) -> None:
         stack.resamplers[-1].__class__ = LastResampler
         stack.input_blocks[-1].__class__ = LastInput
     for layer in neck.input_blocks[1:-1]:
-        layer.__class__ = SharedConv2d
+        if type(layer) is nn.Conv2d:
+            layer.__class__ = SharedConv2d
     for head in heads:
         head.output_blocks[-1].__class__ = LastOutput
 

@@ -108,13 +108,13 @@ def write_scene(adaptation: SceneAdaptation, output: Path, announce: Announce = 
         UserError: the folder holds something else, or cannot be written.
 
     The folder holds, of each photograph, `depth/NAME.png` (16 bits, MoGe's logarithmic encoding), `depth/NAME.npy`
-    (H,W) float32 (inf where there is no surface, NaN where it is not known, as beyond what a given lens with
+    (H,W) float32 (inf where there is no surface, NaN where it is not known, as beyond what a lens with pincushion
     distortion saw), `depth_original/NAME.npy` (the same before adaptation, in the model's own scale),
     `images/NAME.png` and `before_after/NAME.jpg`; `index.html` and `record.json`; of a scene that was reconstructed
     also `cloud.ply` and `cloud.glb` (y up), `sparse/0` (COLMAP text) and `transforms.json` (nerfstudio). All depth is
     in one scale: metres for metric models, else arbitrary. Photographs that were left out, and those of a refused
     scene, are in their own scale. Cameras and depth belong to the pictures in `images`, from which the distortion of
-    given lenses is removed.
+    lenses is removed (beyond what such a lens saw these repeat their border).
     """
     check_free(output)
     scene, cloud, rows = adaptation.scene, SceneCloud(), []

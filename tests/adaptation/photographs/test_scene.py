@@ -22,9 +22,10 @@ from ttt_lib.adaptation.photographs.evidence import (
     shifted,
     spread,
 )  # fmt: skip
-from ttt_lib.adaptation.photographs.scene import adapt_scene, guess_focal
+from ttt_lib.adaptation.photographs.scene import _lessons, adapt_scene, guess_focal
 from ttt_lib.adaptation.photographs.training import Lesson, TracksConfig, carried, depth_at_tracks, track_loss
 from ttt_lib.adaptation.supervision import Supervision
+from ttt_lib.adaptation.teacher import draw_views
 from ttt_lib.core.errors import UserError
 from ttt_lib.core.registry import SUPERVISIONS
 from ttt_lib.core.types import Prediction
@@ -79,6 +80,28 @@ def test_each_correction_takes_back_what_it_can(rendered, how, bend):
     ratio = (right.depth / (0.2 * sample.depth))[sample.mask]  # in the scene's unit of 5 metres
     assert ratio.log().abs().median() < 2e-3 and right.kind == "scale_invariant"
     assert torch.allclose(right.points[..., 2], right.depth, rtol=1e-5)
+
+
+def test_what_a_lens_did_not_see_is_unknown_and_no_sky(rendered):
+    def right_part(size):
+        seen = torch.ones(size, dtype=torch.bool)
+        seen[:, : size[1] // 4] = False
+        return seen
+
+    scene, model, config = rendered[0], load_model("tiny", "cpu", num_tokens=48), experiment(**NO_TRAINING)
+    partly = replace(scene, photographs=[replace(each, seen=right_part) for each in scene.photographs])
+    whole, part = (adapt_scene(model, each, config) for each in (scene, partly))
+    for _, result in part.results():
+        for prediction in (result.original, result.final):
+            unseen = ~right_part(prediction.depth.shape)
+            assert torch.isnan(prediction.depth[unseen]).all() and torch.isnan(prediction.points[unseen]).all()
+            assert not prediction.mask[unseen].any() and torch.isfinite(prediction.depth[~unseen]).all()
+    views = []
+    for adaptation in (whole, part):
+        lesson = _lessons(adaptation, random())[0]
+        views.append(draw_views(lesson.image, lesson.target, adaptation.config, random(), None))
+    assert torch.equal(views[0].negative, views[1].negative)  # where there is no surface: nothing more than before
+    assert views[1].mask.sum() < views[0].mask.sum()
 
 
 def test_a_disparity_becomes_depth(rendered):

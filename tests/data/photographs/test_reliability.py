@@ -114,7 +114,7 @@ def test_a_second_try_is_for_what_more_points_may_mend(monkeypatch, sure, count,
 def test_a_fragment_of_a_global_reconstruction_contradicts_nothing(monkeypatch, found, error, kept):
     """With few photographs it may place a handful of points; then another start of the other kind is asked. A whole one
     that fits badly is heard."""
-    job = SimpleNamespace(kept=[0, 1], pairs=[(0, 1)], inliers=[99], widest=lambda: None, straight=True)
+    job = SimpleNamespace(kept=[0, 1], pairs=[(0, 1)], inliers=[99], widest=lambda: None, straight=True, settled=True)
     asked = []
 
     def attempt(_, focals, number=0, at_once=False, **options):

@@ -52,7 +52,7 @@ def gather(scene: Scene, share: float, generator: torch.Generator, stereo: bool)
     for number, (photograph, own, other) in enumerate(zip(scene.photographs, used.photographs, held.photographs)):
         measured, meets = measure_depth(grays, number)  # without stereo too, as a check of the tracks
         confirmed = float(np.fmin(meets, landing(scene, number)))  # of a NaN and a number the number
-        seen = 0.0 if measured is None else float(torch.isfinite(measured.depth).float().mean())
+        seen = 0.0 if measured is None else float(torch.isfinite(measured.depth).sum() / (grays[number].seen > 0).sum())
         evidence.append(Evidence(photograph, own.tracks, other.tracks, measured if stereo else None, confirmed, seen))
     return evidence
 

@@ -88,7 +88,8 @@ class SceneAdaptation:
             with holding([named[name] for name in self.weights], list(self.weights.values())):
                 adapted = predict_ensemble(self.model, image, members)
             candidates["adapted_corrected"] = corrected(adapted, evidence, settings.correction, generator)
-        judged = choose(original, candidates, evidence, generator)
+        shown = replace(original, mask=_where_seen(original, evidence.photograph).mask)  # of the rest nothing is asked
+        judged = choose(shown, candidates, evidence, generator)
         if not settings.decide:
             judged = replace(judged, choice=list(candidates)[-1], reason="")
         original = _where_seen(original, evidence.photograph)
@@ -105,14 +106,16 @@ class SceneAdaptation:
         )  # fmt: skip
 
 
-def _where_seen(prediction: Prediction | None, photograph: Photograph) -> Prediction | None:
+def _where_seen(prediction: Prediction, photograph: Photograph) -> Prediction:
     """The prediction, not known where its picture shows nothing that the camera saw."""
-    if prediction is None or photograph.seen is None:
+    if photograph.seen is None:
         return prediction
-    seen = photograph.seen(tuple(prediction.mask.shape)).to(prediction.mask.device)
+    shown = prediction.disparity if prediction.depth is None else prediction.depth
+    seen = photograph.seen(tuple(shown.shape)).to(shown.device)
+    mask = seen if prediction.mask is None else seen & prediction.mask
     maps = {"depth": (prediction.depth, seen), "points": (prediction.points, seen[..., None])}
     unknown = {name: torch.where(where, map_, torch.nan) for name, (map_, where) in maps.items() if map_ is not None}
-    return replace(prediction, mask=seen & prediction.mask, **unknown)
+    return replace(prediction, mask=mask, **unknown)
 
 
 def adapt_scene(
@@ -192,7 +195,9 @@ def _lessons(adaptation: SceneAdaptation, generator: torch.Generator) -> list[Le
             target = predict_ensemble(model, image, adaptation.config.ensemble.members)
             how = "scale" if settings.target == "original" else settings.correction
             target = corrected(target, evidence, how, generator)
-        lessons.append(Lesson(image, evidence, _where_seen(target, evidence.photograph)))
+        if target is not None:  # what is not seen is unknown, and no sky
+            target = replace(_where_seen(target, evidence.photograph), mask=target.mask)
+        lessons.append(Lesson(image, evidence, target))
     if settings.target == "views":
         for lesson, target in zip(lessons, [carried(lessons, number) for number in range(len(lessons))]):
             lesson.target = target

@@ -9,7 +9,7 @@ import numpy as np
 import pycolmap
 
 from ttt_lib.data.photographs import focal, signals
-from ttt_lib.data.photographs.distortion import look_for_distortion
+from ttt_lib.data.photographs.distortion import look_for_distortion, settle_distortion
 from ttt_lib.data.photographs.job import MIN_MATCHES, SCANT, Job, Lens, Refusal, SparseModel
 from ttt_lib.data.photographs.mapping import attempt, place, refitted
 from ttt_lib.data.photographs.matching import extract, match, too_few, verify
@@ -164,7 +164,7 @@ def _reconstructions(job: Job, belief: focal.Belief) -> tuple[SparseModel, list[
     if not whole:
         raise Refusal(NO_MODEL)
     model = max(whole, key=signals.support)
-    if look_for_distortion(job, model):
+    if look_for_distortion(job, model) or settle_distortion(job, model):
         return _reconstructions(job, belief)
     model.bent = signals.bends(model, [refitted(model, step), refitted(model, 1 / step)])
     order = sorted(range(len(job.pairs)), key=lambda k: -job.inliers[k])

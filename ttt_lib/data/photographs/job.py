@@ -157,9 +157,9 @@ class Job:
     pictures: without their sources; of the gray ones sizes (width, height) and digests. kept: those that take part;
     left_out: place -> why of the others; camera_of: of each the number of its lens; of pairs of photographs inliers
     (verified matches), moved (pixels that three quarters of them stay below), flat (the share of them that one
-    homography explains). needed: the parallax. straight: whether nothing is to be looked for in how the lenses bend
-    lines, since the pictures are said to be those of pinhole cameras, or it has been looked for. In the end about
-    (see `Scene`), model and picked, or refused.
+    homography explains). needed: the parallax. straight: whether the pictures are said to be those of pinhole
+    cameras; looked, settled: whether another distortion of their lenses has been looked for, and fitted to the focal
+    lengths that are believed. In the end about (see `Scene`), model and picked, or refused.
     """
 
     folder: Path
@@ -178,6 +178,8 @@ class Job:
     flat: np.ndarray | None = None
     needed: Needed = AMPLE
     straight: bool = False
+    looked: bool = False
+    settled: bool = False
     about: dict[str, Any] = field(default_factory=dict)
     model: SparseModel | None = None
     picked: Selection | None = None

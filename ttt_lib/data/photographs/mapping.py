@@ -65,22 +65,23 @@ def attempt(
     return result
 
 
-def refitted(model: SparseModel, factor: float) -> SparseModel:
-    """A model that `attempt` gave, fitted again with its focal lengths held at `factor` times what they are; where
-    distortion was looked for and found, it may make up for that."""
+def refitted(model: SparseModel, factor: float | None = None) -> SparseModel:
+    """A model that `attempt` gave, fitted again with its focal lengths held at `factor` times what they are, or free; where
+    the lenses bend, their distortion may make up for that."""
     other = copy.deepcopy(model.made)
-    _fit(other, True, factor, any(len(camera.params) > 3 for camera in other.cameras.values()))
+    bends = any(len(camera.params) > 3 for camera in other.cameras.values())
+    _fit(other, factor is not None, factor or 1.0, bends)
     return as_arrays(other, 1)
 
 
-def with_distortion(model: SparseModel) -> tuple[SparseModel, dict[int, Lens]]:
-    """A model of pinhole cameras that `attempt` gave, fitted again with a radial distortion of each (COLMAP's
-    SIMPLE_RADIAL); and the lenses, by their number in the job."""
+def with_distortion(model: SparseModel, held: bool = False) -> tuple[SparseModel, dict[int, Lens]]:
+    """A model that `attempt` gave, fitted again with a radial distortion of each camera (COLMAP's SIMPLE_RADIAL), and its
+    focal length if that is not held; and the lenses, by their number in the job."""
     other = copy.deepcopy(model.made)
     for camera in other.cameras.values():
-        pinhole = list(camera.params)
-        camera.model, camera.params = pycolmap.CameraModelId.SIMPLE_RADIAL, [*pinhole, 0.0]
-    _fit(other, False, distorted=True)
+        focal, cx, cy, k = [*camera.params, 0.0][:4]
+        camera.model, camera.params = pycolmap.CameraModelId.SIMPLE_RADIAL, [focal, cx, cy, k]
+    _fit(other, held, distorted=True)
     lenses = {
         number - 1: Lens(camera.model_name, camera.width, camera.height, tuple(map(float, camera.params)))
         for number, camera in other.cameras.items()

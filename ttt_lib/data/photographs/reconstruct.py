@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import shrink
-from ttt_lib.data.photographs.job import LONGEST_SIDE, Failed, Job, Picture, Selection, SparseModel, apart
+from ttt_lib.data.photographs.job import LONGEST_SIDE, Failed, Job, Lens, Picture, Selection, SparseModel, apart
 from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks
-from ttt_lib.data.photographs.undistort import covered, without_distortion
+from ttt_lib.data.photographs.undistort import can_be_undistorted, covered, without_distortion
 
 log = logging.getLogger(__name__)
 
@@ -85,24 +85,26 @@ def reconstruct(pictures: list[Picture], seed: int = 0, in_order: bool = False, 
     if job.refused:
         log.info("refused: %s", job.refused)
         return Scene(plain, left_out, job.about, job.refused)
-    found = to_photographs(job.model, job.picked, _unbent(job, plain))
+    lenses = _lenses(job)
+    if not all(map(can_be_undistorted, lenses.values())):
+        return reconstruct(pictures, seed, in_order, straight=True)
+    for index, lens in lenses.items():
+        seen = partial(covered, lens, 0)
+        plain[index] = replace(plain[index], source=without_distortion(plain[index].source, lens), seen=seen)
+    if lenses:
+        by_camera = {job.camera_of[index]: round(lens.distortion[0], 4) for index, lens in lenses.items()}
+        job.about |= {"undistorted": len(lenses), "distortion": [by_camera[camera] for camera in sorted(by_camera)]}
+    found = to_photographs(job.model, job.picked, [plain[i] for i in job.model.image])
     return Scene(found, left_out, job.about, rest=[plain[i] for i in sorted(job.left_out)])
 
 
-def _unbent(job: Job, plain: list[Photograph]) -> list[Photograph]:
-    """The photographs of the job's model, read without the distortion of their lenses, which `about` names then."""
-    result, bending = [], {}
+def _lenses(job: Job) -> dict[int, Lens]:
+    """Of the photographs that take part the lenses that bend straight lines, in pixels of what was matched."""
+    result = {}
     for index, (focal, _, cx, cy) in zip(job.model.image.tolist(), job.model.intrinsics.tolist()):
-        lens, photograph = job.lenses[job.camera_of[index]], plain[index]
-        if lens.distortion:
-            lens = lens._replace(params=(focal, cx, cy, *lens.distortion))
-            bending[job.camera_of[index]] = round(lens.distortion[0], 4)
-            source = without_distortion(photograph.source, lens)
-            photograph = replace(photograph, source=source, seen=partial(covered, lens, 0))
-            job.about["undistorted"] = job.about.get("undistorted", 0) + 1
-        result.append(photograph)
-    if bending:
-        job.about["distortion"] = list(bending.values())
+        lens = job.lenses[job.camera_of[index]]
+        if lens.distortion and index not in job.picked.weak:
+            result[index] = lens._replace(params=(focal, cx, cy, *lens.distortion))
     return result
 
 

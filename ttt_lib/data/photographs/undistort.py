@@ -121,7 +121,7 @@ def covered(lens: Lens, turns: int, size: tuple[int, int]) -> Tensor:
         size: height and width of the upright picture, its own or another.
 
     Returns:
-        (H,W) bool; all True for a barrel lens, whose pinhole picture lies within the one taken.
+        (H,W) bool; all True where the pinhole picture lies within the one taken, as for a barrel lens.
     """
     height, width = size if turns % 2 == 0 else size[::-1]
     inside = []
