@@ -32,7 +32,7 @@ def load_scene(
     Cameras are computed from the photographs, or taken as they are where somebody computed them before: from a finished
     COLMAP model, whose points are taken too, or from a `transforms.json` (nerfstudio, instant-ngp, Blender), by which
     points are triangulated. The scale is then that of these cameras. Photographs are read without the distortion of
-    their lenses, given or, of three and more photographs that are no `Sample`s, found.
+    their lenses, given or, of three and more photographs that are no `Sample`s (whose truth is a pinhole's), found.
 
     Args:
         source: a list of photographs (files; or pairs of a name and a tensor (3,H,W) in [0,1], or `Sample`s), a folder
@@ -72,7 +72,6 @@ def load_scene(
     if len(given.pictures) < 2:
         why = next((f": {why}" for _, why in given.left_out if why.endswith(".")), ".")
         raise DataError(f"{where}: {len(given.pictures)} photographs can be read, at least two are needed{why}")
-    # Samples are those of pinhole cameras, and so is their truth.
     straight = isinstance(source, list) and all(isinstance(item, Sample) for item in source)
     scene = reconstruct(given.pictures, seed, in_order, straight)
     _name_exif(scene, given.pictures if focal is None else [])
