@@ -72,9 +72,8 @@ def test_a_focal_length_of_exif_is_kept_and_the_distortion_goes_with_it(bent, of
         max(depth_error(photograph.tracks, true.depth) for photograph, true in zip(scene.photographs, truth))
         for scene, truth in ((found, walk(4)), (pinhole, views))
     ]
-    assert errors[0] < min(
-        0.035, errors[1]
-    )  # 0.032 and 0.020; 0.035 and 0.067 of pinhole cameras, and 0.071 with the first k
+    # 0.032 and 0.020; 0.035 and 0.067 of pinhole cameras, and 0.071 with the first k
+    assert errors[0] < min(0.035, errors[1])
 
 
 def test_a_lens_is_that_of_the_whole_picture_and_not_of_the_small_one_that_is_matched(bent, monkeypatch):

@@ -88,12 +88,13 @@ class SceneAdaptation:
             with holding([named[name] for name in self.weights], list(self.weights.values())):
                 adapted = predict_ensemble(self.model, image, members)
             candidates["adapted_corrected"] = corrected(adapted, evidence, settings.correction, generator)
-        shown = replace(original, mask=_where_seen(original, evidence.photograph).mask)  # of the rest nothing is asked
+        seen = _seen(evidence.photograph, image)
+        shown = replace(original, mask=_where(seen, original).mask)  # of the rest nothing is asked
         judged = choose(shown, candidates, evidence, generator)
         if not settings.decide:
             judged = replace(judged, choice=list(candidates)[-1], reason="")
-        original = _where_seen(original, evidence.photograph)
-        candidates = {kind: _where_seen(each, evidence.photograph) for kind, each in candidates.items()}
+        original = _where(seen, original)
+        candidates = {kind: _where(seen, each) for kind, each in candidates.items()}
         final = original if judged.choice == "original" else candidates[judged.choice]
         signals = judged.signals | {"measured": evidence.seen, "tracks": float(len(evidence.used))}
         seconds = self.seconds / len(self.evidence) + time.perf_counter() - begun
@@ -106,12 +107,15 @@ class SceneAdaptation:
         )  # fmt: skip
 
 
-def _where_seen(prediction: Prediction, photograph: Photograph) -> Prediction:
-    """The prediction, not known where its picture shows nothing that the camera saw."""
-    if photograph.seen is None:
+def _seen(photograph: Photograph, image: Tensor) -> Tensor | None:
+    """Where the photograph, as this image (3,H,W), shows what its camera saw, (H,W); None: everywhere."""
+    return None if photograph.seen is None else photograph.seen(tuple(image.shape[1:])).to(image.device)
+
+
+def _where(seen: Tensor | None, prediction: Prediction) -> Prediction:
+    """The prediction, known only there."""
+    if seen is None:
         return prediction
-    shown = prediction.disparity if prediction.depth is None else prediction.depth
-    seen = photograph.seen(tuple(shown.shape)).to(shown.device)
     mask = seen if prediction.mask is None else seen & prediction.mask
     maps = {"depth": (prediction.depth, seen), "points": (prediction.points, seen[..., None])}
     unknown = {name: torch.where(where, map_, torch.nan) for name, (map_, where) in maps.items() if map_ is not None}
@@ -196,7 +200,7 @@ def _lessons(adaptation: SceneAdaptation, generator: torch.Generator) -> list[Le
             how = "scale" if settings.target == "original" else settings.correction
             target = corrected(target, evidence, how, generator)
         if target is not None:  # what is not seen is unknown, and no sky
-            target = replace(_where_seen(target, evidence.photograph), mask=target.mask)
+            target = replace(_where(_seen(evidence.photograph, image), target), mask=target.mask)
         lessons.append(Lesson(image, evidence, target))
     if settings.target == "views":
         for lesson, target in zip(lessons, [carried(lessons, number) for number in range(len(lessons))]):

@@ -10,7 +10,7 @@ import numpy as np
 
 from ttt_lib.data.photographs.focal import against
 from ttt_lib.data.photographs.job import Job, Lens, SparseModel
-from ttt_lib.data.photographs.mapping import refitted, set_lenses, with_distortion
+from ttt_lib.data.photographs.mapping import refitted, with_distortion
 
 PHOTOGRAPHS = 3  # two tell no more of their lens than of its focal length
 SOUND = 0.93  # of the matches that pinhole cameras explain: what moved would look like a lens that bends
@@ -54,7 +54,6 @@ def _take(job: Job, lenses: dict[int, Lens]) -> bool:
     if min(map(_slowest, lenses.values())) < STEEPEST:
         return False
     job.lenses = [lenses.get(number, lens) for number, lens in enumerate(job.lenses)]
-    set_lenses(job)
     return True
 
 

@@ -4,7 +4,6 @@ photographs that belong to the names in them."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from ttt_lib.data.photographs.scene import Photograph, Scene
 from ttt_lib.data.photographs.signals import centres, moves_ahead, select_tracks, summarize
 from ttt_lib.data.photographs.sources import distinct_names, first_of, from_list, photographs_of, thinned
 from ttt_lib.data.photographs.transforms import find_transforms, lens_of, read_transforms, size_of
-from ttt_lib.data.photographs.undistort import LASTING, can_be_undistorted, covered, read_undistorted
+from ttt_lib.data.photographs.undistort import LASTING, can_be_undistorted, straightened
 from ttt_lib.data.photographs.upright import turn, turns_of_camera
 
 FAR = 1000.0  # times their own spread: so far from the origin float32 would cost a ten-thousandth of it
@@ -36,7 +35,7 @@ class Posed(NamedTuple):
     """A photograph with its camera. turns: quarter turns, clockwise, from the picture as the camera saw it to the
     upright one that `read_photo` gives; lens: of the picture as the camera saw it; pose (4,4) float64 world -> camera.
 
-    Where the lens has distortion, `source` and `as_seen` are without it, so that they fit to its pinhole camera.
+    Where the lens has distortion, `straight` and `as_seen` are without it, so that they fit to its pinhole camera.
     """
 
     name: str
@@ -51,21 +50,13 @@ class Posed(NamedTuple):
         return Photograph(self.name, partial(read_photo, self.file))
 
     @property
-    def source(self) -> Callable[[], Tensor]:
-        """Reads the picture (3,H,W) without distortion, upright."""
-        if not self.lens.distortion:
-            return partial(read_photo, self.file)
-        return partial(read_undistorted, self.file, self.lens, self.turns)
-
-    @property
     def straight(self) -> Photograph:
         """Without distortion, for where its camera counts."""
-        seen = partial(covered, self.lens, self.turns) if self.lens.distortion else None
-        return Photograph(self.name, self.source, seen=seen)
+        return straightened(self.plain, self.lens, self.turns)
 
     def as_seen(self) -> Tensor:
         """The picture (3,H,W) without distortion, as the camera saw it before it was turned upright."""
-        return torch.rot90(self.source(), self.turns, (1, 2))
+        return torch.rot90(self.straight.image, self.turns, (1, 2))
 
 
 def find_cameras(path: Any) -> ModelFiles | Path | None:

@@ -46,7 +46,7 @@ def attempt(
     angle = min(MAPPED_ANGLE, math.degrees(job.needed.mapped / float(np.median(pixels))))
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         path = Path(shutil.copyfile(database_of(job), f"{folder}/run.db"))
-        _prepare(path, pixels, share, seed)
+        _prepare(path, job.lenses, pixels, share, seed)
         pycolmap.set_random_seed(seed)
         try:
             if at_once:
@@ -89,21 +89,12 @@ def with_distortion(model: SparseModel, held: bool = False) -> tuple[SparseModel
     return as_arrays(other, 1), lenses
 
 
-def set_lenses(job: Job) -> None:
-    """Make the cameras in the database the job's lenses."""
-    with closing(pycolmap.Database.open(database_of(job))) as database:
-        for camera in database.read_all_cameras():
-            lens = job.lenses[camera.camera_id - 1]
-            changed = pycolmap.Camera(camera_id=camera.camera_id, **lens._asdict())
-            changed.has_prior_focal_length = camera.has_prior_focal_length
-            database.update_camera(changed)
-
-
-def _prepare(path: Path, focals: np.ndarray, share: float, seed: int) -> None:
-    """Focal lengths (pixels) of the cameras, and this share of the matches, into a database."""
+def _prepare(path: Path, lenses: list[Lens], focals: np.ndarray, share: float, seed: int) -> None:
+    """The lenses with these focal lengths (pixels), and this share of the matches, into a database."""
     with closing(pycolmap.Database.open(path)) as database:
-        for camera in database.read_all_cameras():
-            camera.params = [focals[camera.camera_id - 1], *camera.params[1:]]
+        for number, (lens, focal) in enumerate(zip(lenses, focals), 1):
+            lens = lens._replace(params=(focal, *lens.params[1:]))
+            camera = pycolmap.Camera(camera_id=number, **lens._asdict())
             camera.has_prior_focal_length = True  # else the global mapper finds its own
             database.update_camera(camera)
         generator = np.random.default_rng(seed)

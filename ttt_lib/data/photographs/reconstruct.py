@@ -10,7 +10,6 @@ import hashlib
 import logging
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import shrink
 from ttt_lib.data.photographs.job import LONGEST_SIDE, Failed, Job, Lens, Picture, Selection, SparseModel, apart
 from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks
-from ttt_lib.data.photographs.undistort import can_be_undistorted, covered, without_distortion
+from ttt_lib.data.photographs.undistort import can_be_undistorted, straightened
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +88,7 @@ def reconstruct(pictures: list[Picture], seed: int = 0, in_order: bool = False, 
     if not all(map(can_be_undistorted, lenses.values())):
         return reconstruct(pictures, seed, in_order, straight=True)
     for index, lens in lenses.items():
-        seen = partial(covered, lens, 0)
-        plain[index] = replace(plain[index], source=without_distortion(plain[index].source, lens), seen=seen)
+        plain[index] = straightened(plain[index], lens)
     if lenses:
         by_camera = {job.camera_of[index]: round(lens.distortion[0], 4) for index, lens in lenses.items()}
         job.about |= {"undistorted": len(lenses), "distortion": [by_camera[camera] for camera in sorted(by_camera)]}

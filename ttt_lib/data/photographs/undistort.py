@@ -7,6 +7,7 @@ picture is made to fit it, once, where it is read.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from ttt_lib.core.errors import DataError
 from ttt_lib.data.images import read_photo
 from ttt_lib.data.photographs.job import Lens
+from ttt_lib.data.photographs.scene import Photograph
 
 ROWS = 512  # that are computed at a time: maps of a whole picture would take as much memory as the picture
 FOLDED = 0.01  # of the pinhole picture, where a lens may show again what lies elsewhere in it
@@ -72,7 +74,7 @@ def can_be_undistorted(lens: Lens) -> bool:
         places = np.stack(places_in_picture(lens, (side, side)), -1)
         across, down = np.diff(places[:-1], axis=1), np.diff(places[:, :-1], axis=0)
         folded = ~(across[..., 0] * down[..., 1] - across[..., 1] * down[..., 0] > 0)
-        beyond = ~((places >= -0.5) & (places <= side - 0.5)).all(-1)
+        beyond = ~covered(lens, 0, (side, side)).numpy()
     return bool(folded.mean() < FOLDED and beyond.mean() < BEYOND)
 
 
@@ -100,13 +102,18 @@ def undistorted(image: Tensor, lens: Lens) -> Tensor:
     return result
 
 
-def without_distortion(source: Tensor | Callable[[], Tensor], lens: Lens) -> Tensor | Callable[[], Tensor]:
-    """What a photograph is read from, an upright image or a function that reads it, without the distortion of its lens."""
+def straightened(photograph: Photograph, lens: Lens, turns: int = 0) -> Photograph:
+    """A photograph without the distortion of its lens; turns: see `read_undistorted`, of a file."""
+    source: Tensor | Callable[[], Tensor] = photograph.source
+    if not lens.distortion:
+        return photograph
     if isinstance(source, Tensor):
-        return undistorted(source, lens)
-    if isinstance(source, partial) and source.func is read_photo:
-        return partial(read_undistorted, *source.args, lens, 0)
-    return partial(_undistorted_from, source, lens)
+        source = undistorted(source, lens)
+    elif isinstance(source, partial) and source.func is read_photo:
+        source = partial(read_undistorted, *source.args, lens, turns)
+    else:
+        source = partial(_undistorted_from, source, lens)
+    return replace(photograph, source=source, seen=partial(covered, lens, turns))
 
 
 def _undistorted_from(source: Callable[[], Tensor], lens: Lens) -> Tensor:
