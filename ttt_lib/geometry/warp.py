@@ -72,11 +72,13 @@ def first_tap(grid: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def sample_points(points: Tensor, known: Tensor, grid: Tensor) -> Tensor:
     """Points (B,H,W,3) between the pixels, at the places of `grid` (B,h,w,2), each with four pixels of `known` (B,H,W).
 
-    Points over depth, and one over depth, are linear in the pixel on planes: interpolation is exact there. (B,h,w,3).
+    One map of points (1,H,W,3) may do for all. Points over depth, and one over depth, are linear in the pixel on planes:
+    interpolation is exact there. (B,h,w,3).
     """
     z = torch.where(known, points[..., 2], 1.0)
     packed = torch.cat([torch.where(known[..., None], points, 0.0) / z[..., None], 1 / z[..., None]], -1)
-    sampled = F.grid_sample(packed.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=False)
+    packed = packed.permute(0, 3, 1, 2).expand(len(grid), -1, -1, -1)
+    sampled = F.grid_sample(packed, grid, padding_mode="border", align_corners=False)
     sampled = sampled.permute(0, 2, 3, 1)
     return sampled[..., :3] / sampled[..., 3:].clamp_min(1e-12)
 
@@ -92,8 +94,8 @@ def warp_view(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See an image and its point map from a camera at the same place: crop, mirror, rotation, or any product of them.
 
-    image (B,3,H,W); points (B,H,W,3) in the original camera; mask (B,H,W) bool; intrinsics and new_intrinsics
-    (B,3,3); transform (B,4,4), original -> new camera, without translation (a reflection is fine); size (h, w).
+    image (B,3,H,W); points (B,H,W,3) in the original camera; mask (B,H,W) bool; both may be one for all; intrinsics and
+    new_intrinsics (B,3,3); transform (B,4,4), original -> new camera, without translation (a reflection is fine); size (h, w).
 
     Returns image (B,3,h,w), points (B,h,w,3) in the new camera, mask (B,h,w). The map between the images is a
     homography; planes are carried exactly. A pixel is unknown where it looks outside the original image, where one of its
@@ -108,17 +110,22 @@ def warp_view(
     return warped, transform_points(found, transform[:, None, None]), seen
 
 
+def _next(maps: Tensor, dim: int) -> Tensor:
+    """Of each place of maps (B,H,W) what the next one along `dim` holds, of the last one its own."""
+    length = maps.shape[dim]
+    return torch.cat([maps.narrow(dim, 1, length - 1), maps.narrow(dim, length - 1, 1)], dim)
+
+
 def _taps_agree(grid: Tensor, inverse_depth: Tensor, known: Tensor) -> Tensor:
     """Whether the four taps of each place of `grid` (B,h,w,2) are known and on one surface, (B,h,w).
 
-    inverse_depth, known (B,H,W). The outermost half pixel has its taps on the border.
+    inverse_depth, known (B,H,W), or one for all. The outermost half pixel has its taps on the border.
     """
-    height, width = known.shape[-2:]
-    y0, x0 = first_tap(grid, (height, width))
-    y1, x1 = (y0 + 1).clamp_max(height - 1), (x0 + 1).clamp_max(width - 1)
-    batch = torch.arange(len(known), device=known.device)[:, None, None]
     # A step to the next column or row, False beyond the last one, where a tap meets itself.
     across = F.pad(broken_steps(inverse_depth, known), (0, 1))
     down = F.pad(broken_steps(inverse_depth.mT, known.mT), (0, 1)).mT
-    one_surface = ~(across[batch, y0, x0] | across[batch, y1, x0] | down[batch, y0, x0] | down[batch, y0, x1])
-    return one_surface & known[batch, y0, x0] & known[batch, y0, x1] & known[batch, y1, x0] & known[batch, y1, x1]
+    broken = across | _next(across, 1) | down | _next(down, 2)
+    pair = known & _next(known, 2)
+    row, column = first_tap(grid, known.shape[-2:])
+    batch = torch.arange(len(known), device=known.device)[:, None, None]
+    return (pair & _next(pair, 1) & ~broken)[batch, row, column]

@@ -7,6 +7,7 @@ more of the same changes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -61,39 +62,40 @@ def recolour(images: Tensor, severity: int, draws: Tensor, probability: float = 
     from kornia.filters import gaussian_blur2d
 
     s = SimpleNamespace(**{name: row[severity - 1] for name, row in SEVERITIES.items()})
-    equalized = torch.nonzero((draws[:, 0] < probability) & (draws[:, 11] < s.equalize))[:, 0]
-    equalized = equalized.to(images.device, non_blocking=True)
-    draws = draws.to(images, non_blocking=True)
+    chance, draws = draws, draws.to(images, non_blocking=True)
     signed = 2 * draws - 1
-    active = draws[:, 0] < probability
+    active = chance[:, 0] < probability
 
-    def chosen(column: int, chance: float) -> Tensor:
-        return (active & (draws[:, column] < chance))[:, None, None, None]
+    def some(x: Tensor, column: int, share: float, changed: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """x, with that share of its images changed, each by its own numbers. Which, the CPU knows: others cost nothing."""
+        which = torch.nonzero(active & (chance[:, column] < share))[:, 0].to(x.device, non_blocking=True)
+        return x.index_copy(0, which, changed(x[which], draws[which])) if which.numel() else x
 
-    def alike(value: float) -> Tensor:
+    def alike(value: float, x: Tensor) -> Tensor:
         """A number for each image, made where they are: kornia would send it there, and wait."""
-        return torch.full((len(images),), value, device=images.device, dtype=images.dtype)
+        return torch.full((len(x),), value, device=x.device, dtype=x.dtype)
+
+    def shuffle(x: Tensor, own: Tensor) -> Tensor:
+        return x.gather(1, own[:, 12:15].argsort(-1)[:, :, None, None].expand_as(x))
+
+    def blurred(x: Tensor, own: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        reach = min(round(3 * width * s.blur_sigma) + 1, height - 1, width - 1)
+        sigma = (width * s.blur_sigma * own[:, 17, None]).clamp_min(0.1).expand(-1, 2)
+        return gaussian_blur2d(x, (2 * reach + 1, 2 * reach + 1), sigma)
 
     x = enhance.adjust_brightness_accumulative(images, 1 + s.brightness * signed[:, 1])
     x = enhance.adjust_contrast_with_mean_subtraction(x, 1 + s.contrast * signed[:, 2])
     x = enhance.adjust_saturation(x, 1 + s.saturation * signed[:, 3])
     x = enhance.adjust_hue(x.clamp(0, 1), 2 * torch.pi * s.hue * signed[:, 4])
-    x = enhance.adjust_gamma(x.clamp(0, 1), (1 + s.gamma) ** signed[:, 5], alike(1.0))
-    x = torch.where(chosen(6, s.autocontrast), enhance.normalize_min_max(x), x).clamp(0, 1)
-    x = torch.where(chosen(7, s.sharpness), enhance.sharpness(x, 1 + s.sharpen_by * draws[:, 8]), x)
-    if s.posterize:
-        x = torch.where(chosen(9, s.posterize), enhance.posterize(x, alike(s.posterize_bits).int()), x)
-    if s.solarize:
-        x = torch.where(chosen(10, s.solarize), enhance.solarize(x, alike(s.solarize_above)), x)
-    if equalized.numel():  # the one operation that is dear enough to be done only where it is wanted
-        x = x.index_copy(0, equalized, enhance.equalize(x[equalized].clamp(0, 1)))
-    order = draws[:, 12:15].argsort(-1)[:, :, None, None].expand_as(x)
-    x = torch.where(chosen(15, s.channel_shuffle), x.gather(1, order), x)
-    x = torch.where(chosen(16, s.gray), rgb_to_grayscale(x).expand_as(x), x)
-    if blur > 0:
-        height, width = images.shape[-2:]
-        sigma = (width * s.blur_sigma * draws[:, 17]).clamp_min(0.1)
-        reach = min(round(3 * width * s.blur_sigma) + 1, height - 1, width - 1)
-        blurred = gaussian_blur2d(x, (2 * reach + 1, 2 * reach + 1), torch.stack([sigma, sigma], -1))
-        x = torch.where(chosen(18, blur), blurred, x)
+    x = enhance.adjust_gamma(x.clamp(0, 1), (1 + s.gamma) ** signed[:, 5], alike(1.0, x))
+    x = some(x, 6, s.autocontrast, lambda x, own: enhance.normalize_min_max(x)).clamp(0, 1)
+    x = some(x, 7, s.sharpness, lambda x, own: enhance.sharpness(x, 1 + s.sharpen_by * own[:, 8]))
+    x = some(x, 9, s.posterize, lambda x, own: enhance.posterize(x, alike(s.posterize_bits, x).int()))
+    x = some(x, 10, s.solarize, lambda x, own: enhance.solarize(x, alike(s.solarize_above, x)))
+    x = some(x, 11, s.equalize, lambda x, own: enhance.equalize(x.clamp(0, 1)))
+    x = some(x, 15, s.channel_shuffle, shuffle)
+    x = some(x, 16, s.gray, lambda x, own: rgb_to_grayscale(x).expand_as(x))
+    x = some(x, 18, blur, blurred)
+    active = active.to(images.device, non_blocking=True)
     return torch.where(active[:, None, None, None], x.clamp(0, 1), images)

@@ -126,8 +126,8 @@ def _views(
     if renderer is not None:
         image, points, mask = renderer.render(transform, lens, size)
     else:
-        points, surface = (each.expand(count, *each.shape) for each in (target.points, target.surface))
-        image, points, mask = warp_view(pictures, points, surface, intrinsics, transform, lens, size)
+        once = target.points[None], target.surface[None]
+        image, points, mask = warp_view(pictures, *once, intrinsics, transform, lens, size)
     is_sky = torch.zeros_like(mask)
     if target.sky.is_cuda or bool(target.sky.any()):  # a GPU draws no sky faster than it can be asked
         grid = places_seen(transform, intrinsics, lens, size)
