@@ -14,13 +14,14 @@ from ttt_lib.adaptation import loop as student_module
 from ttt_lib.adaptation import teacher as teacher_module
 from ttt_lib.adaptation.batches import join_batches, loss_batch
 from ttt_lib.adaptation.gradients import pass_gradients
-from ttt_lib.adaptation.loop import sharpest_point
+from ttt_lib.adaptation.loop import hand_over, make_optimizer, sharpest_point
 from ttt_lib.adaptation.student import LowRank, Student
 from ttt_lib.adaptation.supervision import TrainingLog, accumulate, add_terms
 from ttt_lib.adaptation.teacher import draw_views
 from ttt_lib.core import memory
 from ttt_lib.core.config import merge
 from ttt_lib.core.errors import UserError
+from ttt_lib.core.schema import OptimizerConfig
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.models.base import restore, select_parameters, snapshot, weights_checksum
 from ttt_lib.models.moge import MoGe
@@ -399,6 +400,26 @@ def test_the_release_runs_the_whole_batch_and_writes_without_running_again(tiny,
     )
     adapt(tiny, image, config(released={"first_sample_only": True, "write_files": True}))
     assert seen == [2] * 4
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_step_is_torchs_own_however_weights_and_gradients_lie_in_memory(name):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.rand(8, 6, 3, 3, generator=generator, dtype=torch.float64)
+    settings = OptimizerConfig(name=name, learning_rate=0.1, weight_decay=0.01)
+    ours = start.clone(memory_format=torch.channels_last).requires_grad_()
+    plain = start.clone().requires_grad_()
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+    theirs = kind([plain], lr=0.1, weight_decay=0.01, foreach=False, fused=False)
+    optimizer = make_optimizer([ours], settings)
+    for _ in range(3):
+        gradient = torch.randn(start.shape, generator=generator, dtype=torch.float64)
+        hand_over([gradient], [ours])
+        optimizer.step()
+        plain.grad = gradient
+        theirs.step()
+    assert not torch.equal(ours, start) and ours.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12, check_stride=False)
 
 
 def test_impossible_combinations_are_refused():

@@ -188,6 +188,8 @@ def test_a_view_does_not_depend_on_the_others_of_its_batch():
     for i in range(2):
         alone = w.warp_view(*(m[i : i + 1] for m in maps), torch.eye(4)[None], new[i : i + 1], (24, 32))
         assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together))
+    once = w.warp_view(maps[0], *(m[:1] for m in maps[1:3]), maps[3], torch.eye(4).expand(2, 4, 4), new, (24, 32))
+    assert all(torch.equal(a, b) for a, b in zip(once, together))  # one target for all
     assert (together[0][0] - image).abs().max() < 1e-4  # the one that stays as it is
 
 

@@ -24,10 +24,18 @@ log = logging.getLogger(__name__)
 
 
 def make_optimizer(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """PyTorch's AdamW or SGD; fused on a GPU."""
-    fused = {"fused": True} if parameters and parameters[0].is_cuda else {}
+    """PyTorch's AdamW or SGD, fused: one reading of the weights instead of a dozen, on a CPU as well."""
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.name]
-    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **fused)
+    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def hand_over(gradients: Gradients, leaves: list[Tensor]) -> None:
+    """Set `grad` of each leaf, laid out in memory as the leaf is: a fused optimizer on a CPU goes through both in that order
+    and looks no further (torch 2.13: other strides give wrong weights without a word)."""
+    for leaf, gradient in zip(leaves, gradients):
+        if gradient is not None and gradient.stride() != leaf.stride():
+            gradient = torch.empty_like(leaf).copy_(gradient)
+        leaf.grad = gradient
 
 
 def first_micro_batch(config: ExperimentConfig) -> int:
@@ -129,8 +137,7 @@ class Steps:
             total = self._sharpest(total, drawn, factor)
         if train.l2_sp > 0:
             accumulate(total, self.student.distance_gradients(train.l2_sp))
-        for leaf, gradient in zip(self.student.leaves, total):
-            leaf.grad = gradient
+        hand_over(total, self.student.leaves)
         entry = self._move(sums, count)
         if train.restore_probability > 0:
             self.student.restore_some(train.restore_probability, self.generator)

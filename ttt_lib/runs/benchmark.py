@@ -18,7 +18,7 @@ from torch import Tensor
 from ttt_lib.adaptation.adapter import Adapter, working_image
 from ttt_lib.adaptation.batches import loss_batch
 from ttt_lib.adaptation.gradients import forward, loss_of
-from ttt_lib.adaptation.loop import make_optimizer
+from ttt_lib.adaptation.loop import hand_over, make_optimizer
 from ttt_lib.adaptation.losses.presets import resolved
 from ttt_lib.adaptation.losses.terms import needs_features
 from ttt_lib.adaptation.student import Student
@@ -88,8 +88,7 @@ def stage_times(model: GeometryModel, image: Tensor, config: ExperimentConfig, r
                 with stage("backward"):
                     gradients = torch.autograd.grad(loss, student.leaves, allow_unused=True)
             with stage("optimizer"):
-                for leaf, gradient in zip(student.leaves, gradients):
-                    leaf.grad = gradient
+                hand_over(gradients, student.leaves)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             with stage("teacher"):
