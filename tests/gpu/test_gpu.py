@@ -19,6 +19,7 @@ from ttt_lib.adaptation.supervision import Episode, TrainingLog, configured
 from ttt_lib.core.seeds import sample_generator
 from ttt_lib.models.base import training, weights_checksum
 from ttt_lib.runs import cluster
+from ttt_lib.runs.loops import compare_loops
 from ttt_lib.views.pyrender_backend import gl_renderer
 from ttt_lib.views.renderer import NovelViewRenderer
 
@@ -206,6 +207,13 @@ def test_a_step_waits_for_the_device_a_known_number_of_times(tiny, image, name):
         if name == "pretended":
             places = Counter(line.split(" in ")[1].partition(":")[0] for line in found)
             assert places == {**{k: n * passes for k, n in WAITS_A_PASS.items()}, "adaptation/loop.py": WAITS_A_STEP}
+
+
+@pytest.mark.gpu
+def test_loops_in_processes_of_their_own_have_the_gpu(image):
+    assert torch.cuda.current_device() >= 0  # this process has it already, which what is forked from it would not bear
+    table = compare_loops({"one": config(), "other": config(model={"device": "cuda"})}, image, repeats=1)
+    assert list(table.failed) == ["", ""] and (table.seconds > 0).all()
 
 
 def test_the_pretended_gpu_refuses_what_a_gpu_refuses():
