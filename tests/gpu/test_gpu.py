@@ -211,8 +211,9 @@ def test_a_step_waits_for_the_device_a_known_number_of_times(tiny, image, name):
 
 @pytest.mark.gpu
 def test_loops_in_processes_of_their_own_have_the_gpu(image):
-    assert torch.cuda.current_device() >= 0  # this process has it already, which what is forked from it would not bear
-    table = compare_loops({"one": config(), "other": config(model={"device": "cuda"})}, image, repeats=1)
+    with at("cuda") as place:
+        torch.ones(1, device=place.device)  # what is forked from a process that has it already could not have it
+        table = compare_loops({name: config(model={"device": "cuda"}) for name in ("one", "other")}, image, repeats=1)
     assert list(table.failed) == ["", ""] and (table.seconds > 0).all()
 
 
