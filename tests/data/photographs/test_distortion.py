@@ -9,6 +9,7 @@ from PIL import Image
 from rendered_walls import FOCAL, depth_error, walk
 
 from ttt_lib.core.types import Sample
+from ttt_lib.data.photographs import reconstruct as reconstruct_module
 from ttt_lib.data.photographs.job import Lens, Picture
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.reconstruct import reconstruct
@@ -37,6 +38,16 @@ def test_the_focal_length_is_right_and_so_is_what_is_said_of_it(bent):
     assert off < 0.05 and off < 2 * scene.about["focal_deviation"]  # 0.002; 0.16 of pinhole cameras, 2.1 deviations
     pinhole = scene_of(views, straight=True)
     assert "distortion" not in pinhole.about and abs(np.log(pinhole.about["focal"][0] / FOCAL)) > 2 * off + 0.05
+
+
+def test_side_by_side_all_comes_out_the_same(bent, monkeypatch):
+    monkeypatch.setattr(reconstruct_module.torch, "get_num_threads", lambda: 3)
+    views, scene = bent
+    again = scene_of(views)
+    assert again.about == scene.about
+    for one, other in zip(scene.photographs, again.photographs, strict=True):
+        assert torch.equal(one.pose, other.pose)
+        assert all(torch.equal(value, vars(other.tracks)[name]) for name, value in vars(one.tracks).items())
 
 
 def test_pictures_places_and_depth_are_those_of_a_pinhole_camera(bent):

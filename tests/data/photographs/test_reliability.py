@@ -11,7 +11,7 @@ from rendered_walls import FOCAL, camera, depth_error, poster, render, walk
 
 from ttt_lib.data.photographs import agreement, focal
 from ttt_lib.data.photographs.focal import Belief, combine, expected
-from ttt_lib.data.photographs.job import AMPLE, SCANT, Picture, Refusal
+from ttt_lib.data.photographs.job import AMPLE, SCANT, Job, Picture, Refusal
 from ttt_lib.data.photographs.matching import MIN_MATCHES, TWINS, _leave_out_strangers, _twins
 from ttt_lib.data.photographs.reconstruct import reconstruct
 from ttt_lib.data.photographs.signals import AHEAD_ANGLE, least_parallax
@@ -114,7 +114,7 @@ def test_a_second_try_is_for_what_more_points_may_mend(monkeypatch, sure, count,
 def test_a_fragment_of_a_global_reconstruction_contradicts_nothing(monkeypatch, found, error, kept):
     """With few photographs it may place a handful of points; then another start of the other kind is asked. A whole one
     that fits badly is heard."""
-    job = SimpleNamespace(kept=[0, 1], pairs=[(0, 1)], inliers=[99], widest=lambda: None, straight=True, settled=True)
+    job = Job(None, ["a", "b"], [], [], 0, pairs=[(0, 1)], inliers=np.array([99]), straight=True, settled=True)
     asked = []
 
     def attempt(_, focals, number=0, at_once=False, **options):

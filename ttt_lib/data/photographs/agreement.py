@@ -4,6 +4,7 @@ the matches. Runs in a process of its own."""
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pycolmap
@@ -159,19 +160,23 @@ def _reconstructions(job: Job, belief: focal.Belief) -> tuple[SparseModel, list[
     focals, widest = belief.focals, job.widest()
     step = math.exp(focal.POSSIBLE * belief.largest)
     # From neighbors, a camera that moves ahead may end as one that moves aside.
-    whole = [attempt(job, focals, start=start) for start in dict.fromkeys([None, widest])]
+    whole = job.side_by_side(*(partial(attempt, job, focals, start=start) for start in dict.fromkeys([None, widest])))
     whole = [each for each in whole if each is not None]
     if not whole:
         raise Refusal(NO_MODEL)
     model = max(whole, key=signals.support)
     if look_for_distortion(job, model) or settle_distortion(job, model):
         return _reconstructions(job, belief)
-    model.bent = signals.bends(model, [refitted(model, step), refitted(model, 1 / step)])
     order = sorted(range(len(job.pairs)), key=lambda k: -job.inliers[k])
     by_matches = [job.pairs[k] for k in order if set(job.pairs[k]) <= set(job.kept)]
     starts = [widest, *by_matches] if widest else [None, None]
-    second = attempt(job, focals, number=1, share=SHARE, start=starts[0])
-    third = attempt(job, focals, number=2, share=SHARE, at_once=True)
+    second, third, *bent = job.side_by_side(
+        partial(attempt, job, focals, number=1, share=SHARE, start=starts[0]),
+        partial(attempt, job, focals, number=2, share=SHARE, at_once=True),
+        partial(refitted, model, step),
+        partial(refitted, model, 1 / step),
+    )
+    model.bent = signals.bends(model, bent)
     if not _is_whole(third, model) or len(third.error) < WHOLE * SHARE * len(model.error):
         # The global one needs more than there may be; a fragment contradicts nothing.
         third = attempt(job, focals, number=2, share=SHARE, start=starts[1])

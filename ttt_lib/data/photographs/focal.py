@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -73,21 +74,21 @@ def believed(job: Job) -> Belief | None:
     guesses = FOCALS if two else STARTS if len(job.kept) <= MANY else ()
     tried = [belief.focals, *(np.where(exact, belief.focals, guess) for guess in guesses)]
     begins = [None, *[job.widest()] * len(guesses)]
-    found = [attempt(job, f, fixed=two, start=start) for f, start in zip(tried, begins)]
+    found = job.side_by_side(*(partial(attempt, job, f, fixed=two, start=start) for f, start in zip(tried, begins)))
     models = {k: each for k, each in enumerate(found) if each is not None}
     if not models:
         return None
     if two:
         return compared(models, tried, belief.deviation)
     best = max(models.values(), key=signals.support)
-    spread, bend, shift = knowledge(best)
+    spread, bend, shift = knowledge(job, best)
     refined = signals.focals_of(job, best, belief.focals) * math.exp(shift)
     result = combine(refined, belief, np.array(exact), spread, bend)
     result.model = best
     if np.abs(np.log(refined / result.focals)).max() > math.log(STEP):
         there = attempt(job, result.focals, start=job.widest())
         if there is not None:  # what an error costs there may be something else
-            _, result.bend, _ = knowledge(there)
+            _, result.bend, _ = knowledge(job, there)
             result.model = there
     return result
 
@@ -112,7 +113,7 @@ def compared(models: dict[int, SparseModel], tried: list[np.ndarray], deviation:
     return Belief(tried[chosen], deviation, bend, models[chosen])
 
 
-def knowledge(model: SparseModel) -> tuple[float, float, float]:
+def knowledge(job: Job, model: SparseModel) -> tuple[float, float, float]:
     """What three and more photographs say: (deviation of the log focal length, log depth per log focal length, what to
     add to the log focal length).
 
@@ -120,7 +121,7 @@ def knowledge(model: SparseModel) -> tuple[float, float, float]:
     bottom; then the parabola through all three says where that is.
     """
     worse, bent, step = [], [], math.log(STEP)
-    for other in (refitted(model, STEP), refitted(model, 1 / STEP)):
+    for other in job.side_by_side(*(partial(refitted, model, factor) for factor in (STEP, 1 / STEP))):
         worse.append(against(model, other))
         bent.append(signals.disagreement(model, other, 1)[0])
     least, further, shift = min(worse), sum(worse) / 2, 0.0

@@ -2,7 +2,8 @@
 
 Its seeds and logs stay there, a crash of it ends one job, and the libraries inside it do not meet those of Pillow (loaded
 together, the PNG encoder of one writes over the other's memory). The modules that are called there know neither Pillow nor
-torch: it must start at once. One thread and fixed seeds: the same job gives the same result.
+torch: it must start at once. Fixed seeds, and one thread for each thing that is computed: the same job gives the same result,
+however many of them are computed side by side.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CELLS = 4  # a picture has CELLS x CELLS cells, in which its tracks are counted
 LONGEST_SIDE = 1200  # pixels of the pictures that are matched
@@ -159,7 +162,8 @@ class Job:
     (verified matches), moved (pixels that three quarters of them stay below), flat (the share of them that one
     homography explains). needed: the parallax. straight: whether the pictures are said to be those of pinhole
     cameras; looked, settled: whether another distortion of their lenses has been looked for, and fitted to the focal
-    lengths that are believed. In the end about (see `Scene`), model and picked, or refused.
+    lengths that are believed. threads: how many things may be computed side by side. In the end about (see `Scene`), model
+    and picked, or refused.
     """
 
     folder: Path
@@ -168,6 +172,7 @@ class Job:
     digests: list[str]
     seed: int
     in_order: bool = False
+    threads: int = 1
     kept: list[int] = field(default_factory=list)
     left_out: dict[int, str] = field(default_factory=dict)
     lenses: list[Lens] = field(default_factory=list)
@@ -192,6 +197,11 @@ class Job:
     def longest(self) -> int:
         """Pixels of the longest side."""
         return max(map(max, self.sizes))
+
+    def side_by_side(self, *calls: Callable[[], T]) -> list[T]:
+        """What some calls give. pycolmap computes without Python's lock, and its random numbers are those of a thread."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            return [each.result() for each in [pool.submit(call) for call in calls]]
 
     def leave_out(self, index: int, why: str) -> None:
         """From here on without this photograph."""

@@ -7,7 +7,12 @@ The database lies in the job's folder; photograph k has the id k + 1 in it, and 
 from __future__ import annotations
 
 import itertools
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -41,15 +46,38 @@ def database_of(job: Job) -> Path:
     return job.folder / "database.db"
 
 
+@cache
+def _extractor(most: int) -> pycolmap.FeatureExtractor:
+    options = pycolmap.FeatureExtractionOptions(num_threads=1, use_gpu=False)
+    options.sift.max_num_features = most
+    return pycolmap.FeatureExtractor.create(options, pycolmap.Device.cpu)
+
+
+def _features_of(gray: Path, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places and shapes (N,6) and descriptors (N,128) of SIFT in a picture, of at most so many places."""
+    keypoints, descriptors = _extractor(most).extract_from_uint8_array(np.load(gray))
+    return pycolmap.keypoints_to_matrix(keypoints), descriptors.data
+
+
+def _features(job: Job) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`_features_of` each of the job's pictures."""
+    grays = [job.folder / f"gray_{index}.npy" for index in range(len(job.pictures))]
+    features_of = partial(_features_of, most=4096 if len(grays) <= 8 else 2048)
+    workers = min(job.threads, len(grays))
+    if workers == 1 or sys.platform != "linux":  # elsewhere processes cannot be forked, or not safely
+        yield from map(features_of, grays)
+        return
+    # The one thing of pycolmap that holds Python's lock.
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        yield from pool.map(features_of, grays)
+
+
 def extract(job: Job, lenses: list[Lens], known: list[bool]) -> tuple[np.ndarray, np.ndarray]:
     """SIFT of the gray pictures into the database; known: of each lens whether its focal length comes from somewhere.
 
     Returns the largest descriptors of each picture, (N,COARSE,128), and its `_twins`, (N,).
     """
     job.lenses = lenses
-    options = pycolmap.FeatureExtractionOptions(num_threads=1, use_gpu=False)
-    options.sift.max_num_features = 4096 if len(job.pictures) <= 8 else 2048
-    extractor = pycolmap.FeatureExtractor.create(options, pycolmap.Device.cpu)
     coarse, twins = [], []
     with closing(pycolmap.Database.open(database_of(job))) as database:
         sensors = [pycolmap.sensor_t(pycolmap.SensorType.CAMERA, number + 1) for number in range(len(lenses))]
@@ -60,16 +88,14 @@ def extract(job: Job, lenses: list[Lens], known: list[bool]) -> tuple[np.ndarray
             rig = pycolmap.Rig(rig_id=sensor.id)
             rig.add_ref_sensor(sensor)
             database.write_rig(rig, use_rig_id=True)
-        for index, sensor in enumerate(sensors[number] for number in job.camera_of):
-            gray = np.load(job.folder / f"gray_{index}.npy")
-            keypoints, descriptors = extractor.extract_from_uint8_array(gray)
-            keypoints, data = pycolmap.keypoints_to_matrix(keypoints), descriptors.data
+        for index, (keypoints, data) in enumerate(_features(job)):
+            sensor = sensors[job.camera_of[index]]
             image_id = database.write_image(pycolmap.Image(name=image_name(index), camera_id=sensor.id))
             frame = pycolmap.Frame(rig_id=sensor.id)
             frame.add_data_id(pycolmap.data_t(sensor, image_id))
             database.write_frame(frame)
             database.write_keypoints(image_id, keypoints)
-            database.write_descriptors(image_id, descriptors)
+            database.write_descriptors(image_id, pycolmap.FeatureDescriptors(pycolmap.FeatureExtractorType.SIFT, data))
             by_size = np.argsort(-np.abs(keypoints[:, 2:6]).max(1, initial=0), kind="stable")
             largest = by_size[:COARSE]
             twins.append(_twins(keypoints[:, :2], data, by_size))
@@ -125,7 +151,7 @@ def verify(job: Job, coarse: np.ndarray) -> None:
     pairing = pycolmap.ImportedPairingOptions(match_list_path=job.folder / "pairs.txt")
     lines = [f"{image_name(i)} {image_name(j)}\n" for i, j in job.pairs]
     pairing.match_list_path.write_text("".join(lines), encoding="utf-8")
-    options = pycolmap.FeatureMatchingOptions(num_threads=1, use_gpu=False, guided_matching=True)
+    options = pycolmap.FeatureMatchingOptions(num_threads=job.threads, use_gpu=False, guided_matching=True)
     verification = pycolmap.TwoViewGeometryOptions(detect_watermark=False)
     verification.max_H_inlier_ratio = 1.0  # never a plane alone: what lies off it would be lost
     verification.ransac.random_seed, verification.ransac.max_error = job.seed, tolerance(job.longest)

@@ -23,6 +23,7 @@ from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks
 from ttt_lib.data.photographs.undistort import can_be_undistorted, straightened
 
 log = logging.getLogger(__name__)
+SIDE_BY_SIDE = 8  # at most; each takes some 150 MB
 
 
 def do_apart(
@@ -37,7 +38,8 @@ def do_apart(
         grays = [_write_gray(picture.read(), folder / f"gray_{k}.npy") for k, picture in enumerate(pictures)]
         sizes, digests = map(list, zip(*grays))
         without = [replace(picture, source=None) for picture in pictures]
-        job = Job(folder, without, sizes, digests, seed, in_order, straight=straight)
+        threads = min(torch.get_num_threads(), SIDE_BY_SIDE)
+        job = Job(folder, without, sizes, digests, seed, in_order, threads, straight=straight)
         try:
             return apart(task, 1500 + 300 * len(pictures), job, *arguments)
         except Failed as error:
