@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from rendered_walls import depth_error
@@ -73,3 +75,19 @@ def test_how_the_other_process_ends_is_said(samples, tmp_path, monkeypatch):
     refused = reconstruct(pictures(samples))
     assert "could not be compared" in refused.refused and "signal 9" in refused.refused
     assert [p.name for p in refused.photographs] == [s.name for s in samples]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="one process looks for all features")
+def test_a_process_that_found_no_features_ends_the_job_with_a_sentence(samples, monkeypatch):
+    own = module._write_gray
+
+    def forget(image, path):
+        told = own(image, path)
+        if path.name == "gray_1.npy":
+            path.unlink()
+        return told
+
+    monkeypatch.setattr(module, "_write_gray", forget)
+    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 2)
+    refused = reconstruct(pictures(samples))
+    assert "could not be compared (RuntimeError: the search for features ended with 1)" in refused.refused

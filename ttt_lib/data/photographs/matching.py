@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -46,30 +44,35 @@ def database_of(job: Job) -> Path:
     return job.folder / "database.db"
 
 
-@cache
-def _extractor(most: int) -> pycolmap.FeatureExtractor:
+def _features_of(job: Job, numbers: Iterable[int]) -> None:
+    """SIFT of some of the job's pictures into a file each: places and shapes (N,6), descriptors (N,128)."""
     options = pycolmap.FeatureExtractionOptions(num_threads=1, use_gpu=False)
-    options.sift.max_num_features = most
-    return pycolmap.FeatureExtractor.create(options, pycolmap.Device.cpu)
-
-
-def _features_of(gray: Path, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places and shapes (N,6) and descriptors (N,128) of SIFT in a picture, of at most so many places."""
-    keypoints, descriptors = _extractor(most).extract_from_uint8_array(np.load(gray))
-    return pycolmap.keypoints_to_matrix(keypoints), descriptors.data
+    options.sift.max_num_features = 4096 if len(job.pictures) <= 8 else 2048
+    extractor = pycolmap.FeatureExtractor.create(options, pycolmap.Device.cpu)
+    for number in numbers:
+        keypoints, descriptors = extractor.extract_from_uint8_array(np.load(job.folder / f"gray_{number}.npy"))
+        found = {"places": pycolmap.keypoints_to_matrix(keypoints), "data": descriptors.data}
+        np.savez(job.folder / f"features_{number}.npz", **found)
 
 
 def _features(job: Job) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`_features_of` each of the job's pictures."""
-    grays = [job.folder / f"gray_{index}.npy" for index in range(len(job.pictures))]
-    features_of = partial(_features_of, most=4096 if len(grays) <= 8 else 2048)
-    workers = min(job.threads, len(grays))
-    if workers == 1 or sys.platform != "linux":  # elsewhere processes cannot be forked, or not safely
-        yield from map(features_of, grays)
-        return
-    # The one thing of pycolmap that holds Python's lock.
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        yield from pool.map(features_of, grays)
+    """What `_features_of` finds in each picture."""
+    count = len(job.pictures)
+    # It is the one thing of pycolmap that holds Python's lock. Elsewhere processes cannot be forked, or not safely. These
+    # wait for nobody: if this one is killed, they end with their share.
+    workers = min(job.threads, count) if sys.platform == "linux" else 1
+    shares = [range(first, count, workers) for first in range(workers)]
+    others = [get_context("fork").Process(target=_features_of, args=(job, share)) for share in shares[1:]]
+    for process in others:
+        process.start()
+    _features_of(job, shares[0])
+    for process in others:
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"the search for features ended with {process.exitcode}")
+    for number in range(count):
+        with np.load(job.folder / f"features_{number}.npz") as found:
+            yield found["places"], found["data"]
 
 
 def extract(job: Job, lenses: list[Lens], known: list[bool]) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks
 from ttt_lib.data.photographs.undistort import can_be_undistorted, straightened
 
 log = logging.getLogger(__name__)
-SIDE_BY_SIDE = 8  # at most; each takes some 150 MB
+SIDE_BY_SIDE = 8  # at most: a picture whose features are found takes 300 MB
 
 
 def do_apart(
