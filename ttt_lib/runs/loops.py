@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -138,9 +139,12 @@ def _in_words(table: pd.DataFrame, about: dict[str, Any]) -> str:
     return "\n".join([*lines, "", table.round(3).to_string(index=False)])
 
 
-def _adapt_once(settings: dict[str, Any], image: Tensor, repeats: int, threads: int) -> dict[str, float]:
+def _adapt_once(
+    settings: dict[str, Any], image: Tensor, repeats: int, threads: int, environment: dict[str, str]
+) -> dict[str, float]:
     """In a process of its own: median seconds an image, peak memory of adapting (MiB), how much of it adapting added to
     the loaded model after a plain prediction, and which of the two is to be compared."""
+    os.environ.update(environment)  # a server's is of when it began
     torch.set_num_threads(threads)
     config = build_experiment(settings)
     model = open_model(config)
@@ -170,7 +174,8 @@ def _adapt_once(settings: dict[str, Any], image: Tensor, repeats: int, threads: 
 
 def _processes() -> BaseContext:
     """Fresh processes, where the system can from one that has loaded everything and computed nothing: 3 s less each."""
-    if "forkserver" not in get_all_start_methods():
+    # The server is spoken to through a file, whose whole name may have 107 letters.
+    if "forkserver" not in get_all_start_methods() or len(tempfile.gettempdir()) > 64:
         return get_context("spawn")
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -199,7 +204,7 @@ def compare_loops(
             if name in failed:
                 continue
             with ProcessPoolExecutor(1, mp_context=_processes()) as pool:
-                arguments = (config.as_parameters(), image.cpu(), repeats, torch.get_num_threads())
+                arguments = (config.as_parameters(), image.cpu(), repeats, torch.get_num_threads(), dict(os.environ))
                 try:
                     found[name].append(pool.submit(_adapt_once, *arguments).result())
                 except Exception as error:  # of that process: what does not fit is a row of the table, not its end

@@ -6,7 +6,9 @@ The database lies in the job's folder; photograph k has the id k + 1 in it, and 
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -25,6 +27,7 @@ TWIN, TWIN_DISTANCE = 0.97, 0.03  # cosine of descriptors that look the same, of
 FLAT_ERROR = 0.003  # of the longer side: three times what features are off by, a third of what relief moves them by
 FLAT = 0.88  # of the matches: rooms and streets, seen with little parallax, have up to 0.8; posters and turns 0.91 to 1
 TWINS = 0.5  # of the larger features of a picture: from 0.94 where a pattern repeats, elsewhere 0.2 at most
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 MOVED = 0.0012  # of the longest side: what three quarters of the matches of a copy stay below
 
 
@@ -55,14 +58,19 @@ def _features_of(job: Job, numbers: Iterable[int]) -> None:
         np.savez(job.folder / f"features_{number}.npz", **found)
 
 
+def _forked(job: Job, numbers: Iterable[int]) -> None:
+    """`_features_of` in a process that is killed with the one that forked it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _features_of(job, numbers)
+
+
 def _features(job: Job) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """What `_features_of` finds in each picture."""
     count = len(job.pictures)
-    # It is the one thing of pycolmap that holds Python's lock. Elsewhere processes cannot be forked, or not safely. These
-    # wait for nobody: if this one is killed, they end with their share.
+    # It is the one thing of pycolmap that holds Python's lock. Elsewhere processes cannot be forked, or not safely.
     workers = min(job.threads, count) if sys.platform == "linux" else 1
     shares = [range(first, count, workers) for first in range(workers)]
-    others = [get_context("fork").Process(target=_features_of, args=(job, share)) for share in shares[1:]]
+    others = [get_context("fork").Process(target=_forked, args=(job, share)) for share in shares[1:]]
     for process in others:
         process.start()
     _features_of(job, shares[0])

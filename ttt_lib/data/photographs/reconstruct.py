@@ -23,7 +23,7 @@ from ttt_lib.data.photographs.scene import Photograph, Scene, Tracks
 from ttt_lib.data.photographs.undistort import can_be_undistorted, straightened
 
 log = logging.getLogger(__name__)
-SIDE_BY_SIDE = 8  # at most: a picture whose features are found takes 300 MB
+SIDE_BY_SIDE = 4  # at most: a picture whose features are found takes 300 MB
 
 
 def do_apart(
@@ -43,7 +43,8 @@ def do_apart(
         try:
             return apart(task, 1500 + 300 * len(pictures), job, *arguments)
         except Failed as error:
-            job.refused = f"the photographs could not be compared ({error}); try fewer of them."
+            less = " or less at a time (OMP_NUM_THREADS=1), which takes less memory" if threads > 1 else ""
+            job.refused = f"the photographs could not be compared ({error}); try fewer of them{less}."
             return job
 
 
