@@ -10,13 +10,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from ttt_lib.core.errors import DataError, UserError
 from ttt_lib.data import images
 from ttt_lib.data.catalog import describe_sources, open_dataset
 from ttt_lib.data.images import as_image, image_suffixes, read_photo
+from ttt_lib.data.photographs.exif import read_lens
+from ttt_lib.data.photographs.sources import photographs_of
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -42,6 +44,30 @@ def test_photographs_of_every_kind(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6  # turn clockwise to view
     assert save(tmp_path, rgb, "t.jpg", exif=turned, quality=95).shape == (3, 30, 20)
+
+
+def test_a_phones_heic_is_read_with_its_focal_length(tmp_path):
+    ramp = np.linspace(0, 255, 160).astype(np.uint8)
+    rgb = np.stack(
+        [np.tile(ramp, (120, 1)), np.tile(ramp[:120, None], (1, 160)), np.full((120, 160), 90, np.uint8)], -1
+    )
+    tags = Image.Exif()
+    tags.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = 26
+    assert ".heic" in image_suffixes()
+    found = save(tmp_path, Image.fromarray(rgb), "phone.HEIC", exif=tags, quality=95)
+    expected = torch.from_numpy(rgb).permute(2, 0, 1) / 255
+    assert (found - expected).abs().max() < 4 / 255  # of its colours one is kept for four pixels
+    assert read_lens(tmp_path / "phone.HEIC").focal(160, 120) == pytest.approx(0.751, abs=1e-3)
+    assert [path.name for path in photographs_of(tmp_path)[0]] == ["phone.HEIC"]
+
+
+def test_where_heic_is_not_known_the_sentence_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "phone.heic").write_bytes(b"x" * 100)
+    monkeypatch.setattr(images, "readable_formats", lambda: ("JPEG", "PNG"))
+    monkeypatch.setattr(images, "image_suffixes", lambda: (".jpg", ".png"))
+    with pytest.raises(DataError, match=r"this can read; install pillow-heif \(pip install pillow-heif\) or convert"):
+        read_photo(tmp_path / "phone.heic")
+    assert "pip install pillow-heif" in photographs_of(tmp_path)[1][0][1]
 
 
 def test_what_is_no_photograph_is_named(tmp_path):
@@ -206,17 +232,17 @@ def test_what_pillow_reads_is_taken_from_a_folder_and_by_name(tmp_path, ending):
 def test_what_is_skipped_in_a_folder_is_said(tmp_path, caplog):
     images._say_skipped.cache_clear()
     Image.fromarray(RGB).save(tmp_path / "a.jpg")
-    for name in ("b.heic", "c.arw", ".hidden"):
+    for name in ("b.dng", "c.arw", ".hidden"):
         (tmp_path / name).write_bytes(b"x")
     with caplog.at_level(logging.WARNING):
         assert open_dataset("images", path=str(tmp_path)).names == ["a.jpg"]
         open_dataset("images", path=str(tmp_path))
     (record,) = caplog.records  # once
-    assert "2 files are skipped" in record.getMessage() and "b.heic, c.arw" in record.getMessage()
+    assert "2 files are skipped" in record.getMessage() and "b.dng, c.arw" in record.getMessage()
     with pytest.raises(DataError, match="that can be read; convert an image to JPEG"):
         describe_sources([tmp_path / "c.arw"])
     (tmp_path / "a.jpg").unlink()
-    with pytest.raises(DataError, match="only 2 other files such as 'b.heic'"):
+    with pytest.raises(DataError, match="only 2 other files such as 'b.dng'"):
         open_dataset("images", path=str(tmp_path))
 
 

@@ -418,7 +418,7 @@ def damaged(path: Path, count: int) -> None:
     """Files cut and changed at random are pictures all the same, or refused in one sentence."""
     rng = np.random.default_rng(1)
     whole = Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8))
-    for kind in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "AVIF", "JPEG2000", "ICO", "QOI", "TGA", "DDS"):
+    for kind in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "AVIF", "HEIF", "JPEG2000", "ICO", "QOI", "TGA", "DDS"):
         try:
             whole.save(path, format=kind)
         except (KeyError, OSError):  # a Pillow without this codec

@@ -141,7 +141,7 @@ def test_a_very_long_picture_is_adapted_to(tiny, tmp_path):
 def test_a_console_that_shows_no_letters_but_english_ones_ends_no_batch(tmp_path):
     for name in ("a.png", "\u00fcn\u00ef \u540d.jpeg", "z.png"):
         photograph(tmp_path / name)
-    (tmp_path / "left.heic").touch()
+    (tmp_path / "left.dng").touch()
     quick = ["--set", "train.method=none", "--set", "model.num_tokens=48", "--set", "gate.mode=off"]
     done = subprocess.run(
         [sys.executable, "-c", "from ttt_lib.cli import main; main()", "adapt", tmp_path, "-o", tmp_path / "out", *quick],
@@ -150,7 +150,7 @@ def test_a_console_that_shows_no_letters_but_english_ones_ends_no_batch(tmp_path
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*/record.json"))) == 3
     assert done.stdout.count(b"->") == 3 and b"\\u540d.jpeg" in done.stdout
-    assert b"1 files are skipped" in done.stderr and b"left.heic" in done.stderr
+    assert b"1 files are skipped" in done.stderr and b"left.dng" in done.stderr
 
 
 @pytest.mark.parametrize(("image", "side", "size"), [((3, 16, 4000), 96, (16, 4000)), ((3, 160, 4000), 256, (16, 400)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -33,9 +34,13 @@ TURNS = {  # of (H,W,C) as stored to how it is seen, by EXIF's orientation
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """What Pillow may read here: still pictures. PostScript is a program, which it would hand to Ghostscript; of films,
-    and of formats that it knows by name only, it decodes nothing."""
+    """What Pillow may read here: still pictures, of phones' HEIC too where pillow-heif is installed. PostScript is a program,
+    which it would hand to Ghostscript; of films, and of formats that it knows by name only, it decodes nothing."""
     Image.init()
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
 
     def by_name_only(name: str) -> bool:
         factory = Image.OPEN[name][0]
@@ -49,6 +54,12 @@ def image_suffixes() -> tuple[str, ...]:
     """Endings of the files that are taken for photographs, `.jpg` and so on: all that the installed Pillow reads."""
     formats = readable_formats()
     return tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in formats))
+
+
+def how_to_read(path: Path) -> str:
+    """What to do with a picture that cannot be read, as a part of a sentence."""
+    missing = path.suffix.lower() in (".heic", ".heif") and "HEIF" not in readable_formats()
+    return f"{'install pillow-heif (pip install pillow-heif) or ' if missing else ''}convert it to JPEG or PNG"
 
 
 def is_photo(path: Path) -> bool:
@@ -156,7 +167,7 @@ def read_photo(path: str | Path) -> Tensor:
             raise DataError(f"{path}: there is no such file; check the name.", path=str(path))
         array = _decode(path)
     except UnidentifiedImageError as error:
-        raise DataError(f"{path}: is not an image this can read; convert it to JPEG or PNG.", path=str(path)) from error
+        raise DataError(f"{path}: is not an image this can read; {how_to_read(path)}.", path=str(path)) from error
     except UserError:
         raise
     except Exception as error:  # what a decoder makes of damaged bytes differs by format

@@ -155,11 +155,11 @@ def test_a_folder_says_what_it_does_not_read(tmp_path):
 
 
 def test_files_that_are_no_pictures_are_one_line_and_pictures_keep_theirs(tmp_path):
-    for name in ["a.jpg", "b.heic", "c.mp4", *(f"{k}.{end}" for k in range(12) for end in ("bin", "XML")), "notes"]:
+    for name in ["a.jpg", "b.dng", "c.mp4", *(f"{k}.{end}" for k in range(12) for end in ("bin", "XML")), "notes"]:
         (tmp_path / name).touch()
     files, others = photographs_of(tmp_path)
     assert [file.name for file in files] == ["a.jpg"]
-    assert [name for name, _ in others] == ["b.heic", "c.mp4", "25 other files (.bin, .xml, no ending)"]
+    assert [name for name, _ in others] == ["b.dng", "c.mp4", "25 other files (.bin, .xml, no ending)"]
     assert "convert it to JPEG" in others[0][1] and not any("convert" in why for _, why in others[1:])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ttt_lib.core.errors import DataError, UserError, printable
 from ttt_lib.core.types import Sample
-from ttt_lib.data.images import as_image, content_of, read_photo
+from ttt_lib.data.images import as_image, content_of, how_to_read, read_photo
 from ttt_lib.data.photographs.exif import ExifLens, read_lens
 from ttt_lib.data.photographs.job import Picture
 
@@ -25,7 +25,6 @@ Prior = Callable[[Tensor], float | None] | Mapping[str, float]
 MOST = 300  # photographs of one scene: a mistake rather than a scene, and pairs grow with the square
 CLIPS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mts", ".3gp")
 UNREAD = (".heic", ".heif", ".avif", ".jxl", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
-NO_PHOTOGRAPH = "is a picture that this cannot read; convert it to JPEG or PNG"
 SHOWN = 20  # of the photographs that are not read, each is named; of more, their number
 REASONABLE = 0.05, 15.0  # focal length over width that somebody may say; 26 would be millimetres
 
@@ -160,7 +159,7 @@ def _why_not(path: Path) -> str:
         return "is a folder; its photographs are not read"
     if path.suffix.lower() in CLIPS:
         return "is a clip; name it by itself"
-    return NO_PHOTOGRAPH if path.suffix.lower() in UNREAD else ""
+    return f"is a picture that this cannot read; {how_to_read(path)}" if path.suffix.lower() in UNREAD else ""
 
 
 def _no_pictures(files: list[Path]) -> list[tuple[str, str]]:
