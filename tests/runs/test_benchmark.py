@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import re
 import time
 from concurrent.futures import Future
@@ -113,6 +114,14 @@ def test_loops_are_compared_in_their_own_processes(picture):
     assert (table.peak_mb > 50).all() and (table.seconds > 0).all()
     assert (table.added_mb > 0).all() and (table.added_mb < table.peak_mb).all()
     assert table.memory["plain"] == pytest.approx(table.added_mb["plain"] / table.added_mb["longer"])
+
+
+def test_a_loops_process_takes_the_present_environment(picture, monkeypatch):
+    """That of a server which processes are forked from is of when it began."""
+    monkeypatch.setenv("TTT_PRESENT", "before")
+    settings = build_experiment(BASE).as_parameters()
+    assert loops._adapt_once(settings, picture.image[0], 1, 1, {"TTT_PRESENT": "now"})["passes"] == 2
+    assert os.environ["TTT_PRESENT"] == "now"
 
 
 def test_the_loops_take_the_same_steps_and_views():
