@@ -20,6 +20,7 @@ from ttt_lib.adaptation.result import AdaptResult
 from ttt_lib.adaptation.student import Student
 from ttt_lib.adaptation.supervision import Supervision
 from ttt_lib.core.config import ExperimentConfig, build_experiment, merge
+from ttt_lib.core.provenance import cores
 from ttt_lib.models.base import GeometryModel, select_parameters
 from ttt_lib.models.load import load_model
 from ttt_lib.models.moge import MoGe
@@ -76,7 +77,7 @@ def pytest_xdist_auto_num_workers() -> int | None:
     """Of `-n auto`, one more than there are cores: an eighth of the time a test waits for a process that it started."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # xdist's own hook reads it
-    return 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return 1 + cores()
 
 
 @pytest.hookimpl(trylast=True)

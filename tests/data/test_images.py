@@ -68,6 +68,10 @@ def test_where_heic_is_not_known_the_sentence_says_what_to_install(tmp_path, mon
     with pytest.raises(DataError, match=r"this can read; install pillow-heif \(pip install pillow-heif\) or convert"):
         read_photo(tmp_path / "phone.heic")
     assert "pip install pillow-heif" in photographs_of(tmp_path)[1][0][1]
+    with pytest.raises(
+        DataError, match=r"that can be read; install pillow-heif \(pip install pillow-heif\) or convert"
+    ):
+        describe_sources([tmp_path / "phone.heic"])
 
 
 def test_what_is_no_photograph_is_named(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 from ttt_lib.core.errors import ConfigError, DataError
 from ttt_lib.core.registry import DATASETS
 from ttt_lib.data.again import seen_again
-from ttt_lib.data.images import is_photo, open_images
+from ttt_lib.data.images import install_or, is_photo, open_images
 from ttt_lib.data.moge_layout import BENCHMARKS, INDEX, read_eval_config
 from ttt_lib.data.motorcycle import open_motorcycle
 from ttt_lib.data.samples import SampleSet, open_moge
@@ -105,6 +105,6 @@ def describe_sources(entries: Iterable[str | Path], where: str = "data") -> list
         else:
             advice = f"; built in are {', '.join(by_name)}"
             if os.path.isfile(path):
-                advice = " that can be read; convert an image to JPEG"
+                advice = f" that can be read; {install_or(path)}convert an image to JPEG"
             raise DataError(f"{where} {entry}: no such folder, image or JSON file{advice}.")
     return result

@@ -56,15 +56,15 @@ def image_suffixes() -> tuple[str, ...]:
     return tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in formats))
 
 
-def how_to_read(path: Path) -> str:
-    """What to do with a picture that cannot be read, as a part of a sentence."""
-    missing = path.suffix.lower() in (".heic", ".heif") and "HEIF" not in readable_formats()
-    return f"{'install pillow-heif (pip install pillow-heif) or ' if missing else ''}convert it to JPEG or PNG"
-
-
 def is_photo(path: Path) -> bool:
     """Whether a file's name ends as a photograph's does."""
     return path.suffix.lower() in image_suffixes()
+
+
+def install_or(path: Path) -> str:
+    """Begins the advice for a picture that cannot be read: what to install for it, "" where nothing helps."""
+    missing = path.suffix.lower() in (".heic", ".heif") and not is_photo(path)
+    return "install pillow-heif (pip install pillow-heif) or " if missing else ""
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -167,7 +167,8 @@ def read_photo(path: str | Path) -> Tensor:
             raise DataError(f"{path}: there is no such file; check the name.", path=str(path))
         array = _decode(path)
     except UnidentifiedImageError as error:
-        raise DataError(f"{path}: is not an image this can read; {how_to_read(path)}.", path=str(path)) from error
+        advice = f"{install_or(path)}convert it to JPEG or PNG"
+        raise DataError(f"{path}: is not an image this can read; {advice}.", path=str(path)) from error
     except UserError:
         raise
     except Exception as error:  # what a decoder makes of damaged bytes differs by format

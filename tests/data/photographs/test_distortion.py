@@ -9,7 +9,6 @@ from PIL import Image
 from rendered_walls import FOCAL, depth_error, walk
 
 from ttt_lib.core.types import Sample
-from ttt_lib.data.photographs import reconstruct as reconstruct_module
 from ttt_lib.data.photographs.job import Lens, Picture
 from ttt_lib.data.photographs.load import load_scene
 from ttt_lib.data.photographs.reconstruct import reconstruct
@@ -41,7 +40,7 @@ def test_the_focal_length_is_right_and_so_is_what_is_said_of_it(bent):
 
 
 def test_side_by_side_all_comes_out_the_same(bent, monkeypatch):
-    monkeypatch.setattr(reconstruct_module.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     views, scene = bent
     again = scene_of(views)
     assert again.about == scene.about

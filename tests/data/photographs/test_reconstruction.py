@@ -39,7 +39,7 @@ def test_depth_of_the_tracks_is_that_of_the_truth_up_to_scale(samples, scene):
 
 
 def test_the_same_seed_gives_the_same_scene_however_much_is_done_side_by_side(samples, scene, monkeypatch):
-    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     again = reconstruct(pictures(samples), seed=1)
     assert again.about == scene.about
     for one, other in zip(scene.photographs, again.photographs, strict=True):
@@ -88,6 +88,6 @@ def test_a_process_that_found_no_features_ends_the_job_with_a_sentence(samples, 
         return told
 
     monkeypatch.setattr(module, "_write_gray", forget)
-    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     refused = reconstruct(pictures(samples))
     assert "could not be compared (RuntimeError: the search for features ended with 1)" in refused.refused

@@ -27,8 +27,8 @@ TWIN, TWIN_DISTANCE = 0.97, 0.03  # cosine of descriptors that look the same, of
 FLAT_ERROR = 0.003  # of the longer side: three times what features are off by, a third of what relief moves them by
 FLAT = 0.88  # of the matches: rooms and streets, seen with little parallax, have up to 0.8; posters and turns 0.91 to 1
 TWINS = 0.5  # of the larger features of a picture: from 0.94 where a pattern repeats, elsewhere 0.2 at most
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 MOVED = 0.0012  # of the longest side: what three quarters of the matches of a copy stay below
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 def image_name(index: int) -> str:
@@ -54,8 +54,8 @@ def _features_of(job: Job, numbers: Iterable[int]) -> None:
     extractor = pycolmap.FeatureExtractor.create(options, pycolmap.Device.cpu)
     for number in numbers:
         keypoints, descriptors = extractor.extract_from_uint8_array(np.load(job.folder / f"gray_{number}.npy"))
-        found = {"places": pycolmap.keypoints_to_matrix(keypoints), "data": descriptors.data}
-        np.savez(job.folder / f"features_{number}.npz", **found)
+        places = pycolmap.keypoints_to_matrix(keypoints)
+        np.savez(job.folder / f"features_{number}.npz", places=places, data=descriptors.data)
 
 
 def _forked(job: Job, numbers: Iterable[int]) -> None:

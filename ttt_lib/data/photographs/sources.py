@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ttt_lib.core.errors import DataError, UserError, printable
 from ttt_lib.core.types import Sample
-from ttt_lib.data.images import as_image, content_of, how_to_read, read_photo
+from ttt_lib.data.images import as_image, content_of, install_or, read_photo
 from ttt_lib.data.photographs.exif import ExifLens, read_lens
 from ttt_lib.data.photographs.job import Picture
 
@@ -159,7 +159,8 @@ def _why_not(path: Path) -> str:
         return "is a folder; its photographs are not read"
     if path.suffix.lower() in CLIPS:
         return "is a clip; name it by itself"
-    return f"is a picture that this cannot read; {how_to_read(path)}" if path.suffix.lower() in UNREAD else ""
+    advice = f"{install_or(path)}convert it to JPEG or PNG"
+    return f"is a picture that this cannot read; {advice}" if path.suffix.lower() in UNREAD else ""
 
 
 def _no_pictures(files: list[Path]) -> list[tuple[str, str]]:
